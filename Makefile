@@ -1,0 +1,55 @@
+# Two commands on a fresh machine with Python >= 3.11, make and g++: `make demo`, `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# One file to a worker: a file's tests share the programs that they compile.
+PYTEST_ARGS ?= -n 2 --dist loadfile
+DEMO_ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check format clean
+
+help:
+	@echo "make demo    meta-train and adapt on real handwriting, about 4 minutes (DEMO_ARGS='--minutes 1' for less)"
+	@echo "make test    run all tests (PYTEST_ARGS='-k name' for some)"
+	@echo "make check   formatting, lint, types, import layers"
+	@echo "make format  apply formatting and the lint fixes that are safe"
+	@echo "make clean   remove $(VENV) and caches"
+
+demo: $(VENV)/.demo
+	$(BIN)/adaptrt demo $(DEMO_ARGS)
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest --benchmark-disable $(PYTEST_ARGS)
+
+check: $(VENV)/.test $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	PYRIGHT_PYTHON_IGNORE_WARNINGS=1 $(BIN)/pyright --pythonpath $(BIN)/python
+	$(BIN)/lint-imports
+
+format: $(VENV)/.dev
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache build dist
+
+# A half-made environment is removed, so that the next try starts afresh.
+$(VENV)/bin/python:
+	@command -v $(PYTHON) >/dev/null 2>&1 || { \
+	  echo "adaptrt: '$(PYTHON)' was not found. Install Python 3.11 or newer, or name one: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "adaptrt: '$(PYTHON)' is $$($(PYTHON) --version 2>&1); 3.11 or newer is needed: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "adaptrt: '$(PYTHON) -m venv' failed. On Debian and Ubuntu: apt-get install python3-venv" >&2; exit 1; }
+
+# One stamp an extra, younger than what it was made from: nothing is installed twice, and a changed pin reinstalls.
+$(VENV)/.%: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "adaptrt: installing the '$*' environment into $(VENV)"
+	@$(PIP) install --quiet -c constraints.txt -e '.[$*]' || { \
+	  echo "adaptrt: pip could not install '.[$*]' ; its message is above. If a download failed, check the network and run make again." >&2; \
+	  exit 1; }
+	@touch $@

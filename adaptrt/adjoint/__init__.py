@@ -1,0 +1,8 @@
+"""How the meta-gradient is formed: one strategy a file."""
+
+from adaptrt.adjoint.base import Adjoint
+from adaptrt.adjoint.first_order import FirstOrder
+from adaptrt.adjoint.replay import Replay
+from adaptrt.adjoint.unrolled import Unrolled
+
+__all__ = ["Adjoint", "FirstOrder", "Replay", "Unrolled"]

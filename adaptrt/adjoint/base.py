@@ -1,0 +1,162 @@
+"""What an adjoint is: the strategy by which the meta-gradient returns through the k steps.
+
+Notation: phi is the inner state (`Carry`), lambda its cotangent, eta what all steps share (`Fixed`). An adjoint decides which programs
+are compiled and in which order they run. It gets the step and the unroll handed in, and asks `Programs` for compiled functions.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from adaptrt import tree
+from adaptrt.diagnose import refuse_once_differentiable
+from adaptrt.step import Batch, Carry, Fixed, Step
+
+Noise = tuple[Tensor, ...]
+Unroll = Callable[..., tuple[Carry, Tensor]]
+
+
+class Programs(Protocol):
+    """Compiled functions by name. Each is captured and compiled at its first call, from the arguments of that call.
+
+    `arguments` says what each argument is: "start" (the first carry), "carry" (a later one), "fixed", "support" (all of it), "batch" (one
+    step's), "query", "noise" or "cotangent". Under a task axis all but "start" and "fixed" have one, and "start" has one when it comes from
+    an earlier adaptation. The function itself is always that of one task.
+    """
+
+    def program(self, name: str, fn: Callable[..., Any], arguments: Sequence[str]) -> Callable[..., Any]: ...
+
+    def pullback(self, name: str, fn: Callable[..., Any], arguments: Sequence[str], wrt: Wrt, value: bool = False) -> Callable[..., Any]:
+        """(*args, cotangents) -> gradients, or (outputs, gradients) if `value`; gradients of what tasks share are summed over them."""
+        ...
+
+
+class Wrt(NamedTuple):
+    """Which leaves of each argument get a gradient (None: none of them), and which leaves of the result have a cotangent."""
+
+    args: tuple[Sequence[bool] | None, ...]
+    result: Sequence[bool]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Problem:
+    """What is the same for all calls of one shape.
+
+    Attributes:
+      step, unroll, k, per_step: the inner loop.
+      start, fixed, support, query: for each leaf whether the caller wants its gradient.
+      carry: for each leaf of the carry whether a gradient can flow through it from step to step.
+      task_axis: whether data and results have a leading axis of tasks.
+      start_has_task_axis: whether the first carry has one already, because it comes from an earlier adaptation.
+    """
+
+    step: Step
+    unroll: Unroll
+    batch_of_step: Callable[..., Batch]
+    k: int
+    per_step: bool
+    start: tuple[bool, ...]
+    fixed: tuple[bool, ...]
+    support: tuple[bool, ...]
+    query: tuple[bool, ...]
+    carry: tuple[bool, ...]
+    task_axis: bool = False
+    start_has_task_axis: bool = False
+
+
+class Task(NamedTuple):
+    """The arguments of one call: where to start, what is shared, the support data, and each step's noise."""
+
+    start: Carry
+    fixed: Fixed
+    support: Batch
+    noise: tuple[Noise, ...]
+
+
+class Query(NamedTuple):
+    """The query data, and the noise of the query loss."""
+
+    batch: Batch
+    noise: Noise
+
+
+class Gradients(NamedTuple):
+    """Gradients of the leaves that `Problem` marks, in their order."""
+
+    start: Sequence[Tensor]
+    fixed: Sequence[Tensor]
+    support: Sequence[Tensor]
+    query: Sequence[Tensor]
+
+
+class Adaptation(NamedTuple):
+    """Carry after k steps, losses (k,) ([T, k] with tasks), and what the adjoint kept for the way back."""
+
+    carry: Carry
+    losses: Tensor
+    kept: Any
+
+
+class Adjoint(abc.ABC):
+    """A strategy for the meta-gradient. Instances are immutable and hold no tensors."""
+
+    detach_gradient: bool = False
+    """Whether the inner gradients are constants to it."""
+
+    @abc.abstractmethod
+    def adapt(self, programs: Programs, problem: Problem, task: Task, keep: bool) -> Adaptation:
+        """Runs the k steps. `keep`: keep what `adapt_pullback` needs."""
+
+    @abc.abstractmethod
+    def adapt_pullback(self, programs: Programs, problem: Problem, task: Task, kept: Any, carry: Sequence[Tensor], losses: Tensor) -> Gradients:
+        """Gradients from the cotangents of the last carry (of the leaves in `problem.carry`) and of the losses."""
+
+    @abc.abstractmethod
+    def meta_loss(self, programs: Programs, problem: Problem, task: Task, query: Query) -> Tensor:
+        """The query loss after adaptation, one for each task."""
+
+    @abc.abstractmethod
+    def meta_loss_and_gradients(self, programs: Programs, problem: Problem, task: Task, query: Query, cotangent: Tensor) -> tuple[Tensor, Gradients]:
+        """The query loss, and its gradients times `cotangent`."""
+
+
+def pull_back(fn: Callable[..., Any], wrt: Wrt, value: bool) -> Callable[..., Any]:
+    """The vector-Jacobian product of `fn`, as a function to capture: (*args, cotangents) -> gradients.
+
+    Gradients come as one list for each argument; a leaf on which no result depends gets zeros.
+
+    Args:
+      fn: a pure function of trees of tensors.
+      wrt: which leaves to differentiate, and which results have cotangents.
+      value: return (fn(*args), gradients) instead.
+    """
+
+    def run(*args_and_cotangents: Any) -> Any:
+        *args, cotangents = args_and_cotangents
+        live: list[list[Tensor]] = []
+        rebuilt: list[Any] = []
+        for arg, flags in zip(args, wrt.args, strict=True):
+            values, structure = tree.flatten(arg)
+            flags = flags or [False] * len(values)
+            values = [v.detach().requires_grad_() if flag else v for v, flag in zip(values, flags, strict=True)]
+            live.append([v for v, flag in zip(values, flags, strict=True) if flag])
+            rebuilt.append(tree.unflatten(structure, values))
+        result = fn(*rebuilt)
+        marked = [leaf for leaf, flag in zip(tree.leaves(result), wrt.result, strict=True) if flag]
+        refuse_once_differentiable(marked)
+        pairs = [(leaf, cotangent) for leaf, cotangent in zip(marked, cotangents, strict=True) if leaf.requires_grad]
+        inputs = [leaf for group in live for leaf in group]
+        found: Sequence[Tensor | None] = [None] * len(inputs)
+        if pairs and inputs:
+            found = torch.autograd.grad([leaf for leaf, _ in pairs], inputs, [cotangent for _, cotangent in pairs], allow_unused=True)
+        grads = iter([torch.zeros_like(leaf) if grad is None else grad for leaf, grad in zip(inputs, found, strict=True)])
+        gradients = tuple([next(grads) for _ in group] for group in live)
+        return (result, gradients) if value else gradients
+
+    return run

@@ -1,0 +1,39 @@
+"""The meta-gradient with the inner gradients held constant."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from adaptrt.adjoint.base import Adaptation, Adjoint, Gradients, Problem, Programs, Query, Task
+from adaptrt.adjoint.replay import Replay
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class FirstOrder(Adjoint):
+    """First-order MAML (Finn et al. 2017, section 5.2): a biased meta-gradient at the cost of k + 1 gradients.
+
+    Each step's gradient is a constant, so dS/dphi holds the optimiser's own dependence on the parameters only (the identity for plain SGD).
+    Gradients of hyperparameters keep every term but those through the inner gradients; a parameter that does not adapt gets its gradient
+    from the query loss alone. Attention keeps its fused kernels, since nothing is differentiated twice. Runs as `Replay(every=1)`.
+    """
+
+    detach_gradient = True
+
+    def adapt(self, programs: Programs, problem: Problem, task: Task, keep: bool) -> Adaptation:
+        return _REPLAY.adapt(programs, problem, task, keep)
+
+    def adapt_pullback(self, programs: Programs, problem: Problem, task: Task, kept: Any, carry: Sequence[Tensor], losses: Tensor) -> Gradients:
+        return _REPLAY.adapt_pullback(programs, problem, task, kept, carry, losses)
+
+    def meta_loss(self, programs: Programs, problem: Problem, task: Task, query: Query) -> Tensor:
+        return _REPLAY.meta_loss(programs, problem, task, query)
+
+    def meta_loss_and_gradients(self, programs: Programs, problem: Problem, task: Task, query: Query, cotangent: Tensor) -> tuple[Tensor, Gradients]:
+        return _REPLAY.meta_loss_and_gradients(programs, problem, task, query, cotangent)
+
+
+_REPLAY = Replay()

@@ -1,0 +1,60 @@
+"""All k steps, the query loss and the meta-gradient in one graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from adaptrt.adjoint.base import Adaptation, Adjoint, Gradients, Problem, Programs, Query, Task, Wrt
+from adaptrt.step import Batch, Carry, Fixed
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Unrolled(Adjoint):
+    """Reverse mode through the whole loop, as one program.
+
+    Fewest kernel calls and the widest view for the compiler. Graph and compile time grow with k, and memory holds the activations of k
+    steps: right for small models and small k. The pullback of `adapt` runs the steps again rather than keep activations between calls.
+    """
+
+    def adapt(self, programs: Programs, problem: Problem, task: Task, keep: bool) -> Adaptation:
+        del keep
+        carry, losses = programs.program("adapt", _steps(problem), ("start", "fixed", "support", "noise"))(*task)
+        return Adaptation(carry, losses, None)
+
+    def adapt_pullback(self, programs: Programs, problem: Problem, task: Task, kept: Any, carry: Sequence[Tensor], losses: Tensor) -> Gradients:
+        del kept
+        wrt = Wrt((problem.start, problem.fixed, problem.support, None), (*problem.carry, True))
+        pullback = programs.pullback("adapt pullback", _steps(problem), ("start", "fixed", "support", "noise"), wrt)
+        start, fixed, support, _ = pullback(*task, [*carry, losses])
+        return Gradients(start, fixed, support, ())
+
+    def meta_loss(self, programs: Programs, problem: Problem, task: Task, query: Query) -> Tensor:
+        return programs.program("meta-loss", _meta_loss(problem), ("start", "fixed", "support", "noise", "query", "noise"))(*task, *query)
+
+    def meta_loss_and_gradients(self, programs: Programs, problem: Problem, task: Task, query: Query, cotangent: Tensor) -> tuple[Tensor, Gradients]:
+        wrt = Wrt((problem.start, problem.fixed, problem.support, None, problem.query, None), (True,))
+        arguments = ("start", "fixed", "support", "noise", "query", "noise")
+        pullback = programs.pullback("meta-gradient", _meta_loss(problem), arguments, wrt, value=True)
+        loss, (start, fixed, support, _, batch, _) = pullback(*task, *query, [cotangent])
+        return loss, Gradients(start, fixed, support, batch)
+
+
+def _steps(problem: Problem) -> Any:
+    def run(start: Carry, fixed: Fixed, support: Batch, noise: Sequence[Sequence[Tensor]]) -> tuple[Carry, Tensor]:
+        return problem.unroll(problem.step, problem.k, start, fixed, support, noise, problem.per_step)
+
+    return run
+
+
+def _meta_loss(problem: Problem) -> Any:
+    def run(
+        start: Carry, fixed: Fixed, support: Batch, noise: Sequence[Sequence[Tensor]], query: Batch, query_noise: Sequence[Tensor]
+    ) -> Tensor:
+        carry, _ = _steps(problem)(start, fixed, support, noise)
+        return problem.step.query(carry, fixed, query, query_noise)
+
+    return run

@@ -1,0 +1,7 @@
+"""What runs a graph."""
+
+from adaptrt.backend.base import Backend
+from adaptrt.backend.eager import Eager
+from adaptrt.backend.inductor import Inductor
+
+__all__ = ["Backend", "Eager", "Inductor"]

@@ -1,0 +1,23 @@
+"""What runs a graph."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from adaptrt.graph.ir import Graph
+
+Runner = Callable[[list[Tensor]], Sequence[Tensor]]
+"""Takes every input of a graph in order, constants included, and may empty the list. Contiguous tensors only. Safe to call from threads."""
+
+
+class Backend(abc.ABC):
+    """Turns graphs into callables. Instances are immutable."""
+
+    name: str
+
+    @abc.abstractmethod
+    def compile(self, graph: Graph) -> Runner:
+        """The graph as a callable that computes the same values up to rounding."""

@@ -1,0 +1,82 @@
+"""Compiles a graph with Inductor: fused C++ kernels on the CPU, Triton on a GPU.
+
+The graph goes to Inductor's graph compiler directly. Dynamo and AOTAutograd, which `torch.compile` would run first, have nothing to do here:
+the graph is functional, holds no autograd, and inputs are checked by `Program`, so no guards are evaluated when it runs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import shutil
+import warnings
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch._inductor.compile_fx import compile_fx_inner
+from torch._inductor.decomposition import select_decomp_table
+from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._triton import has_triton
+
+from adaptrt.backend.base import Backend, Runner
+from adaptrt.errors import CompilerUnavailable
+from adaptrt.graph.ir import Graph
+from adaptrt.graph.passes.base import Pass, apply
+from adaptrt.graph.passes.merge_duplicates import merge_duplicates
+from adaptrt.graph.passes.own_outputs import own_outputs
+from adaptrt.graph.passes.remove_identities import remove_identities
+from adaptrt.graph.passes.retrace import fake_tensors, retrace
+
+
+def _decompose(graph: Graph) -> Graph:
+    return retrace(graph, torch.func.functionalize, select_decomp_table())
+
+
+PASSES = (Pass("decompose for Inductor", _decompose), remove_identities, merge_duplicates, own_outputs)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Inductor(Backend):
+    """Inductor with its default settings, whatever the process has configured globally."""
+
+    name = "inductor"
+
+    def compile(self, graph: Graph) -> Runner:
+        graph = apply(PASSES, graph)
+        mode = FakeTensorMode()
+        inputs = fake_tensors(mode, [entry.spec for entry in graph.signature.inputs])
+        with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
+            # Inductor imports parts of PyTorch that warn about their own deprecation.
+            warnings.filterwarnings("ignore", category=DeprecationWarning)
+            with mode:
+                compiled = compile_fx_inner(graph.module, inputs)
+
+        def run(values: list[Tensor]) -> Sequence[Tensor]:
+            return compiled(values)
+
+        return run
+
+
+def warn_if_missing(device: torch.device) -> bool:
+    """Whether programs for `device` cannot be compiled here; says so in a warning, once a process."""
+    reason = _missing(device.type)
+    if reason is not None and device.type not in _WARNED:
+        _WARNED.add(device.type)
+        warnings.warn(f"{reason}; programs run on the eager backend, correct but slower. Install one, or pass backend='eager'.", CompilerUnavailable, stacklevel=4)
+    return reason is not None
+
+
+_WARNED: set[str] = set()
+
+
+@functools.cache
+def _missing(device_type: str) -> str | None:
+    if device_type != "cpu":
+        return None if has_triton() else "Triton was not found"
+    try:
+        compiler = get_cpp_compiler()
+    except Exception:
+        return "no C++ compiler was found"
+    return None if shutil.which(compiler) else f"the C++ compiler '{compiler}' was not found"

@@ -1,0 +1,154 @@
+"""What is refused before anything is run: models, arguments and data that could only give wrong numbers or obscure errors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptrt import tree
+from adaptrt.errors import DeviceMismatch, InvalidArgument, InvalidBatch, InvalidType, LabelOutOfRange, NonFiniteInput, UnsupportedParameter
+from adaptrt.graph.labels import LabelBound
+from adaptrt.step import Batch
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """The device of the model, after checking that its parameters can be adapted and live together.
+
+    Raises:
+      InvalidType: not a module.
+      UnsupportedParameter: a parameter is complex, of integer type, uninitialised, or gets sparse gradients.
+      DeviceMismatch: parameters on several devices.
+      InvalidArgument: no parameters.
+    """
+    if not isinstance(model, nn.Module):
+        raise InvalidType(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
+            raise UnsupportedParameter(f"module '{name}' was built with sparse=True; sparse gradients cannot be unrolled. Build it with sparse=False")
+    devices: dict[torch.device, str] = {}
+    for name, param in model.named_parameters():
+        if isinstance(param, nn.parameter.UninitializedParameter):
+            raise UnsupportedParameter(f"parameter '{name}' is not initialised yet; run the model once before compiling")
+        if not param.is_floating_point():
+            raise UnsupportedParameter(f"parameter '{name}' is of {param.dtype}; only real floating-point parameters can be adapted. Make it a buffer")
+        if param.layout is not torch.strided:
+            raise UnsupportedParameter(f"parameter '{name}' has layout {param.layout}; only dense parameters can be adapted")
+        devices.setdefault(param.device, name)
+    if not devices:
+        raise InvalidArgument("the model has no parameters")
+    if len(devices) > 1:
+        raise DeviceMismatch(f"the model's parameters are on several devices: {', '.join(f'{name} on {device}' for device, name in devices.items())}")
+    return next(iter(devices))
+
+
+def positive_int(name: str, value: Any) -> int:
+    """`value`, after checking that it is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InvalidType(f"{name} must be an int, got {type(value).__name__}")
+    if value < 1:
+        raise InvalidArgument(f"{name} must be at least 1, got {value}")
+    return value
+
+
+def one_of(name: str, value: Any, choices: Sequence[str]) -> str:
+    """`value`, after checking that it is one of `choices`."""
+    if value not in choices:
+        raise InvalidArgument(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def as_batch(name: str, value: Any, device: torch.device) -> Batch:
+    """`(inputs, target)` or `(inputs,)` as a `Batch`, after checking structure, device and sizes.
+
+    Raises:
+      InvalidType: not such a tuple, or without tensors.
+      DeviceMismatch: a tensor on another device than the model.
+      InvalidBatch: an empty tensor, or a target whose length is no batch size of the inputs.
+    """
+    if not isinstance(value, tuple | list) or len(value) not in (1, 2):
+        found = f"{type(value).__name__} of {len(value)}" if isinstance(value, tuple | list) else type(value).__name__
+        raise InvalidType(f"{name} must be a tuple (inputs, target), or (inputs,) for a loss without target; got {found}")
+    batch = Batch(value[0], value[1] if len(value) == 2 else None)
+    inputs, targets = tree.leaves(batch.inputs), tree.leaves(batch.target)
+    if not inputs:
+        raise InvalidType(f"{name} inputs must be a tensor, a tuple or a dict with tensors; got {type(batch.inputs).__name__}")
+    for kind, values in (("input", inputs), ("target", targets)):
+        for index, tensor in enumerate(values):
+            if tensor.device != device:
+                raise DeviceMismatch(f"{name} {kind} {index} is on {tensor.device}, the model on {device}; call .to('{device}') on it first")
+            if tensor.numel() == 0:
+                raise InvalidBatch(f"{name} {kind} {index} is empty ({tree.Spec.of(tensor)}); a step needs at least one example")
+    return batch
+
+
+def batch_sizes(name: str, batch: Batch, leading: int) -> None:
+    """The target has as many rows as the inputs; some models take the batch as their second axis.
+
+    Args:
+      name: "support" or "query".
+      batch: to check.
+      leading: how many axes (tasks, steps) stand before those of one batch.
+    Raises:
+      InvalidBatch: it does not. A loss might broadcast instead, silently.
+    """
+    sizes = {size for leaf in tree.leaves(batch.inputs) for size in leaf.shape[leading : leading + 2]}
+    for index, target in enumerate(tree.leaves(batch.target)):
+        if target.dim() > leading and sizes and target.shape[leading] not in sizes:
+            raise InvalidBatch(
+                f"{name} target {index} has {target.shape[leading]} rows ({tree.Spec.of(target)}), the inputs "
+                f"{tree.leaves(batch.inputs)[0].shape[leading : leading + 1]} ({tree.describe(batch.inputs)}); give one target for each example"
+            )
+
+
+def leading_axis(name: str, value: tree.Tree, axis: int, size: int | None, meaning: str) -> int:
+    """The common size of all leaves along a leading axis.
+
+    Raises:
+      InvalidBatch: a leaf lacks the axis, or sizes differ from each other or from `size`.
+    """
+    for index, leaf in enumerate(tree.leaves(value)):
+        if leaf.dim() <= axis:
+            raise InvalidBatch(f"{name} tensor {index} ({tree.Spec.of(leaf)}) needs an axis {axis} of {meaning}")
+        size = leaf.shape[axis] if size is None else size
+        if leaf.shape[axis] != size:
+            raise InvalidBatch(f"{name} tensor {index} ({tree.Spec.of(leaf)}) must have {size} {meaning} along axis {axis}, got {leaf.shape[axis]}")
+    assert size is not None, "as_batch found a tensor"
+    return size
+
+
+
+def finite(name: str, batch: Batch) -> None:
+    """No NaN or infinity in floating-point data.
+
+    Raises:
+      NonFiniteInput: there is; names the tensor and its first such element.
+    """
+    for kind, values in (("input", tree.leaves(batch.inputs)), ("target", tree.leaves(batch.target))):
+        for index, value in enumerate(values):
+            # A finite sum proves finite terms, at a fraction of the cost; the sum of finite terms may overflow.
+            if value.is_floating_point() and not math.isfinite(value.detach().sum().item()) and not bool(torch.isfinite(value).all()):
+                where = (~torch.isfinite(value)).nonzero()[0].tolist()
+                raise NonFiniteInput(f'{name} {kind} {index} holds {value[tuple(where)].item()} at {where}; clean the data, or pass nonfinite="ignore"')
+
+
+def labels(name: str, batch: Batch, bounds: Sequence[LabelBound]) -> None:
+    """Every class label is in range.
+
+    Raises:
+      LabelOutOfRange: names the label and the number of classes.
+    """
+    if not bounds:
+        return
+    by_path = dict(zip(tree.paths(batch, "batch"), tree.leaves(batch), strict=True))
+    for bound in bounds:
+        values: Tensor = by_path[bound.name]
+        low, high = (int(extreme) for extreme in torch.aminmax(values))
+        if low >= 0 and high < bound.num_classes:
+            continue
+        wrong = values[((values < 0) | (values >= bound.num_classes)) & (values != bound.ignore_index)]
+        if wrong.numel():
+            raise LabelOutOfRange(f"{name} target holds label {int(wrong[0])}; the model has {bound.num_classes} classes, so labels are 0 to {bound.num_classes - 1}")

@@ -1,0 +1,123 @@
+"""From what PyTorch raises while a model is traced to an error in the user's terms: which line, which operation, which module."""
+
+from __future__ import annotations
+
+import linecache
+import os
+import re
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptrt import tree
+from adaptrt.errors import AdaptrtError, DataDependentControlFlow, InvalidBatch, NotDifferentiable
+from adaptrt.step import Batch
+
+_LIBRARIES = tuple(os.path.dirname(path) + os.sep for path in (torch.__file__, __file__))
+_VALUE_READ = ("DataDependentOutputException", "DynamicOutputShapeException", "GuardOnDataDependentSymNode", "UnsupportedOperatorException")
+_NO_DERIVATIVE = re.compile(r"derivative for (?:aten::)?'?(?:aten::)?(\w+)'? is not implemented")
+
+
+def user_line(error: BaseException) -> str:
+    """The innermost line of the error's traceback that is neither PyTorch's nor ours, as `file:line: code`."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((*_LIBRARIES, "<"))]
+    if not frames:
+        return "a line inside PyTorch"
+    frame = frames[-1]
+    code = (linecache.getline(frame.filename, frame.lineno or 0) or "").strip()
+    return f"{frame.filename}:{frame.lineno}: {code}"
+
+
+@contextmanager
+def running(name: str, batch: Batch) -> Iterator[None]:
+    """Turns what the model or the loss raises on a batch into an error that names the batch and the line.
+
+    Raises:
+      DataDependentControlFlow: the line reads a tensor's value.
+      InvalidBatch: anything else that is not an error of ours.
+    """
+    try:
+        yield
+    except AdaptrtError:
+        raise
+    except Exception as error:
+        line = user_line(error)
+        if type(error).__name__ in _VALUE_READ or "tracing tensor" in str(error) or "Cannot access data pointer" in str(error):
+            raise DataDependentControlFlow(
+                f"{line} depends on the value of a tensor, which is not known while the model is traced. Use torch.where or arithmetic "
+                "masks for the branch, or read the value before the model is called."
+            ) from error
+        raise InvalidBatch(
+            f"the model or the loss cannot be run on the {name} batch: {type(error).__name__} at {line}\n  {error}\n"
+            f"  inputs: {tree.describe(batch.inputs)}; target: {tree.describe(batch.target)}. Check shapes and dtypes against what the model takes."
+        ) from error
+
+
+def differentiating(run: Callable[[], Any], model: nn.Module, forward: Callable[[], Sequence[tuple[str, str]]]) -> Any:
+    """The result of `run`, with an error that names operation and module where a second derivative does not exist.
+
+    Args:
+      run: captures a gradient.
+      model: where to look for the module.
+      forward: runs the model once; gives each operation's name and the path of the module that calls it.
+    Raises:
+      NotDifferentiable: an operation has no derivative of its gradient.
+    """
+    try:
+        return run()
+    except (RuntimeError, NotImplementedError) as error:
+        found = _NO_DERIVATIVE.search(str(error))
+        if found is None or isinstance(error, AdaptrtError):
+            raise
+        operation = found.group(1)
+        where = _module_of(operation, model, forward)
+        raise NotDifferentiable(
+            f"'{operation}', called in {where}, has no derivative, so the meta-gradient through the inner steps does not exist. Use "
+            "adjoint=FirstOrder(), leave the module's parameters and inputs out of the inner loop, or replace the operation."
+        ) from error
+
+
+def _module_of(operation: str, model: nn.Module, forward: Callable[[], Sequence[tuple[str, str]]]) -> str:
+    """The module whose forward calls the operation of which `operation` is the backward."""
+    for called, path in forward():
+        if _stem(called) == _stem(operation):
+            kind = type(model.get_submodule(path)).__name__
+            return f"module '{path}' ({kind})" if path else f"the forward of {kind} itself"
+    return "the model or the loss"
+
+
+def _stem(operation: str) -> str:
+    return operation.strip("_").removesuffix("_backward").removesuffix("_forward")
+
+
+def refuse_once_differentiable(results: Sequence[Tensor]) -> None:
+    """Raises if a gradient among what `results` were computed from can itself not be differentiated.
+
+    PyTorch marks such a gradient (`once_differentiable` in a custom function) with a node that raises when reached; no path leads from it to
+    the inputs, so with unused inputs allowed it would be skipped and its second derivative silently be zero.
+
+    Raises:
+      NotDifferentiable: names the custom functions met.
+    """
+    pending = [value.grad_fn for value in results if value.grad_fn is not None]
+    seen: set[Any] = set()
+    custom: set[str] = set()
+    refused = False
+    while pending:
+        node = pending.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        refused |= node.name().endswith("Error")
+        if isinstance(node, torch.autograd.function.BackwardCFunction):
+            custom.add(node.name().removesuffix("Backward"))
+        pending += [following for following, _ in node.next_functions if following is not None]
+    if refused:
+        raise NotDifferentiable(
+            f"a custom autograd function marked once_differentiable ({', '.join(sorted(custom)) or 'not named by PyTorch'}) has no derivative of its "
+            "gradient. Write its backward with differentiable operations, or use adjoint=FirstOrder()."
+        )

@@ -1,0 +1,92 @@
+"""What an unroll decided, and what its programs cost."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from adaptrt.graph.cost import num_bytes, num_flops
+from adaptrt.graph.ir import PassRecord
+from adaptrt.plan import PredictionPlan, SupportPlan
+from adaptrt.program import Program
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class ProgramReport:
+    """One program.
+
+    Attributes:
+      name: what it computes.
+      shapes: the data it is for.
+      num_nodes: operations in its graph.
+      passes: number of operations before and after each pass.
+      flops: of one run, matrix products and convolutions only.
+      num_bytes: of its inputs and outputs.
+      capture_s, compile_s: seconds spent on making it.
+    """
+
+    name: str
+    shapes: str
+    num_nodes: int
+    passes: tuple[PassRecord, ...]
+    flops: int
+    num_bytes: int
+    capture_s: float
+    compile_s: float
+
+    def __str__(self) -> str:
+        sizes = f"{self.num_nodes} operations, {self.flops / 1e6:.3g} MFLOP, {self.num_bytes / 1e6:.3g} MB in and out"
+        times = f"captured in {self.capture_s:.2f} s, compiled in {self.compile_s:.2f} s"
+        passes = ", ".join(f"{record.name} {record.num_nodes_before}->{record.num_nodes_after}" for record in self.passes)
+        return f"    {self.name}: {sizes}; {times}\n      passes: {passes}"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Explanation:
+    """What `CompiledUnroll.explain()` returns; `str()` of it is a report.
+
+    Attributes:
+      num_steps: k.
+      backend: its name.
+      adjoints: for each shape of support data, in words: shapes, adjoint and why it was chosen.
+      programs: all programs compiled so far.
+    """
+
+    num_steps: int
+    backend: str
+    adjoints: tuple[tuple[str, str, str], ...]
+    programs: tuple[ProgramReport, ...]
+
+    def __str__(self) -> str:
+        lines = [f"unroll of {self.num_steps} steps on backend {self.backend}"]
+        if not self.programs:
+            lines.append("  nothing compiled yet: call it, or warmup(support, query)")
+        shapes = list(dict.fromkeys([*(shapes for shapes, _, _ in self.adjoints), *(program.shapes for program in self.programs)]))
+        for group in shapes:
+            lines.append(f"  data {group}")
+            lines += [f"    adjoint {adjoint}: {reason}" for shape, adjoint, reason in self.adjoints if shape == group]
+            lines += [str(program) for program in self.programs if program.shapes == group]
+        return "\n".join(lines)
+
+
+def explain(num_steps: int, backend: str, plans: Sequence[SupportPlan], predictions: Sequence[PredictionPlan]) -> Explanation:
+    """The report on everything planned and compiled so far."""
+    adjoints: list[tuple[str, str, str]] = []
+    programs: list[ProgramReport] = []
+    for plan in plans:
+        support = ", ".join(plan.shapes)
+        adjoints.append((support, repr(plan.adjoint), plan.reason))
+        programs += [_report(name, support, program) for name, program in plan.programs.named()]
+        for query in plan.queries.entries():
+            shapes = f"{support}; query {', '.join(query.shapes)}"
+            programs += [_report(name, shapes, program) for name, program in query.programs.named()]
+    for prediction in predictions:
+        programs += [_report(name, f"inputs {', '.join(prediction.shapes)}", program) for name, program in prediction.programs.named()]
+    return Explanation(num_steps, backend, tuple(adjoints), tuple(programs))
+
+
+def _report(name: str, shapes: str, program: Program) -> ProgramReport:
+    graph = program.graph
+    return ProgramReport(
+        name, shapes, graph.num_nodes, graph.history, num_flops(graph), num_bytes(graph), program.capture_s, program.compile_s
+    )

@@ -1,0 +1,75 @@
+"""Modules as functions: call one on other parameters and buffers, without touching it.
+
+The call runs on a shadow, a copy of the module tree's objects that shares all tensors. So tracing may swap parameters, and forward passes
+may set attributes, while other threads use the module itself.
+"""
+
+from __future__ import annotations
+
+import copy
+import types
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def call_module(
+    module: nn.Module, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, dict[str, Tensor]]:
+    """Calls a shadow of `module` with these parameters and buffers.
+
+    Args:
+      module: neither it nor its tensors are changed.
+      params: by name. A tensor that the module knows by several names stands under the first.
+      buffers: likewise; not written to.
+      args, kwargs: of the call.
+    Returns:
+      What the module returned, and the buffers as the call left them.
+    """
+    values = {name: params[first] for name, first in canonical_names(module.named_parameters(remove_duplicate=False)).items()}
+    owned = {name: value.clone() for name, value in buffers.items()}
+    values |= {name: owned[first] for name, first in canonical_names(module.named_buffers(remove_duplicate=False)).items()}
+    # Aliases are listed above: with tie_weights functional_call would not write a buffer that forward assigned anew back into `values`.
+    output = torch.func.functional_call(shadow(module), values, args, dict(kwargs), tie_weights=False)
+    return output, {name: values[name] for name in buffers}
+
+
+def canonical_names(named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
+    """For every name the first name of the same tensor.
+
+    >>> shared = torch.zeros(2)
+    >>> canonical_names([("encoder.weight", shared), ("bias", torch.ones(1)), ("decoder.weight", shared)])
+    {'encoder.weight': 'encoder.weight', 'bias': 'bias', 'decoder.weight': 'encoder.weight'}
+    """
+    first: dict[int, str] = {}
+    return {name: first.setdefault(id(value), name) for name, value in named}
+
+
+def shadow(module: nn.Module) -> nn.Module:
+    """A copy of the module tree that shares tensors and everything else but the modules and their containers.
+
+    A module used in several places stays one; methods bound to a module of the tree (an instance's own `forward`, hooks) are bound to its
+    copy.
+    """
+    copies: dict[int, nn.Module] = {id(part): object.__new__(type(part)) for part in module.modules()}
+
+    def copied(value: Any) -> Any:
+        if id(value) in copies and isinstance(value, nn.Module):
+            return copies[id(value)]
+        if isinstance(value, types.MethodType) and id(value.__self__) in copies:
+            return types.MethodType(value.__func__, copies[id(value.__self__)])
+        if isinstance(value, dict | list | set):
+            twin = copy.copy(value)
+            if isinstance(twin, dict):
+                for key, held in twin.items():
+                    twin[key] = copied(held)
+            elif isinstance(twin, list):
+                twin[:] = [copied(held) for held in twin]
+            return twin
+        return value
+
+    for part in module.modules():
+        copies[id(part)].__dict__.update({name: copied(value) for name, value in vars(part).items()})
+    return copies[id(module)]

@@ -1,0 +1,1 @@
+"""Graphs: pure functions of tensors as functional ATen operations, captured from Python and rewritten by passes."""

@@ -1,0 +1,172 @@
+"""Capture: a pure Python function of tensors becomes a `Graph`.
+
+The function runs once on fake tensors, a fresh one for each input, while every ATen operation under autograd is recorded. A function may
+call `torch.autograd.grad`: the gradient's operations are recorded like any other. Never differentiate a graph: what autograd saved for its
+backward is detached in it, so the result would be silently wrong. Loss, gradient and the gradient's adjoint are one function, captured once.
+
+Known limits: Python numbers that the function reads (attributes of a module, say) are constants of the graph; a function that depends on
+its arguments' shapes is captured for these shapes; no other thread may trace meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adaptrt import tree
+from adaptrt.graph.ir import Graph, Input, Output, Role, Signature
+from adaptrt.graph.passes.base import apply
+from adaptrt.graph.passes.lift_noise import forbid_noise
+from adaptrt.graph.passes.operations import name_of
+from adaptrt.graph.passes.retrace import fake_tensors
+from adaptrt.graph.passes.standard import STANDARD
+from adaptrt.tree import Spec, Tree
+
+def capture(fn: Callable[..., Tree], *examples: Tree, roles: Sequence[Role | Tree] = (), names: Sequence[str] = (), fused_attention: bool = False) -> Graph:
+    """Captures `fn` at the shapes, dtypes and devices of `examples`.
+
+    Args:
+      fn: a pure function of trees of tensors that returns a tree of tensors. It may call `torch.autograd.grad` and random operations inside
+        `lift_noise`; it may not mutate its arguments.
+      examples: one tree of tensors or of `Spec`s for each argument. Values are not read.
+      roles: for each argument a role, or a tree of roles with a role at each leaf. DATA if left out.
+      names: for each argument the name its inputs' names start with. `arg0`, `arg1`, ... if left out.
+      fused_attention: keep fused attention kernels. They have no second derivative; otherwise attention is traced as matmul and softmax.
+    Raises:
+      UnsupportedRandomness: a random operation outside `lift_noise`, or one that cannot be lifted.
+      InvalidGraph: a defect of a pass.
+    """
+    values, arguments = tree.flatten(examples)
+    result: list[tree.Structure] = []
+    output_names: list[str] = []
+
+    def flat(*inputs: Tensor) -> list[Tensor]:
+        returned = fn(*tree.unflatten(arguments, inputs))
+        outputs, structure = tree.flatten(returned)
+        result.append(structure)
+        output_names.extend(tree.paths(returned, "result"))
+        return outputs
+
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = fake_tensors(mode, [Spec.of(value) for value in values])
+    with _tracing(mode, fused_attention), forbid_noise():
+        module = make_fx(flat, tracing_mode="real")(*fakes)
+    constants = _lift_constants(module)
+    labels = list(names) or [f"arg{index}" for index in range(len(examples))]
+    given = list(roles) or [Role.DATA] * len(examples)
+    input_names = [path for label, example in zip(labels, examples, strict=True) for path in tree.paths(example, label)]
+    input_roles = [role for example, entry in zip(examples, given, strict=True) for role in _spread(entry, example)]
+    inputs = [Input(name, role, Spec.of(fake)) for name, role, fake in zip(input_names, input_roles, fakes, strict=True)]
+    inputs += [Input(f"const.{index}", Role.CONST, Spec.of(value)) for index, value in enumerate(constants)]
+    outputs = [Output(name, Spec.of(node.meta["val"])) for name, node in zip(output_names, _outputs(module), strict=True)]
+    graph = Graph(module, Signature(tuple(inputs), tuple(outputs)), constants, arguments, result[0])
+    return apply(STANDARD, graph)
+
+
+def _spread(entry: Role | Tree, example: Tree) -> list[Role]:
+    return [entry] * len(tree.leaves(example)) if isinstance(entry, Role) else list(entry)
+
+
+@contextlib.contextmanager
+def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Iterator[None]:
+    """The state in which functions are traced, whatever the caller's: gradients on, autocast off, kernels with a second derivative only."""
+    fast_path = torch.backends.mha.get_fastpath_enabled()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.autocast("cpu", enabled=False))
+        if torch.cuda.is_available():
+            stack.enter_context(torch.autocast("cuda", enabled=False))
+        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        # The context manager of torch.backends.mkldnn also writes its TF32 setting, which warns on machines without it.
+        stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
+        torch._C._set_mkldnn_enabled(False)
+        if not fused_attention:
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        # The transformer layer's inference kernel ignores dropout and has no gradient.
+        torch.backends.mha.set_fastpath_enabled(False)
+        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
+        stack.enter_context(mode)
+        # Without it batch_norm is traced as an operation whose schema hides that it updates the running statistics.
+        stack.enter_context(enable_python_dispatcher())
+        yield
+
+
+def _outputs(module: fx.GraphModule) -> Sequence[fx.Node]:
+    return next(iter(reversed(module.graph.nodes))).args[0]
+
+
+def _lift_constants(module: fx.GraphModule) -> tuple[Tensor, ...]:
+    """Turns tensors that the function closed over into inputs after all others; returns their values."""
+    placeholders: dict[str, fx.Node] = {}
+    constants: list[Tensor] = []
+    after = [node for node in module.graph.nodes if node.op == "placeholder"]
+    for node in list(module.graph.nodes):
+        if node.op != "get_attr":
+            continue
+        value = cast(Tensor, getattr(module, cast(str, node.target)))
+        if node.target not in placeholders:
+            anchor = after[-1] if after else next(iter(module.graph.nodes))
+            with module.graph.inserting_after(anchor) if after else module.graph.inserting_before(anchor):
+                lifted = module.graph.placeholder(f"const_{len(constants)}")
+            lifted.meta = dict(node.meta)
+            placeholders[cast(str, node.target)] = lifted
+            after.append(lifted)
+            constants.append(value)
+        node.replace_all_uses_with(placeholders[cast(str, node.target)])
+        module.graph.erase_node(node)
+    for name in placeholders:
+        delattr(module, name)
+    module.recompile()
+    return tuple(constants)
+
+
+class _Operations(TorchDispatchMode):
+    """Notes the name of every operation, and in which module it was called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[str, str]] = []
+        self._paths: dict[int, str] = {}
+        self._stack: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        del types
+        self.found.append((name_of(func), self._stack[-1] if self._stack else ""))
+        return func(*args, **(kwargs or {}))
+
+    def enter(self, module: torch.nn.Module, args: Any) -> None:
+        del args
+        if not self._stack:
+            self._paths = {id(part): path for path, part in module.named_modules()}
+        self._stack.append(self._paths.get(id(module), ""))
+
+    def leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
+        del module, args, output
+        self._stack.pop()
+
+
+def record_operations(fn: Callable[..., Any], *examples: Tree, fused_attention: bool = False) -> list[tuple[str, str]]:
+    """Runs `fn` on fake tensors like `examples`; returns each operation's name with the path of the module that called it."""
+    values, structure = tree.flatten(examples)
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    fakes = fake_tensors(mode, [Spec.of(value) for value in values])
+    operations = _Operations()
+    before = torch.nn.modules.module.register_module_forward_pre_hook(operations.enter)
+    after = torch.nn.modules.module.register_module_forward_hook(operations.leave, always_call=True)
+    try:
+        with _tracing(mode, fused_attention), operations:
+            fn(*tree.unflatten(structure, fakes))
+    finally:
+        before.remove()
+        after.remove()
+    return operations.found

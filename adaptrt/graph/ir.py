@@ -1,0 +1,113 @@
+"""The graph: a pure function of tensors as functional ATen operations, and the signature that names its inputs and outputs.
+
+A graph computes values only. Gradients are graphs of their own, traced together with the function that they differentiate; `run`
+therefore records nothing for autograd.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+import torch
+from torch import Tensor, fx
+
+from adaptrt import tree
+from adaptrt.graph.show import show
+from adaptrt.tree import Spec, Structure, Tree
+
+
+class Role(enum.Enum):
+    """What an input of a graph is to the unroll."""
+
+    PARAM = "param"
+    BUFFER = "buffer"
+    STATE = "state"
+    HYPER = "hyper"
+    NOISE = "noise"
+    DATA = "data"
+    COTANGENT = "cotangent"
+    CONST = "const"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Input:
+    """One input: its dotted name, its role and the tensor it takes."""
+
+    name: str
+    role: Role
+    spec: Spec
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Output:
+    """One output: its dotted name and the tensor it gives."""
+
+    name: str
+    spec: Spec
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Signature:
+    """Every input and output of a graph, in order. `str(signature)` is a table."""
+
+    inputs: tuple[Input, ...]
+    outputs: tuple[Output, ...]
+
+    def __str__(self) -> str:
+        rows = [(entry.role.value, entry.name, str(entry.spec)) for entry in self.inputs]
+        rows += [("output", entry.name, str(entry.spec)) for entry in self.outputs]
+        widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
+        return "\n".join(f"{role:<{widths[0]}}  {name:<{widths[1]}}  {spec}" for role, name, spec in rows)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PassRecord:
+    """What a pass did to the number of nodes."""
+
+    name: str
+    num_nodes_before: int
+    num_nodes_after: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Graph:
+    """A pure function of tensors as functional ATen operations.
+
+    Attributes:
+      module: the operations; takes and returns flat tuples of tensors.
+      signature: name, role, shape and dtype of every input and output.
+      constants: values of the last `len(constants)` inputs (role CONST): tensors the function closed over. Held by reference.
+      arguments: structure of the tuple of arguments that the captured function took, without constants.
+      result: structure of what it returned.
+      history: what each pass did.
+    """
+
+    module: fx.GraphModule
+    signature: Signature
+    constants: tuple[Tensor, ...]
+    arguments: Structure
+    result: Structure
+    history: tuple[PassRecord, ...] = ()
+
+    @property
+    def num_nodes(self) -> int:
+        """How many operations the graph holds, inputs and the output not counted."""
+        return sum(node.op not in ("placeholder", "output") for node in self.module.graph.nodes)
+
+    def run(self, *args: Tree) -> Tree:
+        """Evaluates the graph operation by operation on the arguments that the captured function took.
+
+        Records nothing for autograd, whatever the arguments.
+
+        Raises:
+          ValueError: the arguments do not have the structure that was captured.
+        """
+        values, structure = tree.flatten(args)
+        if structure != self.arguments:
+            raise ValueError(f"run() takes arguments of the structure that was captured ({self.arguments.num_leaves} tensors), got another one")
+        with torch.no_grad():
+            return tree.unflatten(self.result, self.module(*values, *self.constants))
+
+    def __str__(self) -> str:
+        return show(self.module, self.signature)

@@ -1,0 +1,52 @@
+"""Randomness as data: what a program must be handed instead of drawing it.
+
+A random operation met while a function is captured becomes an input of role NOISE, described by a `Noise`. The values are drawn before the
+program runs, in the order in which eager code would draw them: on the CPU a seed gives the same dropout masks here as in eager PyTorch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adaptrt.tree import Spec
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Noise:
+    """One random tensor: distribution, its constants, shape, dtype and device.
+
+    `kind` is "bernoulli" (p), "uniform" (low, high), "normal" (mean, std), "exponential" (rate), "randint" (low, high) or
+    "randperm" (n).
+    """
+
+    kind: str
+    constants: tuple[float, ...]
+    spec: Spec
+
+    def draw(self, generator: torch.Generator | None = None, num_tasks: int | None = None) -> Tensor:
+        """Draws the tensor, with a leading axis of independent draws if `num_tasks` is given."""
+        spec = self.spec
+        if self.kind == "randperm":
+            rows = [torch.randperm(spec.shape[0], generator=generator, dtype=spec.dtype, device=spec.device) for _ in range(num_tasks or 1)]
+            return torch.stack(rows) if num_tasks is not None else rows[0]
+        shape = spec.shape if num_tasks is None else (num_tasks, *spec.shape)
+        empty = torch.empty(shape, dtype=spec.dtype, device=spec.device)
+        if self.kind == "bernoulli":
+            return empty.bernoulli_(self.constants[0], generator=generator)
+        if self.kind == "uniform":
+            return empty.uniform_(*self.constants, generator=generator)
+        if self.kind == "normal":
+            return empty.normal_(*self.constants, generator=generator)
+        if self.kind == "exponential":
+            return empty.exponential_(*self.constants, generator=generator)
+        low, high = map(int, self.constants)
+        return empty.random_(low, high, generator=generator)
+
+
+def draw(noises: Sequence[Noise], generator: torch.Generator | None = None, num_tasks: int | None = None) -> tuple[Tensor, ...]:
+    """Draws every tensor in order. `generator=None` takes them from the global generator of the device, as eager code does."""
+    return tuple(noise.draw(generator, num_tasks) for noise in noises)

@@ -1,0 +1,52 @@
+"""What a pass is: a graph to an equivalent graph, recorded and verified."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+from torch import fx
+
+from adaptrt.graph.ir import Graph, PassRecord
+from adaptrt.graph.verify import verify
+
+
+def _anything(graph: Graph) -> None:
+    del graph
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Pass:
+    """A rewrite that keeps the graph's values.
+
+    `requires` raises InvalidGraph if the pass cannot be applied; `ensures` if it did not do what it is for.
+    """
+
+    name: str
+    run: Callable[[Graph], Graph]
+    requires: Callable[[Graph], None] = _anything
+    ensures: Callable[[Graph], None] = _anything
+
+
+def apply(passes: Sequence[Pass], graph: Graph) -> Graph:
+    """Applies the passes in order; the result's `history` tells what each did.
+
+    The invariants of `verify` hold for the result of all passes together, and between any two once they hold: the first passes are
+    what makes a fresh capture functional.
+    """
+    for rewrite in passes:
+        rewrite.requires(graph)
+        before = graph.num_nodes
+        graph = rewrite.run(graph)
+        rewrite.ensures(graph)
+        record = PassRecord(rewrite.name, before, graph.num_nodes)
+        graph = dataclasses.replace(graph, history=(*graph.history, record))
+    return verify(graph)
+
+
+def copy_module(graph: Graph) -> fx.GraphModule:
+    """A copy of the graph's operations that a pass may edit in place."""
+    copy = fx.Graph()
+    copy.output(copy.graph_copy(graph.module.graph, {}))
+    # graph_copy leaves out the output's own node, whose metadata no pass reads.
+    return fx.GraphModule(graph.module, copy)

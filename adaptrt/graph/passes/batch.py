@@ -1,0 +1,75 @@
+"""Adds a leading task axis to a graph: one program for a batch of tasks.
+
+The graph of one task is run under `torch.func.vmap` and recorded again. At this point it holds neither randomness nor autograd, so the
+meaning of the axis is simple: each task's results are what the graph gives for that task alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._decomp import get_decompositions
+
+from adaptrt.graph.ir import Graph, Input
+from adaptrt.graph.passes.base import Pass, apply
+from adaptrt.graph.passes.functionalise import functionalise
+from adaptrt.graph.passes.merge_duplicates import merge_duplicates
+from adaptrt.graph.passes.own_outputs import own_outputs
+from adaptrt.graph.passes.remove_identities import remove_identities
+from adaptrt.graph.passes.retrace import retrace
+from adaptrt.tree import Spec
+
+aten = torch.ops.aten
+
+# Operations without a batching rule, which vmap would run once for each task.
+_WITHOUT_BATCHING_RULE = (
+    aten._native_batch_norm_legit_functional,
+    aten._native_batch_norm_legit,
+    aten._native_batch_norm_legit_no_training,
+    aten.native_batch_norm_backward,
+)
+
+
+def batch(graph: Graph, batched: Sequence[bool], summed: Sequence[bool], num_tasks: int) -> Graph:
+    """The graph over `num_tasks` tasks.
+
+    Args:
+      graph: the program of one task.
+      batched: for each input but the constants, whether it has a value for each task, along a new leading axis.
+      summed: for each output, whether to sum it over the tasks; otherwise it gets a leading axis.
+      num_tasks: length of the axis, at least 1.
+    """
+    axes = (*batched, *(False for _ in graph.constants))
+    inputs = [_stacked(entry, num_tasks) if axis else entry for entry, axis in zip(graph.signature.inputs, axes, strict=True)]
+
+    def over_tasks(fn: Callable[..., Any]) -> Callable[..., Any]:
+        mapped = torch.func.vmap(fn, in_dims=tuple(0 if axis else None for axis in axes))
+
+        def run(*values: Tensor) -> list[Tensor]:
+            # vmap accepts no call in which nothing is mapped, and gives every output an axis.
+            return [value.sum(0) if total else value for value, total in zip(mapped(*values), summed, strict=True)]
+
+        return run
+
+    def simplify(graph: Graph) -> Graph:
+        return retrace(graph, decompositions=get_decompositions(_WITHOUT_BATCHING_RULE))
+
+    def stack(graph: Graph) -> Graph:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*performance drop.*")
+            return retrace(graph, over_tasks, inputs=inputs)
+
+    passes = (Pass("decompose", simplify), Pass("batch", stack), functionalise, remove_identities, merge_duplicates, own_outputs)
+    return apply(passes, graph)
+
+
+def _stacked(entry: Input, num_tasks: int) -> Input:
+    spec = entry.spec
+    return dataclasses.replace(entry, spec=Spec((num_tasks, *spec.shape), spec.dtype, spec.device))
+
+

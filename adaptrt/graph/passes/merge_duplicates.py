@@ -1,0 +1,39 @@
+"""Computes equal expressions once: operations with equal targets and arguments are merged."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from torch import fx
+
+from adaptrt.graph.ir import Graph
+from adaptrt.graph.passes.base import Pass, copy_module
+
+
+def _key(value: Any) -> Any:
+    """A hashable stand-in for an argument; the type keeps 1, 1.0 and True apart."""
+    if isinstance(value, list | tuple):
+        return tuple(_key(part) for part in value)
+    if isinstance(value, fx.Node):
+        return value
+    return type(value), value
+
+
+def _run(graph: Graph) -> Graph:
+    module = copy_module(graph)
+    seen: dict[Any, fx.Node] = {}
+    for node in list(module.graph.nodes):
+        if node.op != "call_function":
+            continue
+        key = (node.target, _key(node.args), tuple(sorted((name, _key(value)) for name, value in node.kwargs.items())))
+        if key not in seen:
+            seen[key] = node
+            continue
+        node.replace_all_uses_with(seen[key])
+        module.graph.erase_node(node)
+    module.recompile()
+    return dataclasses.replace(graph, module=module)
+
+
+merge_duplicates = Pass("merge_duplicates", _run)

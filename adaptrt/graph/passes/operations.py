@@ -1,0 +1,36 @@
+"""Facts about ATen operations that PyTorch keeps in private attributes."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import torch
+
+
+def is_operation(target: Any) -> bool:
+    """Whether `target` is an ATen (or other registered) operation, or the selection of one of its results."""
+    return target is operator.getitem or isinstance(target, torch._ops.OpOverload)
+
+
+def is_mutable(target: Any) -> bool:
+    """Whether the operation writes to an argument."""
+    return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
+
+
+def is_random(target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> bool:
+    """Whether the operation draws random numbers when called with these arguments.
+
+    Attention carries the tag for its dropout; it is random only if the probability is not zero.
+    """
+    if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
+        return False
+    bound = dict(zip((argument.name for argument in target._schema.arguments), args, strict=False)) | (kwargs or {})
+    if any(argument.name == "dropout_p" for argument in target._schema.arguments):
+        return bool(bound.get("dropout_p", 0.0))
+    return True
+
+
+def name_of(target: Any) -> str:
+    """The operation's name without namespace and overload, for messages."""
+    return str(target).removeprefix("aten.").split(".")[0]

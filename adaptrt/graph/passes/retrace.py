@@ -1,0 +1,45 @@
+"""Runs a graph's operations again on fake tensors, through a transformation, and records what comes out."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from adaptrt.graph.ir import Graph, Input, Output, Signature
+from adaptrt.tree import Spec
+
+
+def fake_tensors(mode: FakeTensorMode, specs: Sequence[Spec]) -> list[Tensor]:
+    """A contiguous fake tensor for each spec. Each is an object of its own: `make_fx` aliases inputs that are one object."""
+    with mode:
+        return [torch.empty(spec.shape, dtype=spec.dtype, device=spec.device) for spec in specs]
+
+
+def retrace(
+    graph: Graph,
+    transform: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.func.functionalize,
+    decompositions: Mapping[Any, Callable[..., Any]] | None = None,
+    inputs: Sequence[Input] | None = None,
+) -> Graph:
+    """The graph of `transform(graph.module)`.
+
+    Args:
+      graph: what to run.
+      transform: from a flat function of tensors to one, for example `torch.func.functionalize`.
+      decompositions: operations to replace by simpler ones while recording.
+      inputs: the inputs of the transformed function where they differ from the graph's.
+    """
+    inputs = graph.signature.inputs if inputs is None else inputs
+    mode = FakeTensorMode()
+    fakes = fake_tensors(mode, [entry.spec for entry in inputs])
+    with torch.inference_mode(False), torch.no_grad(), mode:
+        module = make_fx(transform(graph.module), decomposition_table=dict(decompositions or {}), tracing_mode="real")(*fakes)
+    values = list(module.graph.nodes)[-1].args[0]
+    outputs = [Output(entry.name, Spec.of(node.meta["val"])) for entry, node in zip(graph.signature.outputs, values, strict=True)]
+    return dataclasses.replace(graph, module=module, signature=Signature(tuple(inputs), tuple(outputs)))

@@ -1,0 +1,11 @@
+"""The passes that every captured graph goes through, in order."""
+
+from __future__ import annotations
+
+from adaptrt.graph.passes.base import Pass
+from adaptrt.graph.passes.functionalise import functionalise
+from adaptrt.graph.passes.merge_duplicates import merge_duplicates
+from adaptrt.graph.passes.own_outputs import own_outputs
+from adaptrt.graph.passes.remove_identities import remove_identities
+
+STANDARD: tuple[Pass, ...] = (functionalise, remove_identities, merge_duplicates, own_outputs)

@@ -1,0 +1,157 @@
+"""Adam and AdamW, with the arithmetic of `torch.optim.Adam` and `torch.optim.AdamW`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adaptrt.optim.base import Optimizer, Params, Value, check_grads, checked, double, fit, is_off, read, safe_sqrt
+
+
+class AdamState(NamedTuple):
+    """By parameter name, with the parameter's shape and dtype unless noted."""
+
+    step: dict[str, Tensor]
+    """0-dim int64: exact, and float64 when it becomes the exponent of a beta."""
+    exp_avg: dict[str, Tensor]
+    exp_avg_sq: dict[str, Tensor]
+    max_exp_avg_sq: dict[str, Tensor]
+    """Empty without `amsgrad`."""
+
+
+def adam(
+    lr: Value = 1e-3,
+    betas: tuple[Value, Value] = (0.9, 0.999),
+    eps: Value = 1e-8,
+    weight_decay: Value = 0.0,
+    amsgrad: bool = False,
+    maximize: bool = False,
+) -> Optimizer:
+    """Adam (Kingma & Ba 2015, arXiv 1412.6980), with an L2 penalty and AMSGrad (Reddi et al. 2018) as options.
+
+    For each parameter p with gradient g, all of one shape, at its t-th step:
+
+        g = g + weight_decay * p                            # -g first, if maximize
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g**2
+        w = max(w, v) if amsgrad else v
+        p = p - lr / (1 - beta1**t) * m / (sqrt(w) / sqrt(1 - beta2**t) + eps)
+
+    Meta-gradients at kinks. The derivative of sqrt at w = 0 is infinite; here it is taken as 0. That is no approximation for
+    m / (sqrt(w) + eps) where m is zero too, and w = 0 means that every gradient so far, and so m, was zero: along g the quotient is
+    a * g / (b * |g| + eps), whose derivative at g = 0 is a / eps. So with eps > 0 meta-gradients and hypergradients are finite and
+    right at zero gradients; with eps = 0 the update itself is 0 / 0, as in PyTorch. `max` gives half its gradient to each of two equal
+    arguments.
+
+    Numbers may be of the same kinds as in `sgd`. They are named `lr`, `beta1`, `beta2`, `eps` and `weight_decay` in `hyper`.
+
+    Args:
+      lr: step size, >= 0.
+      betas: decay of the mean of gradients and of their squares, each in [0, 1).
+      eps: added to the denominator, >= 0.
+      weight_decay: L2 penalty's factor, >= 0. The Python number 0 removes the term and its name from `hyper`.
+      amsgrad: divide by the largest second moment so far.
+      maximize: ascend.
+
+    Raises:
+      InvalidArgument: a number outside its domain, or a tensor of several elements outside a mapping.
+      InvalidType: an argument that is no number.
+
+    Example:
+      >>> opt = adam(lr=0.1)
+      >>> params = {"w": torch.tensor([1.0, 1.0])}
+      >>> new, state = opt.update({"w": torch.tensor([3.0, -0.5])}, opt.init(params), params, opt.hyper)
+      >>> new["w"]
+      tensor([0.9000, 1.1000])
+    """
+    return _adam(lr, betas, eps, weight_decay, amsgrad, maximize, decoupled=False)
+
+
+def adamw(
+    lr: Value = 1e-3,
+    betas: tuple[Value, Value] = (0.9, 0.999),
+    eps: Value = 1e-8,
+    weight_decay: Value = 1e-2,
+    amsgrad: bool = False,
+    maximize: bool = False,
+) -> Optimizer:
+    """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101).
+
+    As `adam`, but the decay shrinks the parameter and leaves the moments alone:
+
+        p = (1 - lr * weight_decay) * p                     # in place of g = g + weight_decay * p
+
+    Arguments, errors and derivatives at kinks are those of `adam`.
+
+    Example:
+      >>> opt = adamw(lr=0.5, weight_decay=0.5)
+      >>> params = {"w": torch.tensor([4.0])}
+      >>> new, state = opt.update({"w": torch.tensor([0.0])}, opt.init(params), params, opt.hyper)
+      >>> new["w"]
+      tensor([3.])
+    """
+    return _adam(lr, betas, eps, weight_decay, amsgrad, maximize, decoupled=True)
+
+
+def _adam(
+    lr: Value, betas: tuple[Value, Value], eps: Value, weight_decay: Value, amsgrad: bool, maximize: bool, decoupled: bool
+) -> Optimizer:
+    hyper = live(
+        lr=checked("lr", lr),
+        beta1=checked("betas[0]", betas[0], below=1.0),
+        beta2=checked("betas[1]", betas[1], below=1.0),
+        eps=checked("eps", eps),
+        weight_decay=checked("weight_decay", weight_decay),
+    )
+    with_decay = "weight_decay" in hyper
+
+    def init(params: Params) -> AdamState:
+        return AdamState(
+            step={name: torch.zeros((), dtype=torch.int64, device=p.device) for name, p in params.items()},
+            exp_avg={name: torch.zeros_like(p) for name, p in params.items()},
+            exp_avg_sq={name: torch.zeros_like(p) for name, p in params.items()},
+            max_exp_avg_sq={name: torch.zeros_like(p) for name, p in params.items()} if amsgrad else {},
+        )
+
+    def update(grads: Params, state: AdamState, params: Params, hyper: Mapping[str, Value]) -> tuple[dict[str, Tensor], AdamState]:
+        check_grads(grads, params)
+        new, old = dict(params), state
+        state = AdamState(*(dict(by_name) for by_name in old))
+        for name, grad in grads.items():
+            p = params[name]
+            g = -grad if maximize else grad
+            lr = double(read(hyper, "lr", name, p))
+            beta1 = double(read(hyper, "beta1", name, p))
+            beta2 = double(read(hyper, "beta2", name, p))
+            if with_decay:
+                decay = double(read(hyper, "weight_decay", name, p))
+                if decoupled:
+                    p = p * fit(1 - lr * decay, p)
+                else:
+                    g = g + p * fit(decay, p)
+            step = old.step[name] + 1
+            m = old.exp_avg[name] * fit(beta1, p) + g * fit(1 - beta1, p)
+            v = old.exp_avg_sq[name] * fit(beta2, p) + g * g * fit(1 - beta2, p)
+            state.step[name], state.exp_avg[name], state.exp_avg_sq[name] = step, m, v
+            if amsgrad:
+                v = torch.maximum(old.max_exp_avg_sq[name], v)
+                state.max_exp_avg_sq[name] = v
+            # A Python float to the power of an int64 tensor would be float32: 1 - 0.999**1 would be wrong in the fifth digit.
+            t = step.to(torch.float64)
+            correction1, correction2 = 1 - beta1**t, 1 - beta2**t
+            denominator = safe_sqrt(v) / fit(torch.sqrt(correction2), p) + fit(read(hyper, "eps", name, p), p)
+            new[name] = p - m / denominator * fit(lr / correction1, p)
+        return new, state
+
+    return Optimizer(init, update, hyper)
+
+
+def live(*, lr: Value, beta1: Value, beta2: Value, eps: Value, weight_decay: Value) -> dict[str, Value]:
+    """The hyperparameters that Adam reads: without weight decay's where that is off."""
+    hyper: dict[str, Value] = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps}
+    if not is_off(weight_decay):
+        hyper["weight_decay"] = weight_decay
+    return hyper

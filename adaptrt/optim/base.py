@@ -1,0 +1,196 @@
+"""What an optimiser is: two pure functions, and the hyperparameters they read.
+
+`update` sees one parameter at a time, by name, and decides nothing by the value of a tensor. So the same function runs eagerly,
+under `torch.func.vmap` over tasks, and while a graph is captured with fake tensors; and its derivative is the meta-gradient.
+
+Known limits: bias corrections are formed in float64, which MPS devices do not have.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from numbers import Real
+from typing import Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
+
+from adaptrt.errors import InvalidArgument, InvalidType, OptimizerMismatch
+
+Params: TypeAlias = Mapping[str, Tensor]
+"""Tensors by parameter name."""
+
+Number: TypeAlias = float | Tensor
+Value: TypeAlias = Number | Mapping[str, Number]
+"""A hyperparameter: one number for all parameters, or one for each parameter by name."""
+
+# Both are trees, and each optimiser knows the exact type of its own; a union here would only force casts on everyone.
+State: TypeAlias = Any
+"""A tree of dict, tuple, NamedTuple and None with tensors as leaves."""
+Hyper: TypeAlias = Any
+"""`Mapping[str, Value]` for one optimiser; a tuple of those for `chain`, a dict of those by label for `partition`."""
+
+
+def _nothing() -> dict[str, Value]:
+    return {}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Optimizer:
+    """An optimiser as a pair of pure functions.
+
+    Attributes:
+      init: params -> state. Fresh zeros on the device and of the dtype of each parameter; reads shapes only.
+      update: (grads, state, params, hyper) -> (new params, new state), out of place. `grads` may lack a parameter that the loss
+        does not use: the parameter and its state then pass through, as `torch.optim` skips `grad is None`.
+      hyper: the hyperparameters as given to the constructor; `update` reads those it is handed, which have the same tree. A leaf is a
+        float, a 0-dim tensor, or, in a mapping by parameter name, also a tensor of the parameter's shape.
+    """
+
+    init: Callable[[Params], State]
+    update: Callable[[Params, State, Params, Hyper], tuple[dict[str, Tensor], State]]
+    hyper: Hyper = field(default_factory=_nothing)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Transform:
+    """A map from updates to updates, to be composed with an optimiser by `chain`.
+
+    Attributes:
+      init: params -> state.
+      update: (updates, state, params, hyper) -> (updates, state); `updates` are gradients before the optimiser, steps after it.
+      hyper: as in `Optimizer`.
+    """
+
+    init: Callable[[Params], State]
+    update: Callable[[Params, State, Params, Hyper], tuple[dict[str, Tensor], State]]
+    hyper: Hyper = field(default_factory=_nothing)
+
+
+# --- reading hyperparameters inside an update
+
+
+def at(value: Value, name: str) -> Number:
+    """The value that a hyperparameter has for parameter `name`.
+
+    >>> at(0.1, "weight"), at({"weight": 0.2}, "weight")
+    (0.1, 0.2)
+
+    Raises:
+      InvalidArgument: `value` is a mapping without that name.
+    """
+    if not isinstance(value, Mapping):
+        return value
+    if name not in value:
+        raise InvalidArgument(f"A hyperparameter given by name has no value for parameter '{name}', only for {sorted(value)}. Add one.")
+    return value[name]
+
+
+def read(hyper: Mapping[str, Value], key: str, name: str, param: Tensor) -> Number:
+    """Hyperparameter `key` for parameter `name`: a float, or a tensor with no axes or the parameter's.
+
+    Raises:
+      InvalidArgument: `hyper` has no such key, or its tensor has another shape.
+    """
+    if key not in hyper:
+        raise InvalidArgument(f"hyper has no '{key}', only {sorted(hyper)}. Pass a tree like the optimiser's own `hyper`.")
+    value = at(hyper[key], name)
+    if isinstance(value, Tensor) and value.dim() and value.shape != param.shape:
+        raise InvalidArgument(
+            f"{key} for parameter '{name}' must be a scalar or of the parameter's shape {list(param.shape)}, got shape {list(value.shape)}."
+        )
+    return value
+
+
+def double(value: Number) -> Number:
+    """`value` in the precision of a Python float; what powers and differences from one are formed in."""
+    return value.to(torch.float64) if isinstance(value, Tensor) else value
+
+
+def fit(value: Number, param: Tensor) -> Number:
+    """`value` such that its product with a tensor like `param` has the dtype of `param`.
+
+    PyTorch does that by itself for a 0-dim `value` and a `param` with axes, and keeps all digits of `value` where `param` is of
+    half precision. So only the other cases are cast.
+    """
+    return value.to(param.dtype) if isinstance(value, Tensor) and (value.dim() or not param.dim()) else value
+
+
+def safe_sqrt(x: Tensor) -> Tensor:
+    """Square root of x >= 0 whose derivative at 0 is 0, where that of `torch.sqrt` is infinite and turns 0 * inf into NaN.
+
+    Two masks: one on the result alone would still multiply the infinite derivative by zero.
+    """
+    zero = x == 0
+    return torch.sqrt(x.masked_fill(zero, 1.0)).masked_fill(zero, 0.0)
+
+
+def check_grads(grads: Params, params: Params) -> None:
+    """Every gradient belongs to a parameter and has its shape.
+
+    Raises:
+      OptimizerMismatch: one does not; without this an unknown name would be ignored and a shape broadcast, both silently.
+    """
+    for name, grad in grads.items():
+        if name not in params:
+            raise OptimizerMismatch(f"grads has '{name}', which params has not. Known parameters: {sorted(params)}.")
+        if grad.shape != params[name].shape:
+            raise OptimizerMismatch(f"grads['{name}'] must have the parameter's shape {list(params[name].shape)}, got {list(grad.shape)}.")
+
+
+# --- checking hyperparameters when an optimiser is made
+
+
+def is_off(value: object) -> bool:
+    """Whether `value` is the Python number zero, which removes its term; a tensor never is, as its value may change."""
+    return isinstance(value, Real) and value == 0
+
+
+def checked(key: str, value: Value, low: float = 0.0, below: float | None = None) -> Value:
+    """`value` with plain floats and 0-dim tensors, after checking type, shape and, for Python numbers, low <= value < below.
+
+    The values of tensors are not looked at: they may be fake, or change before they are used.
+
+    Raises:
+      InvalidType: not a number, floating-point tensor or mapping of those.
+      InvalidArgument: out of the domain, or a tensor with axes that is not an entry of a mapping.
+    """
+    if isinstance(value, Mapping):
+        return {name: _checked_number(f"{key}['{name}']", entry, low, below) for name, entry in value.items()}
+    number = _checked_number(key, value, low, below)
+    if isinstance(number, Tensor) and number.dim():
+        if number.numel() != 1:
+            raise InvalidArgument(
+                f"{key} must be a scalar, got a tensor of shape {list(number.shape)}. "
+                f"For one value per element give a mapping: {key}={{parameter name: tensor}}."
+            )
+        return number.reshape(())  # torch.optim takes tensors of one element too
+    return number
+
+
+def _checked_number(key: str, value: object, low: float, below: float | None) -> Number:
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise InvalidType(f"{key} must be a floating-point tensor, got {value.dtype}.")
+        return value
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise InvalidType(f"{key} must be a float, a tensor or a mapping of those by parameter name, got {type(value).__name__}.")
+    number = float(value)
+    if math.isnan(number) or number < low or (below is not None and number >= below):
+        upper = "" if below is None else f" and below {below}"
+        raise InvalidArgument(f"{key} must be at least {low}{upper}, got {number}.")
+    return number
+
+
+def scalar(hyper: Mapping[str, Value], key: str) -> Number:
+    """Hyperparameter `key` of a transform that has one value for all parameters.
+
+    Raises:
+      InvalidArgument: a mapping by parameter name was given.
+    """
+    value = hyper[key]
+    if isinstance(value, Mapping):
+        raise InvalidArgument(f"{key} is one number for all parameters together, got a mapping of {sorted(cast('Params', value))}.")
+    return value

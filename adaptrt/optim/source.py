@@ -1,0 +1,104 @@
+"""Where an unroll reads its optimiser from, at every call: a pure `Optimizer`, or a `torch.optim` instance as it stands."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Hashable
+
+import torch
+
+from adaptrt.errors import InvalidType
+from adaptrt.optim.base import Hyper, Optimizer, Params, State
+from adaptrt.optim.convert import SUPPORTED, convert, fingerprint, read_hyper, read_state
+
+
+class Source(abc.ABC):
+    """An optimiser for the parameters `params`, read anew at every call."""
+
+    @abc.abstractmethod
+    def structure(self) -> Hashable:
+        """Changes when `optimizer()` gives another arithmetic."""
+
+    @abc.abstractmethod
+    def optimizer(self) -> Optimizer:
+        """The pure optimiser of the current structure."""
+
+    @abc.abstractmethod
+    def hyper(self) -> Hyper:
+        """Hyperparameters now: floats or tensors."""
+
+    @abc.abstractmethod
+    def state(self) -> State:
+        """The state to start from; never written to."""
+
+
+class PureSource(Source):
+    """A pure optimiser: starts from its initial state, with the hyperparameters it was made with."""
+
+    def __init__(self, optimizer: Optimizer, params: Params) -> None:
+        self._optimizer = optimizer
+        self._state = _initial(optimizer, params)
+
+    def structure(self) -> Hashable:
+        return None
+
+    def optimizer(self) -> Optimizer:
+        return self._optimizer
+
+    def hyper(self) -> Hyper:
+        return self._optimizer.hyper
+
+    def state(self) -> State:
+        return self._state
+
+
+class TorchSource(Source):
+    """A `torch.optim` instance: param_groups and state are read as they stand, and left alone."""
+
+    def __init__(self, opt: torch.optim.Optimizer, params: Params) -> None:
+        self._opt = opt
+        self._params = params
+        self._made: dict[Hashable, tuple[Optimizer, State]] = {}
+        self._current()
+
+    def structure(self) -> Hashable:
+        return fingerprint(self._opt, self._params)
+
+    def optimizer(self) -> Optimizer:
+        return self._current()[0]
+
+    def hyper(self) -> Hyper:
+        return read_hyper(self._opt, self._params)
+
+    def state(self) -> State:
+        return read_state(self._opt, self._params) if self._opt.state else self._current()[1]
+
+    def _current(self) -> tuple[Optimizer, State]:
+        key = self.structure()
+        if key not in self._made:
+            optimizer = convert(self._opt, self._params)
+            self._made[key] = optimizer, _initial(optimizer, self._params)
+        return self._made[key]
+
+
+def source(opt: object, params: Params) -> Source:
+    """The source for what the user passed as `opt`.
+
+    Raises:
+      InvalidType: neither an `adaptrt.optim.Optimizer` nor a `torch.optim.Optimizer`.
+      UnsupportedOptimizer: a class of `torch.optim` without pure counterpart.
+    """
+    if isinstance(opt, Optimizer):
+        return PureSource(opt, params)
+    if isinstance(opt, torch.optim.Optimizer):
+        return TorchSource(opt, params)
+    raise InvalidType(
+        f"opt must be an adaptrt.optim.Optimizer such as adaptrt.optim.sgd(lr=0.1), or an instance of torch.optim's {', '.join(SUPPORTED)}; "
+        f"got {type(opt).__name__}"
+    )
+
+
+def _initial(optimizer: Optimizer, params: Params) -> State:
+    # Kept for all calls, so it must not become an inference tensor, which autograd refuses.
+    with torch.inference_mode(False), torch.no_grad():
+        return optimizer.init(params)

@@ -1,0 +1,225 @@
+"""What is decided once for each shape of support and query data, before anything is compiled."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Generic, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from adaptrt import diagnose, tree
+from adaptrt.adjoint.auto import choose
+from adaptrt.adjoint.base import Adjoint
+from adaptrt.graph.capture import capture, record_operations
+from adaptrt.graph.ir import Graph
+from adaptrt.graph.labels import LabelBound, label_bounds
+from adaptrt.graph.noise import Noise
+from adaptrt.graph.passes.lift_noise import record_noise
+from adaptrt.program import COMPILING, ProgramSet
+from adaptrt.step import Batch, Carry, Fixed, Step
+from adaptrt.tree import Spec, Tree
+
+
+Explain = Callable[[Callable[[], Graph]], Graph]
+MakePrograms = Callable[[Step, Explain], ProgramSet]
+
+
+class Probe(NamedTuple):
+    """What one forward pass on fake tensors tells.
+
+    Attributes:
+      noise: what its random operations draw, in order.
+      bounds: which data are class labels.
+      live_buffers: for each buffer whether its update can be differentiated.
+      loss: spec of the loss.
+    """
+
+    noise: tuple[Noise, ...]
+    bounds: tuple[LabelBound, ...]
+    live_buffers: tuple[bool, ...]
+    loss: Spec
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SupportPlan:
+    """For one shape of support data: the inner step, the adjoint and why, and the programs that see no query data."""
+
+    step: Step
+    adjoint: Adjoint
+    reason: str
+    probe: Probe
+    programs: ProgramSet
+    carry: tuple[bool, ...]
+    shapes: tuple[str, ...]
+    queries: Cache[QueryPlan]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class QueryPlan:
+    """For one shape of query data after that: the programs that see it, and each task's weight in the meta-loss ([T], or 0-dim)."""
+
+    probe: Probe
+    programs: ProgramSet
+    shapes: tuple[str, ...]
+    weights: Tensor
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class PredictionPlan:
+    """For one shape of a model's inputs: the programs that predict, and the noise of one prediction."""
+
+    noise: tuple[Noise, ...]
+    programs: ProgramSet
+    shapes: tuple[str, ...]
+
+
+Entry = TypeVar("Entry")
+
+
+class Cache(Generic[Entry]):
+    """The `size` entries used last. Safe to use from threads; an entry is made once."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
+        self._order = threading.Lock()
+
+    def get(self, key: Hashable) -> Entry | None:
+        entry = self._entries.get(key)
+        if entry is not None and len(self._entries) > 1:
+            with self._order:
+                if key in self._entries:
+                    self._entries.move_to_end(key)
+        return entry
+
+    def get_or_make(self, key: Hashable, make: Callable[[], Entry]) -> Entry:
+        """The entry under `key`; made under the compilation lock if there is none."""
+        entry = self.get(key)
+        if entry is not None:
+            return entry
+        with COMPILING:
+            entry = self.get(key)
+            if entry is None:
+                entry = make()
+                with self._order:
+                    self._entries[key] = entry
+                    while len(self._entries) > self._size:
+                        self._entries.popitem(last=False)
+        return entry
+
+    def entries(self) -> list[Entry]:
+        """All entries, the one used last at the end."""
+        with self._order:
+            return list(self._entries.values())
+
+
+def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> Probe:
+    """Runs model and loss once on fake tensors, and for the support batch the gradient, to find what can go wrong and what they need.
+
+    Args:
+      step: the inner step.
+      name: "support" or "query", for messages.
+      carry, fixed, batch: trees of tensors or specs of one task.
+    Raises:
+      InvalidBatch, InvalidLoss, NothingToAdapt, DataDependentControlFlow, UnsupportedRandomness: see there.
+    """
+    noise: list[Noise] = []
+    live: list[bool] = []
+
+    def forward(carry: Carry, fixed: Fixed, batch: Batch) -> Tensor:
+        params = {key: value.detach().requires_grad_() for key, value in carry.params.items()}
+        with record_noise() as drawn, diagnose.running(name, batch):
+            loss, buffers = step.evaluate(params, carry.buffers, fixed, batch)
+        noise.extend(drawn)
+        live.extend(value.requires_grad for value in buffers.values())
+        if name == "support":
+            step.gradient(loss, params)
+        return loss
+
+    graph = capture(forward, carry, fixed, batch, names=("carry", "fixed", "batch"), fused_attention=step.detach_gradient)
+    return Probe(tuple(noise), tuple(label_bounds(graph)), tuple(live), graph.signature.outputs[0].spec)
+
+
+def plan_support(
+    step_of: Callable[[bool], Step],
+    adjoint: Adjoint | None,
+    k: int,
+    carry: Carry,
+    fixed: Fixed,
+    batch: Batch,
+    shapes: tuple[str, ...],
+    make_programs: MakePrograms,
+    cache_size: int,
+) -> SupportPlan:
+    """Decides how to adapt on support batches of one shape.
+
+    Args:
+      step_of: the step with or without detached gradients.
+      adjoint: None to choose by graph size.
+      k: number of steps.
+      carry, fixed, batch: specs of one task and one step.
+      shapes: the support data in words.
+      make_programs: makes the empty set of programs.
+      cache_size: how many shapes of query data to keep.
+    """
+    step = step_of(adjoint is not None and adjoint.detach_gradient)
+    found = probe(step, "support", carry, fixed, batch)
+    if adjoint is None:
+        noise = tuple(entry.spec for entry in found.noise)
+        size = capture(step, carry, fixed, batch, noise).num_nodes
+        adjoint, reason = choose(size, k, next(iter(carry.params.values())).device)
+    else:
+        reason = "asked for"
+    flows = (
+        *(True for _ in carry.params),
+        *(spec.dtype.is_floating_point for spec in tree.leaves(carry.opt_state)),
+        *found.live_buffers,
+    )
+    programs = make_programs(step, _explained(step, found.noise, carry, fixed, batch))
+    return SupportPlan(step, adjoint, reason, found, programs, flows, shapes, Cache(cache_size))
+
+
+def plan_query(
+    plan: SupportPlan,
+    carry: Carry,
+    fixed: Fixed,
+    batch: Batch,
+    shapes: tuple[str, ...],
+    make_programs: MakePrograms,
+    num_tasks: int | None,
+) -> QueryPlan:
+    """Decides how to evaluate query batches of one shape. Arguments as for `plan_support`; `num_tasks` is None without a task axis."""
+    found = probe(plan.step, "query", carry, fixed, batch)
+    shape = () if num_tasks is None else (num_tasks,)
+    with torch.inference_mode(False):
+        weights = torch.full(shape, 1.0 / (num_tasks or 1), dtype=found.loss.dtype, device=found.loss.device)
+    programs = make_programs(plan.step, _explained(plan.step, found.noise, carry, fixed, batch))
+    return QueryPlan(found, programs, shapes, weights)
+
+
+def plan_prediction(step: Step, carry: Carry, fixed: Fixed, inputs: Tree, shapes: tuple[str, ...], make_programs: MakePrograms) -> PredictionPlan:
+    """Decides how to predict for inputs of one shape. Arguments as for `plan_support`."""
+    noise: list[Noise] = []
+
+    def forward(carry: Carry, fixed: Fixed, inputs: Tree) -> Tree:
+        with record_noise() as drawn, diagnose.running("input", Batch(inputs, None)):
+            output, _ = step.apply(carry.params, carry.buffers, fixed, inputs)
+        noise.extend(drawn)
+        return output
+
+    capture(forward, carry, fixed, inputs)
+    return PredictionPlan(tuple(noise), make_programs(step, _explained(step, noise, carry, fixed, Batch(inputs, None))), shapes)
+
+
+def _explained(step: Step, noise: Sequence[Noise], carry: Carry, fixed: Fixed, batch: Batch) -> Explain:
+    """Turns a missing second derivative into an error that names the module, by running the model once more."""
+    specs = tuple(entry.spec for entry in noise)
+
+    def forward() -> list[tuple[str, str]]:
+        return record_operations(step.predict, carry, fixed, batch.inputs, specs)
+
+    return lambda run: diagnose.differentiating(run, step.model, forward)

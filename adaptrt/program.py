@@ -1,0 +1,193 @@
+"""A program: a graph and what runs it. Checked inputs in, tensors out; safe to call from several threads."""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptrt import tree
+from adaptrt.adjoint.base import Wrt, pull_back
+from adaptrt.backend import Backend
+from adaptrt.backend.base import Runner
+from adaptrt.errors import ShapeChanged, UnsupportedParameter
+from adaptrt.graph.capture import capture
+from adaptrt.graph.ir import Graph, Role
+from adaptrt.graph.passes.batch import batch
+from adaptrt.step import Carry, Fixed
+from adaptrt.tree import Spec, Tree
+
+COMPILING = threading.RLock()
+"""Held while anything is captured or compiled: PyTorch's tracing state belongs to the process."""
+
+Constant = Callable[[], Tensor]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Program:
+    """A compiled graph.
+
+    Attributes:
+      graph: what was compiled.
+      run: the backend's callable.
+      constants: read at each call, so that a plain tensor attribute of the model is used as it stands.
+      backend: the backend's name.
+      capture_s, compile_s: seconds spent on each.
+    """
+
+    graph: Graph
+    run: Runner
+    constants: tuple[Constant, ...]
+    backend: str
+    capture_s: float
+    compile_s: float
+
+    def __call__(self, *args: Tree) -> Tree:
+        """Runs the program on arguments of the captured shapes; records nothing for autograd.
+
+        Raises:
+          ShapeChanged: an argument differs in shape, dtype or device from what was captured.
+        """
+        values: list[Tensor] = [*tree.leaves(args), *[read() for read in self.constants]]
+        entries = self.graph.signature.inputs
+        if len(values) != len(entries):
+            raise ShapeChanged(f"the program takes {len(entries)} tensors, got {len(values)}")
+        for index, (value, entry) in enumerate(zip(values, entries, strict=True)):
+            spec = entry.spec
+            if tuple(value.shape) != spec.shape or value.dtype != spec.dtype or value.device != spec.device:
+                raise ShapeChanged(f"{entry.name} was traced as {spec}, got {Spec.of(value)} on {value.device}")
+            if not value.is_contiguous():
+                values[index] = value.contiguous()
+        with torch.no_grad():
+            return tree.unflatten(self.graph.result, self.run(values))
+
+
+_NAMES = {"start": "carry", "cotangent": "cotangent"}
+
+
+def _roles(kind: str, example: Tree) -> list[Role]:
+    """A role for each leaf of an argument."""
+    if isinstance(example, Carry):
+        parts: Sequence[tuple[Tree, Role]] = ((example.params, Role.PARAM), (example.opt_state, Role.STATE), (example.buffers, Role.BUFFER))
+    elif isinstance(example, Fixed):
+        parts = ((example.params, Role.PARAM), (example.loss_params, Role.PARAM), (example.hyper, Role.HYPER))
+    else:
+        parts = ((example, {"noise": Role.NOISE, "cotangent": Role.COTANGENT}.get(kind, Role.DATA)),)
+    return [role for part, role in parts for _ in tree.leaves(part)]
+
+
+_Key = tuple[str, Wrt | None]
+
+
+class ProgramSet:
+    """The programs of one input shape: an `adaptrt.adjoint.base.Programs` that captures and compiles at a program's first call.
+
+    Args:
+      backend: what runs the graphs.
+      modules: where plain tensor attributes are looked up.
+      num_tasks: length of the task axis, None without one.
+      start_has_task_axis: whether the first carry has it.
+      fused_attention: whether attention may keep kernels without second derivative.
+      explain_failure: runs a capture, and puts what goes wrong into the user's terms.
+      parent: holds the programs that see no query data, for sets that differ in the query's shape only.
+    """
+
+    def __init__(
+        self,
+        backend: Backend,
+        modules: Sequence[nn.Module],
+        num_tasks: int | None,
+        start_has_task_axis: bool,
+        fused_attention: bool,
+        explain_failure: Callable[[Callable[[], Graph]], Graph],
+        parent: ProgramSet | None = None,
+    ) -> None:
+        self._backend = backend
+        self._modules = modules
+        self._num_tasks = num_tasks
+        self._start_has_task_axis = start_has_task_axis
+        self._fused_attention = fused_attention
+        self._explain_failure = explain_failure
+        self._parent = parent
+        self._programs: dict[_Key, Program] = {}
+
+    def program(self, name: str, fn: Callable[..., Any], arguments: Sequence[str]) -> Callable[..., Any]:
+        return self._lazy((name, None), fn, arguments, _sum_nothing)
+
+    def pullback(self, name: str, fn: Callable[..., Any], arguments: Sequence[str], wrt: Wrt, value: bool = False) -> Callable[..., Any]:
+        def summed(graph: Graph) -> list[bool]:
+            gradients = graph.result.children[1] if value else graph.result
+            flags = [not self._has_task_axis(kind) for kind, child in zip(arguments, gradients.children, strict=True) for _ in range(child.num_leaves)]
+            return [False] * (graph.result.num_leaves - len(flags)) + flags
+
+        return self._lazy((name, wrt), pull_back(fn, wrt, value), (*arguments, "cotangent"), summed)
+
+    def named(self) -> list[tuple[str, Program]]:
+        """The programs compiled so far, without those of the parent."""
+        return [(key[0], program) for key, program in list(self._programs.items())]
+
+    def _lazy(self, key: _Key, fn: Callable[..., Any], arguments: Sequence[str], summed: Callable[[Graph], list[bool]]) -> Callable[..., Any]:
+        if self._parent is not None and "query" not in arguments:
+            return self._parent._lazy(key, fn, arguments, summed)
+        found = self._programs.get(key)
+        if found is not None:
+            return found
+
+        def compile_and_run(*args: Tree) -> Any:
+            with COMPILING:
+                if key not in self._programs:
+                    self._programs[key] = self._compile(fn, arguments, args, summed)
+            return self._programs[key](*args)
+
+        return compile_and_run
+
+    def _has_task_axis(self, kind: str) -> bool:
+        return self._num_tasks is not None and kind != "fixed" and (kind != "start" or self._start_has_task_axis)
+
+    def _compile(self, fn: Callable[..., Any], arguments: Sequence[str], args: Sequence[Tree], summed: Callable[[Graph], list[bool]]) -> Program:
+        began = time.perf_counter()
+        axes = [self._has_task_axis(kind) for kind in arguments]
+        examples = [tree.map_leaves(without_leading_axis, arg) if axis else tree.specs(arg) for arg, axis in zip(args, axes, strict=True)]
+        roles = [_roles(kind, example) for kind, example in zip(arguments, examples, strict=True)]
+        names = [_NAMES.get(kind, kind) for kind in arguments]
+        graph = self._explain_failure(lambda: capture(fn, *examples, roles=roles, names=names, fused_attention=self._fused_attention))
+        if self._num_tasks is not None:
+            batched = [axis for arg, axis in zip(args, axes, strict=True) for _ in tree.leaves(arg)]
+            graph = batch(graph, batched, summed(graph), self._num_tasks)
+        captured = time.perf_counter()
+        run = self._backend.compile(graph)
+        constants = tuple(_reader(value, self._modules) for value in graph.constants)
+        return Program(graph, run, constants, self._backend.name, captured - began, time.perf_counter() - captured)
+
+
+def _sum_nothing(graph: Graph) -> list[bool]:
+    return [False] * graph.result.num_leaves
+
+
+def without_leading_axis(value: Tensor | Spec) -> Spec:
+    """The spec of one element along the first axis."""
+    spec = Spec.of(value)
+    return Spec(spec.shape[1:], spec.dtype, spec.device)
+
+
+def _reader(value: Tensor, modules: Sequence[nn.Module]) -> Constant:
+    """Reads a constant where the function found it: from the module that has it as a plain attribute, or as it was captured."""
+    for root in modules:
+        for path, module in root.named_modules():
+            for attribute, held in vars(module).items():
+                if held is value:
+                    if value.requires_grad:
+                        where = f"{path}.{attribute}".lstrip(".")
+                        raise UnsupportedParameter(f"the tensor attribute '{where}' requires grad; make it an nn.Parameter, or detach it")
+                    return lambda: getattr(module, attribute)
+    if value.requires_grad:
+        raise UnsupportedParameter(
+            f"the model or the loss uses a tensor of shape {list(value.shape)} that requires grad and is no parameter; its gradient would be "
+            "lost. Make it an nn.Parameter of the model or of a loss module, or detach it"
+        )
+    return lambda: value

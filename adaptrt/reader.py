@@ -1,0 +1,97 @@
+"""Reads the model and the optimiser as they stand, at every call: parameters, buffers, mode, hyperparameters, state."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from adaptrt.optim.source import Source
+from adaptrt.step import LOSS_BUFFER, Carry, Fixed, LossFunction, Step
+
+
+class Reader:
+    """The arguments that every program takes from the model and the optimiser.
+
+    Args:
+      model: looked up once for its modules; their tensors are read at every call.
+      loss: its parameters and buffers are read likewise if it is a module.
+      adapted: names of the parameters that adapt.
+      source: the optimiser.
+      device: of the model.
+    """
+
+    def __init__(self, model: nn.Module, loss: LossFunction, adapted: frozenset[str], source: Source, device: torch.device) -> None:
+        self._model = model
+        self._loss = loss
+        self._source = source
+        self._device = device
+        parameters = _places(model, dict(model.named_parameters()))
+        self._adapted = {name: place for name, place in parameters.items() if name in adapted}
+        self._frozen = {name: place for name, place in parameters.items() if name not in adapted}
+        self._buffers = _places(model, dict(model.named_buffers()))
+        self._modules = list(model.modules())
+        self._loss_params: dict[str, _Place] = {}
+        if isinstance(loss, nn.Module):
+            self._loss_params = _places(loss, dict(loss.named_parameters()))
+            self._buffers |= {LOSS_BUFFER + name: place for name, place in _places(loss, dict(loss.named_buffers())).items()}
+            self._modules += list(loss.modules())
+        self._numbers: dict[float, Tensor] = {}
+
+    def read(self) -> tuple[Carry, Fixed]:
+        """Where an adaptation starts, and what all its steps share."""
+        carry = Carry(_read(self._adapted), self._source.state(), _read(self._buffers))
+        return carry, Fixed(_read(self._frozen), _read(self._loss_params), self._tensors(self._source.hyper()))
+
+    def params(self) -> dict[str, Tensor]:
+        """All of the model's parameters by name."""
+        return {**_read(self._adapted), **_read(self._frozen)}
+
+    def mode(self) -> Hashable:
+        """Train or eval mode of every module: constants of a program."""
+        return tuple([module.training for module in self._modules])
+
+    def structure(self) -> Hashable:
+        """All that changes a step besides the shapes of its arguments."""
+        return self.mode(), self._source.structure()
+
+    def step(self, detach_gradient: bool) -> Step:
+        """The inner step of the current structure."""
+        return Step(self._model, self._loss, self._source.optimizer(), detach_gradient)
+
+    def _tensors(self, hyper: Any) -> Any:
+        if isinstance(hyper, Tensor):
+            return hyper
+        if isinstance(hyper, Mapping):
+            return {key: self._tensors(value) for key, value in hyper.items()}
+        if isinstance(hyper, tuple | list):
+            return tuple([self._tensors(value) for value in hyper])
+        number = self._numbers.get(hyper)
+        if number is None:
+            if len(self._numbers) >= _MAX_NUMBERS:
+                self._numbers = {}
+            # In double precision, as Python numbers are; kept for later calls, so not an inference tensor.
+            with torch.inference_mode(False):
+                number = self._numbers[hyper] = torch.tensor(hyper, dtype=torch.float64, device=self._device)
+        return number
+
+
+_Place = tuple[nn.Module, str]
+_MAX_NUMBERS = 256
+
+
+def _places(root: nn.Module, named: Mapping[str, Tensor]) -> dict[str, _Place]:
+    """For each tensor the module and the attribute that hold it."""
+    found: dict[str, _Place] = {}
+    for name in named:
+        path, _, attribute = name.rpartition(".")
+        found[name] = root.get_submodule(path), attribute
+    return found
+
+
+def _read(places: Mapping[str, _Place]) -> dict[str, Tensor]:
+    return {name: getattr(module, attribute) for name, (module, attribute) in places.items()}
+
+

@@ -1,0 +1,173 @@
+"""One inner step: model, loss and optimiser become a pure function of what changes, what stays, a batch and the noise.
+
+    carry, loss = step(carry, fixed, batch, noise)
+
+Nothing in the model is touched: parameters, buffers and randomness are arguments.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from adaptrt import tree
+from adaptrt.errors import InvalidArgument, InvalidBatch, InvalidLoss, NothingToAdapt, UnsupportedParameter
+from adaptrt.functional import call_module
+from adaptrt.graph.passes.lift_noise import lift_noise
+from adaptrt.optim import Optimizer
+from adaptrt.tree import Tree
+
+LossFunction = Callable[..., Any] | nn.Module | None
+
+
+class Carry(NamedTuple):
+    """What a step changes: adapted parameters by name, optimiser state, buffers by name (those of a loss module behind "loss:")."""
+
+    params: dict[str, Tensor]
+    opt_state: Tree
+    buffers: dict[str, Tensor]
+
+
+class Fixed(NamedTuple):
+    """What all steps share: parameters that do not adapt, the loss module's parameters, hyperparameters."""
+
+    params: dict[str, Tensor]
+    loss_params: dict[str, Tensor]
+    hyper: Tree
+
+
+class Batch(NamedTuple):
+    """Inputs of the model (a tensor, a tuple or a dict) and the target, or None for a loss without labels."""
+
+    inputs: Tree
+    target: Tree
+
+
+LOSS_BUFFER = "loss:"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Step:
+    """One inner step of `optimizer` on `loss(model(inputs), target)`.
+
+    Attributes:
+      model: called as a function, never changed; its mode (train or eval) is what it is when the step is captured.
+      loss: a function or module of (output, target), or of (output) for batches without target; None for `default_loss`.
+      optimizer: `update(grads, state, params, hyper)`.
+      detach_gradient: treat the gradient as a constant, as first-order MAML does.
+    """
+
+    model: nn.Module
+    loss: LossFunction
+    optimizer: Optimizer
+    detach_gradient: bool = False
+
+    def __call__(self, carry: Carry, fixed: Fixed, batch: Batch, noise: Sequence[Tensor]) -> tuple[Carry, Tensor]:
+        """The carry after the step, and the loss before it (0-dim)."""
+        params = {name: value if value.requires_grad else value.detach().requires_grad_() for name, value in carry.params.items()}
+        with lift_noise(noise):
+            loss, buffers = self.evaluate(params, carry.buffers, fixed, batch)
+        grads = self.gradient(loss, params)
+        new_params, opt_state = self.optimizer.update(grads, carry.opt_state, params, fixed.hyper)
+        after = Carry({name: new_params[name] for name in params}, opt_state, buffers)
+        _require_same_specs(carry, after)
+        return after, loss
+
+    def query(self, carry: Carry, fixed: Fixed, batch: Batch, noise: Sequence[Tensor]) -> Tensor:
+        """The loss of the adapted model on another batch (0-dim)."""
+        with lift_noise(noise):
+            return self.evaluate(carry.params, carry.buffers, fixed, batch)[0]
+
+    def predict(self, carry: Carry, fixed: Fixed, inputs: Tree, noise: Sequence[Tensor]) -> Tree:
+        """What the adapted model returns for `inputs`."""
+        with lift_noise(noise):
+            return self.apply(carry.params, carry.buffers, fixed, inputs)[0]
+
+    def gradient(self, loss: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The loss's gradient by parameter name, without the parameters that the loss does not use."""
+        if not loss.requires_grad:
+            raise NothingToAdapt("the support loss does not depend on the adapted parameters: check `params=` and that the model does not detach its output")
+        found = torch.autograd.grad(loss, list(params.values()), create_graph=not self.detach_gradient, retain_graph=True, allow_unused=True)
+        grads = {name: grad for name, grad in zip(params, found, strict=True) if grad is not None}
+        if not grads:
+            raise NothingToAdapt(f"the support loss does not depend on any adapted parameter ({', '.join(params)}): check `params=`")
+        for name, grad in grads.items():
+            if grad.layout is not torch.strided:
+                raise UnsupportedParameter(f"parameter '{name}' has a sparse gradient; build its embedding with sparse=False")
+        return {name: grad.detach() for name, grad in grads.items()} if self.detach_gradient else grads
+
+    def evaluate(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], fixed: Fixed, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and updated buffers; random operations are the caller's to lift."""
+        output, updated = self.apply(params, buffers, fixed, batch.inputs)
+        target = () if batch.target is None else (batch.target,)
+        if self.loss is None:
+            loss = default_loss(output, *target)
+        elif isinstance(self.loss, nn.Module):
+            own = {name.removeprefix(LOSS_BUFFER): value for name, value in updated.items() if name.startswith(LOSS_BUFFER)}
+            loss, own = call_module(self.loss, fixed.loss_params, own, (output, *target), {})
+            updated |= {LOSS_BUFFER + name: value for name, value in own.items()}
+        else:
+            loss = self.loss(output, *target)
+        return _require_scalar(loss), updated
+
+    def apply(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], fixed: Fixed, inputs: Tree) -> tuple[Tree, dict[str, Tensor]]:
+        """The model's output and all buffers, those that it updated included."""
+        args, kwargs = as_call(inputs)
+        own = {name: value for name, value in buffers.items() if not name.startswith(LOSS_BUFFER)}
+        output, own = call_module(self.model, {**fixed.params, **params}, own, args, kwargs)
+        return output, {**buffers, **own}
+
+
+def as_call(inputs: Tree) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Positional and keyword arguments of a model for a batch's inputs."""
+    if isinstance(inputs, Mapping):
+        return (), dict(inputs)
+    if isinstance(inputs, tuple | list) and not hasattr(inputs, "_fields"):
+        return tuple(inputs), {}
+    return (inputs,), {}
+
+
+def default_loss(output: Any, target: Tensor | None = None) -> Tensor:
+    """Cross-entropy for integer targets, mean squared error for floating ones, the output's own loss if it has one.
+
+    Raises:
+      InvalidLoss: none of these applies.
+    """
+    own = output.get("loss") if isinstance(output, Mapping) else getattr(output, "loss", None)
+    if isinstance(own, Tensor):
+        return own
+    if not isinstance(output, Tensor):
+        raise InvalidLoss(f"loss=None needs a model that returns a tensor or has a `.loss`, got {type(output).__name__}; pass loss=")
+    if output.dim() == 0:
+        return output
+    if target is None:
+        raise InvalidLoss(f"the batch has no target and the output ({tree.describe(output)}) is not a scalar loss; pass (inputs, target) or loss=")
+    if target.is_floating_point():
+        if target.shape != output.shape:
+            raise InvalidBatch(f"mean squared error of output {tree.describe(output)} against target {tree.describe(target)}: the shapes must be equal")
+        return F.mse_loss(output, target)
+    if target.dtype is torch.bool or target.is_complex():
+        raise InvalidLoss(f"no default loss for a target of {target.dtype}; pass loss=")
+    return F.cross_entropy(output, target.long())
+
+
+def _require_scalar(loss: Any) -> Tensor:
+    if not isinstance(loss, Tensor):
+        raise InvalidLoss(f"the loss must return a tensor, got {type(loss).__name__}")
+    if loss.dim() != 0 or not loss.is_floating_point():
+        raise InvalidLoss(f"the loss must be a floating-point scalar (shape []), got {tree.describe(loss)}; reduce it, for example with .mean()")
+    return loss
+
+
+def _require_same_specs(before: Carry, after: Carry) -> None:
+    if tree.flatten(tree.specs(before)) == tree.flatten(tree.specs(after)):
+        return
+    old = dict(zip(tree.paths(before), map(str, tree.leaves(tree.specs(before))), strict=True))
+    new = dict(zip(tree.paths(after), map(str, tree.leaves(tree.specs(after))), strict=True))
+    changed = [f"{name}: {old.get(name)} became {new.get(name)}" for name in {**old, **new} if old.get(name) != new.get(name)]
+    raise InvalidArgument(f"a step must keep the structure, shapes and dtypes of what it updates; {'; '.join(changed) or 'the containers differ'}")

@@ -1,0 +1,152 @@
+"""Trees of tensors: the one way in which nested arguments and results become flat lists and come back.
+
+A tree is a tensor, a `Spec`, or a dict, list, tuple, named tuple or dataclass of trees. Everything else in it (None, numbers, strings) is
+static: part of the structure, never a leaf. A `Structure` is hashable, so it can be part of a cache key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+Tree = Any
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Spec:
+    """Shape, dtype and device of a tensor: what a program is compiled for."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+    @staticmethod
+    def of(value: Tensor | Spec) -> Spec:
+        return value if isinstance(value, Spec) else Spec(tuple(value.shape), value.dtype, value.device)
+
+    @property
+    def num_bytes(self) -> int:
+        size = self.dtype.itemsize
+        for extent in self.shape:
+            size *= extent
+        return size
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Structure:
+    """What a tree is besides its leaves.
+
+    `kind` is "leaf", "static", "mapping", "sequence", "named" or "dataclass"; `payload` holds the static value or the container's type;
+    `keys` its keys or field names.
+    """
+
+    kind: str
+    payload: Any = None
+    keys: tuple[Any, ...] = ()
+    children: tuple[Structure, ...] = ()
+
+    @property
+    def num_leaves(self) -> int:
+        return 1 if self.kind == "leaf" else sum(child.num_leaves for child in self.children)
+
+
+_LEAF = Structure("leaf")
+
+
+def _open(value: Tree) -> tuple[str, Any, tuple[Any, ...], Sequence[Tree]]:
+    """A container as kind, type, keys and children; kind is "leaf" or "static" for what is none."""
+    if isinstance(value, Tensor | Spec):
+        return "leaf", None, (), ()
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        keys = tuple(field.name for field in dataclasses.fields(value))
+        return "dataclass", type(value), keys, [getattr(value, key) for key in keys]
+    if isinstance(value, Mapping):
+        mapping = cast(Mapping[Any, Tree], value)
+        return "mapping", type(mapping), tuple(mapping), list(mapping.values())
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return "named", type(value), tuple(value._fields), value
+    if isinstance(value, tuple | list):
+        children = cast(Sequence[Tree], value)
+        return "sequence", type(children), tuple(range(len(children))), children
+    return "static", value, (), ()
+
+
+def flatten(tree: Tree) -> tuple[list[Any], Structure]:
+    """The leaves of `tree`, depth first, and the structure that `unflatten` needs to put them back."""
+    leaves: list[Any] = []
+    return leaves, _flatten_into(tree, leaves)
+
+
+def _flatten_into(tree: Tree, leaves: list[Any]) -> Structure:
+    kind, payload, keys, children = _open(tree)
+    if kind == "leaf":
+        leaves.append(tree)
+        return _LEAF
+    return Structure(kind, payload, keys, tuple([_flatten_into(child, leaves) for child in children]))
+
+
+def leaves(tree: Tree) -> list[Any]:
+    """The leaves of `tree`, depth first."""
+    found: list[Any] = []
+    _flatten_into(tree, found)
+    return found
+
+
+def unflatten(structure: Structure, values: Iterable[Any]) -> Tree:
+    """The inverse of `flatten`. A value need not be a tensor; one is taken for each leaf, in order.
+
+    >>> values, structure = flatten({"a": torch.zeros(2), "b": (torch.ones(1), None)})
+    >>> unflatten(structure, ["x", "y"])
+    {'a': 'x', 'b': ('y', None)}
+    """
+    return _build(structure, iter(values))
+
+
+def _build(structure: Structure, values: Iterator[Any]) -> Tree:
+    if structure.kind == "leaf":
+        return next(values)
+    if structure.kind == "static":
+        return structure.payload
+    children = [_build(child, values) for child in structure.children]
+    if structure.kind == "sequence":
+        return structure.payload(children)
+    if structure.kind == "named":
+        return structure.payload(*children)
+    items = dict(zip(structure.keys, children, strict=True))
+    return structure.payload(**items) if structure.kind == "dataclass" else structure.payload(items)
+
+
+def map_leaves(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
+    """`fn` applied to each leaf of `tree` (and to the leaves of `rest`, which have as many)."""
+    values, structure = flatten(tree)
+    return unflatten(structure, [fn(*group) for group in zip(values, *(leaves(other) for other in rest), strict=True)])
+
+
+def paths(tree: Tree, root: str = "") -> list[str]:
+    """A dotted name for each leaf, in the order of `flatten`.
+
+    >>> paths({"weight": torch.zeros(2), "moments": [torch.zeros(1)]}, root="state")
+    ['state.weight', 'state.moments.0']
+    """
+    kind, _, keys, children = _open(tree)
+    if kind == "leaf":
+        return [root or "value"]
+    join = f"{root}." if root else ""
+    return [path for key, child in zip(keys, children, strict=True) for path in paths(child, f"{join}{key}")]
+
+
+def specs(tree: Tree) -> Tree:
+    """The tree with every tensor replaced by its `Spec`."""
+    return map_leaves(Spec.of, tree)
+
+
+def describe(tree: Tree) -> str:
+    """The specs of a tree's leaves as one line, for error messages."""
+    return ", ".join(str(Spec.of(leaf)) for leaf in leaves(tree)) or "no tensors"

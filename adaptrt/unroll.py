@@ -1,0 +1,48 @@
+"""A step, k times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from adaptrt import tree
+from adaptrt.step import Batch, Carry, Fixed
+
+StepFunction = Callable[[Carry, Fixed, Batch, Sequence[Tensor]], tuple[Carry, Tensor]]
+
+
+def batch_of_step(support: Batch, index: int, per_step: bool, task_axis: bool = False) -> Batch:
+    """The batch of one inner step: all of `support`, or its slice `index` if each step has a batch of its own.
+
+    Args:
+      support: leaves [...], or [k, ...] if `per_step`, or [T, k, ...] if there is a task axis too.
+      index: the step, from 0.
+      per_step: whether support has a step axis.
+      task_axis: whether a task axis stands before it.
+    """
+    if not per_step:
+        return support
+    return tree.map_leaves(lambda value: value.select(1 if task_axis else 0, index), support)
+
+
+def unroll(
+    step: StepFunction, k: int, carry: Carry, fixed: Fixed, support: Batch, noise: Sequence[Sequence[Tensor]], per_step: bool = False
+) -> tuple[Carry, Tensor]:
+    """The carry after k steps, and the losses before each of them (k,).
+
+    Args:
+      step: (carry, fixed, batch, noise) -> (carry, loss).
+      k: number of steps.
+      carry: where to start.
+      fixed: what all steps share.
+      support: one batch, or with `per_step` k of them along a leading axis.
+      noise: what each step's random operations return.
+      per_step: whether support has a leading axis of length k.
+    """
+    losses: list[Tensor] = []
+    for index in range(k):
+        carry, loss = step(carry, fixed, batch_of_step(support, index, per_step), noise[index])
+        losses.append(loss)
+    return carry, torch.stack(losses)

@@ -1,0 +1,112 @@
+"""The command line: what it prints, and that every wrong input ends with one clear line and exit code 2."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner, Result
+
+from adaptrt.cli import app
+
+FACTORIES = """
+import torch
+import torch.nn.functional as F
+import adaptrt
+
+model = torch.nn.Linear(3, 2)
+support = (torch.randn(4, 3), torch.tensor([0, 1, 0, 1]))
+query = (torch.randn(6, 3), torch.tensor([0, 1, 0, 1, 0, 1]))
+
+def unroll():
+    return adaptrt.compile_unroll(model, torch.optim.SGD(model.parameters(), lr=0.1), k=2, loss=F.cross_entropy, backend="eager")
+
+def both(): return unroll(), support, query
+def support_only(): return unroll(), support
+def number(): return 3
+def wrong_tuple(): return model, support, query
+def raises(): raise RuntimeError("no data\\nsecond line")
+def interrupted(): raise KeyboardInterrupt
+def bad_labels(): return unroll(), (torch.randn(4, 3), torch.tensor([0, 1, 0, 7]))
+value = 3
+class Nested:
+    build = staticmethod(both)
+"""
+
+Invoke = Callable[..., Result]
+
+
+@pytest.fixture
+def invoke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Invoke:
+    """Runs the command line in a folder with a module of factories."""
+    (tmp_path / "adaptrt_test_factories.py").write_text(FACTORIES)
+    (tmp_path / "adaptrt_test_broken.py").write_text("import a_module_that_is_nowhere\n")
+    (tmp_path / "adaptrt_test_failing.py").write_text("raise OSError('disk on fire')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "adaptrt_test_factories", raising=False)
+    return lambda *arguments: CliRunner().invoke(app, arguments)
+
+
+@pytest.mark.parametrize("factory", ["both", "support_only", "Nested.build"])
+def test_inspect_prints_graphs_signatures_and_explanation(invoke: Invoke, factory: str) -> None:
+    result = invoke("inspect", f"adaptrt_test_factories:{factory}")
+    assert result.exit_code == 0, result.output
+    for expected in ("graph of", "signature of", "param", "weight", "f32[4, 3]"):
+        assert expected in result.output
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("adaptrt_test_factories", "not of the form module:factory"),
+        (":both", "not of the form module:factory"),
+        ("adaptrt_test_factories:", "not of the form module:factory"),
+        ("adaptrt_test_nowhere:both", "there is no module adaptrt_test_nowhere"),
+        ("adaptrt_test_nowhere.deeper:both", "there is no module adaptrt_test_nowhere.deeper"),
+        ("adaptrt_test_broken:both", "importing adaptrt_test_broken failed: No module named 'a_module_that_is_nowhere'"),
+        ("adaptrt_test_failing:both", "importing adaptrt_test_failing raised OSError: disk on fire"),
+        ("adaptrt_test_factories:missing", "adaptrt_test_factories has no missing"),
+        ("adaptrt_test_factories:value", "is not callable: expected a function without arguments, got int"),
+        ("adaptrt_test_factories:raises", "raises() raised RuntimeError: no data"),
+        ("adaptrt_test_factories:number", "must return (unroll, support, query) or (unroll, support)"),
+        ("adaptrt_test_factories:wrong_tuple", "got a tuple of Linear, tuple, tuple"),
+        ("adaptrt_test_factories:bad_labels", "LabelOutOfRange"),
+    ],
+)
+def test_wrong_targets_end_with_one_line(invoke: Invoke, target: str, message: str) -> None:
+    result = invoke("inspect", target)
+    assert result.exit_code == 2
+    (line,) = result.output.splitlines()
+    assert line.startswith("adaptrt: ")
+    assert message in line
+
+
+def test_interrupt_leaves_cleanly(invoke: Invoke) -> None:
+    result = invoke("inspect", "adaptrt_test_factories:interrupted")
+    assert result.exit_code == 130
+    assert result.output.splitlines() == ["adaptrt: interrupted; nothing was left running"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--out", "no/such/folder/figure.png"], "does not exist"),
+        (["--minutes", "0"], "--minutes"),
+        (["--episodes", "1"], "--episodes"),
+        (["--backend", "tpu"], "'auto', 'eager', 'inductor'"),
+    ],
+)
+def test_demo_refuses_wrong_options_at_once(invoke: Invoke, arguments: list[str], message: str) -> None:
+    result = invoke("demo", *arguments)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
+
+
+def test_demo_without_its_extra_says_what_to_install(invoke: Invoke, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    result = invoke("demo", "--backend", "eager")
+    assert result.exit_code == 2
+    assert "pip install 'adaptrt[demo]'" in result.output
