@@ -3,6 +3,8 @@
 Differentiating the gradient itself raises; the meta-gradient of a meta-gradient is not a program.
 """
 
+# pyright: reportIncompatibleMethodOverride=false
+
 from __future__ import annotations
 
 from typing import Any, NamedTuple
@@ -54,7 +56,9 @@ def meta_loss(call: Call) -> Tensor:
     return _MetaLoss.apply(call, *call.inputs)  # type: ignore[return-value]
 
 
-def predict(plan: PredictionPlan, step: Step, carry: Carry, fixed: Fixed, inputs: Tree, noise: tuple[Tensor, ...], differentiable: bool) -> Tree:
+def predict(
+    plan: PredictionPlan, step: Step, carry: Carry, fixed: Fixed, inputs: Tree, noise: tuple[Tensor, ...], differentiable: bool
+) -> Tree:
     """The model's output, differentiable if asked for and anything requires grad."""
     args = (carry, fixed, inputs, noise)
     flags = tuple(tuple(differentiable and leaf.requires_grad for leaf in tree.leaves(arg)) for arg in args)
@@ -78,7 +82,8 @@ class _Adapt(Function):
         values, ctx.structure = tree.flatten(call.task)
         ctx.save_for_backward(*values)
         outputs = tree.leaves(carry)
-        ctx.mark_non_differentiable(*[value for value, flows in zip(outputs, call.problem.carry, strict=True) if not flows])
+        live = [flag or asked for flag, asked in zip(call.plan.live, call.problem.start, strict=True)]
+        ctx.mark_non_differentiable(*[value for value, flag in zip(outputs, live, strict=True) if not flag])
         return *outputs, losses
 
     @staticmethod
@@ -109,7 +114,9 @@ class _MetaLoss(Function):
 
 class _Predict(Function):
     @staticmethod
-    def forward(ctx: Any, plan: PredictionPlan, step: Step, args: Any, flags: Any, result: list[Any], *inputs: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, plan: PredictionPlan, step: Step, args: Any, flags: Any, result: list[Any], *inputs: Tensor
+    ) -> tuple[Tensor, ...]:
         del inputs
         output = plan.programs.program("predict", step.predict, _PREDICT)(*args)
         leaves, structure = tree.flatten(output)

@@ -28,20 +28,26 @@ def model_device(model: nn.Module) -> torch.device:
         raise InvalidType(f"model must be a torch.nn.Module, got {type(model).__name__}")
     for name, module in model.named_modules():
         if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
-            raise UnsupportedParameter(f"module '{name}' was built with sparse=True; sparse gradients cannot be unrolled. Build it with sparse=False")
+            raise UnsupportedParameter(
+                f"module '{name}' was built with sparse=True; sparse gradients cannot be unrolled. Build it with sparse=False"
+            )
     devices: dict[torch.device, str] = {}
     for name, param in model.named_parameters():
         if isinstance(param, nn.parameter.UninitializedParameter):
             raise UnsupportedParameter(f"parameter '{name}' is not initialised yet; run the model once before compiling")
         if not param.is_floating_point():
-            raise UnsupportedParameter(f"parameter '{name}' is of {param.dtype}; only real floating-point parameters can be adapted. Make it a buffer")
+            raise UnsupportedParameter(
+                f"parameter '{name}' is of {param.dtype}; only real floating-point parameters can be adapted. Make it a buffer"
+            )
         if param.layout is not torch.strided:
             raise UnsupportedParameter(f"parameter '{name}' has layout {param.layout}; only dense parameters can be adapted")
         devices.setdefault(param.device, name)
     if not devices:
         raise InvalidArgument("the model has no parameters")
     if len(devices) > 1:
-        raise DeviceMismatch(f"the model's parameters are on several devices: {', '.join(f'{name} on {device}' for device, name in devices.items())}")
+        raise DeviceMismatch(
+            f"the model's parameters are on several devices: {', '.join(f'{name} on {device}' for device, name in devices.items())}"
+        )
     return next(iter(devices))
 
 
@@ -74,12 +80,20 @@ def as_batch(name: str, value: Any, device: torch.device) -> Batch:
         raise InvalidType(f"{name} must be a tuple (inputs, target), or (inputs,) for a loss without target; got {found}")
     batch = Batch(value[0], value[1] if len(value) == 2 else None)
     inputs, targets = tree.leaves(batch.inputs), tree.leaves(batch.target)
+    try:
+        hash(tree.flatten(batch)[1])
+    except TypeError as error:
+        raise InvalidType(
+            f"{name} holds something that is neither a tensor nor hashable ({error}); pass tensors, numbers and strings only"
+        ) from error
     if not inputs:
         raise InvalidType(f"{name} inputs must be a tensor, a tuple or a dict with tensors; got {type(batch.inputs).__name__}")
     for kind, values in (("input", inputs), ("target", targets)):
         for index, tensor in enumerate(values):
             if tensor.device != device:
-                raise DeviceMismatch(f"{name} {kind} {index} is on {tensor.device}, the model on {device}; call .to('{device}') on it first")
+                raise DeviceMismatch(
+                    f"{name} {kind} {index} is on {tensor.device}, the model on {device}; call .to('{device}') on it first"
+                )
             if tensor.numel() == 0:
                 raise InvalidBatch(f"{name} {kind} {index} is empty ({tree.Spec.of(tensor)}); a step needs at least one example")
     return batch
@@ -99,8 +113,8 @@ def batch_sizes(name: str, batch: Batch, leading: int) -> None:
     for index, target in enumerate(tree.leaves(batch.target)):
         if target.dim() > leading and sizes and target.shape[leading] not in sizes:
             raise InvalidBatch(
-                f"{name} target {index} has {target.shape[leading]} rows ({tree.Spec.of(target)}), the inputs "
-                f"{tree.leaves(batch.inputs)[0].shape[leading : leading + 1]} ({tree.describe(batch.inputs)}); give one target for each example"
+                f"{name} target {index} has {target.shape[leading]} rows ({tree.Spec.of(target)}), the inputs are "
+                f"{tree.describe(batch.inputs)}; give one target for each example"
             )
 
 
@@ -115,10 +129,11 @@ def leading_axis(name: str, value: tree.Tree, axis: int, size: int | None, meani
             raise InvalidBatch(f"{name} tensor {index} ({tree.Spec.of(leaf)}) needs an axis {axis} of {meaning}")
         size = leaf.shape[axis] if size is None else size
         if leaf.shape[axis] != size:
-            raise InvalidBatch(f"{name} tensor {index} ({tree.Spec.of(leaf)}) must have {size} {meaning} along axis {axis}, got {leaf.shape[axis]}")
+            raise InvalidBatch(
+                f"{name} tensor {index} ({tree.Spec.of(leaf)}) must have {size} {meaning} along axis {axis}, got {leaf.shape[axis]}"
+            )
     assert size is not None, "as_batch found a tensor"
     return size
-
 
 
 def finite(name: str, batch: Batch) -> None:
@@ -132,7 +147,9 @@ def finite(name: str, batch: Batch) -> None:
             # A finite sum proves finite terms, at a fraction of the cost; the sum of finite terms may overflow.
             if value.is_floating_point() and not math.isfinite(value.detach().sum().item()) and not bool(torch.isfinite(value).all()):
                 where = (~torch.isfinite(value)).nonzero()[0].tolist()
-                raise NonFiniteInput(f'{name} {kind} {index} holds {value[tuple(where)].item()} at {where}; clean the data, or pass nonfinite="ignore"')
+                raise NonFiniteInput(
+                    f'{name} {kind} {index} holds {value[tuple(where)].item()} at {where}; clean the data, or pass nonfinite="ignore"'
+                )
 
 
 def labels(name: str, batch: Batch, bounds: Sequence[LabelBound]) -> None:
@@ -151,4 +168,7 @@ def labels(name: str, batch: Batch, bounds: Sequence[LabelBound]) -> None:
             continue
         wrong = values[((values < 0) | (values >= bound.num_classes)) & (values != bound.ignore_index)]
         if wrong.numel():
-            raise LabelOutOfRange(f"{name} target holds label {int(wrong[0])}; the model has {bound.num_classes} classes, so labels are 0 to {bound.num_classes - 1}")
+            raise LabelOutOfRange(
+                f"{name} target holds label {int(wrong[0])}; the model has {bound.num_classes} classes, "
+                f"so labels are 0 to {bound.num_classes - 1}"
+            )

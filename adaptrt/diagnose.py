@@ -6,7 +6,7 @@ import linecache
 import os
 import re
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,7 +33,7 @@ def user_line(error: BaseException) -> str:
 
 
 @contextmanager
-def running(name: str, batch: Batch) -> Iterator[None]:
+def running(name: str, batch: Batch) -> Generator[None]:
     """Turns what the model or the loss raises on a batch into an error that names the batch and the line.
 
     Raises:
@@ -53,7 +53,8 @@ def running(name: str, batch: Batch) -> Iterator[None]:
             ) from error
         raise InvalidBatch(
             f"the model or the loss cannot be run on the {name} batch: {type(error).__name__} at {line}\n  {error}\n"
-            f"  inputs: {tree.describe(batch.inputs)}; target: {tree.describe(batch.target)}. Check shapes and dtypes against what the model takes."
+            f"  inputs: {tree.describe(batch.inputs)}; target: {tree.describe(batch.target)}. "
+            "Check shapes and dtypes against what the model takes."
         ) from error
 
 
@@ -97,8 +98,8 @@ def _stem(operation: str) -> str:
 def refuse_once_differentiable(results: Sequence[Tensor]) -> None:
     """Raises if a gradient among what `results` were computed from can itself not be differentiated.
 
-    PyTorch marks such a gradient (`once_differentiable` in a custom function) with a node that raises when reached; no path leads from it to
-    the inputs, so with unused inputs allowed it would be skipped and its second derivative silently be zero.
+    PyTorch marks such a gradient (`once_differentiable` in a custom function) with a node that raises when reached; no path leads from
+    it to the inputs, so with unused inputs allowed it would be skipped and its second derivative silently be zero.
 
     Raises:
       NotDifferentiable: names the custom functions met.
@@ -118,6 +119,6 @@ def refuse_once_differentiable(results: Sequence[Tensor]) -> None:
         pending += [following for following, _ in node.next_functions if following is not None]
     if refused:
         raise NotDifferentiable(
-            f"a custom autograd function marked once_differentiable ({', '.join(sorted(custom)) or 'not named by PyTorch'}) has no derivative of its "
-            "gradient. Write its backward with differentiable operations, or use adjoint=FirstOrder()."
+            f"a custom autograd function marked once_differentiable ({', '.join(sorted(custom)) or 'not named by PyTorch'}) has no "
+            "derivative of its gradient. Write its backward with differentiable operations, or use adjoint=FirstOrder()."
         )

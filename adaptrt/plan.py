@@ -23,7 +23,6 @@ from adaptrt.program import COMPILING, ProgramSet
 from adaptrt.step import Batch, Carry, Fixed, Step
 from adaptrt.tree import Spec, Tree
 
-
 Explain = Callable[[Callable[[], Graph]], Graph]
 MakePrograms = Callable[[Step, Explain], ProgramSet]
 
@@ -46,7 +45,13 @@ class Probe(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SupportPlan:
-    """For one shape of support data: the inner step, the adjoint and why, and the programs that see no query data."""
+    """For one shape of support data: the inner step, the adjoint and why, and the programs that see no query data.
+
+    Attributes:
+      carry: for each leaf of the carry whether it can have a cotangent.
+      live: for each leaf of the carry whether a step makes it depend on something differentiable; running statistics do not.
+      shapes: the data in words.
+    """
 
     step: Step
     adjoint: Adjoint
@@ -54,6 +59,7 @@ class SupportPlan:
     probe: Probe
     programs: ProgramSet
     carry: tuple[bool, ...]
+    live: tuple[bool, ...]
     shapes: tuple[str, ...]
     queries: Cache[QueryPlan]
 
@@ -174,13 +180,11 @@ def plan_support(
         adjoint, reason = choose(size, k, next(iter(carry.params.values())).device)
     else:
         reason = "asked for"
-    flows = (
-        *(True for _ in carry.params),
-        *(spec.dtype.is_floating_point for spec in tree.leaves(carry.opt_state)),
-        *found.live_buffers,
-    )
+    flows = tuple(tree.Spec.of(leaf).dtype.is_floating_point for leaf in tree.leaves(carry))
+    num_buffers = len(carry.buffers)
+    live = (*flows[: len(flows) - num_buffers], *found.live_buffers)
     programs = make_programs(step, _explained(step, found.noise, carry, fixed, batch))
-    return SupportPlan(step, adjoint, reason, found, programs, flows, shapes, Cache(cache_size))
+    return SupportPlan(step, adjoint, reason, found, programs, flows, live, shapes, Cache(cache_size))
 
 
 def plan_query(
@@ -201,7 +205,9 @@ def plan_query(
     return QueryPlan(found, programs, shapes, weights)
 
 
-def plan_prediction(step: Step, carry: Carry, fixed: Fixed, inputs: Tree, shapes: tuple[str, ...], make_programs: MakePrograms) -> PredictionPlan:
+def plan_prediction(
+    step: Step, carry: Carry, fixed: Fixed, inputs: Tree, shapes: tuple[str, ...], make_programs: MakePrograms
+) -> PredictionPlan:
     """Decides how to predict for inputs of one shape. Arguments as for `plan_support`."""
     noise: list[Noise] = []
 

@@ -122,7 +122,11 @@ class ProgramSet:
     def pullback(self, name: str, fn: Callable[..., Any], arguments: Sequence[str], wrt: Wrt, value: bool = False) -> Callable[..., Any]:
         def summed(graph: Graph) -> list[bool]:
             gradients = graph.result.children[1] if value else graph.result
-            flags = [not self._has_task_axis(kind) for kind, child in zip(arguments, gradients.children, strict=True) for _ in range(child.num_leaves)]
+            flags = [
+                not self._has_task_axis(kind)
+                for kind, child in zip(arguments, gradients.children, strict=True)
+                for _ in range(child.num_leaves)
+            ]
             return [False] * (graph.result.num_leaves - len(flags)) + flags
 
         return self._lazy((name, wrt), pull_back(fn, wrt, value), (*arguments, "cotangent"), summed)
@@ -131,7 +135,9 @@ class ProgramSet:
         """The programs compiled so far, without those of the parent."""
         return [(key[0], program) for key, program in list(self._programs.items())]
 
-    def _lazy(self, key: _Key, fn: Callable[..., Any], arguments: Sequence[str], summed: Callable[[Graph], list[bool]]) -> Callable[..., Any]:
+    def _lazy(
+        self, key: _Key, fn: Callable[..., Any], arguments: Sequence[str], summed: Callable[[Graph], list[bool]]
+    ) -> Callable[..., Any]:
         if self._parent is not None and "query" not in arguments:
             return self._parent._lazy(key, fn, arguments, summed)
         found = self._programs.get(key)
@@ -149,7 +155,9 @@ class ProgramSet:
     def _has_task_axis(self, kind: str) -> bool:
         return self._num_tasks is not None and kind != "fixed" and (kind != "start" or self._start_has_task_axis)
 
-    def _compile(self, fn: Callable[..., Any], arguments: Sequence[str], args: Sequence[Tree], summed: Callable[[Graph], list[bool]]) -> Program:
+    def _compile(
+        self, fn: Callable[..., Any], arguments: Sequence[str], args: Sequence[Tree], summed: Callable[[Graph], list[bool]]
+    ) -> Program:
         began = time.perf_counter()
         axes = [self._has_task_axis(kind) for kind in arguments]
         examples = [tree.map_leaves(without_leading_axis, arg) if axis else tree.specs(arg) for arg, axis in zip(args, axes, strict=True)]
@@ -187,7 +195,7 @@ def _reader(value: Tensor, modules: Sequence[nn.Module]) -> Constant:
                     return lambda: getattr(module, attribute)
     if value.requires_grad:
         raise UnsupportedParameter(
-            f"the model or the loss uses a tensor of shape {list(value.shape)} that requires grad and is no parameter; its gradient would be "
-            "lost. Make it an nn.Parameter of the model or of a loss module, or detach it"
+            f"the model or the loss uses a tensor of shape {list(value.shape)} that requires grad and is no parameter; its gradient "
+            "would be lost. Make it an nn.Parameter of the model or of a loss module, or detach it"
         )
     return lambda: value

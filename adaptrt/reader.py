@@ -93,5 +93,3 @@ def _places(root: nn.Module, named: Mapping[str, Tensor]) -> dict[str, _Place]:
 
 def _read(places: Mapping[str, _Place]) -> dict[str, Tensor]:
     return {name: getattr(module, attribute) for name, (module, attribute) in places.items()}
-
-

@@ -7,7 +7,7 @@ compiled for one set of shapes each. Python numbers in the model's attributes ar
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -64,9 +64,9 @@ def compile_unroll(
       loss: `loss(output, target)`, or `loss(output)` for batches without target; returns a scalar. A module's parameters are meta-learned
         with the model's. None: cross-entropy for integer targets, mean squared error for floating ones, the output itself (or its
         `.loss`) when that is a scalar already.
-      params: which parameters adapt: a glob on their names, a list of globs, or a predicate of (name, parameter). Left out: all that require
-        grad, and with a `torch.optim` instance only those it holds. The rest are used unchanged, and get meta-gradients through support
-        and query losses if they require grad.
+      params: which parameters adapt: a glob on their names, a list of globs, or a predicate of (name, parameter). Left out: all that
+        require grad, and with a `torch.optim` instance only those it holds. The rest are used unchanged, and get meta-gradients through
+        support and query losses if they require grad.
       adjoint: `Unrolled()`, `Replay(every=n)`, `FirstOrder()`, or "auto" to choose by the size of the graph.
       backend: "inductor", "eager", a `Backend`, or "auto": inductor where a compiler is found, with a warning where none is.
       per_step: support has a leading axis of length k, one batch for each step.
@@ -126,11 +126,12 @@ def _adapted_names(model: nn.Module, opt: Any, select: Select) -> frozenset[str]
     """Names of the parameters that adapt."""
     named = dict(model.named_parameters())
     held = {id(param) for group in opt.param_groups for param in group["params"]} if isinstance(opt, torch.optim.Optimizer) else None
-    if held is not None and held - {id(param) for param in named.values()}:
-        foreign = [param for group in opt.param_groups for param in group["params"] if id(param) not in {id(own) for own in named.values()}]
+    own = {id(param) for param in named.values()}
+    foreign = [param for group in opt.param_groups for param in group["params"] if id(param) not in own] if held is not None else []
+    if foreign:
         raise OptimizerMismatch(
-            f"opt holds {len(foreign)} parameters that the model does not have (the first of shape {list(foreign[0].shape)}); build it from "
-            "this model's parameters()"
+            f"opt holds {len(foreign)} parameters that the model does not have (the first of shape {list(foreign[0].shape)}); build it "
+            "from this model's parameters()"
         )
     if select is None:
         chosen = {name for name, param in named.items() if param.requires_grad and (held is None or id(param) in held)}
@@ -140,7 +141,9 @@ def _adapted_names(model: nn.Module, opt: Any, select: Select) -> frozenset[str]
         reason = f"params={select!r} matches none of {', '.join(named)}"
         missing = [name for name in chosen if held is not None and id(named[name]) not in held]
         if missing:
-            raise OptimizerMismatch(f"params= asks for {', '.join(sorted(missing))}, which opt does not hold; add them to a parameter group")
+            raise OptimizerMismatch(
+                f"params= asks for {', '.join(sorted(missing))}, which opt does not hold; add them to a parameter group"
+            )
     if not chosen:
         raise NothingToAdapt(f"no parameter to adapt: {reason}")
     return frozenset(chosen)
@@ -251,9 +254,7 @@ class CompiledUnroll:
         carry, losses = autograd.adapt(call)
         return Adapted(self, carry, losses, call.task.fixed, call.num_tasks)
 
-    def __call__(
-        self, support: Any, query: Any, *, start: Adapted | None = None, generator: torch.Generator | None = None
-    ) -> Tensor:
+    def __call__(self, support: Any, query: Any, *, start: Adapted | None = None, generator: torch.Generator | None = None) -> Tensor:
         """The meta-loss: the loss of the adapted model on the query batch, a scalar; the mean over tasks with `vmap()`.
 
         With gradients enabled, loss and meta-gradient are computed together, and `backward()` only scales them.
@@ -376,7 +377,15 @@ class CompiledUnroll:
             one = _one(batch, num_tasks is not None)
             one = tree.map_leaves(without_leading_axis, one) if settings.per_step else one
             return plan_support(
-                self._reader.step, settings.adjoint, settings.k, one_task, one_fixed, one, _shapes(batch), programs(None), settings.cache_size
+                self._reader.step,
+                settings.adjoint,
+                settings.k,
+                one_task,
+                one_fixed,
+                one,
+                _shapes(batch),
+                programs(None),
+                settings.cache_size,
             )
 
         plan = self._plans.get_or_make(key, make_plan)
@@ -385,7 +394,9 @@ class CompiledUnroll:
 
         def make_query_plan() -> QueryPlan:
             self._require_warm("query", query, [known.shapes for known in plan.queries.entries()], warm)
-            return plan_query(plan, one_task, one_fixed, _one(query, num_tasks is not None), _shapes(query), programs(plan.programs), num_tasks)
+            return plan_query(
+                plan, one_task, one_fixed, _one(query, num_tasks is not None), _shapes(query), programs(plan.programs), num_tasks
+            )
 
         return plan, plan.queries.get_or_make(_key(query), make_query_plan)
 
@@ -404,17 +415,25 @@ class CompiledUnroll:
         self, plan: SupportPlan, carry: Carry, fixed: Fixed, batch: Batch, query: Batch | None, start_has_tasks: bool
     ) -> tuple[Problem, tuple[Tensor, ...]]:
         wanted: list[Tensor] = []
-        flags: list[tuple[bool, ...]] = []
-        enabled = torch.is_grad_enabled()
-        for part, may_flow in ((carry, plan.carry), (fixed, None), (batch, None), (query, None)):
+
+        def marks(part: Tree) -> tuple[bool, ...]:
             values = tree.leaves(part)
-            marks = tuple(enabled and value.requires_grad for value in values)
-            if may_flow is not None:
-                marks = tuple(mark and flow for mark, flow in zip(marks, may_flow, strict=True))
-            wanted += [value for value, mark in zip(values, marks, strict=True) if mark]
-            flags.append(marks)
+            wanted.extend(value for value in values if torch.is_grad_enabled() and value.requires_grad)
+            return tuple([torch.is_grad_enabled() and value.requires_grad for value in values])
+
         problem = Problem(
-            plan.step, unroll, batch_of_step, self._settings.k, self._settings.per_step, *flags, plan.carry, self._task_axis, start_has_tasks
+            step=plan.step,
+            unroll=unroll,
+            batch_of_step=batch_of_step,
+            k=self._settings.k,
+            per_step=self._settings.per_step,
+            start=marks(carry),
+            fixed=marks(fixed),
+            support=marks(batch),
+            query=marks(query),
+            carry=plan.carry,
+            task_axis=self._task_axis,
+            start_has_task_axis=start_has_tasks,
         )
         return problem, tuple(wanted)
 

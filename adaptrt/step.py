@@ -91,8 +91,12 @@ class Step:
     def gradient(self, loss: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The loss's gradient by parameter name, without the parameters that the loss does not use."""
         if not loss.requires_grad:
-            raise NothingToAdapt("the support loss does not depend on the adapted parameters: check `params=` and that the model does not detach its output")
-        found = torch.autograd.grad(loss, list(params.values()), create_graph=not self.detach_gradient, retain_graph=True, allow_unused=True)
+            raise NothingToAdapt(
+                "the support loss does not depend on the adapted parameters: check `params=` and that the model does not detach its output"
+            )
+        found = torch.autograd.grad(
+            loss, list(params.values()), create_graph=not self.detach_gradient, retain_graph=True, allow_unused=True
+        )
         grads = {name: grad for name, grad in zip(params, found, strict=True) if grad is not None}
         if not grads:
             raise NothingToAdapt(f"the support loss does not depend on any adapted parameter ({', '.join(params)}): check `params=`")
@@ -101,7 +105,9 @@ class Step:
                 raise UnsupportedParameter(f"parameter '{name}' has a sparse gradient; build its embedding with sparse=False")
         return {name: grad.detach() for name, grad in grads.items()} if self.detach_gradient else grads
 
-    def evaluate(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], fixed: Fixed, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+    def evaluate(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], fixed: Fixed, batch: Batch
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and updated buffers; random operations are the caller's to lift."""
         output, updated = self.apply(params, buffers, fixed, batch.inputs)
         target = () if batch.target is None else (batch.target,)
@@ -115,7 +121,9 @@ class Step:
             loss = self.loss(output, *target)
         return _require_scalar(loss), updated
 
-    def apply(self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], fixed: Fixed, inputs: Tree) -> tuple[Tree, dict[str, Tensor]]:
+    def apply(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], fixed: Fixed, inputs: Tree
+    ) -> tuple[Tree, dict[str, Tensor]]:
         """The model's output and all buffers, those that it updated included."""
         args, kwargs = as_call(inputs)
         own = {name: value for name, value in buffers.items() if not name.startswith(LOSS_BUFFER)}
@@ -146,10 +154,14 @@ def default_loss(output: Any, target: Tensor | None = None) -> Tensor:
     if output.dim() == 0:
         return output
     if target is None:
-        raise InvalidLoss(f"the batch has no target and the output ({tree.describe(output)}) is not a scalar loss; pass (inputs, target) or loss=")
+        raise InvalidLoss(
+            f"the batch has no target and the output ({tree.describe(output)}) is not a scalar loss; pass (inputs, target) or loss="
+        )
     if target.is_floating_point():
         if target.shape != output.shape:
-            raise InvalidBatch(f"mean squared error of output {tree.describe(output)} against target {tree.describe(target)}: the shapes must be equal")
+            raise InvalidBatch(
+                f"mean squared error of output {tree.describe(output)} against target {tree.describe(target)}: the shapes must be equal"
+            )
         return F.mse_loss(output, target)
     if target.dtype is torch.bool or target.is_complex():
         raise InvalidLoss(f"no default loss for a target of {target.dtype}; pass loss=")
@@ -160,7 +172,9 @@ def _require_scalar(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor):
         raise InvalidLoss(f"the loss must return a tensor, got {type(loss).__name__}")
     if loss.dim() != 0 or not loss.is_floating_point():
-        raise InvalidLoss(f"the loss must be a floating-point scalar (shape []), got {tree.describe(loss)}; reduce it, for example with .mean()")
+        raise InvalidLoss(
+            f"the loss must be a floating-point scalar (shape []), got {tree.describe(loss)}; reduce it, for example with .mean()"
+        )
     return loss
 
 
@@ -170,4 +184,6 @@ def _require_same_specs(before: Carry, after: Carry) -> None:
     old = dict(zip(tree.paths(before), map(str, tree.leaves(tree.specs(before))), strict=True))
     new = dict(zip(tree.paths(after), map(str, tree.leaves(tree.specs(after))), strict=True))
     changed = [f"{name}: {old.get(name)} became {new.get(name)}" for name in {**old, **new} if old.get(name) != new.get(name)]
-    raise InvalidArgument(f"a step must keep the structure, shapes and dtypes of what it updates; {'; '.join(changed) or 'the containers differ'}")
+    raise InvalidArgument(
+        f"a step must keep the structure, shapes and dtypes of what it updates; {'; '.join(changed) or 'the containers differ'}"
+    )

@@ -71,7 +71,7 @@ def _open(value: Tree) -> tuple[str, Any, tuple[Any, ...], Sequence[Tree]]:
         mapping = cast(Mapping[Any, Tree], value)
         return "mapping", type(mapping), tuple(mapping), list(mapping.values())
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return "named", type(value), tuple(value._fields), value
+        return "named", type(value), tuple(cast(Any, value)._fields), cast(Sequence[Tree], value)
     if isinstance(value, tuple | list):
         children = cast(Sequence[Tree], value)
         return "sequence", type(children), tuple(range(len(children))), children

@@ -22,6 +22,7 @@ def choose(num_operations: int, k: int, device: torch.device) -> tuple[Adjoint, 
       device: where the model is.
     """
     total = num_operations * k
+    size = f"{k} steps of {num_operations} operations are {total} on {device.type}"
     if total <= MAX_UNROLLED_OPERATIONS:
-        return Unrolled(), f"{k} steps of {num_operations} operations are {total} on {device.type}, within the {MAX_UNROLLED_OPERATIONS} that compile well as one graph"
-    return Replay(), f"{k} steps of {num_operations} operations are {total} on {device.type}, above the {MAX_UNROLLED_OPERATIONS} that compile well as one graph"
+        return Unrolled(), f"{size}, within the {MAX_UNROLLED_OPERATIONS} that compile well as one graph"
+    return Replay(), f"{size}, above the {MAX_UNROLLED_OPERATIONS} that compile well as one graph"

@@ -114,7 +114,9 @@ class Adjoint(abc.ABC):
         """Runs the k steps. `keep`: keep what `adapt_pullback` needs."""
 
     @abc.abstractmethod
-    def adapt_pullback(self, programs: Programs, problem: Problem, task: Task, kept: Any, carry: Sequence[Tensor], losses: Tensor) -> Gradients:
+    def adapt_pullback(
+        self, programs: Programs, problem: Problem, task: Task, kept: Any, carry: Sequence[Tensor], losses: Tensor
+    ) -> Gradients:
         """Gradients from the cotangents of the last carry (of the leaves in `problem.carry`) and of the losses."""
 
     @abc.abstractmethod
@@ -122,7 +124,9 @@ class Adjoint(abc.ABC):
         """The query loss after adaptation, one for each task."""
 
     @abc.abstractmethod
-    def meta_loss_and_gradients(self, programs: Programs, problem: Problem, task: Task, query: Query, cotangent: Tensor) -> tuple[Tensor, Gradients]:
+    def meta_loss_and_gradients(
+        self, programs: Programs, problem: Problem, task: Task, query: Query, cotangent: Tensor
+    ) -> tuple[Tensor, Gradients]:
         """The query loss, and its gradients times `cotangent`."""
 
 

@@ -26,13 +26,17 @@ class FirstOrder(Adjoint):
     def adapt(self, programs: Programs, problem: Problem, task: Task, keep: bool) -> Adaptation:
         return _REPLAY.adapt(programs, problem, task, keep)
 
-    def adapt_pullback(self, programs: Programs, problem: Problem, task: Task, kept: Any, carry: Sequence[Tensor], losses: Tensor) -> Gradients:
+    def adapt_pullback(
+        self, programs: Programs, problem: Problem, task: Task, kept: Any, carry: Sequence[Tensor], losses: Tensor
+    ) -> Gradients:
         return _REPLAY.adapt_pullback(programs, problem, task, kept, carry, losses)
 
     def meta_loss(self, programs: Programs, problem: Problem, task: Task, query: Query) -> Tensor:
         return _REPLAY.meta_loss(programs, problem, task, query)
 
-    def meta_loss_and_gradients(self, programs: Programs, problem: Problem, task: Task, query: Query, cotangent: Tensor) -> tuple[Tensor, Gradients]:
+    def meta_loss_and_gradients(
+        self, programs: Programs, problem: Problem, task: Task, query: Query, cotangent: Tensor
+    ) -> tuple[Tensor, Gradients]:
         return _REPLAY.meta_loss_and_gradients(programs, problem, task, query, cotangent)
 
 

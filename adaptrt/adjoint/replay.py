@@ -52,14 +52,18 @@ class Replay(Adjoint):
             losses.append(loss)
         return Adaptation(carry, torch.stack(losses, -1), kept)
 
-    def adapt_pullback(self, programs: Programs, problem: Problem, task: Task, kept: Any, carry: Sequence[Tensor], losses: Tensor) -> Gradients:
+    def adapt_pullback(
+        self, programs: Programs, problem: Problem, task: Task, kept: Any, carry: Sequence[Tensor], losses: Tensor
+    ) -> Gradients:
         return self._backwards(programs, problem, task, kept, list(carry), losses.unbind(-1), _Sum())
 
     def meta_loss(self, programs: Programs, problem: Problem, task: Task, query: Query) -> Tensor:
         carry = self.adapt(programs, problem, task, keep=False).carry
         return programs.program("query", problem.step.query, ("carry", "fixed", "query", "noise"))(carry, task.fixed, *query)
 
-    def meta_loss_and_gradients(self, programs: Programs, problem: Problem, task: Task, query: Query, cotangent: Tensor) -> tuple[Tensor, Gradients]:
+    def meta_loss_and_gradients(
+        self, programs: Programs, problem: Problem, task: Task, query: Query, cotangent: Tensor
+    ) -> tuple[Tensor, Gradients]:
         carry, losses, kept = self.adapt(programs, problem, task, keep=True)
         wrt = Wrt((problem.carry, problem.fixed, problem.query, None), (True,))
         pullback = programs.pullback("query pullback", problem.step.query, ("carry", "fixed", "query", "noise"), wrt, value=True)
@@ -70,7 +74,14 @@ class Replay(Adjoint):
         return loss, gradients._replace(query=batch)
 
     def _backwards(
-        self, programs: Programs, problem: Problem, task: Task, kept: Sequence[Carry], adjoint: list[Tensor], losses: Sequence[Tensor], fixed: _Sum
+        self,
+        programs: Programs,
+        problem: Problem,
+        task: Task,
+        kept: Sequence[Carry],
+        adjoint: list[Tensor],
+        losses: Sequence[Tensor],
+        fixed: _Sum,
     ) -> Gradients:
         wrt = Wrt((problem.carry, problem.fixed, problem.support, None), (*problem.carry, True))
         pullback = programs.pullback("step pullback", problem.step, _STEP, wrt)

@@ -25,7 +25,9 @@ class Unrolled(Adjoint):
         carry, losses = programs.program("adapt", _steps(problem), ("start", "fixed", "support", "noise"))(*task)
         return Adaptation(carry, losses, None)
 
-    def adapt_pullback(self, programs: Programs, problem: Problem, task: Task, kept: Any, carry: Sequence[Tensor], losses: Tensor) -> Gradients:
+    def adapt_pullback(
+        self, programs: Programs, problem: Problem, task: Task, kept: Any, carry: Sequence[Tensor], losses: Tensor
+    ) -> Gradients:
         del kept
         wrt = Wrt((problem.start, problem.fixed, problem.support, None), (*problem.carry, True))
         pullback = programs.pullback("adapt pullback", _steps(problem), ("start", "fixed", "support", "noise"), wrt)
@@ -35,7 +37,9 @@ class Unrolled(Adjoint):
     def meta_loss(self, programs: Programs, problem: Problem, task: Task, query: Query) -> Tensor:
         return programs.program("meta-loss", _meta_loss(problem), ("start", "fixed", "support", "noise", "query", "noise"))(*task, *query)
 
-    def meta_loss_and_gradients(self, programs: Programs, problem: Problem, task: Task, query: Query, cotangent: Tensor) -> tuple[Tensor, Gradients]:
+    def meta_loss_and_gradients(
+        self, programs: Programs, problem: Problem, task: Task, query: Query, cotangent: Tensor
+    ) -> tuple[Tensor, Gradients]:
         wrt = Wrt((problem.start, problem.fixed, problem.support, None, problem.query, None), (True,))
         arguments = ("start", "fixed", "support", "noise", "query", "noise")
         pullback = programs.pullback("meta-gradient", _meta_loss(problem), arguments, wrt, value=True)

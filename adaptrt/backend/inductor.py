@@ -1,7 +1,7 @@
 """Compiles a graph with Inductor: fused C++ kernels on the CPU, Triton on a GPU.
 
-The graph goes to Inductor's graph compiler directly. Dynamo and AOTAutograd, which `torch.compile` would run first, have nothing to do here:
-the graph is functional, holds no autograd, and inputs are checked by `Program`, so no guards are evaluated when it runs.
+The graph goes to Inductor's graph compiler directly. Dynamo and AOTAutograd, which `torch.compile` would run first, have nothing to do
+here: the graph is functional, holds no autograd, and inputs are checked by `Program`, so no guards are evaluated when it runs.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 from torch._inductor.compile_fx import compile_fx_inner
-from torch._inductor.decomposition import select_decomp_table
 from torch._inductor.cpp_builder import get_cpp_compiler
+from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._triton import has_triton
 
@@ -64,7 +64,11 @@ def warn_if_missing(device: torch.device) -> bool:
     reason = _missing(device.type)
     if reason is not None and device.type not in _WARNED:
         _WARNED.add(device.type)
-        warnings.warn(f"{reason}; programs run on the eager backend, correct but slower. Install one, or pass backend='eager'.", CompilerUnavailable, stacklevel=4)
+        warnings.warn(
+            f"{reason}; programs run on the eager backend, correct but slower. Install one, or pass backend='eager'.",
+            CompilerUnavailable,
+            stacklevel=4,
+        )
     return reason is not None
 
 

@@ -29,6 +29,10 @@ class MissingDemoExtra(AdaptrtError, ImportError):
     """A package of the `demo` extra is not installed."""
 
 
+Batch = tuple[Tensor, Tensor]  # inputs, labels
+Task = tuple[Batch, Batch]  # support, query
+
+
 class ImageClass(NamedTuple):
     """One class: a digit, turned anticlockwise by `quarter_turns` × 90°."""
 
@@ -50,13 +54,11 @@ class Episodes(NamedTuple):
     support_ids: Tensor  # [T, S], which of the 1,797 images each example is
     query_ids: Tensor  # [T, Q]
 
-    def task(self, index: int) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """(support, query) of one task."""
-        return (self.x_support[index], self.y_support[index]), (self.x_query[index], self.y_query[index])
-
-    def batch(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """(support, query) of all tasks, with the leading task axis that `unroll.vmap()` wants."""
-        return (self.x_support, self.y_support), (self.x_query, self.y_query)
+    def tasks(self) -> list[Task]:
+        """(support, query) of each task."""
+        support = zip(self.x_support, self.y_support, strict=True)
+        query = zip(self.x_query, self.y_query, strict=True)
+        return list(zip(support, query, strict=True))
 
 
 class Digits:

@@ -21,7 +21,7 @@ from adaptrt.runtime import CompiledUnroll, compile_unroll
 WAYS = 5
 SHOTS = 5
 QUERIES = 10  # a class
-TASKS = 8  # a meta-batch
+TASKS = 4  # a meta-batch
 INNER_STEPS = 5
 INNER_LR = 0.1
 OUTER_LR = 2e-3
@@ -76,28 +76,31 @@ def meta_train(
 
     Args:
       model: the model that `unroll` was compiled from.
-      unroll: the program of one task; its `vmap()` runs the meta-batch.
+      unroll: the program of one task.
       digits: where the tasks are drawn from.
       seed: of the tasks.
       num_iterations: at most so many.
       deadline: stop at this `time.monotonic()`, in seconds.
     """
     generator = torch.Generator().manual_seed(seed)
-    batched = unroll.vmap()
     outer = torch.optim.Adam(model.parameters(), lr=OUTER_LR)
     started = time.monotonic()
     done = 0.0
     for iteration in range(1, num_iterations + 1):
         for group in outer.param_groups:
             group["lr"] = OUTER_LR * (1 + math.cos(math.pi * done)) / 2
-        support, query = training_batch(digits, generator).batch()
         outer.zero_grad()
-        loss = batched(support, query)
-        loss.backward()
+        total = 0.0
+        # Task by task: with `vmap()` every task's own filters make grouped convolutions, which take more than twice as long on a CPU
+        # (2 cores, 8 tasks: 552 ms against 215 ms).
+        for support, query in training_batch(digits, generator).tasks():
+            loss = unroll(support, query) / TASKS
+            loss.backward()
+            total += loss.item()
         outer.step()
         elapsed = (time.monotonic() - started) / max(deadline - started, 1e-9)
         done = min(max(iteration / num_iterations, elapsed), 1.0)
-        yield Progress(iteration, done, loss.item())
+        yield Progress(iteration, done, total)
         if done == 1.0:
             return
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -12,13 +12,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from adaptrt.demo.digits import Episodes
+from adaptrt.demo.digits import Batch, Episodes, Task
 from adaptrt.demo.learner import INNER_LR
 from adaptrt.errors import AdaptrtError
 from adaptrt.runtime import CompiledUnroll
 
 Params = dict[str, Tensor]
-Batch = tuple[Tensor, Tensor]
 
 
 class ResultsDiffer(AdaptrtError, AssertionError):
@@ -53,35 +52,32 @@ def estimate(values: Tensor) -> Estimate:
     return Estimate(values.mean().item(), 1.96 * values.std().item() / math.sqrt(len(values)))
 
 
-def accuracy(unroll: CompiledUnroll, episodes: Episodes, *, chunk: int) -> Tensor:
-    """Query accuracy of every episode after adaptation, [episodes]. `chunk` tasks a call; their number is a multiple of it."""
-    batched = unroll.vmap()
+def accuracy(unroll: CompiledUnroll, episodes: Episodes) -> Tensor:
+    """Query accuracy of every episode after adaptation, [episodes]."""
     with torch.inference_mode():
-        return torch.cat([_accuracy(batched.adapt(part.batch()[0])(part.x_query), part.y_query) for part in _chunks(episodes, chunk)])
+        return torch.stack([_accuracy(unroll.adapt(support)(x_query), y_query) for support, (x_query, y_query) in episodes.tasks()])
 
 
-def accuracy_by_step(model: nn.Module, step: CompiledUnroll, episodes: Episodes, *, num_steps: int, chunk: int) -> Tensor:
+def accuracy_by_step(model: nn.Module, step: CompiledUnroll, episodes: Episodes, *, num_steps: int) -> Tensor:
     """Query accuracy of every episode after 0, 1, ..., num_steps inner steps, [num_steps + 1, episodes].
 
     Args:
       model: the model that `step` was compiled from.
-      step: an unroll of one step; going on with `start=` costs no program for each number of steps.
-      episodes: their number is a multiple of `chunk`.
+      step: an unroll of one step, which `start=` takes on from where it stopped.
+      episodes: the tasks.
       num_steps: at least 1.
-      chunk: tasks a call.
     """
-    batched = step.vmap()
-    parts: list[Tensor] = []
+
+    def one(support: Batch, query: Batch) -> Tensor:
+        x_query, y_query = query
+        accuracies, adapted = [_accuracy(model(x_query), y_query)], None
+        for _ in range(num_steps):
+            adapted = step.adapt(support, start=adapted)
+            accuracies.append(_accuracy(adapted(x_query), y_query))
+        return torch.stack(accuracies)
+
     with torch.inference_mode():
-        for part in _chunks(episodes, chunk):
-            support, (x_query, y_query) = part.batch()
-            before = torch.stack([model(x) for x in x_query])
-            accuracies, adapted = [_accuracy(before, y_query)], None
-            for _ in range(num_steps):
-                adapted = batched.adapt(support) if adapted is None else batched.adapt(support, start=adapted)
-                accuracies.append(_accuracy(adapted(x_query), y_query))
-            parts.append(torch.stack(accuracies))
-    return torch.cat(parts, dim=1)
+        return torch.stack([one(support, query) for support, query in episodes.tasks()], dim=1)
 
 
 def nearest_neighbour(episodes: Episodes) -> Tensor:
@@ -105,7 +101,7 @@ def eager_adapt(model: nn.Module, support: Batch, steps: int) -> Params:
     return {name: value.detach() for name, value in params.items()}
 
 
-def latency(model: nn.Module, unroll: CompiledUnroll, task: tuple[Batch, Batch], *, steps: int, calls: int = 100) -> Latency:
+def latency(model: nn.Module, unroll: CompiledUnroll, task: Task, *, steps: int, calls: int = 100) -> Latency:
     """Adaptation time of one task, compiled and eager by turns in this process.
 
     Raises:
@@ -131,11 +127,6 @@ def latency(model: nn.Module, unroll: CompiledUnroll, task: tuple[Batch, Batch],
     warm_up = max(calls // 10, 3)
     pairs = torch.tensor([[_time(compiled), _time(eager)] for _ in range(calls + warm_up)], dtype=torch.float64)[warm_up:]
     return Latency(pairs[:, 0], pairs[:, 1], error)
-
-
-def _chunks(episodes: Episodes, size: int) -> Iterator[Episodes]:
-    for first in range(0, len(episodes.x_support), size):
-        yield Episodes(*(values[first : first + size] for values in episodes))
 
 
 def _time(call: Callable[[], object]) -> float:

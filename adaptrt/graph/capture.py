@@ -1,17 +1,20 @@
 """Capture: a pure Python function of tensors becomes a `Graph`.
 
-The function runs once on fake tensors, a fresh one for each input, while every ATen operation under autograd is recorded. A function may
-call `torch.autograd.grad`: the gradient's operations are recorded like any other. Never differentiate a graph: what autograd saved for its
-backward is detached in it, so the result would be silently wrong. Loss, gradient and the gradient's adjoint are one function, captured once.
+The function runs once on fake tensors, a fresh one for each input, while every ATen operation under autograd is recorded. A function
+may call `torch.autograd.grad`: the gradient's operations are recorded like any other. Never differentiate a graph: what autograd saved
+for its backward is detached in it, so the result would be silently wrong. Loss, gradient and the gradient's adjoint are one function,
+captured once.
 
 Known limits: Python numbers that the function reads (attributes of a module, say) are constants of the graph; a function that depends on
 its arguments' shapes is captured for these shapes; no other thread may trace meanwhile.
 """
 
+# pyright: reportPrivateUsage=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, cast
 
 import torch
@@ -31,7 +34,10 @@ from adaptrt.graph.passes.retrace import fake_tensors
 from adaptrt.graph.passes.standard import STANDARD
 from adaptrt.tree import Spec, Tree
 
-def capture(fn: Callable[..., Tree], *examples: Tree, roles: Sequence[Role | Tree] = (), names: Sequence[str] = (), fused_attention: bool = False) -> Graph:
+
+def capture(
+    fn: Callable[..., Tree], *examples: Tree, roles: Sequence[Role | Tree] = (), names: Sequence[str] = (), fused_attention: bool = False
+) -> Graph:
     """Captures `fn` at the shapes, dtypes and devices of `examples`.
 
     Args:
@@ -77,7 +83,7 @@ def _spread(entry: Role | Tree, example: Tree) -> list[Role]:
 
 
 @contextlib.contextmanager
-def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Iterator[None]:
+def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[None]:
     """The state in which functions are traced, whatever the caller's: gradients on, autocast off, kernels with a second derivative only."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with contextlib.ExitStack() as stack:
@@ -134,7 +140,7 @@ class _Operations(TorchDispatchMode):
     """Notes the name of every operation, and in which module it was called."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self.found: list[tuple[str, str]] = []
         self._paths: dict[int, str] = {}
         self._stack: list[str] = []

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 from torch import fx
+from torch.fx.node import map_arg
 from torch.utils.flop_counter import flop_registry
 
 from adaptrt.graph.ir import Graph
@@ -19,7 +20,7 @@ def num_flops(graph: Graph) -> int:
     for node in graph.module.graph.nodes:
         formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
         if node.op == "call_function" and formula is not None:
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), _value)
+            args, kwargs = cast(Any, map_arg((node.args, node.kwargs), _value))
             total += formula(*args, **kwargs, out_val=_value(node))
     return total
 
@@ -31,5 +32,3 @@ def _value(node: fx.Node) -> Any:
 def num_bytes(graph: Graph) -> int:
     """Bytes of all inputs and outputs: what a call has to read and write at least."""
     return sum(entry.spec.num_bytes for entry in (*graph.signature.inputs, *graph.signature.outputs))
-
-

@@ -105,7 +105,9 @@ class Graph:
         """
         values, structure = tree.flatten(args)
         if structure != self.arguments:
-            raise ValueError(f"run() takes arguments of the structure that was captured ({self.arguments.num_leaves} tensors), got another one")
+            raise ValueError(
+                f"run() takes arguments of the structure that was captured ({self.arguments.num_leaves} tensors), got another one"
+            )
         with torch.no_grad():
             return tree.unflatten(self.result, self.module(*values, *self.constants))
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import fx
@@ -68,5 +69,5 @@ def _argument(value: Any, names: dict[fx.Node, str]) -> str:
     if isinstance(value, fx.Node):
         return names[value]
     if isinstance(value, list | tuple):
-        return f"[{', '.join(_argument(part, names) for part in value)}]"
+        return f"[{', '.join(_argument(part, names) for part in cast(Sequence[Any], value))}]"
     return str(value).removeprefix("torch.")

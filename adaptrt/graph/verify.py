@@ -6,7 +6,7 @@ from torch import Tensor, fx
 
 from adaptrt.errors import InvalidGraph
 from adaptrt.graph.ir import Graph
-from adaptrt.graph.passes.operations import is_mutable, is_operation, is_random
+from adaptrt.graph.passes.operations import is_mutable, is_operation, is_random, memory_of
 from adaptrt.tree import Spec
 
 
@@ -26,8 +26,9 @@ def verify(graph: Graph) -> Graph:
     _verify_values("output", [entry.spec for entry in graph.signature.outputs], outputs)
     if graph.arguments.num_leaves + len(graph.constants) != len(inputs):
         raise InvalidGraph(f"{graph.arguments.num_leaves} arguments and {len(graph.constants)} constants, but {len(inputs)} inputs")
-    if any(output.op == "placeholder" for output in outputs) or len(set(outputs)) != len(outputs):
-        raise InvalidGraph("an output is an input or is returned twice; it would alias a tensor of the caller")
+    memories = [memory_of(output) for output in outputs]
+    if any(memory.op == "placeholder" for memory in memories) or len(set(memories)) != len(memories):
+        raise InvalidGraph("an output shares memory with an input or another output; it would alias a tensor of the caller")
     return graph
 
 

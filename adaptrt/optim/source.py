@@ -93,8 +93,8 @@ def source(opt: object, params: Params) -> Source:
     if isinstance(opt, torch.optim.Optimizer):
         return TorchSource(opt, params)
     raise InvalidType(
-        f"opt must be an adaptrt.optim.Optimizer such as adaptrt.optim.sgd(lr=0.1), or an instance of torch.optim's {', '.join(SUPPORTED)}; "
-        f"got {type(opt).__name__}"
+        f"opt must be an adaptrt.optim.Optimizer such as adaptrt.optim.sgd(lr=0.1), or an instance of torch.optim's "
+        f"{', '.join(SUPPORTED)}; got {type(opt).__name__}"
     )
 
 

@@ -9,11 +9,11 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._decomp import get_decompositions
+from torch._decomp import get_decompositions  # pyright: ignore[reportUnknownVariableType]
 
 from adaptrt.graph.ir import Graph, Input
 from adaptrt.graph.passes.base import Pass, apply
@@ -57,7 +57,7 @@ def batch(graph: Graph, batched: Sequence[bool], summed: Sequence[bool], num_tas
         return run
 
     def simplify(graph: Graph) -> Graph:
-        return retrace(graph, decompositions=get_decompositions(_WITHOUT_BATCHING_RULE))
+        return retrace(graph, decompositions=cast(Any, get_decompositions(_WITHOUT_BATCHING_RULE)))
 
     def stack(graph: Graph) -> Graph:
         with warnings.catch_warnings():
@@ -71,5 +71,3 @@ def batch(graph: Graph, batched: Sequence[bool], summed: Sequence[bool], num_tas
 def _stacked(entry: Input, num_tasks: int) -> Input:
     spec = entry.spec
     return dataclasses.replace(entry, spec=Spec((num_tasks, *spec.shape), spec.dtype, spec.device))
-
-

@@ -5,7 +5,7 @@ This rewrite happens while a function is captured, under autograd: the derivativ
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,7 +26,7 @@ class _Randomness(TorchDispatchMode):
     """Hands every random operation to `source`."""
 
     def __init__(self, source: _Source) -> None:
-        super().__init__()
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self._source = source
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -36,22 +36,26 @@ class _Randomness(TorchDispatchMode):
             return func(*args, **kwargs)
         rule = _RULES.get(func)
         if rule is None:
+            known = ", ".join(sorted({name_of(target) for target in _RULES}))
             raise UnsupportedRandomness(
-                f"the random operation '{name_of(func)}' ({func}) cannot be drawn before the program runs. Draw it outside the model and pass it as an "
-                f"input, or use one of: {', '.join(sorted({name_of(known) for known in _RULES}))} (without a generator argument)"
+                f"the random operation '{name_of(func)}' cannot be drawn before the program runs. Draw it outside the model and "
+                f"pass it as an input, or use one of: {known} (without a generator argument)"
             )
         return rule(self._source, *args, **kwargs)
 
 
 @contextmanager
-def lift_noise(noise: Sequence[Tensor]) -> Iterator[None]:
+def lift_noise(noise: Sequence[Tensor]) -> Generator[None]:
     """Within the block, random operations return these tensors in order, in eager code as well as while it is captured."""
     pending = iter(noise)
 
     def take(wanted: Noise) -> Tensor:
         value = next(pending, None)
         if value is None or tuple(value.shape) != wanted.spec.shape:
-            raise UnsupportedRandomness(f"the model drew {wanted.kind} {wanted.spec}, which it did not draw when it was first run: its random operations must not vary")
+            raise UnsupportedRandomness(
+                f"the model drew {wanted.kind} {wanted.spec}, which it did not draw when it was first run: its random operations must "
+                "not vary from run to run"
+            )
         return value
 
     with _Randomness(take):
@@ -59,7 +63,7 @@ def lift_noise(noise: Sequence[Tensor]) -> Iterator[None]:
 
 
 @contextmanager
-def record_noise() -> Iterator[list[Noise]]:
+def record_noise() -> Generator[list[Noise]]:
     """Within the block, notes what random operations would draw and lets them return uninitialised tensors."""
     found: list[Noise] = []
 
@@ -72,11 +76,13 @@ def record_noise() -> Iterator[list[Noise]]:
 
 
 @contextmanager
-def forbid_noise() -> Iterator[None]:
+def forbid_noise() -> Generator[None]:
     """Within the block, random operations raise."""
 
     def refuse(wanted: Noise) -> Tensor:
-        raise UnsupportedRandomness(f"a random operation ({wanted.kind} {wanted.spec}) outside the model and the loss; draw it before and pass it in")
+        raise UnsupportedRandomness(
+            f"a random operation ({wanted.kind} {wanted.spec}) outside the model and the loss; draw it before and pass it in"
+        )
 
     with _Randomness(refuse):
         yield
@@ -146,7 +152,9 @@ def _randint(source: _Source, high: int, size: Sequence[int], *, dtype: Any = to
     return source(Noise("randint", (0, high), _new(size, dtype or torch.int64, device)))
 
 
-def _randint_low(source: _Source, low: int, high: int, size: Sequence[int], *, dtype: Any = torch.int64, device: Any = None, **_: Any) -> Tensor:
+def _randint_low(
+    source: _Source, low: int, high: int, size: Sequence[int], *, dtype: Any = torch.int64, device: Any = None, **_: Any
+) -> Tensor:
     return source(Noise("randint", (low, high), _new(size, dtype or torch.int64, device)))
 
 
@@ -160,7 +168,9 @@ def _randperm(source: _Source, n: int, *, dtype: Any = torch.int64, device: Any 
 
 def _refuse_generator(generator: torch.Generator | None) -> None:
     if generator is not None:
-        raise UnsupportedRandomness("the model draws from a generator of its own; drop the generator argument and pass generator= to the unroll instead")
+        raise UnsupportedRandomness(
+            "the model draws from a generator of its own; drop the generator argument and pass generator= to the unroll instead"
+        )
 
 
 _RULES: dict[Any, Callable[..., Any]] = {

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, cast
 
 from torch import fx
 
@@ -14,7 +15,7 @@ from adaptrt.graph.passes.base import Pass, copy_module
 def _key(value: Any) -> Any:
     """A hashable stand-in for an argument; the type keeps 1, 1.0 and True apart."""
     if isinstance(value, list | tuple):
-        return tuple(_key(part) for part in value)
+        return tuple(_key(part) for part in cast(Sequence[Any], value))
     if isinstance(value, fx.Node):
         return value
     return type(value), value

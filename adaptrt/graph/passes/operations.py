@@ -1,11 +1,14 @@
 """Facts about ATen operations that PyTorch keeps in private attributes."""
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import operator
 from typing import Any
 
 import torch
+from torch import fx
 
 
 def is_operation(target: Any) -> bool:
@@ -29,6 +32,18 @@ def is_random(target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | 
     if any(argument.name == "dropout_p" for argument in target._schema.arguments):
         return bool(bound.get("dropout_p", 0.0))
     return True
+
+
+def is_view(target: Any) -> bool:
+    """Whether the operation's results share memory with its first argument."""
+    return isinstance(target, torch._ops.OpOverload) and any(result.alias_info is not None for result in target._schema.returns)
+
+
+def memory_of(node: fx.Node) -> fx.Node:
+    """The node whose memory `node` shares: itself, unless it is a view."""
+    while is_view(node.target) or (node.target is operator.getitem and is_view(node.args[0].target)):  # type: ignore[union-attr]
+        node = node.args[0]  # type: ignore[assignment]
+    return node
 
 
 def name_of(target: Any) -> str:

@@ -1,4 +1,4 @@
-"""Gives every output memory of its own: copies an output that is an input, or that is returned twice.
+"""Gives every output memory of its own: copies an output that is an input, a view of one, or shares memory with another output.
 
 Without it a result could alias a parameter of the model, and change when the model is trained on.
 """
@@ -8,9 +8,11 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch import fx
 
 from adaptrt.graph.ir import Graph
 from adaptrt.graph.passes.base import Pass, copy_module
+from adaptrt.graph.passes.operations import memory_of
 
 aten = torch.ops.aten
 
@@ -18,15 +20,17 @@ aten = torch.ops.aten
 def _run(graph: Graph) -> Graph:
     module = copy_module(graph)
     end = list(module.graph.nodes)[-1]
-    owned: list[torch.fx.Node] = []
+    owned: list[fx.Node] = []
+    taken: set[fx.Node] = set()
     for value in end.args[0]:
-        aliases = value.op == "placeholder" or value in owned
-        if not aliases:
+        memory = memory_of(value)
+        if memory.op != "placeholder" and memory not in taken:
+            taken.add(memory)
             owned.append(value)
             continue
         with module.graph.inserting_before(end):
-            copy = module.graph.call_function(aten.clone.default, (value,))
-        copy.meta["val"] = value.meta["val"]
+            copy = module.graph.call_function(aten.clone.default, (value,), {"memory_format": torch.contiguous_format})
+        copy.meta["val"] = value.meta["val"].contiguous()
         owned.append(copy)
     end.args = (owned,)
     module.recompile()

@@ -1,7 +1,7 @@
 """Removes operations that return their argument, and operations that nothing uses.
 
-`detach` is one of them: a graph is never differentiated, so both autograd's and the user's detach have done their work when the gradient was
-traced. A `clone` stays if it changes the memory layout; `own_outputs` adds those that outputs need.
+`detach` is one of them: a graph is never differentiated, so both autograd's and the user's detach have done their work when the gradient
+was traced. A `clone` stays if it changes the memory layout; `own_outputs` adds those that outputs need.
 """
 
 from __future__ import annotations

@@ -17,7 +17,8 @@ from adaptrt.tree import Spec
 
 def fake_tensors(mode: FakeTensorMode, specs: Sequence[Spec]) -> list[Tensor]:
     """A contiguous fake tensor for each spec. Each is an object of its own: `make_fx` aliases inputs that are one object."""
-    with mode:
+    # An inference tensor could not require grad.
+    with torch.inference_mode(False), mode:
         return [torch.empty(spec.shape, dtype=spec.dtype, device=spec.device) for spec in specs]
 
 

@@ -1,0 +1,47 @@
+"""How near results must be, by dtype: one table, the same everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+META_GRADIENT: Mapping[torch.dtype, float] = {torch.float64: 1e-10, torch.float32: 2e-4}
+"""Relative error of losses and gradients after a few inner steps, against the float64 oracle."""
+
+FORWARD_ULPS = 32
+"""Of the largest value: a captured forward pass against eager. Kernels may sum in another order, no more."""
+
+SMALL = 1e-3
+"""A leaf whose norm is below this share of the whole gradient's is measured against that share: some gradients are zero but for rounding."""
+
+
+def relative_error(got: Tensor, wanted: Tensor, floor: float = 0.0) -> float:
+    """The norm of the difference, relative to the norm of what is wanted."""
+    assert got.shape == wanted.shape, f"shape {list(got.shape)}, wanted {list(wanted.shape)}"
+    difference = (got.detach().double() - wanted.detach().double()).norm()
+    return float(difference / wanted.detach().double().norm().clamp(min=max(floor, 1e-300)))
+
+
+def assert_near(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], dtype: torch.dtype = torch.float64) -> None:
+    """Equal names, and each tensor within the tolerance of `dtype`; NaN fails."""
+    assert set(got) == set(wanted)
+    floor = SMALL * norm(wanted.values())
+    wrong = {name: error for name in wanted if not (error := relative_error(got[name], wanted[name], floor)) <= META_GRADIENT[dtype]}
+    assert not wrong, f"relative errors above {META_GRADIENT[dtype]:.0e}: " + ", ".join(f"{name} {error:.1e}" for name, error in wrong.items())
+
+
+def assert_ulps(got: Tensor, wanted: Tensor) -> None:
+    """Equal but for the order of summation."""
+    assert got.dtype == wanted.dtype and got.shape == wanted.shape
+    if not wanted.is_floating_point():
+        assert torch.equal(got, wanted)
+        return
+    error = float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-300))
+    assert error <= FORWARD_ULPS * torch.finfo(wanted.dtype).eps, f"off by {error / torch.finfo(wanted.dtype).eps:.0f} ulp of the largest value"
+
+
+def norm(values: Iterable[Tensor]) -> float:
+    """The joint Euclidean norm."""
+    return float(sum(float(value.detach().double().norm()) ** 2 for value in values)) ** 0.5
