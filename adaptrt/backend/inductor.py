@@ -2,6 +2,8 @@
 
 The graph goes to Inductor's graph compiler directly. Dynamo and AOTAutograd, which `torch.compile` would run first, have nothing to do
 here: the graph is functional, holds no autograd, and inputs are checked by `Program`, so no guards are evaluated when it runs.
+
+Inductor is imported by the functions that use it: importing it takes seconds, and it warns about its own deprecations.
 """
 
 from __future__ import annotations
@@ -14,11 +16,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch._inductor.compile_fx import compile_fx_inner
-from torch._inductor.cpp_builder import get_cpp_compiler
-from torch._inductor.decomposition import select_decomp_table
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._triton import has_triton
 
 from adaptrt.backend.base import Backend, Runner
 from adaptrt.errors import CompilerUnavailable
@@ -31,6 +29,8 @@ from adaptrt.graph.passes.retrace import fake_tensors, retrace
 
 
 def _decompose(graph: Graph) -> Graph:
+    from torch._inductor.decomposition import select_decomp_table
+
     return retrace(graph, torch.func.functionalize, select_decomp_table())
 
 
@@ -44,13 +44,14 @@ class Inductor(Backend):
     name = "inductor"
 
     def compile(self, graph: Graph) -> Runner:
-        graph = apply(PASSES, graph)
-        mode = FakeTensorMode()
-        inputs = fake_tensors(mode, [entry.spec for entry in graph.signature.inputs])
-        with torch.inference_mode(False), torch.no_grad(), warnings.catch_warnings():
-            # Inductor imports parts of PyTorch that warn about their own deprecation.
+        with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=DeprecationWarning)
-            with mode:
+            from torch._inductor.compile_fx import compile_fx_inner
+
+            graph = apply(PASSES, graph)
+            mode = FakeTensorMode()
+            inputs = fake_tensors(mode, [entry.spec for entry in graph.signature.inputs])
+            with torch.inference_mode(False), torch.no_grad(), mode:
                 compiled = compile_fx_inner(graph.module, inputs)
 
         def run(values: list[Tensor]) -> Sequence[Tensor]:
@@ -77,10 +78,15 @@ _WARNED: set[str] = set()
 
 @functools.cache
 def _missing(device_type: str) -> str | None:
-    if device_type != "cpu":
-        return None if has_triton() else "Triton was not found"
-    try:
-        compiler = get_cpp_compiler()
-    except Exception:
-        return "no C++ compiler was found"
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        from torch._inductor.cpp_builder import get_cpp_compiler
+        from torch.utils._triton import has_triton
+
+        if device_type != "cpu":
+            return None if has_triton() else "Triton was not found"
+        try:
+            compiler = get_cpp_compiler()
+        except Exception:  # InvalidCxxCompiler, or what the failed search for one raised
+            return "no C++ compiler was found"
     return None if shutil.which(compiler) else f"the C++ compiler '{compiler}' was not found"
