@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import time
@@ -63,8 +64,19 @@ class Program:
                 raise ShapeChanged(f"{entry.name} was traced as {spec}, got {Spec.of(value)} on {value.device}")
             if not value.is_contiguous():
                 values[index] = value.contiguous()
-        with torch.no_grad():
+        with torch.no_grad(), _autocast_off():
             return tree.unflatten(self.graph.result, self.run(values))
+
+
+def _autocast_off() -> contextlib.AbstractContextManager[Any]:
+    """A program computes what was captured, in the dtypes that were captured, wherever it is called."""
+    enabled = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+    if not enabled:
+        return contextlib.nullcontext()
+    stack = contextlib.ExitStack()
+    for device in enabled:
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack
 
 
 _NAMES = {"start": "carry", "cotangent": "cotangent"}

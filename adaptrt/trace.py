@@ -13,6 +13,7 @@ from adaptrt.graph.capture import capture
 from adaptrt.graph.ir import Graph, Role
 from adaptrt.graph.noise import Noise
 from adaptrt.graph.passes.lift_noise import lift_noise, record_noise
+from adaptrt.program import COMPILING
 from adaptrt.step import Batch
 from adaptrt.tree import Tree
 
@@ -63,7 +64,8 @@ def trace(model: nn.Module, *inputs: Tree) -> Graph:
         with lift_noise(noise):
             return call_module(model, params, buffers, inputs, {})
 
-    capture(probe, params, buffers, inputs)
-    specs = tuple(entry.spec for entry in noise)
     roles = (Role.PARAM, Role.BUFFER, Role.NOISE, Role.DATA)
-    return capture(forward, params, buffers, specs, inputs, roles=roles, names=("params", "buffers", "noise", "inputs"))
+    with COMPILING:
+        capture(probe, params, buffers, inputs)
+        specs = tuple(entry.spec for entry in noise)
+        return capture(forward, params, buffers, specs, inputs, roles=roles, names=("params", "buffers", "noise", "inputs"))

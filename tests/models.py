@@ -32,7 +32,7 @@ class Entry(NamedTuple):
     """A model and its data.
 
     `batch(generator, n)` makes n examples. `default_loss`: compile_unroll finds `loss` by itself. `random`: the forward pass draws. `select`:
-    which parameters adapt. `state`: the state after which the model is interesting is not the initial one; `prepare` makes it.
+    which parameters adapt.
     """
 
     make: Callable[[], nn.Module]
@@ -104,7 +104,7 @@ def nested(generator: Generator, n: int) -> Batch:
 
 
 def with_labels(generator: Generator, n: int) -> Batch:
-    return ({"x": normal(generator, n, 3), "labels": labels(generator, n)},)
+    return (({"x": normal(generator, n, 3), "labels": labels(generator, n)},),)
 
 
 # --- models
@@ -370,7 +370,6 @@ MODELS: dict[str, Entry] = {
     "mlp": Entry(mlp, vectors, regress, default_loss=True),
     "mlp-head-only": Entry(mlp, vectors, regress, select="2.*"),
     "conv-bn-train": Entry(lambda: conv_norm(nn.BatchNorm2d(3)), images, classify, default_loss=True),
-    "conv-bn-average": Entry(lambda: conv_norm(nn.BatchNorm2d(3, momentum=None)), images, classify),
     "conv-bn-batch": Entry(lambda: conv_norm(nn.BatchNorm2d(3, track_running_stats=False)), images, classify),
     "conv-bn-eval": Entry(conv_bn_eval, images, classify),
     "conv-pool": Entry(conv_pool, images, classify),
