@@ -1,9 +1,10 @@
 """adaptrt: a model, an optimiser and a number of steps become one compiled, differentiable program that adapts the model."""
 
 from adaptrt import errors, optim
+from adaptrt.adapted import Adapted
 from adaptrt.adjoint import Adjoint, FirstOrder, Replay, Unrolled
 from adaptrt.backend import Backend, Eager, Inductor
-from adaptrt.runtime import Adapted, CompiledUnroll, compile_unroll
+from adaptrt.runtime import CompiledUnroll, compile_unroll
 from adaptrt.trace import trace
 
 __version__ = "0.1.0"

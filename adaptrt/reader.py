@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+import fnmatch
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from adaptrt.errors import InvalidType, NothingToAdapt, OptimizerMismatch
+from adaptrt.functional import canonical_names
 from adaptrt.optim.source import Source
 from adaptrt.step import LOSS_BUFFER, Carry, Fixed, LossFunction, Step
 
@@ -45,9 +48,13 @@ class Reader:
         carry = Carry(_read(self._adapted), self._source.state(), _read(self._buffers))
         return carry, Fixed(_read(self._frozen), _read(self._loss_params), self._tensors(self._source.hyper()))
 
-    def params(self) -> dict[str, Tensor]:
-        """All of the model's parameters by name."""
-        return {**_read(self._adapted), **_read(self._frozen)}
+    def state_dict(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The model's state dict with these parameters and buffers, given by their first names, detached; the rest as it stands."""
+        named = [*self._model.named_parameters(remove_duplicate=False), *self._model.named_buffers(remove_duplicate=False)]
+        first = canonical_names(named)
+        return {
+            name: values[first[name]].detach() if first.get(name) in values else held for name, held in self._model.state_dict().items()
+        }
 
     def mode(self) -> Hashable:
         """Train or eval mode of every module: constants of a program."""
@@ -93,3 +100,48 @@ def _places(root: nn.Module, named: Mapping[str, Tensor]) -> dict[str, _Place]:
 
 def _read(places: Mapping[str, _Place]) -> dict[str, Tensor]:
     return {name: getattr(module, attribute) for name, (module, attribute) in places.items()}
+
+
+Select = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
+
+
+def adapted_names(model: nn.Module, opt: Any, select: Select) -> frozenset[str]:
+    """Names of the parameters that adapt, as `compile_unroll` documents them.
+
+    Raises:
+      OptimizerMismatch: the optimiser holds parameters that are not the model's, or lacks one that `select` asks for.
+      NothingToAdapt: there is none.
+    """
+    named = dict(model.named_parameters())
+    held = {id(param) for group in opt.param_groups for param in group["params"]} if isinstance(opt, torch.optim.Optimizer) else None
+    own = {id(param) for param in named.values()}
+    foreign = [param for group in opt.param_groups for param in group["params"] if id(param) not in own] if held is not None else []
+    if foreign:
+        raise OptimizerMismatch(
+            f"opt holds {len(foreign)} parameters that the model does not have (the first of shape {list(foreign[0].shape)}); build it "
+            "from this model's parameters()"
+        )
+    if select is None:
+        chosen = {name for name, param in named.items() if param.requires_grad and (held is None or id(param) in held)}
+        reason = "none requires grad" if held is None else "none that requires grad is in opt"
+    else:
+        chosen = {name for name, param in named.items() if _selects(select, name, param)}
+        reason = f"params={select!r} matches none of {', '.join(named)}"
+        missing = [name for name in chosen if held is not None and id(named[name]) not in held]
+        if missing:
+            raise OptimizerMismatch(
+                f"params= asks for {', '.join(sorted(missing))}, which opt does not hold; add them to a parameter group"
+            )
+    if not chosen:
+        raise NothingToAdapt(f"no parameter to adapt: {reason}")
+    return frozenset(chosen)
+
+
+def _selects(select: Select, name: str, param: nn.Parameter) -> bool:
+    if isinstance(select, str):
+        return fnmatch.fnmatchcase(name, select)
+    if isinstance(select, Sequence) and all(isinstance(pattern, str) for pattern in select):
+        return any(fnmatch.fnmatchcase(name, pattern) for pattern in select)
+    if callable(select):
+        return bool(select(name, param))
+    raise InvalidType(f"params must be a glob, a list of globs or a predicate of (name, parameter), got {select!r}")

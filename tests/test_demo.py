@@ -170,13 +170,14 @@ def test_latency_is_not_reported_for_different_results(digits: Digits) -> None:
 
 
 def test_short_run_from_end_to_end(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(story, "NUM_ITERATIONS_EAGER", 3)
+    for name, value in {"NUM_ITERATIONS_EAGER": 3, "NUM_WATCHED": 3, "EVALUATED_STEPS": 6}.items():
+        monkeypatch.setattr(story, name, value)
     written = io.StringIO()
     out = tmp_path / "figure.png"
     console = Console(file=written, width=120, highlight=False)
-    story.run(minutes=2, out=out, seed=0, backend="eager", num_episodes=9, console=console)
+    story.run(minutes=2, out=out, seed=0, backend="eager", num_episodes=4, console=console)
     text = written.getvalue()
-    for expected in ("3/3", "before adaptation", "after 5 steps", "9 episodes", "eager PyTorch", str(out)):
+    for expected in ("3/3", "before adaptation", "after 5 steps", "after 6 steps", "4 episodes", "eager PyTorch", str(out)):
         assert expected in text
     assert out.read_bytes().startswith(b"\x89PNG")
 

@@ -6,8 +6,9 @@ program runs, in the order in which eager code would draw them: on the CPU a see
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor
@@ -50,3 +51,20 @@ class Noise:
 def draw(noises: Sequence[Noise], generator: torch.Generator | None = None, num_tasks: int | None = None) -> tuple[Tensor, ...]:
     """Draws every tensor in order. `generator=None` takes them from the global generator of the device, as eager code does."""
     return tuple(noise.draw(generator, num_tasks) for noise in noises)
+
+
+@contextlib.contextmanager
+def restored_on_error(noises: Sequence[Noise], generator: torch.Generator | None) -> Generator[None]:
+    """Puts the generator that `noises` are drawn from back to where it was if the block raises."""
+    if not noises:
+        yield
+        return
+    device = noises[0].spec.device
+    if generator is None:
+        generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
+    state = generator.get_state()
+    try:
+        yield
+    except BaseException:
+        generator.set_state(state)
+        raise

@@ -1,0 +1,238 @@
+"""Meta-gradients against the oracle in `tests/naive.py`: every model, optimiser, adjoint and backend, one task and a batch of tasks.
+
+The default run covers, on the eager backend, every pair of (model, adjoint), (model, optimiser), (model, tasks or not) and (optimiser,
+adjoint), and on Inductor a few programs of each kind; `--full` runs both products.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd import gradcheck
+
+import adaptrt
+from adaptrt import Adjoint, FirstOrder, Replay, Unrolled, compile_unroll, optim, runtime, tree
+from adaptrt.graph.passes.lift_noise import lift_noise
+from tests import naive
+from tests.models import MODELS, Entry, classify, labelled, normal, regress, vectors
+from tests.tolerances import assert_near
+
+K = 3
+TASKS = 2
+SEED = 5
+
+
+class Rule(NamedTuple):
+    """One optimiser, ours and the oracle's, with numbers at which every term of it matters."""
+
+    ours: Callable[..., optim.Optimizer]
+    oracle: naive.Rule
+    numbers: Mapping[str, Any]
+    flags: Mapping[str, bool] = {}
+
+    def hyper(self) -> dict[str, Any]:
+        """The numbers as tensors that require grad."""
+        return tree.map_leaves(lambda value: value.clone().requires_grad_(), {key: as_tensors(value) for key, value in self.numbers.items()})
+
+
+def as_tensors(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(as_tensors, value))
+    return torch.tensor(value, dtype=torch.float64)
+
+
+# eps is large so that gradients that are zero but for rounding (a bias before BatchNorm) are not blown up to the size of the others.
+OPTIMIZERS: dict[str, Rule] = {
+    "sgd": Rule(optim.sgd, naive.sgd, {"lr": 0.1}),
+    "nesterov": Rule(optim.sgd, naive.sgd, {"lr": 0.05, "momentum": 0.8, "weight_decay": 0.1}, {"nesterov": True}),
+    "adam": Rule(optim.adam, naive.adam, {"lr": 0.05, "betas": (0.8, 0.9), "eps": 0.01}),
+    "amsgrad": Rule(optim.adamw, naive.adamw, {"lr": 0.05, "betas": (0.7, 0.9), "eps": 0.01, "weight_decay": 0.2}, {"amsgrad": True}),
+}
+ADJOINTS: dict[str, Adjoint] = {"unrolled": Unrolled(), "replay": Replay(), "replay2": Replay(every=2), "first-order": FirstOrder()}
+
+
+# --- one cell
+
+
+class Cell(NamedTuple):
+    model: str
+    optimizer: str
+    adjoint: str
+    tasks: bool
+
+    def __str__(self) -> str:
+        return "-".join([self.model, self.optimizer, self.adjoint, *(["vmap"] if self.tasks else [])])
+
+
+class Drawn:
+    """Notes the noise that programs are given, so that the oracle can be given each task's share."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.noise: list[tuple[Tensor, ...]] = []
+        draw = runtime.draw
+
+        def noting(*args: Any) -> tuple[Tensor, ...]:
+            self.noise.append(draw(*args))
+            return self.noise[-1]
+
+        monkeypatch.setattr(runtime, "draw", noting)
+
+    def of_task(self, task: int) -> naive.Noise:
+        """For each of the steps noted last the values that one task's random operations return."""
+        noted = list(self.noise)
+        return lambda step: lift_noise([value[task] for value in noted[step]])
+
+
+@pytest.fixture
+def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
+    return Drawn(monkeypatch)
+
+
+def task_data(entry: Entry, tasks: bool, dtype: torch.dtype = torch.float64) -> tuple[list[Any], list[Any]]:
+    """Support and query batches, one for each task."""
+    count = TASKS if tasks else 1
+    supports, queries = [entry.data(10 + t, 4) for t in range(count)], [entry.data(20 + t, 3) for t in range(count)]
+    return cast(supports, dtype), cast(queries, dtype)
+
+
+def cast(values: Any, dtype: torch.dtype) -> Any:
+    return tree.map_leaves(lambda value: value.to(dtype) if value.is_floating_point() else value, values)
+
+
+def joined(batches: list[Any], tasks: bool) -> Any:
+    return tree.map_leaves(lambda *values: torch.stack(values), *batches) if tasks else batches[0]
+
+
+def split(model: nn.Module, select: str | None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters that adapt and that do not."""
+    named = dict(model.named_parameters())
+    prefix = (select or "*").rstrip("*")
+    adapted = {name: param for name, param in named.items() if name.startswith(prefix) and param.requires_grad}
+    return adapted, {name: param for name, param in named.items() if name not in adapted}
+
+
+def eager_objective(loop: naive.Loop, after: Any, frozen: naive.Tensors, query: Any) -> Tensor:
+    """Something of everything that an adaptation returns: query loss, support losses, buffers."""
+    loss, _ = naive.evaluate(loop, {**frozen, **after.params}, after.buffers, query)
+    floating = [value.sin().sum() for value in after.buffers.values() if value.is_floating_point()]
+    return loss + 0.3 * after.losses.square().sum() + 0.1 * sum(floating, torch.zeros(()))
+
+
+def differentiate(value: Tensor, model: nn.Module, hyper: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The value and its gradients by all parameters and hyperparameters, by name; zeros where nothing depends on one."""
+    leaves = dict(model.named_parameters()) | dict(zip(tree.paths(hyper, "hyper"), tree.leaves(hyper), strict=True))
+    leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
+    grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, retain_graph=True)
+    found = {name: torch.zeros_like(leaf) if grad is None else grad for (name, leaf), grad in zip(leaves.items(), grads, strict=True)}
+    return {"value": value.detach(), **found}
+
+
+def wanted_of(cell: Cell, noises: Sequence[naive.Noise]) -> Iterator[dict[str, Tensor]]:
+    """What the oracle says: of the meta-loss, then of the eager objective."""
+    entry, rule = MODELS[cell.model], OPTIMIZERS[cell.optimizer]
+    model, hyper = entry.model(), rule.hyper()
+    adapted, frozen = split(model, entry.select)
+    loop = naive.Loop(model, entry.loss, rule.oracle, {**hyper, **rule.flags}, K, first_order=cell.adjoint == "first-order")
+    start = naive.Start(adapted, frozen, dict(model.named_buffers()))
+    for objective in (naive.meta_loss, None):
+        values: list[Tensor] = []
+        torch.manual_seed(SEED)
+        for noise, support, query in zip(noises, *task_data(entry, cell.tasks), strict=True):
+            if objective is not None:
+                values.append(objective(loop, start, support, query, noise))
+                continue
+            after = naive.adapt(loop, start, support, noise)
+            with noise(K):
+                values.append(eager_objective(loop, after, frozen, query))
+        yield differentiate(torch.stack(values).mean(), model, hyper)
+
+
+@functools.lru_cache(maxsize=64)
+def wanted_without_noise(cell: Cell) -> list[dict[str, Tensor]]:
+    return list(wanted_of(cell, [naive.as_drawn] * (TASKS if cell.tasks else 1)))
+
+
+def check(cell: Cell, backend: str, drawn: Drawn, dtype: torch.dtype = torch.float64) -> None:
+    entry, rule = MODELS[cell.model], OPTIMIZERS[cell.optimizer]
+    model, hyper = entry.model().to(dtype), cast(rule.hyper(), dtype)
+    hyper = tree.map_leaves(lambda value: value.detach().requires_grad_(), hyper)
+    unroll = compile_unroll(
+        model,
+        rule.ours(**hyper, **rule.flags),
+        K,
+        loss=None if entry.default_loss else entry.loss,
+        params=entry.select,
+        adjoint=ADJOINTS[cell.adjoint],
+        backend=backend,
+    )
+    unroll = unroll.vmap() if cell.tasks else unroll
+    supports, queries = task_data(entry, cell.tasks, dtype)
+    support, query = joined(supports, cell.tasks), joined(queries, cell.tasks)
+
+    torch.manual_seed(SEED)
+    got = differentiate(unroll(support, query), model, hyper)
+    noise_of_call = [drawn.of_task(t) for t in range(TASKS)] if cell.tasks else [naive.as_drawn]
+
+    # The same through `adapt`, with an eager query loss after it. Its noise is that of the call, but for the query's.
+    torch.manual_seed(SEED)
+    after = unroll.adapt(support)
+    _, frozen = split(model, entry.select)
+    loop = naive.Loop(model, entry.loss, rule.oracle, {}, K)
+    values: list[Tensor] = []
+    for t, batch in enumerate(queries):
+        one = AdaptedTask(*tree.map_leaves(lambda value, t=t: value[t], (after.params, after.buffers, after.losses))) if cell.tasks else after
+        with noise_of_call[t](K):
+            values.append(eager_objective(loop, one, frozen, batch))
+    got_eager = differentiate(torch.stack(values).mean(), model, hyper)
+
+    no_noise = not entry.random and not any(drawn.noise)
+    exact = cell if cell.adjoint == "first-order" else cell._replace(adjoint="exact")
+    wanted, wanted_eager = wanted_without_noise(exact) if no_noise else wanted_of(cell, noise_of_call)
+    assert_near(got, wanted, dtype)
+    assert_near(got_eager, wanted_eager, dtype)
+    assert float(got["value"]) != 0.0
+
+
+class AdaptedTask(NamedTuple):
+    params: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    losses: Tensor
+
+
+# --- products
+
+
+def covering() -> list[Cell]:
+    """Every pair of (model, adjoint), (model, optimiser), (model, tasks), (optimiser, adjoint), (adjoint, tasks) and (optimiser, tasks)."""
+    cells: list[Cell] = []
+    for m, model in enumerate(MODELS):
+        for a, adjoint in enumerate(ADJOINTS):
+            cells.append(Cell(model, list(OPTIMIZERS)[(m + a) % len(OPTIMIZERS)], adjoint, (a + m // len(OPTIMIZERS)) % 2 == 1))
+    return cells
+
+
+def product() -> list[Any]:
+    """All cells; those that are not in the covering set only run with --full."""
+    default = set(covering())
+    cells = [Cell(*row) for row in itertools.product(MODELS, OPTIMIZERS, ADJOINTS, (False, True))]
+    return [pytest.param(cell, id=str(cell), marks=() if cell in default else pytest.mark.full) for cell in cells]
+
+
+def test_covering_set_covers_all_pairs() -> None:
+    cells = covering()
+    tables: list[Sequence[Any]] = [list(MODELS), list(OPTIMIZERS), list(ADJOINTS), [False, True]]
+    for one, other in itertools.combinations(range(4), 2):
+        assert {(cell[one], cell[other]) for cell in cells} == set(itertools.product(tables[one], tables[other]))
+
+
+@pytest.mark.parametrize("cell", product())
+def test_eager(cell: Cell, drawn: Drawn) -> None:
+    check(cell, "eager", drawn)
