@@ -7,14 +7,16 @@ Differentiating the gradient itself raises; the meta-gradient of a meta-gradient
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 from adaptrt import tree
 from adaptrt.adjoint.base import Problem, Query, Task, Wrt
+from adaptrt.errors import NotDifferentiable
 from adaptrt.plan import PredictionPlan, QueryPlan, SupportPlan
 from adaptrt.step import Carry, Fixed, Step
 from adaptrt.tree import Tree
@@ -73,13 +75,39 @@ def predict(
 _PREDICT = ("carry", "fixed", "batch", "noise")
 
 
+class _Final(Function):
+    """Passes gradients through, and raises where they are differentiated.
+
+    `once_differentiable` would not do: it raises only where the incoming cotangent requires grad, and its node is not connected to the
+    inputs, so a gradient penalty on a meta-gradient would silently count for nothing.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, num_gradients: int, *values: Tensor) -> tuple[Tensor, ...]:
+        del ctx
+        return tuple(value.view_as(value) for value in values[:num_gradients])
+
+    @staticmethod
+    def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+        del ctx, cotangents
+        raise NotDifferentiable(
+            "a meta-gradient was differentiated (create_graph=True); adaptrt compiles first meta-gradients only. Detach it, or leave out "
+            "create_graph"
+        )
+
+
+def _final(gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> Sequence[Tensor]:
+    """The gradients of `inputs`, connected to them in a way that raises if `create_graph=True` asked for more than their values."""
+    return _Final.apply(len(gradients), *gradients, *inputs) if torch.is_grad_enabled() and gradients else gradients  # type: ignore[return-value]
+
+
 class _Adapt(Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *inputs: Tensor) -> tuple[Tensor, ...]:
-        del inputs
         carry, losses, ctx.kept = call.plan.adjoint.adapt(call.plan.programs, call.problem, call.task, keep=True)
-        ctx.call = call._replace(task=None, inputs=())
+        ctx.call, ctx.inputs = call._replace(task=None, inputs=()), inputs
         values, ctx.structure = tree.flatten(call.task)
+        # Saved rather than kept: PyTorch then notices if one is changed in place before the way back.
         ctx.save_for_backward(*values)
         outputs = tree.leaves(carry)
         live = [flag or asked for flag, asked in zip(call.plan.live, call.problem.start, strict=True)]
@@ -87,29 +115,29 @@ class _Adapt(Function):
         return *outputs, losses
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         task = tree.unflatten(ctx.structure, ctx.saved_tensors)
-        carry = [value for value, flows in zip(cotangents, call.problem.carry, strict=False) if flows]
-        found = call.plan.adjoint.adapt_pullback(call.plan.programs, call.problem, task, ctx.kept, carry, cotangents[-1])
-        return None, *found.start, *found.fixed, *found.support
+        with torch.no_grad():
+            carry = [value for value, flows in zip(cotangents, call.problem.carry, strict=False) if flows]
+            found = call.plan.adjoint.adapt_pullback(call.plan.programs, call.problem, task, ctx.kept, carry, cotangents[-1])
+        return None, *_final((*found.start, *found.fixed, *found.support), ctx.inputs)
 
 
 class _MetaLoss(Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *inputs: Tensor) -> Tensor:
-        del inputs
         assert call.query is not None and call.query_plan is not None
         weights = call.query_plan.weights
         losses, found = call.plan.adjoint.meta_loss_and_gradients(call.query_plan.programs, call.problem, call.task, call.query, weights)
-        ctx.found = (*found.start, *found.fixed, *found.support, *found.query)
+        ctx.found, ctx.inputs = (*found.start, *found.fixed, *found.support, *found.query), inputs
         return losses.mean()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        return None, *(value * cotangent for value in ctx.found)
+        with torch.no_grad():
+            found = [value * cotangent for value in ctx.found]
+        return None, *_final(found, ctx.inputs)
 
 
 class _Predict(Function):
@@ -117,22 +145,21 @@ class _Predict(Function):
     def forward(
         ctx: Any, plan: PredictionPlan, step: Step, args: Any, flags: Any, result: list[Any], *inputs: Tensor
     ) -> tuple[Tensor, ...]:
-        del inputs
         output = plan.programs.program("predict", step.predict, _PREDICT)(*args)
         leaves, structure = tree.flatten(output)
         result.append(structure)
         floating = tuple(leaf.is_floating_point() for leaf in leaves)
-        ctx.plan, ctx.step, ctx.wrt = plan, step, Wrt(flags, floating)
+        ctx.plan, ctx.step, ctx.wrt, ctx.inputs = plan, step, Wrt(flags, floating), inputs
         values, ctx.structure = tree.flatten(args)
         ctx.save_for_backward(*values)
         ctx.mark_non_differentiable(*[leaf for leaf, flag in zip(leaves, floating, strict=True) if not flag])
         return tuple(leaves)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         args = tree.unflatten(ctx.structure, ctx.saved_tensors)
-        wanted = [value for value, flag in zip(cotangents, ctx.wrt.result, strict=True) if flag]
-        pullback = ctx.plan.programs.pullback("predict pullback", ctx.step.predict, _PREDICT, ctx.wrt)
-        found = pullback(*args, wanted)
-        return None, None, None, None, None, *(value for group in found for value in group)
+        with torch.no_grad():
+            wanted = [value for value, flag in zip(cotangents, ctx.wrt.result, strict=True) if flag]
+            pullback = ctx.plan.programs.pullback("predict pullback", ctx.step.predict, _PREDICT, ctx.wrt)
+            found = pullback(*args, wanted)
+        return None, None, None, None, None, *_final([value for group in found for value in group], ctx.inputs)

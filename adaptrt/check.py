@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from adaptrt import tree
 from adaptrt.errors import DeviceMismatch, InvalidArgument, InvalidBatch, InvalidType, LabelOutOfRange, NonFiniteInput, UnsupportedParameter
-from adaptrt.graph.labels import LabelBound
+from adaptrt.graph.indices import IndexBound
 from adaptrt.step import Batch
 
 
@@ -90,6 +90,8 @@ def as_batch(name: str, value: Any, device: torch.device) -> Batch:
         raise InvalidType(f"{name} inputs must be a tensor, a tuple or a dict with tensors; got {type(batch.inputs).__name__}")
     for kind, values in (("input", inputs), ("target", targets)):
         for index, tensor in enumerate(values):
+            if tensor.layout is not torch.strided:
+                raise InvalidType(f"{name} {kind} {index} has layout {tensor.layout}; call .to_dense() on it first")
             if tensor.device != device:
                 raise DeviceMismatch(
                     f"{name} {kind} {index} is on {tensor.device}, the model on {device}; call .to('{device}') on it first"
@@ -100,7 +102,9 @@ def as_batch(name: str, value: Any, device: torch.device) -> Batch:
 
 
 def batch_sizes(name: str, batch: Batch, leading: int) -> None:
-    """The target has as many rows as the inputs; some models take the batch as their second axis.
+    """The target has as many rows as the inputs.
+
+    Some models take the batch as the second axis of sequences: of tokens [S, N], or of vectors [S, N, F].
 
     Args:
       name: "support" or "query".
@@ -109,7 +113,10 @@ def batch_sizes(name: str, batch: Batch, leading: int) -> None:
     Raises:
       InvalidBatch: it does not. A loss might broadcast instead, silently.
     """
-    sizes = {size for leaf in tree.leaves(batch.inputs) for size in leaf.shape[leading : leading + 2]}
+    sizes: set[int] = set()
+    for leaf in tree.leaves(batch.inputs):
+        is_sequence = leaf.dim() - leading >= (3 if leaf.is_floating_point() else 2)
+        sizes |= set(leaf.shape[leading : leading + (2 if is_sequence else 1)])
     for index, target in enumerate(tree.leaves(batch.target)):
         if target.dim() > leading and sizes and target.shape[leading] not in sizes:
             raise InvalidBatch(
@@ -152,11 +159,11 @@ def finite(name: str, batch: Batch) -> None:
                 )
 
 
-def labels(name: str, batch: Batch, bounds: Sequence[LabelBound]) -> None:
-    """Every class label is in range.
+def indices(name: str, batch: Batch, bounds: Sequence[IndexBound]) -> None:
+    """Every class label, and every row of a table that is asked for, exists.
 
     Raises:
-      LabelOutOfRange: names the label and the number of classes.
+      LabelOutOfRange: names the value and the range.
     """
     if not bounds:
         return
@@ -164,11 +171,12 @@ def labels(name: str, batch: Batch, bounds: Sequence[LabelBound]) -> None:
     for bound in bounds:
         values: Tensor = by_path[bound.name]
         low, high = (int(extreme) for extreme in torch.aminmax(values))
-        if low >= 0 and high < bound.num_classes:
+        if low >= 0 and high < bound.size:
             continue
-        wrong = values[((values < 0) | (values >= bound.num_classes)) & (values != bound.ignore_index)]
+        outside = (values < 0) | (values >= bound.size)
+        if bound.ignore_index is not None:
+            outside &= values != bound.ignore_index
+        wrong = values[outside]
         if wrong.numel():
-            raise LabelOutOfRange(
-                f"{name} target holds label {int(wrong[0])}; the model has {bound.num_classes} classes, "
-                f"so labels are 0 to {bound.num_classes - 1}"
-            )
+            part = bound.name.removeprefix("batch.")
+            raise LabelOutOfRange(f"{name} {part} holds {int(wrong[0])}; {bound.of} are 0 to {bound.size - 1}")

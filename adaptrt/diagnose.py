@@ -14,20 +14,39 @@ import torch
 from torch import Tensor, nn
 
 from adaptrt import tree
-from adaptrt.errors import AdaptrtError, DataDependentControlFlow, InvalidBatch, NotDifferentiable
+from adaptrt.errors import AdaptrtError, DataDependentControlFlow, InvalidBatch, NotDifferentiable, NotTraceable
 from adaptrt.step import Batch
 
 _LIBRARIES = tuple(os.path.dirname(path) + os.sep for path in (torch.__file__, __file__))
-_VALUE_READ = ("DataDependentOutputException", "DynamicOutputShapeException", "GuardOnDataDependentSymNode", "UnsupportedOperatorException")
+_NEEDS_VALUE = (
+    "DataDependentOutputException",
+    "DynamicOutputShapeException",
+    "GuardOnDataDependentSymNode",
+    "UnsupportedOperatorException",
+)
+# What reading a value, or selecting by one, raises on traced tensors.
+_READS_VALUE = (
+    "tracing tensor",
+    "Cannot access data pointer",
+    "not supported for tensor subclasses",
+    "_local_scalar_dense",
+    "aten.item",
+    "aten.equal",
+    "aten.nonzero",
+    "aten.masked_select",
+    "aten.index.Tensor",
+    "aten.unique",
+    "aten._unique",
+    "aten.repeat_interleave",
+)
 _NO_DERIVATIVE = re.compile(r"derivative for (?:aten::)?'?(?:aten::)?(\w+)'? is not implemented")
 
 
 def user_line(error: BaseException) -> str:
     """The innermost line of the error's traceback that is neither PyTorch's nor ours, as `file:line: code`."""
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((*_LIBRARIES, "<"))]
-    if not frames:
-        return "a line inside PyTorch"
-    frame = frames[-1]
+    frames = traceback.extract_tb(error.__traceback__)
+    frame = [frame for frame in frames if not frame.filename.startswith((*_LIBRARIES, "<"))][-1:] or frames[-1:]
+    frame = frame[0]
     code = (linecache.getline(frame.filename, frame.lineno or 0) or "").strip()
     return f"{frame.filename}:{frame.lineno}: {code}"
 
@@ -38,6 +57,7 @@ def running(name: str, batch: Batch) -> Generator[None]:
 
     Raises:
       DataDependentControlFlow: the line reads a tensor's value.
+      NotTraceable: the line calls an operation that cannot be traced.
       InvalidBatch: anything else that is not an error of ours.
     """
     try:
@@ -46,7 +66,13 @@ def running(name: str, batch: Batch) -> Generator[None]:
         raise
     except Exception as error:
         line = user_line(error)
-        if type(error).__name__ in _VALUE_READ or "tracing tensor" in str(error) or "Cannot access data pointer" in str(error):
+        reads = any(text in str(error) for text in _READS_VALUE)
+        if type(error).__name__ in _NEEDS_VALUE and not reads:
+            raise NotTraceable(
+                f"{line} calls {error}, which PyTorch cannot trace: the shape of its result depends on values. Replace the operation, or "
+                "apply it to the data before the model is called."
+            ) from error
+        if reads:
             raise DataDependentControlFlow(
                 f"{line} depends on the value of a tensor, which is not known while the model is traced. Use torch.where or arithmetic "
                 "masks for the branch, or read the value before the model is called."
@@ -92,7 +118,7 @@ def _module_of(operation: str, model: nn.Module, forward: Callable[[], Sequence[
 
 
 def _stem(operation: str) -> str:
-    return operation.strip("_").removesuffix("_backward").removesuffix("_forward")
+    return re.sub(r"(_(forward|backward|only|dense))+$", "", operation.strip("_"))
 
 
 def refuse_once_differentiable(results: Sequence[Tensor]) -> None:

@@ -28,7 +28,7 @@ class DeviceMismatch(InvalidArgument):
 
 
 class LabelOutOfRange(InvalidArgument):
-    """A class label is negative or not below the number of classes."""
+    """A class label, or an index into a table, is negative or too large."""
 
 
 class NonFiniteInput(InvalidArgument):

@@ -15,8 +15,8 @@ from adaptrt import diagnose, tree
 from adaptrt.adjoint.auto import choose
 from adaptrt.adjoint.base import Adjoint
 from adaptrt.graph.capture import capture, record_operations
+from adaptrt.graph.indices import IndexBound, index_bounds
 from adaptrt.graph.ir import Graph
-from adaptrt.graph.labels import LabelBound, label_bounds
 from adaptrt.graph.noise import Noise
 from adaptrt.graph.passes.lift_noise import record_noise
 from adaptrt.program import COMPILING, ProgramSet
@@ -32,13 +32,13 @@ class Probe(NamedTuple):
 
     Attributes:
       noise: what its random operations draw, in order.
-      bounds: which data are class labels.
+      bounds: which data are class labels or indices.
       live_buffers: for each buffer whether its update can be differentiated.
       loss: spec of the loss.
     """
 
     noise: tuple[Noise, ...]
-    bounds: tuple[LabelBound, ...]
+    bounds: tuple[IndexBound, ...]
     live_buffers: tuple[bool, ...]
     loss: Spec
 
@@ -76,8 +76,9 @@ class QueryPlan:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PredictionPlan:
-    """For one shape of a model's inputs: the programs that predict, and the noise of one prediction."""
+    """For one shape of a model's inputs: the programs that predict, and noise and indices of one prediction."""
 
+    bounds: tuple[IndexBound, ...]
     noise: tuple[Noise, ...]
     programs: ProgramSet
     shapes: tuple[str, ...]
@@ -147,7 +148,7 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> Pr
         return loss
 
     graph = capture(forward, carry, fixed, batch, names=("carry", "fixed", "batch"), fused_attention=step.detach_gradient)
-    return Probe(tuple(noise), tuple(label_bounds(graph)), tuple(live), graph.signature.outputs[0].spec)
+    return Probe(tuple(noise), tuple(index_bounds(graph)), tuple(live), graph.signature.outputs[0].spec)
 
 
 def plan_support(
@@ -217,8 +218,9 @@ def plan_prediction(
         noise.extend(drawn)
         return output
 
-    capture(forward, carry, fixed, inputs)
-    return PredictionPlan(tuple(noise), make_programs(step, _explained(step, noise, carry, fixed, Batch(inputs, None))), shapes)
+    graph = capture(forward, carry, fixed, inputs, names=("carry", "fixed", "batch.inputs"))
+    programs = make_programs(step, _explained(step, noise, carry, fixed, Batch(inputs, None)))
+    return PredictionPlan(tuple(index_bounds(graph)), tuple(noise), programs, shapes)
 
 
 def _explained(step: Step, noise: Sequence[Noise], carry: Carry, fixed: Fixed, batch: Batch) -> Explain:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptrt.errors import InvalidType, NothingToAdapt, OptimizerMismatch
+from adaptrt.errors import DeviceMismatch, InvalidType, NothingToAdapt, OptimizerMismatch
 from adaptrt.functional import canonical_names
 from adaptrt.optim.source import Source
 from adaptrt.step import LOSS_BUFFER, Carry, Fixed, LossFunction, Step
@@ -70,7 +70,11 @@ class Reader:
 
     def _tensors(self, hyper: Any) -> Any:
         if isinstance(hyper, Tensor):
-            return hyper
+            if hyper.device == self._device:
+                return hyper
+            if hyper.dim() or hyper.device.type != "cpu":
+                raise DeviceMismatch(f"a hyperparameter of shape {list(hyper.shape)} is on {hyper.device}, the model on {self._device}")
+            return hyper.to(self._device)
         if isinstance(hyper, Mapping):
             return {key: self._tensors(value) for key, value in hyper.items()}
         if isinstance(hyper, tuple | list):

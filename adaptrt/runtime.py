@@ -6,6 +6,7 @@ compiled for one set of shapes each. Python numbers in the model's attributes ar
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -20,12 +21,14 @@ from adaptrt.backend import Backend, Eager, Inductor
 from adaptrt.backend.inductor import warn_if_missing
 from adaptrt.errors import InvalidArgument, InvalidType, OptimizerMismatch
 from adaptrt.explain import Explanation, explain
+from adaptrt.graph.indices import IndexBound
 from adaptrt.graph.ir import Graph
 from adaptrt.graph.noise import draw, restored_on_error
 from adaptrt.optim import Optimizer
 from adaptrt.optim.source import Source, source
-from adaptrt.plan import Probe, SupportPlan
+from adaptrt.plan import SupportPlan
 from adaptrt.planner import Planner
+from adaptrt.program import without_leading_axis
 from adaptrt.reader import Reader, Select, adapted_names
 from adaptrt.step import Batch, Carry, Fixed, LossFunction
 from adaptrt.tree import Tree
@@ -236,7 +239,7 @@ class CompiledUnroll:
         batch, num_tasks = self._support(support)
         carry, fixed, has_tasks = self._state(start, num_tasks)
         plan = self._planner.support(batch, carry, fixed, has_tasks, num_tasks, warm)
-        self._check_values("support", batch, plan.probe)
+        self._check_values("support", batch, plan.probe.bounds)
         problem, inputs = self._problem(plan, has_tasks, carry, fixed, batch, None)
         with restored_on_error(plan.probe.noise, generator):
             task = Task(carry, fixed, batch, self._step_noise(plan, generator, num_tasks))
@@ -252,8 +255,8 @@ class CompiledUnroll:
         carry, fixed, has_tasks = self._state(start, num_tasks)
         plan = self._planner.support(batch, carry, fixed, has_tasks, num_tasks, warm)
         query_plan = self._planner.query(plan, query, carry, fixed, has_tasks, num_tasks, warm)
-        self._check_values("support", batch, plan.probe)
-        self._check_values("query", query, query_plan.probe)
+        self._check_values("support", batch, plan.probe.bounds)
+        self._check_values("query", query, query_plan.probe.bounds)
         problem, inputs = self._problem(plan, has_tasks, carry, fixed, batch, query)
         with restored_on_error((*plan.probe.noise, *query_plan.probe.noise), generator):
             task = Task(carry, fixed, batch, self._step_noise(plan, generator, num_tasks))
@@ -264,10 +267,9 @@ class CompiledUnroll:
         batch = check.as_batch("input", (inputs,), self._settings.device)
         if adapted.num_tasks is not None:
             check.leading_axis("input", inputs, 0, adapted.num_tasks, "tasks")
-        if self._settings.check_finite:
-            check.finite("input", batch)
         step = self._reader.step(detach_gradient=False)
         plan = self._planner.prediction(step, inputs, adapted.carry, adapted.fixed, adapted.num_tasks, warm)
+        self._check_values("input", batch, plan.bounds)
         with restored_on_error(plan.noise, generator):
             noise = draw(plan.noise, generator, adapted.num_tasks)
             return autograd.predict(plan, step, adapted.carry, adapted.fixed, inputs, noise, torch.is_grad_enabled())
@@ -290,12 +292,15 @@ class CompiledUnroll:
             raise InvalidType(f"start must be what adapt() returned, got {type(start).__name__}")
         if start.num_tasks is not None and start.num_tasks != num_tasks:
             raise InvalidArgument(f"start holds {start.num_tasks} tasks, the support batch {num_tasks or 'no task axis'}")
-        if tree.flatten(start.carry)[1] != tree.flatten(carry)[1]:
-            raise OptimizerMismatch("start was adapted with another optimiser or other parameters; pass a result of this unroll")
+        held = tree.map_leaves(without_leading_axis, start.carry) if start.num_tasks is not None else tree.specs(start.carry)
+        if tree.flatten(held) != tree.flatten(tree.specs(carry)):
+            raise OptimizerMismatch(
+                "start was adapted with another model or optimiser: its parameters, buffers or state differ in name or shape"
+            )
         return start.carry, fixed, start.num_tasks is not None
 
-    def _check_values(self, name: str, batch: Batch, probe: Probe) -> None:
-        check.labels(name, batch, probe.bounds)
+    def _check_values(self, name: str, batch: Batch, bounds: Sequence[IndexBound]) -> None:
+        check.indices(name, batch, bounds)
         if self._settings.check_finite:
             check.finite(name, batch)
 

@@ -1,6 +1,6 @@
 """Sine regression as in Finn et al. 2017 (section 5.1), with compiled meta-gradients, next to the same algorithm in plain PyTorch.
 
-    python examples/sine.py [--iterations 1500] [--backend inductor] [--seed 0]
+    python examples/sine.py [--iterations 1000] [--backend inductor] [--seed 0]
 
 Two models start from the same weights and see the same tasks. One is trained with `adaptrt`, the other with `torch.func`; their learning
 curves are compared, both are timed by turns, and the trained model is adapted to tasks that it has never seen.
@@ -35,8 +35,9 @@ SHOTS = 10  # support points a task, and as many query points in training
 EVALUATED_STEPS = (0, 1, 5, 10)
 
 CHECKED_ITERATIONS = 50
-TOLERANCE = 2e-4
-"""Largest relative difference of the two float32 losses in the first `CHECKED_ITERATIONS` iterations. Measured: see the printout."""
+TOLERANCE = 1e-5
+"""Largest relative difference of the two float32 losses in the first `CHECKED_ITERATIONS` iterations. Six seeds gave up to 2e-7, which is
+rounding; the first switching ReLU adds 1e-6 to 1e-4, seen from iteration 100 on."""
 
 
 class Points(NamedTuple):
@@ -207,7 +208,7 @@ def report(runs: Comparison) -> list[str]:
     for begin, end in zip([0, *marks], marks, strict=False):
         lines.append(f"{end:9d}  {statistics.fmean(compiled.losses[begin:end]):.7f}   {statistics.fmean(eager.losses[begin:end]):.7f}")
     lines.append("largest relative difference of the loss  compiled from eager  eager float32 from float64")
-    for first in sorted({min(CHECKED_ITERATIONS, total), total}):
+    for first in sorted({min(count, total) for count in (CHECKED_ITERATIONS, 200, total)}):
         ours = largest_difference(compiled.losses, eager.losses, first)
         float32 = largest_difference(eager.losses, exact.losses, first)
         lines.append(f"  in the first {first:5d} iterations            {ours:.1e}              {float32:.1e}")
@@ -233,13 +234,14 @@ def check(runs: Comparison) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the example and prints what it found."""
     parser = argparse.ArgumentParser(description="Sine regression: compiled meta-gradients against plain PyTorch.")
-    parser.add_argument("--iterations", type=int, default=1500, help="meta-iterations, at least 1")
+    parser.add_argument("--iterations", type=int, default=1000, help="meta-iterations, at least 1")
     parser.add_argument("--backend", choices=("auto", "inductor", "eager"), default="auto", help="what runs adaptrt's programs")
     parser.add_argument("--seed", type=int, default=0, help="of the weights and the tasks")
     options: Any = parser.parse_args(arguments)
     if options.iterations < 1:
         parser.error(f"--iterations must be at least 1, got {options.iterations}")
-    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, float32, backend {options.backend}")
+    torch.set_num_threads(1)  # kernels this small lose more to a team of threads than they gain
+    print(f"torch {torch.__version__}, 1 thread, float32, backend {options.backend}")
     runs = follow(options.iterations, options.backend, options.seed)
     print("\n".join(report(runs)))
     check(runs)

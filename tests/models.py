@@ -32,7 +32,7 @@ class Entry(NamedTuple):
     """A model and its data.
 
     `batch(generator, n)` makes n examples. `default_loss`: compile_unroll finds `loss` by itself. `random`: the forward pass draws. `select`:
-    which parameters adapt.
+    which parameters adapt. `k`: how many inner steps to test, fewer where a step is a large graph.
     """
 
     make: Callable[[], nn.Module]
@@ -41,6 +41,7 @@ class Entry(NamedTuple):
     default_loss: bool = False
     random: bool = False
     select: str | None = None
+    k: int = 3
 
     def model(self, seed: int = 0) -> nn.Module:
         """A model in float64; equal for equal seeds. The global generator is left alone."""
@@ -76,11 +77,11 @@ def images(generator: Generator, n: int) -> Batch:
 
 
 def sequences(generator: Generator, n: int) -> Batch:
-    return normal(generator, n, 4, 4), labels(generator, n)
+    return normal(generator, n, 2, 4), labels(generator, n)
 
 
 def time_first(generator: Generator, n: int) -> Batch:
-    return normal(generator, 4, n, 4), labels(generator, n)
+    return normal(generator, 2, n, 4), labels(generator, n)
 
 
 def tokens(generator: Generator, n: int) -> Batch:
@@ -374,12 +375,12 @@ MODELS: dict[str, Entry] = {
     "conv-bn-eval": Entry(conv_bn_eval, images, classify),
     "conv-pool": Entry(conv_pool, images, classify),
     "norms": Entry(norms, images, classify),
-    "lstm": Entry(lambda: Recurrent(nn.LSTM(4, 3, num_layers=2, batch_first=True)), sequences, classify),
-    "lstm-dropout": Entry(lambda: Recurrent(nn.LSTM(4, 3, num_layers=2, dropout=0.3, batch_first=True)), sequences, classify, random=True),
-    "gru": Entry(lambda: Recurrent(nn.GRU(4, 3, num_layers=2)), time_first, classify),
-    "transformer": Entry(lambda: Encoder(0.0), sequences, classify),
-    "transformer-dropout": Entry(lambda: Encoder(0.2), sequences, classify, random=True),
-    "transformer-eval": Entry(lambda: Encoder(0.2).eval(), sequences, classify),
+    "lstm": Entry(lambda: Recurrent(nn.LSTM(4, 3, num_layers=2, batch_first=True)), sequences, classify, k=2),
+    "lstm-dropout": Entry(lambda: Recurrent(nn.LSTM(4, 3, 2, dropout=0.3, batch_first=True)), sequences, classify, random=True, k=2),
+    "gru": Entry(lambda: Recurrent(nn.GRU(4, 3, num_layers=2)), time_first, classify, k=2),
+    "transformer": Entry(lambda: Encoder(0.0), sequences, classify, k=2),
+    "transformer-dropout": Entry(lambda: Encoder(0.2), sequences, classify, random=True, k=2),
+    "transformer-eval": Entry(lambda: Encoder(0.2).eval(), sequences, classify, k=2),
     "attention": Entry(Attention, sequences, classify),
     "attention-dropout": Entry(lambda: Attention(0.2), sequences, classify, random=True),
     "embeddings": Entry(Bag, tokens, classify),

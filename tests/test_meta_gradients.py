@@ -25,7 +25,6 @@ from tests import naive
 from tests.models import MODELS, Entry, classify, labelled, normal, regress, vectors
 from tests.tolerances import assert_near
 
-K = 3
 TASKS = 2
 SEED = 5
 
@@ -140,7 +139,7 @@ def wanted_of(cell: Cell, noises: Sequence[naive.Noise]) -> Iterator[dict[str, T
     entry, rule = MODELS[cell.model], OPTIMIZERS[cell.optimizer]
     model, hyper = entry.model(), rule.hyper()
     adapted, frozen = split(model, entry.select)
-    loop = naive.Loop(model, entry.loss, rule.oracle, {**hyper, **rule.flags}, K, first_order=cell.adjoint == "first-order")
+    loop = naive.Loop(model, entry.loss, rule.oracle, {**hyper, **rule.flags}, entry.k, first_order=cell.adjoint == "first-order")
     start = naive.Start(adapted, frozen, dict(model.named_buffers()))
     for objective in (naive.meta_loss, None):
         values: list[Tensor] = []
@@ -150,7 +149,7 @@ def wanted_of(cell: Cell, noises: Sequence[naive.Noise]) -> Iterator[dict[str, T
                 values.append(objective(loop, start, support, query, noise))
                 continue
             after = naive.adapt(loop, start, support, noise)
-            with noise(K):
+            with noise(loop.k):
                 values.append(eager_objective(loop, after, frozen, query))
         yield differentiate(torch.stack(values).mean(), model, hyper)
 
@@ -167,7 +166,7 @@ def check(cell: Cell, backend: str, drawn: Drawn, dtype: torch.dtype = torch.flo
     unroll = compile_unroll(
         model,
         rule.ours(**hyper, **rule.flags),
-        K,
+        entry.k,
         loss=None if entry.default_loss else entry.loss,
         params=entry.select,
         adjoint=ADJOINTS[cell.adjoint],
@@ -185,11 +184,11 @@ def check(cell: Cell, backend: str, drawn: Drawn, dtype: torch.dtype = torch.flo
     torch.manual_seed(SEED)
     after = unroll.adapt(support)
     _, frozen = split(model, entry.select)
-    loop = naive.Loop(model, entry.loss, rule.oracle, {}, K)
+    loop = naive.Loop(model, entry.loss, rule.oracle, {}, entry.k)
     values: list[Tensor] = []
     for t, batch in enumerate(queries):
         one = AdaptedTask(*tree.map_leaves(lambda value, t=t: value[t], (after.params, after.buffers, after.losses))) if cell.tasks else after
-        with noise_of_call[t](K):
+        with noise_of_call[t](loop.k):
             values.append(eager_objective(loop, one, frozen, batch))
     got_eager = differentiate(torch.stack(values).mean(), model, hyper)
 

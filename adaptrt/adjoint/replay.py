@@ -36,8 +36,8 @@ class Replay(Adjoint):
     every: int = 1
 
     def __post_init__(self) -> None:
-        if self.every < 1:
-            raise InvalidArgument(f"Replay(every={self.every}): every must be at least 1")
+        if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
+            raise InvalidArgument(f"Replay(every={self.every!r}): every must be an int of at least 1")
 
     def adapt(self, programs: Programs, problem: Problem, task: Task, keep: bool) -> Adaptation:
         step = programs.program("step", problem.step, _STEP)

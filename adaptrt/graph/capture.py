@@ -19,7 +19,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
-from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -33,6 +32,9 @@ from adaptrt.graph.passes.operations import name_of
 from adaptrt.graph.passes.retrace import fake_tensors
 from adaptrt.graph.passes.standard import STANDARD
 from adaptrt.tree import Spec, Tree
+
+aten = torch.ops.aten
+_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.mv.default, aten.dot.default}
 
 
 def capture(
@@ -56,7 +58,8 @@ def capture(
     output_names: list[str] = []
 
     def flat(*inputs: Tensor) -> list[Tensor]:
-        returned = fn(*tree.unflatten(arguments, inputs))
+        with _EagerRules(), forbid_noise():
+            returned = fn(*tree.unflatten(arguments, inputs))
         outputs, structure = tree.flatten(returned)
         result.append(structure)
         output_names.extend(tree.paths(returned, "result"))
@@ -64,7 +67,7 @@ def capture(
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = fake_tensors(mode, [Spec.of(value) for value in values])
-    with _tracing(mode, fused_attention), forbid_noise():
+    with _tracing(mode, fused_attention):
         module = make_fx(flat, tracing_mode="real")(*fakes)
     constants = _lift_constants(module)
     labels = list(names) or [f"arg{index}" for index in range(len(examples))]
@@ -102,8 +105,6 @@ def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         stack.enter_context(mode)
-        # Without it batch_norm is traced as an operation whose schema hides that it updates the running statistics.
-        stack.enter_context(enable_python_dispatcher())
         yield
 
 
@@ -134,6 +135,27 @@ def _lift_constants(module: fx.GraphModule) -> tuple[Tensor, ...]:
         delattr(module, name)
     module.recompile()
     return tuple(constants)
+
+
+class _EagerRules(TorchDispatchMode):
+    """Where fake kernels or schemas say less than eager kernels do.
+
+    The schema of `native_batch_norm` hides that it updates the running statistics. Fake matrix products accept operands of different
+    dtypes. Both could be had from PyTorch's Python dispatcher, whose recurrent networks, however, drop the dropout between layers (2.13).
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        del types
+        if func in _PRODUCTS:
+            dtypes = {value.dtype for value in args if isinstance(value, Tensor)}
+            if len(dtypes) > 1:
+                raise RuntimeError(f"{name_of(func)} needs operands of one dtype, got {' and '.join(sorted(map(str, dtypes)))}")
+        if func is aten.native_batch_norm.default and args[3] is not None:
+            func = aten._native_batch_norm_legit.default
+        return func(*args, **(kwargs or {}))
 
 
 class _Operations(TorchDispatchMode):

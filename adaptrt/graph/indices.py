@@ -1,0 +1,72 @@
+"""Which inputs of a graph are class labels or indices into a table, and how far they may go.
+
+Compiled kernels do not all check an index before they use it, so the bounds are read off the graph and checked on the data.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import fx
+
+from adaptrt.graph.ir import Graph
+
+aten = torch.ops.aten
+_CLASS_AXIS = {aten.nll_loss_forward.default: -1, aten.nll_loss2d_forward.default: 1}
+_VIEWS = {
+    aten.view.default,
+    aten.reshape.default,
+    aten._unsafe_view.default,
+    aten.select.int,
+    aten.slice.Tensor,
+    aten.squeeze.default,
+    aten.squeeze.dim,
+    aten.unsqueeze.default,
+    aten.expand.default,
+    aten.permute.default,
+    aten.transpose.int,
+    aten.clone.default,
+    aten._to_copy.default,
+}
+
+
+class IndexBound(NamedTuple):
+    """Input `name` holds integers in [0, size), or `ignore_index` where that is not None; `of` says what they count, in words."""
+
+    name: str
+    size: int
+    ignore_index: int | None
+    of: str
+
+
+def index_bounds(graph: Graph) -> list[IndexBound]:
+    """The inputs that reach, directly or through views, a loss as its class labels, or an embedding or gather as its index."""
+    nodes = list(graph.module.graph.nodes)
+    names = dict(zip((node for node in nodes if node.op == "placeholder"), (entry.name for entry in graph.signature.inputs), strict=True))
+    found: dict[IndexBound, None] = {}
+    for node in nodes:
+        for index, size, ignore_index, of in _uses(node):
+            while isinstance(index, fx.Node) and index.target in _VIEWS:
+                index = index.args[0]
+            if isinstance(index, fx.Node) and index in names:
+                found[IndexBound(names[index], size, ignore_index, of)] = None
+    return list(found)
+
+
+def _uses(node: fx.Node) -> list[tuple[object, int, int | None, str]]:
+    """Index, size, ignored value and meaning, if the operation has an index."""
+    args = node.args
+    if node.target in _CLASS_AXIS:
+        scores, target, _, _, ignore_index = args
+        return [(target, _shape(scores)[_CLASS_AXIS[node.target]], ignore_index, "the model's class labels")]  # type: ignore[list-item]
+    if node.target is aten.embedding.default:
+        return [(args[1], _shape(args[0])[0], None, "rows of the embedding")]
+    if node.target in (aten.gather.default, aten.index_select.default):
+        return [(args[2], _shape(args[0])[args[1]], None, "positions along the gathered axis")]  # type: ignore[index]
+    return []
+
+
+def _shape(node: object) -> torch.Size:
+    assert isinstance(node, fx.Node)
+    return node.meta["val"].shape

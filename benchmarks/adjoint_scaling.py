@@ -1,0 +1,274 @@
+"""How compile time and memory of `Replay` grow with k, the number of inner steps: both hardly should.
+
+    python benchmarks/adjoint_scaling.py [--quick] [--name cpu-2core_2026-11-23]
+
+Compile time: for k = 5 and k = 50 the seconds from the first line that knows the data's shape to programs that are ready, capture and
+compilation (from `unroll.explain()`), and beside it the whole first call, which also runs the k steps. Each measurement is a process of its
+own with an empty Inductor cache directory and Inductor's caches off; k = 5 and k = 50 take turns; medians.
+
+Memory: the peak of live bytes during one meta-gradient call after a first one, for several k. Counted exactly: the profiler records every
+allocation and release of PyTorch's CPU allocator, those of Inductor's kernels included (`profile_memory=True`), and the peak is the largest
+running sum. The resident size (`ru_maxrss`) would also hold what malloc keeps for later, the compiler's own memory and thread stacks, which is
+many times the difference that one step makes; operations' outputs (a `TorchDispatchMode`) miss what compiled kernels allocate. Scratch memory
+that oneDNN takes from malloc is not seen; it is freed at the end of each operation, so it does not grow with k. The slope is a least-squares
+line over k.
+
+The bars: compile time at k = 50 at most 1.2 × that at k = 5; slope at most 1.5 × the bytes of the parameters and the optimiser's state.
+
+Known limits: CPU only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.profiler import ProfilerActivity, profile
+
+import adaptrt
+from adaptrt import tree
+
+RESULTS = Path(__file__).parent / "results"
+MAX_COMPILE_RATIO = 1.2
+MAX_STEP_RATIO = 1.5
+
+Batch = tuple[Tensor, Tensor]
+
+
+def sine_mlp() -> tuple[nn.Module, Batch, Batch]:
+    """1-40-40-1, 10 support and 10 query points."""
+    model = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
+    return model, (torch.randn(10, 1), torch.randn(10, 1)), (torch.randn(10, 1), torch.randn(10, 1))
+
+
+def conv_net(width: int) -> tuple[nn.Module, Batch, Batch]:
+    """Four blocks of convolution, BatchNorm (batch statistics), ReLU and max-pool on 28×28; 5-way 1-shot, 15 queries."""
+    channels = [1, width, width, width, width]
+    blocks: list[nn.Module] = []
+    for before, after in zip(channels[:-1], channels[1:], strict=True):
+        norm = nn.BatchNorm2d(after, track_running_stats=False)
+        blocks += [nn.Conv2d(before, after, 3, padding=1), norm, nn.ReLU(), nn.MaxPool2d(2)]
+    model = nn.Sequential(*blocks, nn.Flatten(), nn.Linear(width, 5))
+    return model, (torch.randn(5, 1, 28, 28), torch.arange(5)), (torch.randn(15, 1, 28, 28), torch.arange(15) % 5)
+
+
+MODELS: dict[str, Callable[[], tuple[nn.Module, Batch, Batch]]] = {
+    "sine MLP 1-40-40-1": sine_mlp,
+    "4 × conv16-BN-ReLU-pool": lambda: conv_net(16),
+    "4 × conv64-BN-ReLU-pool": lambda: conv_net(64),
+}
+OPTIMIZERS: dict[str, Callable[[], adaptrt.optim.Optimizer]] = {
+    "sgd": lambda: adaptrt.optim.sgd(lr=0.01),
+    "sgd with momentum": lambda: adaptrt.optim.sgd(lr=0.01, momentum=0.9),
+    "adam": lambda: adaptrt.optim.adam(lr=0.001),
+}
+ADJOINTS: dict[str, Callable[[], adaptrt.Adjoint]] = {"Replay()": adaptrt.Replay, "Unrolled()": adaptrt.Unrolled}
+LOSSES = {"sine MLP 1-40-40-1": F.mse_loss}
+
+
+def build(model: str, optimizer: str, adjoint: str, backend: str, k: int) -> tuple[adaptrt.CompiledUnroll, nn.Module, Batch, Batch]:
+    """An unroll with nothing compiled yet, its model, and data."""
+    torch.manual_seed(0)
+    module, support, query = MODELS[model]()
+    loss = LOSSES.get(model, F.cross_entropy)
+    unroll = adaptrt.compile_unroll(module, OPTIMIZERS[optimizer](), k, loss=loss, adjoint=ADJOINTS[adjoint](), backend=backend)
+    return unroll, module, support, query
+
+
+# --- one measurement, in a process of its own
+
+
+def measure_compile(model: str, optimizer: str, adjoint: str, backend: str, k: int) -> dict[str, Any]:
+    """Compile time of the meta-gradient, in seconds, and what was compiled."""
+    unroll, _, support, query = build(model, optimizer, adjoint, backend, k)
+    started = time.perf_counter()
+    unroll(support, query).backward()
+    first_call_s = time.perf_counter() - started
+    programs = unroll.explain().programs
+    return {
+        "compile_s": sum(program.capture_s + program.compile_s for program in programs),
+        "first_call_s": first_call_s,
+        "programs": {program.name: program.num_nodes for program in programs},
+    }
+
+
+def measure_memory(model: str, optimizer: str, adjoint: str, backend: str, k: int) -> dict[str, Any]:
+    """Peak of live bytes during one meta-gradient call, and the bytes of parameters and optimiser state."""
+    unroll, module, support, query = build(model, optimizer, adjoint, backend, k)
+    unroll(support, query).backward()
+    module.zero_grad()
+    peak_bytes = peak_of(lambda: unroll(support, query).backward())
+    params = dict(module.named_parameters())
+    state = OPTIMIZERS[optimizer]().init(params)
+    return {"peak_bytes": peak_bytes, "carry_bytes": sum(tree.Spec.of(leaf).num_bytes for leaf in tree.leaves((params, state)))}
+
+
+def peak_of(run: Callable[[], object]) -> int:
+    """The largest number of bytes that were allocated during `run` and live at once, in PyTorch's CPU allocator."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        run()
+    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    changes = sorted((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]")
+    live = peak = 0
+    for _, num_bytes in changes:
+        live += num_bytes
+        peak = max(peak, live)
+    return peak
+
+
+def slope(points: Sequence[tuple[int, int]]) -> float:
+    """Of the least-squares line through (k, bytes)."""
+    mean_k, mean_bytes = statistics.fmean(k for k, _ in points), statistics.fmean(value for _, value in points)
+    return sum((k - mean_k) * (value - mean_bytes) for k, value in points) / sum((k - mean_k) ** 2 for k, _ in points)
+
+
+# --- all measurements
+
+
+def in_a_process(measurement: str, **arguments: Any) -> dict[str, Any]:
+    """One measurement in a fresh process, with cold caches."""
+    with tempfile.TemporaryDirectory() as cache:
+        environment = {
+            **os.environ,
+            "TORCHINDUCTOR_CACHE_DIR": cache,
+            "TORCHINDUCTOR_FORCE_DISABLE_CACHES": "1",
+            "TORCHINDUCTOR_FX_GRAPH_CACHE": "0",
+        }
+        command = [sys.executable, __file__, "--measure", json.dumps({"measurement": measurement, **arguments})]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise RuntimeError(f"{measurement} {arguments} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def compile_rows(models: Sequence[str], repeats: int) -> list[dict[str, Any]]:
+    """Compile time at k = 5 and k = 50, by turns."""
+    rows: list[dict[str, Any]] = []
+    for model in models:
+        found: dict[int, list[dict[str, Any]]] = {5: [], 50: []}
+        for _ in range(repeats):
+            for k, measured in found.items():
+                measured.append(
+                    in_a_process("compile", model=model, optimizer="sgd with momentum", adjoint="Replay()", backend="inductor", k=k)
+                )
+                print(f"  compile {model} k={k}: {measured[-1]['compile_s']:.1f} s", flush=True)
+        medians = {k: statistics.median(one["compile_s"] for one in measured) for k, measured in found.items()}
+        rows.append({"model": model, "runs": found, "median_s": medians, "ratio": medians[50] / medians[5]})
+    return rows
+
+
+def memory_rows(cells: Sequence[tuple[str, str, str, str]], ks: Sequence[int]) -> list[dict[str, Any]]:
+    """Peak bytes against k."""
+    rows: list[dict[str, Any]] = []
+    for model, optimizer, adjoint, backend in cells:
+        peaks: list[tuple[int, int]] = []
+        carry_bytes = 0
+        for k in ks:
+            one = in_a_process("memory", model=model, optimizer=optimizer, adjoint=adjoint, backend=backend, k=k)
+            peaks.append((k, one["peak_bytes"]))
+            carry_bytes = one["carry_bytes"]
+        row = {"model": model, "optimizer": optimizer, "adjoint": adjoint, "backend": backend, "peaks": peaks, "carry_bytes": carry_bytes}
+        row |= {"slope_bytes": slope(peaks), "ratio": slope(peaks) / carry_bytes}
+        rows.append(row)
+        print(f"  memory {model}, {optimizer}, {adjoint}, {backend}: {row['ratio']:.2f} × carry a step", flush=True)
+    return rows
+
+
+def markdown(result: dict[str, Any]) -> str:
+    """The result as a report."""
+    lines = [
+        "# Replay: compile time and memory against k",
+        "",
+        f"Made by `{result['command']}`. {result['machine']}; torch {result['torch']}, {result['num_threads']} threads, float32.",
+        "What is measured, and how, is in the header of `benchmarks/adjoint_scaling.py`.",
+        "",
+        f"## Compile time of the meta-gradient (Replay, inductor, SGD with momentum; bar: ratio ≤ {MAX_COMPILE_RATIO})",
+        "",
+        "| model | k=5 | k=50 | ratio | programs, operations as captured | all runs (k=5; k=50) |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in result["compile"]:
+        runs = "; ".join(", ".join(f"{one['compile_s']:.1f}" for one in row["runs"][k]) for k in (5, 50))
+        sizes = ", ".join(f"{name} {count}" for name, count in row["runs"][50][0]["programs"].items())
+        lines.append(
+            f"| {row['model']} | {row['median_s'][5]:.1f} s | {row['median_s'][50]:.1f} s | **{row['ratio']:.2f}** | {sizes} | {runs} s |"
+        )
+    lines += [
+        "",
+        f"## Peak memory of one meta-gradient call (5-way 1-shot, 28×28; bar for Replay: ratio ≤ {MAX_STEP_RATIO})",
+        "",
+        "Growth is the slope over k, in multiples of the bytes of parameters and optimiser state.",
+        "",
+        "| model | optimiser | adjoint | backend | params + state | peak by k | growth a step | ratio |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in result["memory"]:
+        peaks = ", ".join(f"{k}: {value / 2**20:.2f}" for k, value in row["peaks"])
+        lines.append(
+            f"| {row['model']} | {row['optimizer']} | {row['adjoint']} | {row['backend']} | {row['carry_bytes'] / 2**10:.1f} KiB "
+            f"| {peaks} MiB | {row['slope_bytes'] / 2**10:.1f} KiB | **{row['ratio']:.2f}** |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def missed(result: dict[str, Any]) -> list[str]:
+    """The bars that were missed, in words."""
+    found = [f"compile time of {row['model']}: {row['ratio']:.2f}" for row in result["compile"] if row["ratio"] > MAX_COMPILE_RATIO]
+    return found + [
+        f"memory of {row['model']}, {row['optimizer']}, {row['backend']}: {row['ratio']:.2f}"
+        for row in result["memory"]
+        if row["adjoint"] == "Replay()" and row["ratio"] > MAX_STEP_RATIO
+    ]
+
+
+def main() -> None:
+    """Measures, prints the report and writes it next to this file."""
+    parser = argparse.ArgumentParser(description="Compile time and memory of Replay against k.")
+    parser.add_argument("--quick", action="store_true", help="one repeat, eager memory only; writes no file")
+    parser.add_argument("--name", default="cpu", help="hardware and date in the names of the files written")
+    parser.add_argument("--repeats", type=int, default=3, help="of each compile time")
+    parser.add_argument("--measure", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        arguments = json.loads(options.measure)
+        measurement = {"compile": measure_compile, "memory": measure_memory}[arguments.pop("measurement")]
+        print(json.dumps(measurement(**arguments)))
+        return
+    conv = "4 × conv16-BN-ReLU-pool"
+    cells = [(conv, optimizer, "Replay()", backend) for backend in ("eager", "inductor") for optimizer in OPTIMIZERS]
+    cells.append((conv, "sgd with momentum", "Unrolled()", "eager"))
+    if options.quick:
+        cells = [cell for cell in cells if cell[3] == "eager"]
+    result: dict[str, Any] = {
+        "command": " ".join(["python", "benchmarks/adjoint_scaling.py", *sys.argv[1:]]),
+        "machine": f"CPU {platform.machine()}, {os.cpu_count()} cores",
+        "torch": torch.__version__,
+        "num_threads": torch.get_num_threads(),
+        "memory": memory_rows(cells, (5, 10, 20, 40)),
+        "compile": compile_rows(list(MODELS)[: 1 if options.quick else 2], 1 if options.quick else options.repeats),
+    }
+    report = markdown(result)
+    print(report)
+    if not options.quick:
+        RESULTS.mkdir(exist_ok=True)
+        for suffix, text in ((".md", report), (".json", json.dumps(result, indent=1) + "\n")):
+            (RESULTS / f"adjoint-scaling_{options.name}{suffix}").write_text(text)
+    for bar in missed(result):
+        print(f"BAR MISSED: {bar}")
+
+
+if __name__ == "__main__":
+    main()
