@@ -39,7 +39,7 @@ PASSES = (Pass("decompose for Inductor", _decompose), remove_identities, merge_d
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Inductor(Backend):
-    """Inductor with its default settings, whatever the process has configured globally."""
+    """Inductor, with the settings that the process has in `torch._inductor.config`."""
 
     name = "inductor"
 
