@@ -44,7 +44,7 @@ class Structure:
     """What a tree is besides its leaves.
 
     `kind` is "leaf", "static", "mapping", "sequence", "named" or "dataclass"; `payload` holds the static value or the container's type;
-    `keys` its keys or field names.
+    `keys` its keys or field names; for a static value what else must be equal: its type, and digits (1, 1.0 and True are equal in Python).
     """
 
     kind: str
@@ -89,6 +89,8 @@ def _flatten_into(tree: Tree, leaves: list[Any]) -> Structure:
     if kind == "leaf":
         leaves.append(tree)
         return _LEAF
+    if kind == "static":
+        return Structure(kind, tree, (type(tree), repr(tree) if isinstance(tree, float) else None))
     return Structure(kind, payload, keys, tuple([_flatten_into(child, leaves) for child in children]))
 
 

@@ -107,6 +107,7 @@ def measure_compile(model: str, optimizer: str, adjoint: str, backend: str, k: i
 
 def measure_memory(model: str, optimizer: str, adjoint: str, backend: str, k: int) -> dict[str, Any]:
     """Peak of live bytes during one meta-gradient call, and the bytes of parameters and optimiser state."""
+    torch.set_num_threads(1)  # the same bytes, and no threads that wait for each other on a busy machine
     unroll, module, support, query = build(model, optimizer, adjoint, backend, k)
     unroll(support, query).backward()
     module.zero_grad()

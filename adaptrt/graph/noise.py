@@ -18,15 +18,17 @@ from adaptrt.tree import Spec
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Noise:
-    """One random tensor: distribution, its constants, shape, dtype and device.
+    """One random tensor: distribution, its constants, shape, dtype and device, and the order in which its elements are drawn.
 
     `kind` is "bernoulli" (p), "uniform" (low, high), "normal" (mean, std), "exponential" (rate), "randint" (low, high) or
-    "randperm" (n).
+    "randperm" (n). `order` lists the axes from the slowest to the fastest varying, as they lie in memory where eager code draws them; empty
+    for the order of the shape.
     """
 
     kind: str
     constants: tuple[float, ...]
     spec: Spec
+    order: tuple[int, ...] = ()
 
     def draw(self, generator: torch.Generator | None = None, num_tasks: int | None = None) -> Tensor:
         """Draws the tensor, with a leading axis of independent draws if `num_tasks` is given."""
@@ -34,8 +36,15 @@ class Noise:
         if self.kind == "randperm":
             rows = [torch.randperm(spec.shape[0], generator=generator, dtype=spec.dtype, device=spec.device) for _ in range(num_tasks or 1)]
             return torch.stack(rows) if num_tasks is not None else rows[0]
-        shape = spec.shape if num_tasks is None else (num_tasks, *spec.shape)
-        empty = torch.empty(shape, dtype=spec.dtype, device=spec.device)
+        order = self.order or tuple(range(len(spec.shape)))
+        lead = () if num_tasks is None else (num_tasks,)
+        drawn = self._fill(torch.empty((*lead, *(spec.shape[axis] for axis in order)), dtype=spec.dtype, device=spec.device), generator)
+        if not self.order:
+            return drawn
+        place = {axis: index + len(lead) for index, axis in enumerate(order)}
+        return drawn.permute(*range(len(lead)), *(place[axis] for axis in range(len(order)))).contiguous()
+
+    def _fill(self, empty: Tensor, generator: torch.Generator | None) -> Tensor:
         if self.kind == "bernoulli":
             return empty.bernoulli_(self.constants[0], generator=generator)
         if self.kind == "uniform":

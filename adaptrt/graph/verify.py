@@ -26,6 +26,8 @@ def verify(graph: Graph) -> Graph:
     _verify_values("output", [entry.spec for entry in graph.signature.outputs], outputs)
     if graph.arguments.num_leaves + len(graph.constants) != len(inputs):
         raise InvalidGraph(f"{graph.arguments.num_leaves} arguments and {len(graph.constants)} constants, but {len(inputs)} inputs")
+    if graph.result.num_leaves != len(outputs):
+        raise InvalidGraph(f"the result has {graph.result.num_leaves} tensors, the graph {len(outputs)} outputs")
     memories = [memory_of(output) for output in outputs]
     if any(memory.op == "placeholder" for memory in memories) or len(set(memories)) != len(memories):
         raise InvalidGraph("an output shares memory with an input or another output; it would alias a tensor of the caller")

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._decomp import get_decompositions  # pyright: ignore[reportUnknownVariableType]
 
 from adaptrt.graph.ir import Graph, Input
-from adaptrt.graph.passes.base import Pass, apply
+from adaptrt.graph.passes.base import Pass, apply, copy_module
 from adaptrt.graph.passes.functionalise import functionalise
 from adaptrt.graph.passes.merge_duplicates import merge_duplicates
 from adaptrt.graph.passes.own_outputs import own_outputs
@@ -57,7 +57,7 @@ def batch(graph: Graph, batched: Sequence[bool], summed: Sequence[bool], num_tas
         return run
 
     def simplify(graph: Graph) -> Graph:
-        return retrace(graph, decompositions=cast(Any, get_decompositions(_WITHOUT_BATCHING_RULE)))
+        return _without_fixed_strides(retrace(graph, decompositions=_decompositions()))
 
     def stack(graph: Graph) -> Graph:
         with warnings.catch_warnings():
@@ -66,6 +66,31 @@ def batch(graph: Graph, batched: Sequence[bool], summed: Sequence[bool], num_tas
 
     passes = (Pass("decompose", simplify), Pass("batch", stack), functionalise, remove_identities, merge_duplicates, own_outputs)
     return apply(passes, graph)
+
+
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    def copied(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+        del non_blocking
+        return source.to(target.dtype).expand(target.shape).clone()
+
+    return {**cast(Any, get_decompositions(_WITHOUT_BATCHING_RULE)), aten.copy.default: copied}
+
+
+def _without_fixed_strides(graph: Graph) -> Graph:
+    """Replaces views, which the memory layout of another kernel's result may not allow, by reshapes; and gives open slices an end."""
+    module = copy_module(graph)
+    for node in module.graph.nodes:
+        if node.target in (aten.view.default, aten._unsafe_view.default):
+            node.target = aten.reshape.default
+        elif node.target in (aten.slice.Tensor, aten.slice_scatter.default):
+            # The batching rule of slice_scatter overflows on an open end, which is recorded as the largest integer.
+            end = 3 if node.target is aten.slice.Tensor else 4
+            dim = node.args[end - 2] if len(node.args) > end - 2 else 0
+            if len(node.args) > end and isinstance(node.args[end], int):
+                size = node.args[0].meta["val"].shape[dim]
+                node.update_arg(end, min(node.args[end], size))
+    module.recompile()
+    return dataclasses.replace(graph, module=module)
 
 
 def _stacked(entry: Input, num_tasks: int) -> Input:

@@ -92,6 +92,17 @@ def _like(value: Tensor, dtype: torch.dtype | None = None, device: torch.device 
     return Spec(tuple(value.shape), dtype or value.dtype, device or value.device)
 
 
+def _order(value: Tensor) -> tuple[int, ...]:
+    """The axes of `value` as they lie in memory, slowest first; empty if that is their own order, or if memory has gaps."""
+    axes = sorted(range(value.dim()), key=lambda axis: -value.stride(axis))
+    expected = 1
+    for axis in reversed(axes):
+        if value.shape[axis] != 1 and value.stride(axis) != expected:
+            return ()
+        expected *= value.shape[axis]
+    return () if axes == sorted(axes) else tuple(axes)
+
+
 def _new(size: Sequence[int], dtype: torch.dtype | None, device: torch.device | None) -> Spec:
     return Spec(tuple(size), dtype or torch.get_default_dtype(), torch.device(device or "cpu"))
 
@@ -100,7 +111,7 @@ def _native_dropout(source: _Source, value: Tensor, p: float, train: bool | None
     if train is False or p == 0.0:
         return value.clone(), torch.ones_like(value, dtype=torch.bool)
     # Drawn as eager dropout draws it on the CPU: a 0/1 tensor of the input's own dtype.
-    mask = source(Noise("bernoulli", (1.0 - p,), _like(value)))
+    mask = source(Noise("bernoulli", (1.0 - p,), _like(value), _order(value)))
     scale = 0.0 if p == 1.0 else 1.0 / (1.0 - p)
     return value * mask * scale, mask.to(torch.bool)
 
@@ -110,7 +121,7 @@ def _filled(kind: str, *defaults: float) -> Callable[..., Tensor]:
 
     def rule(source: _Source, value: Tensor, *constants: float, generator: torch.Generator | None = None) -> Tensor:
         _refuse_generator(generator)
-        return value.copy_(source(Noise(kind, tuple(map(float, (*constants, *defaults[len(constants) :]))), _like(value))))
+        return value.copy_(source(Noise(kind, tuple(map(float, (*constants, *defaults[len(constants) :]))), _like(value), _order(value))))
 
     return rule
 
@@ -128,24 +139,37 @@ def _made_like(kind: str, *constants: float) -> Callable[..., Tensor]:
     """A rule for a factory such as `rand_like(value)`."""
 
     def rule(source: _Source, value: Tensor, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
-        return source(Noise(kind, constants, _like(value, dtype, device)))
+        return source(Noise(kind, constants, _like(value, dtype, device), _order(value)))
 
     return rule
 
 
 def _bernoulli(source: _Source, value: Tensor, generator: torch.Generator | None = None) -> Tensor:
     _refuse_generator(generator)
-    return (source(Noise("uniform", (0.0, 1.0), _like(value))) < value).to(value.dtype)
+    return (source(Noise("uniform", (0.0, 1.0), _like(value), _order(value))) < value).to(value.dtype)
 
 
 def _bernoulli_p(source: _Source, value: Tensor, p: float, generator: torch.Generator | None = None) -> Tensor:
     _refuse_generator(generator)
-    return source(Noise("bernoulli", (p,), _like(value)))
+    return source(Noise("bernoulli", (p,), _like(value), _order(value)))
 
 
 def _bernoulli_tensor_(source: _Source, value: Tensor, p: Tensor, generator: torch.Generator | None = None) -> Tensor:
     _refuse_generator(generator)
-    return value.copy_(source(Noise("uniform", (0.0, 1.0), _like(value, p.dtype))) < p)
+    return value.copy_(source(Noise("uniform", (0.0, 1.0), _like(value, p.dtype), _order(value))) < p)
+
+
+def _normal(source: _Source, mean: Tensor | float, std: Tensor | float = 1.0, *, generator: torch.Generator | None = None) -> Tensor:
+    _refuse_generator(generator)
+    like = mean + std
+    assert isinstance(like, Tensor)
+    return source(Noise("normal", (0.0, 1.0), _like(like))) * std + mean
+
+
+def _normal_constants(
+    source: _Source, mean: float, std: float, size: Sequence[int], *, dtype: Any = None, device: Any = None, **_: Any
+) -> Tensor:
+    return source(Noise("normal", (mean, std), _new(size, dtype, device)))
 
 
 def _randint(source: _Source, high: int, size: Sequence[int], *, dtype: Any = torch.int64, device: Any = None, **_: Any) -> Tensor:
@@ -159,7 +183,7 @@ def _randint_low(
 
 
 def _randint_like(source: _Source, value: Tensor, high: int, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
-    return source(Noise("randint", (0, high), _like(value, dtype, device)))
+    return source(Noise("randint", (0, high), _like(value, dtype, device), _order(value)))
 
 
 def _randperm(source: _Source, n: int, *, dtype: Any = torch.int64, device: Any = None, **_: Any) -> Tensor:
@@ -181,6 +205,10 @@ _RULES: dict[Any, Callable[..., Any]] = {
     aten.bernoulli.p: _bernoulli_p,
     aten.uniform_.default: _filled("uniform", 0.0, 1.0),
     aten.normal_.default: _filled("normal", 0.0, 1.0),
+    aten.normal.Tensor_Tensor: _normal,
+    aten.normal.Tensor_float: _normal,
+    aten.normal.float_Tensor: _normal,
+    aten.normal.float_float: _normal_constants,
     aten.exponential_.default: _filled("exponential", 1.0),
     aten.rand.default: _made("uniform", 0.0, 1.0),
     aten.randn.default: _made("normal", 0.0, 1.0),

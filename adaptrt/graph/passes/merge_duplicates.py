@@ -13,12 +13,12 @@ from adaptrt.graph.passes.base import Pass, copy_module
 
 
 def _key(value: Any) -> Any:
-    """A hashable stand-in for an argument; the type keeps 1, 1.0 and True apart."""
+    """A hashable stand-in for an argument; it keeps 1, 1.0 and True apart, and 0.0 from -0.0."""
     if isinstance(value, list | tuple):
         return tuple(_key(part) for part in cast(Sequence[Any], value))
     if isinstance(value, fx.Node):
         return value
-    return type(value), value
+    return type(value), repr(value) if isinstance(value, float) else value
 
 
 def _run(graph: Graph) -> Graph:
