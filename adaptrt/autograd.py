@@ -110,8 +110,7 @@ class _Adapt(Function):
         # Saved rather than kept: PyTorch then notices if one is changed in place before the way back.
         ctx.save_for_backward(*values)
         outputs = tree.leaves(carry)
-        live = [flag or asked for flag, asked in zip(call.plan.live, call.problem.start, strict=True)]
-        ctx.mark_non_differentiable(*[value for value, flag in zip(outputs, live, strict=True) if not flag])
+        ctx.mark_non_differentiable(*[value for value, flows in zip(outputs, call.problem.carry, strict=True) if not flows])
         return *outputs, losses
 
     @staticmethod

@@ -48,8 +48,7 @@ class SupportPlan:
     """For one shape of support data: the inner step, the adjoint and why, and the programs that see no query data.
 
     Attributes:
-      carry: for each leaf of the carry whether it can have a cotangent.
-      live: for each leaf of the carry whether a step makes it depend on something differentiable; running statistics do not.
+      carry: for each leaf of the carry whether a gradient flows through it from step to step; through running statistics none does.
       shapes: the data in words.
     """
 
@@ -59,7 +58,6 @@ class SupportPlan:
     probe: Probe
     programs: ProgramSet
     carry: tuple[bool, ...]
-    live: tuple[bool, ...]
     shapes: tuple[str, ...]
     queries: Cache[QueryPlan]
 
@@ -181,11 +179,9 @@ def plan_support(
         adjoint, reason = choose(size, k, next(iter(carry.params.values())).device)
     else:
         reason = "asked for"
-    flows = tuple(tree.Spec.of(leaf).dtype.is_floating_point for leaf in tree.leaves(carry))
-    num_buffers = len(carry.buffers)
-    live = (*flows[: len(flows) - num_buffers], *found.live_buffers)
+    floating = [tree.Spec.of(leaf).dtype.is_floating_point for leaf in tree.leaves((carry.params, carry.opt_state))]
     programs = make_programs(step, _explained(step, found.noise, carry, fixed, batch))
-    return SupportPlan(step, adjoint, reason, found, programs, flows, live, shapes, Cache(cache_size))
+    return SupportPlan(step, adjoint, reason, found, programs, (*floating, *found.live_buffers), shapes, Cache(cache_size))
 
 
 def plan_query(

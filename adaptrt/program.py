@@ -37,6 +37,7 @@ class Program:
       graph: what was compiled.
       run: the backend's callable.
       constants: read at each call, so that a plain tensor attribute of the model is used as it stands.
+      strides: of each input, constants included: contiguous.
       backend: the backend's name.
       capture_s, compile_s: seconds spent on each.
     """
@@ -44,6 +45,7 @@ class Program:
     graph: Graph
     run: Runner
     constants: tuple[Constant, ...]
+    strides: tuple[tuple[int, ...], ...]
     backend: str
     capture_s: float
     compile_s: float
@@ -62,8 +64,9 @@ class Program:
             spec = entry.spec
             if tuple(value.shape) != spec.shape or value.dtype != spec.dtype or value.device != spec.device:
                 raise ShapeChanged(f"{entry.name} was traced as {spec}, got {Spec.of(value)} on {value.device}")
-            if not value.is_contiguous():
-                values[index] = value.contiguous()
+            if value.stride() != self.strides[index]:
+                # An axis of length 1 may have any stride in what PyTorch calls contiguous; compiled kernels check it.
+                values[index] = value.contiguous().as_strided(spec.shape, self.strides[index])
         with torch.no_grad(), _autocast_off():
             return tree.unflatten(self.graph.result, self.run(values))
 
@@ -182,7 +185,8 @@ class ProgramSet:
         captured = time.perf_counter()
         run = self._backend.compile(graph)
         constants = tuple(_reader(value, self._modules) for value in graph.constants)
-        return Program(graph, run, constants, self._backend.name, captured - began, time.perf_counter() - captured)
+        strides = tuple(entry.spec.strides for entry in graph.signature.inputs)
+        return Program(graph, run, constants, strides, self._backend.name, captured - began, time.perf_counter() - captured)
 
 
 def _sum_nothing(graph: Graph) -> list[bool]:

@@ -318,17 +318,18 @@ class CompiledUnroll:
             wanted.extend(value for value, flag in zip(tree.leaves(part), flags, strict=True) if flag)
             return flags
 
+        start = marks(carry)
         problem = Problem(
             step=plan.step,
             unroll=unroll,
             batch_of_step=batch_of_step,
             k=self._settings.k,
             per_step=self._settings.per_step,
-            start=marks(carry),
+            start=start,
             fixed=marks(fixed),
             support=marks(batch),
             query=marks(query),
-            carry=plan.carry,
+            carry=tuple([flows or asked for flows, asked in zip(plan.carry, start, strict=True)]),
             task_axis=self._task_axis,
             start_has_task_axis=carry_has_tasks,
         )

@@ -35,6 +35,15 @@ class Spec:
             size *= extent
         return size
 
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Of a contiguous tensor; an axis of length 1 counts like any other."""
+        strides, step = list[int](), 1
+        for extent in reversed(self.shape):
+            strides.append(step)
+            step *= max(extent, 1)
+        return tuple(reversed(strides))
+
     def __str__(self) -> str:
         return f"{str(self.dtype).removeprefix('torch.')}[{', '.join(map(str, self.shape))}]"
 

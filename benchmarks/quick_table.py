@@ -159,7 +159,7 @@ def scaling_rows() -> list[str]:
     if not reports:
         return []
     result = json.loads(reports[-1].read_text())
-    compiled = [f"{row['ratio']:.2f} ({row['model']})" for row in result["compile"]]
+    compiled = [f"{row['ratio_compile_s']:.2f} ({row['model']})" for row in result["compile"]]
     replay = [row for row in result["memory"] if row["adjoint"] == "Replay()"]
     memory = ", ".join(f"{row['ratio']:.2f} ({row['optimizer']}, {row['backend']})" for row in replay)
     return [
@@ -178,7 +178,9 @@ def main() -> None:
     errors = gate(rivals, support, query)
     adapt = medians_s([rival.adapt for rival in rivals])
     meta = medians_s([rival.meta for rival in rivals])
-    print(f"torch {torch.__version__}, CPU, 1 thread, float32, k={NUM_STEPS}, SGD, 10 support and 10 query points, medians of {CALLS} calls")
+    print(
+        f"torch {torch.__version__}, CPU, 1 thread, float32, k={NUM_STEPS}, SGD, 10 support and 10 query points, medians of {CALLS} calls"
+    )
     print("| | adapt | × eager loop | adapt + meta-gradient | × eager loop | compile | largest error |")
     print("|---|---|---|---|---|---|---|")
     for rival, adapt_s, meta_s, pair in zip(rivals, adapt, meta, errors, strict=True):

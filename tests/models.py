@@ -250,12 +250,11 @@ class InPlace(nn.Module):
         self.first, self.second, self.third = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
 
     def forward(self, x: Tensor) -> Tensor:
-        h = F.leaky_relu_(self.first(x), 0.2)
-        h = self.second(h).tanh_()
+        h = self.second(F.leaky_relu_(self.first(x), 0.2))
         h += self.second.bias
         h[:, 0] = h[:, 1] * 2.0
-        h[:, 2].mul_(h[:, 3].detach())
-        return nn.functional.elu(self.third(h), inplace=True)
+        h[:, 2].mul_(h[:, 3].detach().clone())
+        return F.elu(self.third(h.tanh_()), inplace=True)
 
 
 class Idle(nn.Module):

@@ -79,11 +79,11 @@ def test_training_images_are_standardised_without_the_unseen(digits: Digits) -> 
 
 @pytest.mark.parametrize("classes", [TRAINING_CLASSES, UNSEEN_CLASSES], ids=["training", "unseen"])
 def test_episodes(digits: Digits, classes: tuple[ImageClass, ...]) -> None:
-    episodes = digits.draw(classes, generator(), tasks=30, ways=5, shots=5, queries=10)
-    assert episodes.x_support.shape == (30, 25, 1, 8, 8)
-    assert episodes.x_query.shape == (30, 50, 1, 8, 8)
-    assert episodes.y_support.flatten().bincount().tolist() == [150] * 5
-    for task in range(30):
+    episodes = digits.draw(classes, generator(), tasks=10, ways=5, shots=5, queries=10)
+    assert episodes.x_support.shape == (10, 25, 1, 8, 8)
+    assert episodes.x_query.shape == (10, 50, 1, 8, 8)
+    assert episodes.y_support.flatten().bincount().tolist() == [50] * 5
+    for task in range(10):
         support_ids, query_ids = set(episodes.support_ids[task].tolist()), set(episodes.query_ids[task].tolist())
         assert len(support_ids) == 25, "one handwriting twice in a support set"
         assert support_ids.isdisjoint(query_ids)
@@ -95,7 +95,7 @@ def test_episodes(digits: Digits, classes: tuple[ImageClass, ...]) -> None:
 
 
 def _class_of(digits: Digits, classes: tuple[ImageClass, ...], images: Tensor) -> ImageClass:
-    holders = [c for c in classes if all((digits.images(c) == image).flatten(1).all(1).any() for image in images)]
+    holders = [c for c in classes if (digits.images(c).flatten(1)[:, None] == images.flatten(1)).all(2).any(0).all()]
     (only,) = holders
     return only
 

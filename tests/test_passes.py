@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
+from torch._decomp import get_decompositions
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -20,8 +21,8 @@ from adaptrt import tree
 from adaptrt.errors import InvalidGraph, UnsupportedRandomness
 from adaptrt.graph.capture import capture
 from adaptrt.graph.cost import num_bytes, num_flops
+from adaptrt.graph.indices import IndexBound, index_bounds
 from adaptrt.graph.ir import Graph, Input, Output, Role, Signature
-from adaptrt.graph.labels import LabelBound, label_bounds
 from adaptrt.graph.noise import Noise, draw
 from adaptrt.graph.passes.base import Pass, apply, copy_module
 from adaptrt.graph.passes.batch import batch
@@ -369,7 +370,7 @@ def test_retrace_can_decompose() -> None:
     x, w = arguments()
     graph = capture(lambda x, w: F.silu(x @ w), x, w)
     assert aten.silu.default in targets(graph)
-    simple = retrace(graph, decompositions=torch._decomp.get_decompositions([aten.silu]))
+    simple = retrace(graph, decompositions=get_decompositions([aten.silu]))
     assert aten.silu.default not in targets(simple)
     assert_equal(simple.run(x, w), graph.run(x, w))
 
@@ -605,30 +606,34 @@ def test_attention_is_random_only_with_dropout() -> None:
     assert not is_random(operator.getitem)
 
 
-# --- class labels
+# --- class labels and other indices
 
 
-LABELLED: list[tuple[str, Callable[[Tensor, Tensor], Tensor], tuple[int, ...], tuple[int, ...], list[LabelBound]]] = [
-    ("cross-entropy", lambda x, y: F.cross_entropy(x, y), (6, 3), (6,), [LabelBound("y", 3, -100)]),
-    ("ignored index", lambda x, y: F.cross_entropy(x, y, ignore_index=2), (6, 3), (6,), [LabelBound("y", 3, 2)]),
-    ("weighted", lambda x, y: F.cross_entropy(x, y, torch.ones(3)), (6, 3), (6,), [LabelBound("y", 3, -100)]),
-    ("smoothed", lambda x, y: F.cross_entropy(x, y, label_smoothing=0.1), (6, 3), (6,), [LabelBound("y", 3, -100)]),
-    ("not reduced", lambda x, y: F.cross_entropy(x, y, reduction="none").sum(), (6, 3), (6,), [LabelBound("y", 3, -100)]),
-    ("negative log-likelihood", lambda x, y: F.nll_loss(x, y), (6, 3), (6,), [LabelBound("y", 3, -100)]),
-    ("pixels", lambda x, y: F.cross_entropy(x, y), (2, 3, 4, 4), (2, 4, 4), [LabelBound("y", 3, -100)]),
-    ("sequences", lambda x, y: F.cross_entropy(x, y), (2, 3, 5), (2, 5), [LabelBound("y", 3, -100)]),
-    ("one example", lambda x, y: F.cross_entropy(x, y), (3,), (), [LabelBound("y", 3, -100)]),
-    ("through views", lambda x, y: F.cross_entropy(x.view(-1, 3), y.view(-1)), (2, 4, 3), (2, 4), [LabelBound("y", 3, -100)]),
-    ("other integers", lambda x, y: F.cross_entropy(x, y.int().long()), (6, 3), (6,), [LabelBound("y", 3, -100)]),
+LABELS = "the model's class labels"
+LABELLED: list[tuple[str, Callable[[Tensor, Tensor], Tensor], tuple[int, ...], tuple[int, ...], list[IndexBound]]] = [
+    ("cross-entropy", lambda x, y: F.cross_entropy(x, y), (6, 3), (6,), [IndexBound("y", 3, -100, LABELS)]),
+    ("ignored index", lambda x, y: F.cross_entropy(x, y, ignore_index=2), (6, 3), (6,), [IndexBound("y", 3, 2, LABELS)]),
+    ("weighted", lambda x, y: F.cross_entropy(x, y, torch.ones(3)), (6, 3), (6,), [IndexBound("y", 3, -100, LABELS)]),
+    ("smoothed", lambda x, y: F.cross_entropy(x, y, label_smoothing=0.1), (6, 3), (6,), [IndexBound("y", 3, -100, LABELS)]),
+    ("not reduced", lambda x, y: F.cross_entropy(x, y, reduction="none").sum(), (6, 3), (6,), [IndexBound("y", 3, -100, LABELS)]),
+    ("negative log-likelihood", lambda x, y: F.nll_loss(x, y), (6, 3), (6,), [IndexBound("y", 3, -100, LABELS)]),
+    ("pixels", lambda x, y: F.cross_entropy(x, y), (2, 3, 4, 4), (2, 4, 4), [IndexBound("y", 3, -100, LABELS)]),
+    ("sequences", lambda x, y: F.cross_entropy(x, y), (2, 3, 5), (2, 5), [IndexBound("y", 3, -100, LABELS)]),
+    ("one example", lambda x, y: F.cross_entropy(x, y), (3,), (), [IndexBound("y", 3, -100, LABELS)]),
+    ("through views", lambda x, y: F.cross_entropy(x.view(-1, 3), y.view(-1)), (2, 4, 3), (2, 4), [IndexBound("y", 3, -100, LABELS)]),
+    ("other integers", lambda x, y: F.cross_entropy(x, y.int().long()), (6, 3), (6,), [IndexBound("y", 3, -100, LABELS)]),
+    ("embedding", lambda x, y: F.embedding(y, x), (6, 3), (4,), [IndexBound("y", 6, None, "rows of the embedding")]),
+    ("gather", lambda x, y: x.gather(1, y[:, None]), (6, 3), (6,), [IndexBound("y", 3, None, "positions along the gathered axis")]),
+    ("index_select", lambda x, y: x.index_select(0, y), (6, 3), (4,), [IndexBound("y", 6, None, "positions along the gathered axis")]),
     ("computed", lambda x, y: F.cross_entropy(x, y % 3), (6, 3), (6,), []),
     ("none", lambda x, y: (x.sum(-1) - y).mean(), (6, 3), (6,), []),
 ]
 
 
 @pytest.mark.parametrize(("fn", "shape", "target", "bounds"), [row[1:] for row in LABELLED], ids=[row[0] for row in LABELLED])
-def test_label_bounds(fn: Function, shape: tuple[int, ...], target: tuple[int, ...], bounds: list[LabelBound]) -> None:
+def test_index_bounds(fn: Function, shape: tuple[int, ...], target: tuple[int, ...], bounds: list[IndexBound]) -> None:
     graph = capture(fn, torch.zeros(shape), torch.zeros(target, dtype=torch.long), names=("x", "y"))
-    assert list(dict.fromkeys(label_bounds(graph))) == bounds
+    assert index_bounds(graph) == bounds
 
 
 # --- cost and text
