@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import threading
 import time
@@ -18,7 +17,7 @@ from adaptrt.backend import Backend
 from adaptrt.backend.base import Runner
 from adaptrt.errors import ShapeChanged, UnsupportedParameter
 from adaptrt.graph.capture import capture
-from adaptrt.graph.ir import Graph, Role
+from adaptrt.graph.ir import Graph, Role, autocast_off
 from adaptrt.graph.passes.batch import batch
 from adaptrt.step import Carry, Fixed
 from adaptrt.tree import Spec, Tree
@@ -67,19 +66,8 @@ class Program:
             if value.stride() != self.strides[index]:
                 # An axis of length 1 may have any stride in what PyTorch calls contiguous; compiled kernels check it.
                 values[index] = value.contiguous().as_strided(spec.shape, self.strides[index])
-        with torch.no_grad(), _autocast_off():
+        with torch.no_grad(), autocast_off():
             return tree.unflatten(self.graph.result, self.run(values))
-
-
-def _autocast_off() -> contextlib.AbstractContextManager[Any]:
-    """A program computes what was captured, in the dtypes that were captured, wherever it is called."""
-    enabled = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
-    if not enabled:
-        return contextlib.nullcontext()
-    stack = contextlib.ExitStack()
-    for device in enabled:
-        stack.enter_context(torch.autocast(device, enabled=False))
-    return stack
 
 
 _NAMES = {"start": "carry", "cotangent": "cotangent"}

@@ -20,7 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adaptrt.backend.base import Backend, Runner
 from adaptrt.errors import CompilerUnavailable
-from adaptrt.graph.ir import Graph
+from adaptrt.graph.ir import Graph, autocast_off
 from adaptrt.graph.passes.base import Pass, apply
 from adaptrt.graph.passes.merge_duplicates import merge_duplicates
 from adaptrt.graph.passes.own_outputs import own_outputs
@@ -51,7 +51,7 @@ class Inductor(Backend):
             graph = apply(PASSES, graph)
             mode = FakeTensorMode()
             inputs = fake_tensors(mode, [entry.spec for entry in graph.signature.inputs])
-            with torch.inference_mode(False), torch.no_grad(), mode:
+            with torch.inference_mode(False), torch.no_grad(), autocast_off(), mode:
                 compiled = compile_fx_inner(graph.module, inputs)
 
         def run(values: list[Tensor]) -> Sequence[Tensor]:

@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptrt import tree
-from adaptrt.graph.ir import Graph, Input, Output, Role, Signature
+from adaptrt.graph.ir import Graph, Input, Output, Role, Signature, autocast_off
 from adaptrt.graph.passes.base import apply
 from adaptrt.graph.passes.lift_noise import forbid_noise
 from adaptrt.graph.passes.operations import name_of
@@ -92,9 +92,7 @@ def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.autocast("cpu", enabled=False))
-        if torch.cuda.is_available():
-            stack.enter_context(torch.autocast("cuda", enabled=False))
+        stack.enter_context(autocast_off())
         stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         # The context manager of torch.backends.mkldnn also writes its TF32 setting, which warns on machines without it.
         stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())

@@ -6,6 +6,7 @@ therefore records nothing for autograd.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import enum
 
@@ -15,6 +16,18 @@ from torch import Tensor, fx
 from adaptrt import tree
 from adaptrt.graph.show import show
 from adaptrt.tree import Spec, Structure, Tree
+
+
+def autocast_off() -> contextlib.AbstractContextManager[object]:
+    """Graphs are captured and run in the dtypes they name, wherever that happens."""
+    enabled = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
+    stack = contextlib.ExitStack()
+    for device in enabled:
+        stack.enter_context(torch.autocast(device, enabled=False))
+    return stack if enabled else _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()
 
 
 class Role(enum.Enum):
@@ -108,7 +121,7 @@ class Graph:
             raise ValueError(
                 f"run() takes arguments of the structure that was captured ({self.arguments.num_leaves} tensors), got another one"
             )
-        with torch.no_grad():
+        with torch.no_grad(), autocast_off():
             return tree.unflatten(self.result, self.module(*values, *self.constants))
 
     def __str__(self) -> str:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from adaptrt.graph.ir import Graph, Input, Output, Signature
+from adaptrt.graph.ir import Graph, Input, Output, Signature, autocast_off
 from adaptrt.tree import Spec
 
 
@@ -39,7 +39,7 @@ def retrace(
     inputs = graph.signature.inputs if inputs is None else inputs
     mode = FakeTensorMode()
     fakes = fake_tensors(mode, [entry.spec for entry in inputs])
-    with torch.inference_mode(False), torch.no_grad(), mode:
+    with torch.inference_mode(False), torch.no_grad(), autocast_off(), mode:
         module = make_fx(transform(graph.module), decomposition_table=dict(decompositions or {}), tracing_mode="real")(*fakes)
     values = list(module.graph.nodes)[-1].args[0]
     outputs = [Output(entry.name, Spec.of(node.meta["val"])) for entry, node in zip(graph.signature.outputs, values, strict=True)]
