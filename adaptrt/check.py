@@ -80,6 +80,9 @@ def as_batch(name: str, value: Any, device: torch.device) -> Batch:
         raise InvalidType(f"{name} must be a tuple (inputs, target), or (inputs,) for a loss without target; got {found}")
     batch = Batch(value[0], value[1] if len(value) == 2 else None)
     inputs, targets = tree.leaves(batch.inputs), tree.leaves(batch.target)
+    for part, value in zip(("inputs", "target"), batch, strict=True):
+        if type(value).__module__ == "numpy":
+            raise InvalidType(f"{name} {part} is a numpy.{type(value).__name__}; pass a tensor, for example torch.from_numpy(...)")
     try:
         hash(tree.flatten(batch)[1])
     except TypeError as error:
@@ -179,4 +182,6 @@ def indices(name: str, batch: Batch, bounds: Sequence[IndexBound]) -> None:
         wrong = values[outside]
         if wrong.numel():
             part = bound.name.removeprefix("batch.")
-            raise LabelOutOfRange(f"{name} {part} holds {int(wrong[0])}; {bound.of} are 0 to {bound.size - 1}")
+            raise LabelOutOfRange(
+                f"{name} {part} holds {int(wrong[0])}; {bound.of} are 0 to {bound.size - 1}. Number them from 0, or enlarge what they index"
+            )

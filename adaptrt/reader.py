@@ -68,17 +68,19 @@ class Reader:
         """The inner step of the current structure."""
         return Step(self._model, self._loss, self._source.optimizer(), detach_gradient)
 
-    def _tensors(self, hyper: Any) -> Any:
+    def _tensors(self, hyper: Any, name: str = "") -> Any:
         if isinstance(hyper, Tensor):
             if hyper.device == self._device:
                 return hyper
             if hyper.dim() or hyper.device.type != "cpu":
-                raise DeviceMismatch(f"a hyperparameter of shape {list(hyper.shape)} is on {hyper.device}, the model on {self._device}")
+                raise DeviceMismatch(
+                    f"the optimiser's {name} is on {hyper.device}, the model on {self._device}; call .to('{self._device}') on it"
+                )
             return hyper.to(self._device)
         if isinstance(hyper, Mapping):
-            return {key: self._tensors(value) for key, value in hyper.items()}
+            return {key: self._tensors(value, f"{name}.{key}".lstrip(".")) for key, value in hyper.items()}
         if isinstance(hyper, tuple | list):
-            return tuple([self._tensors(value) for value in hyper])
+            return tuple([self._tensors(value, name) for value in hyper])
         number = self._numbers.get(hyper)
         if number is None:
             if len(self._numbers) >= _MAX_NUMBERS:

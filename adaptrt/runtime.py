@@ -98,10 +98,9 @@ def compile_unroll(
     check.one_of("nonfinite", nonfinite, ("error", "ignore"))
     if loss is not None and not callable(loss):
         raise InvalidType(f"loss must be a function, a module or None, got {type(loss).__name__}")
-    if isinstance(adjoint, str):
-        check.one_of("adjoint", adjoint, ("auto",))
-    elif not isinstance(adjoint, Adjoint):
-        raise InvalidType(f"adjoint must be 'auto', Unrolled(), Replay(), or FirstOrder(), got {adjoint!r}")
+    if adjoint != "auto" and not isinstance(adjoint, Adjoint):
+        kind = InvalidArgument if isinstance(adjoint, str) else InvalidType
+        raise kind(f"adjoint must be 'auto', Unrolled(), Replay(every=n) or FirstOrder(), got {adjoint!r}")
     adapted = adapted_names(model, opt, params)
     return CompiledUnroll(
         _Settings(
@@ -110,7 +109,7 @@ def compile_unroll(
             adapted=adapted,
             source=source(opt, {name: param for name, param in model.named_parameters() if name in adapted}),
             k=k,
-            adjoint=None if isinstance(adjoint, str) else adjoint,
+            adjoint=adjoint if isinstance(adjoint, Adjoint) else None,
             backend=_backend(backend, device),
             per_step=bool(per_step),
             must_be_warm=on_new_shape == "error",
@@ -291,12 +290,14 @@ class CompiledUnroll:
         if not isinstance(start, Adapted):
             raise InvalidType(f"start must be what adapt() returned, got {type(start).__name__}")
         if start.num_tasks is not None and start.num_tasks != num_tasks:
-            raise InvalidArgument(f"start holds {start.num_tasks} tasks, the support batch {num_tasks or 'no task axis'}")
-        held = tree.map_leaves(without_leading_axis, start.carry) if start.num_tasks is not None else tree.specs(start.carry)
-        if tree.flatten(held) != tree.flatten(tree.specs(carry)):
-            raise OptimizerMismatch(
-                "start was adapted with another model or optimiser: its parameters, buffers or state differ in name or shape"
+            raise InvalidArgument(
+                f"start holds {start.num_tasks} tasks, the support batch {num_tasks or 'no task axis'}; call the vmap() of the unroll, "
+                f"with support of {start.num_tasks} tasks"
             )
+        held = tree.map_leaves(without_leading_axis, start.carry) if start.num_tasks is not None else tree.specs(start.carry)
+        wanted = tree.specs(carry)
+        if tree.flatten(held) != tree.flatten(wanted):
+            raise OptimizerMismatch(f"start was adapted with another model or optimiser: {tree.difference(wanted, held)}")
         return start.carry, fixed, start.num_tasks is not None
 
     def _check_values(self, name: str, batch: Batch, bounds: Sequence[IndexBound]) -> None:

@@ -8,6 +8,7 @@ Nothing in the model is touched: parameters, buffers and randomness are argument
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -117,6 +118,8 @@ class Step:
             own = {name.removeprefix(LOSS_BUFFER): value for name, value in updated.items() if name.startswith(LOSS_BUFFER)}
             loss, own = call_module(self.loss, fixed.loss_params, own, (output, *target), {})
             updated |= {LOSS_BUFFER + name: value for name, value in own.items()}
+        elif batch.target is None and not _takes_output_alone(self.loss):
+            raise InvalidBatch("the loss takes (output, target), but the batch has no target; pass (inputs, target), or a loss of (output)")
         else:
             loss = self.loss(output, *target)
         return _require_scalar(loss), updated
@@ -168,6 +171,16 @@ def default_loss(output: Any, target: Tensor | None = None) -> Tensor:
     return F.cross_entropy(output, target.long())
 
 
+def _takes_output_alone(loss: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(loss).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # a built-in function without signature
+        return True
+    return True
+
+
 def _require_scalar(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor):
         raise InvalidLoss(f"the loss must return a tensor, got {type(loss).__name__}")
@@ -181,9 +194,4 @@ def _require_scalar(loss: Any) -> Tensor:
 def _require_same_specs(before: Carry, after: Carry) -> None:
     if tree.flatten(tree.specs(before)) == tree.flatten(tree.specs(after)):
         return
-    old = dict(zip(tree.paths(before), map(str, tree.leaves(tree.specs(before))), strict=True))
-    new = dict(zip(tree.paths(after), map(str, tree.leaves(tree.specs(after))), strict=True))
-    changed = [f"{name}: {old.get(name)} became {new.get(name)}" for name in {**old, **new} if old.get(name) != new.get(name)]
-    raise InvalidArgument(
-        f"a step must keep the structure, shapes and dtypes of what it updates; {'; '.join(changed) or 'the containers differ'}"
-    )
+    raise InvalidArgument(f"a step must keep the structure, shapes and dtypes of what it updates; {tree.difference(before, after)}")

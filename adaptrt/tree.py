@@ -161,3 +161,19 @@ def specs(tree: Tree) -> Tree:
 def describe(tree: Tree) -> str:
     """The specs of a tree's leaves as one line, for error messages."""
     return ", ".join(str(Spec.of(leaf)) for leaf in leaves(tree)) or "no tensors"
+
+
+def difference(expected: Tree, got: Tree) -> str:
+    """Which leaves of two trees differ in name, shape or dtype, for error messages.
+
+    >>> difference({"weight": torch.zeros(2)}, {"weight": torch.zeros(3)})
+    'weight: float32[2] expected, got float32[3]'
+    """
+    old = dict(zip(paths(expected), [str(Spec.of(leaf)) for leaf in leaves(expected)], strict=True))
+    new = dict(zip(paths(got), [str(Spec.of(leaf)) for leaf in leaves(got)], strict=True))
+    changed = [
+        f"{name}: {old.get(name, 'nothing')} expected, got {new.get(name, 'nothing')}"
+        for name in {**old, **new}
+        if old.get(name) != new.get(name)
+    ]
+    return "; ".join(changed) or "the containers differ"

@@ -31,8 +31,8 @@ def own_loss(output: Any) -> Tensor:
 class Entry(NamedTuple):
     """A model and its data.
 
-    `batch(generator, n)` makes n examples. `default_loss`: compile_unroll finds `loss` by itself. `random`: the forward pass draws. `select`:
-    which parameters adapt. `k`: how many inner steps to test, fewer where a step is a large graph.
+    `batch(generator, n)` makes n examples. `default_loss`: compile_unroll finds `loss` by itself. `random`: the forward pass draws.
+    `select`: which parameters adapt. `k`: how many inner steps to test. `large`: a step is a graph of many operations.
     """
 
     make: Callable[[], nn.Module]
@@ -41,7 +41,8 @@ class Entry(NamedTuple):
     default_loss: bool = False
     random: bool = False
     select: str | None = None
-    k: int = 3
+    k: int = 2
+    large: bool = False
 
     def model(self, seed: int = 0) -> nn.Module:
         """A model in float64; equal for equal seeds. The global generator is left alone."""
@@ -367,18 +368,18 @@ def dropout() -> nn.Module:
 
 
 MODELS: dict[str, Entry] = {
-    "mlp": Entry(mlp, vectors, regress, default_loss=True),
+    "mlp": Entry(mlp, vectors, regress, default_loss=True, k=3),
     "mlp-head-only": Entry(mlp, vectors, regress, select="2.*"),
-    "conv-bn-train": Entry(lambda: conv_norm(nn.BatchNorm2d(3)), images, classify, default_loss=True),
+    "conv-bn-train": Entry(lambda: conv_norm(nn.BatchNorm2d(3)), images, classify, default_loss=True, k=3),
     "conv-bn-batch": Entry(lambda: conv_norm(nn.BatchNorm2d(3, track_running_stats=False)), images, classify),
     "conv-bn-eval": Entry(conv_bn_eval, images, classify),
     "conv-pool": Entry(conv_pool, images, classify),
     "norms": Entry(norms, images, classify),
-    "lstm": Entry(lambda: Recurrent(nn.LSTM(4, 3, num_layers=2, batch_first=True)), sequences, classify, k=2),
-    "lstm-dropout": Entry(lambda: Recurrent(nn.LSTM(4, 3, 2, dropout=0.3, batch_first=True)), sequences, classify, random=True, k=2),
-    "gru": Entry(lambda: Recurrent(nn.GRU(4, 3, num_layers=2)), time_first, classify, k=2),
-    "transformer": Entry(lambda: Encoder(0.2).eval(), sequences, classify, k=2),
-    "transformer-dropout": Entry(lambda: Encoder(0.2), sequences, classify, random=True, k=2),
+    "lstm": Entry(lambda: Recurrent(nn.LSTM(4, 3, num_layers=2, batch_first=True)), sequences, classify, large=True),
+    "lstm-dropout": Entry(lambda: Recurrent(nn.LSTM(4, 3, 2, dropout=0.3, batch_first=True)), sequences, classify, random=True, large=True),
+    "gru": Entry(lambda: Recurrent(nn.GRU(4, 3, num_layers=2)), time_first, classify, large=True),
+    "transformer": Entry(lambda: Encoder(0.2).eval(), sequences, classify, large=True),
+    "transformer-dropout": Entry(lambda: Encoder(0.2), sequences, classify, random=True, large=True),
     "attention": Entry(Attention, sequences, classify),
     "attention-dropout": Entry(lambda: Attention(0.2), sequences, classify, random=True),
     "embeddings": Entry(Bag, tokens, classify),
@@ -398,7 +399,7 @@ MODELS: dict[str, Entry] = {
     "dataclass-output": Entry(ReturnsDataclass, with_labels, own_loss, default_loss=True),
     "scalar-output": Entry(ReturnsScalar, with_labels, own_loss, default_loss=True),
     "moving-mean": Entry(lambda: MovingMean(detached=True), vectors, regress),
-    "moving-mean-live": Entry(lambda: MovingMean(detached=False), vectors, regress),
-    "dropout": Entry(dropout, vectors, regress, random=True),
+    "moving-mean-live": Entry(lambda: MovingMean(detached=False), vectors, regress, k=3),
+    "dropout": Entry(dropout, vectors, regress, random=True, k=3),
     "noisy": Entry(Noisy, images, classify, random=True),
 }

@@ -94,7 +94,7 @@ class Start(NamedTuple):
     params: Tensors
     frozen: Tensors
     buffers: Tensors
-    state: State = {}
+    state: State
 
 
 class Adapted(NamedTuple):
@@ -143,8 +143,9 @@ def call(model: nn.Module, params: Tensors, buffers: Tensors, inputs: Any) -> tu
     """The model's output under these parameters and buffers, and the buffers afterwards."""
     values = {**params, **{name: value.clone() for name, value in buffers.items()}}
     first: dict[int, str] = {}
-    for name, tensor in (*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)):
-        values[name] = values[first.setdefault(id(tensor), name)]  # a tied tensor goes by its first name
+    for path, part in model.named_modules():
+        for name, tensor in (*part.named_parameters(path, recurse=False), *part.named_buffers(path, recurse=False)):
+            values[name] = values[first.setdefault(id(tensor), name)]  # a tied tensor goes by its first name
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
     with sdpa_kernel(SDPBackend.MATH):  # the only attention kernel with a second derivative
         output = torch.func.functional_call(model, values, args, kwargs, tie_weights=False)

@@ -14,7 +14,7 @@ FORWARD_ULPS = 32
 """Of the largest value: a captured forward pass against eager. Kernels may sum in another order, no more."""
 
 SMALL = 1e-3
-"""A leaf whose norm is below this share of the whole gradient's is measured against that share: some gradients are zero but for rounding."""
+"""A leaf with less than this share of the whole gradient's norm is measured against that share: some are zero but for rounding."""
 
 
 def relative_error(got: Tensor, wanted: Tensor, floor: float = 0.0) -> float:
@@ -29,7 +29,9 @@ def assert_near(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], dtype: 
     assert set(got) == set(wanted)
     floor = SMALL * norm(wanted.values())
     wrong = {name: error for name in wanted if not (error := relative_error(got[name], wanted[name], floor)) <= META_GRADIENT[dtype]}
-    assert not wrong, f"relative errors above {META_GRADIENT[dtype]:.0e}: " + ", ".join(f"{name} {error:.1e}" for name, error in wrong.items())
+    assert not wrong, f"relative errors above {META_GRADIENT[dtype]:.0e}: " + ", ".join(
+        f"{name} {error:.1e}" for name, error in wrong.items()
+    )
 
 
 def assert_ulps(got: Tensor, wanted: Tensor) -> None:
@@ -39,7 +41,9 @@ def assert_ulps(got: Tensor, wanted: Tensor) -> None:
         assert torch.equal(got, wanted)
         return
     error = float((got - wanted).abs().max() / wanted.abs().max().clamp(min=1e-300))
-    assert error <= FORWARD_ULPS * torch.finfo(wanted.dtype).eps, f"off by {error / torch.finfo(wanted.dtype).eps:.0f} ulp of the largest value"
+    assert error <= FORWARD_ULPS * torch.finfo(wanted.dtype).eps, (
+        f"off by {error / torch.finfo(wanted.dtype).eps:.0f} ulp of the largest value"
+    )
 
 
 def norm(values: Iterable[Tensor]) -> float:

@@ -19,6 +19,7 @@ class Eager(Backend):
 
     def compile(self, graph: Graph) -> Runner:
         module = graph.module
+        module.recompile()
 
         def run(inputs: list[Tensor]) -> Sequence[Tensor]:
             return module(*inputs)

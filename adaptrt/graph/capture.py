@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -103,6 +104,7 @@ def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         stack.enter_context(mode)
+        stack.enter_context(_use_lazy_graph_module(True))
         yield
 
 

@@ -57,7 +57,10 @@ def batch(graph: Graph, batched: Sequence[bool], summed: Sequence[bool], num_tas
         return run
 
     def simplify(graph: Graph) -> Graph:
-        return _without_fixed_strides(retrace(graph, decompositions=_decompositions()))
+        decompositions = _decompositions()
+        if any(node.target in decompositions for node in graph.module.graph.nodes):
+            graph = retrace(graph, decompositions=decompositions)
+        return _without_fixed_strides(graph)
 
     def stack(graph: Graph) -> Graph:
         with warnings.catch_warnings():

@@ -1,22 +1,100 @@
 """Makes a graph functional: no operation in it mutates.
 
 In-place operations come from the user's model and from autograd's own derivative formulas (`div_`, `add_`), so the whole traced graph is
-functionalised rather than the model.
+functionalised rather than the model. Nearly all of them write to a value that nothing else shares memory with; these are exchanged for
+their out-of-place counterparts where they stand. If one is left, the graph is traced again through PyTorch's functionalisation, which
+follows views and costs as much as capturing did.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import operator
+from collections.abc import Iterator
+
 import torch
+from torch import Tensor, fx
 
 from adaptrt.errors import InvalidGraph
 from adaptrt.graph.ir import Graph
-from adaptrt.graph.passes.base import Pass
-from adaptrt.graph.passes.operations import is_mutable
+from adaptrt.graph.passes.base import Pass, copy_module
+from adaptrt.graph.passes.operations import is_mutable, memory_of, out_of_place
 from adaptrt.graph.passes.retrace import retrace
+
+aten = torch.ops.aten
 
 
 def _run(graph: Graph) -> Graph:
+    if not any(is_mutable(node.target) for node in graph.module.graph.nodes):
+        return graph
+    module = copy_module(graph)
+    if all(_exchange(node) for node in list(module.graph.nodes) if is_mutable(node.target)):
+        return dataclasses.replace(graph, module=module)
     return retrace(graph, lambda fn: torch.func.functionalize(fn, remove="mutations"))
+
+
+def _exchange(node: fx.Node) -> bool:
+    """Puts an out-of-place operation in the place of `node`; False if that would not be the same."""
+    if node.target is aten._native_batch_norm_legit.default:
+        return _exchange_batch_norm(node)
+    target = out_of_place(node.target)
+    written = node.args[0] if node.args else None
+    if target is None or not isinstance(written, fx.Node) or not _is_private(written, node) or not _keeps_type(node, written):
+        return False
+    with node.graph.inserting_before(node):
+        result = node.graph.call_function(target, node.args, node.kwargs)
+    result.meta = dict(node.meta)
+    _replace_from(node, written, result)
+    node.replace_all_uses_with(result)
+    node.graph.erase_node(node)
+    return True
+
+
+def _exchange_batch_norm(node: fx.Node) -> bool:
+    statistics = node.args[3:5]
+    if not all(isinstance(value, fx.Node) and _is_private(value, node) for value in statistics):
+        return False
+    with node.graph.inserting_before(node):
+        result = node.graph.call_function(aten._native_batch_norm_legit_functional.default, node.args, node.kwargs)
+        updated = [node.graph.call_function(operator.getitem, (result, index)) for index in (3, 4)]
+    result.meta = {**node.meta, "val": (*node.meta["val"], *(value.meta["val"] for value in statistics))}  # type: ignore[union-attr]
+    for before, after in zip(statistics, updated, strict=True):
+        assert isinstance(before, fx.Node)
+        after.meta = dict(before.meta)
+        _replace_from(node, before, after)
+    node.replace_all_uses_with(result)
+    node.graph.erase_node(node)
+    return True
+
+
+def _is_private(value: fx.Node, writer: fx.Node) -> bool:
+    """Whether nothing but `value` itself sees, after `writer`, what it writes to `value`."""
+    if value.op == "placeholder" or memory_of(value) is not value:
+        return False
+    return not any(user > writer for view in _views(value, value) if view is not writer for user in view.users)
+
+
+def _views(value: fx.Node, memory: fx.Node) -> Iterator[fx.Node]:
+    """Views of `value`, whose memory is that of `memory`, and views of those."""
+    for user in value.users:
+        if memory_of(user) is memory:
+            yield user
+            yield from _views(user, memory)
+
+
+def _replace_from(writer: fx.Node, before: fx.Node, after: fx.Node) -> None:
+    """Lets every user of `before` behind `writer` use `after`."""
+    before.replace_all_uses_with(after, delete_user_cb=lambda user: user > writer)
+
+
+def _keeps_type(node: fx.Node, written: fx.Node) -> bool:
+    """Whether type promotion, which an in-place operation does not do, leaves the written value's dtype."""
+    value = written.meta["val"]
+    operands = [entry for entry in node.args[1:] if isinstance(entry, fx.Node | int | float | complex)]
+    others = [entry.meta["val"] if isinstance(entry, fx.Node) else entry for entry in operands]
+    if node.target in (aten.copy_.default, aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default):
+        return True
+    return isinstance(value, Tensor) and all(torch.result_type(value, other) == value.dtype for other in others)
 
 
 def _ensures(graph: Graph) -> None:

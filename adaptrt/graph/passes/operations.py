@@ -21,6 +21,20 @@ def is_mutable(target: Any) -> bool:
     return isinstance(target, torch._ops.OpOverload) and target._schema.is_mutable
 
 
+def out_of_place(target: Any) -> Any | None:
+    """The counterpart of an in-place operation such as `add_.Tensor` that returns its result instead; None if it has none.
+
+    Only for operations that write to their first argument and return it.
+    """
+    schema = target._schema
+    written = [index for index, argument in enumerate(schema.arguments) if argument.alias_info is not None and argument.alias_info.is_write]
+    namespace, name = schema.name.split("::")
+    if written != [0] or not name.endswith("_") or name.startswith("__"):
+        return None
+    packet = getattr(getattr(torch.ops, namespace), name.removesuffix("_"), None)
+    return getattr(packet, schema.overload_name or "default", None)
+
+
 def is_random(target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> bool:
     """Whether the operation draws random numbers when called with these arguments.
 

@@ -1,5 +1,7 @@
 """Runs a graph's operations again on fake tensors, through a transformation, and records what comes out."""
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import dataclasses
@@ -9,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from adaptrt.graph.ir import Graph, Input, Output, Signature, autocast_off
@@ -39,7 +42,7 @@ def retrace(
     inputs = graph.signature.inputs if inputs is None else inputs
     mode = FakeTensorMode()
     fakes = fake_tensors(mode, [entry.spec for entry in inputs])
-    with torch.inference_mode(False), torch.no_grad(), autocast_off(), mode:
+    with torch.inference_mode(False), torch.no_grad(), autocast_off(), _use_lazy_graph_module(True), mode:
         module = make_fx(transform(graph.module), decomposition_table=dict(decompositions or {}), tracing_mode="real")(*fakes)
     values = list(module.graph.nodes)[-1].args[0]
     outputs = [Output(entry.name, Spec.of(node.meta["val"])) for entry, node in zip(graph.signature.outputs, values, strict=True)]
