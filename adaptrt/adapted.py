@@ -52,8 +52,7 @@ class Adapted:
         """
         if args and kwargs:
             raise InvalidType("pass the model's inputs all by position or all by keyword")
-        inputs = kwargs if kwargs else args if len(args) != 1 else args[0]
-        return self._owner.predict(self, inputs, generator)
+        return self._owner.predict(self, kwargs or args, generator)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole model's state after adaptation, detached, under the names of `model.state_dict()`."""

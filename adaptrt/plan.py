@@ -16,7 +16,7 @@ from adaptrt.adjoint.auto import choose
 from adaptrt.adjoint.base import Adjoint
 from adaptrt.graph.capture import capture, record_operations
 from adaptrt.graph.indices import IndexBound, index_bounds
-from adaptrt.graph.ir import Graph
+from adaptrt.graph.ir import Graph, Role
 from adaptrt.graph.noise import Noise
 from adaptrt.graph.passes.lift_noise import record_noise
 from adaptrt.program import COMPILING, ProgramSet
@@ -122,6 +122,10 @@ class Cache(Generic[Entry]):
             return list(self._entries.values())
 
 
+# All that matters here is which inputs are data.
+_ROLES = (Role.PARAM, Role.PARAM, Role.DATA)
+
+
 def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> Probe:
     """Runs model and loss once on fake tensors, and for the support batch the gradient, to find what can go wrong and what they need.
 
@@ -145,7 +149,7 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> Pr
             step.gradient(loss, params)
         return loss
 
-    graph = capture(forward, carry, fixed, batch, names=("carry", "fixed", "batch"), fused_attention=step.detach_gradient)
+    graph = capture(forward, carry, fixed, batch, roles=_ROLES, names=("carry", "fixed", "batch"), fused_attention=step.detach_gradient)
     return Probe(tuple(noise), tuple(index_bounds(graph)), tuple(live), graph.signature.outputs[0].spec)
 
 
@@ -214,7 +218,7 @@ def plan_prediction(
         noise.extend(drawn)
         return output
 
-    graph = capture(forward, carry, fixed, inputs, names=("carry", "fixed", "batch.inputs"))
+    graph = capture(forward, carry, fixed, inputs, roles=_ROLES, names=("carry", "fixed", "batch.inputs"))
     programs = make_programs(step, _explained(step, noise, carry, fixed, Batch(inputs, None)))
     return PredictionPlan(tuple(index_bounds(graph)), tuple(noise), programs, shapes)
 

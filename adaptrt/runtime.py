@@ -30,7 +30,7 @@ from adaptrt.plan import SupportPlan
 from adaptrt.planner import Planner
 from adaptrt.program import without_leading_axis
 from adaptrt.reader import Reader, Select, adapted_names
-from adaptrt.step import Batch, Carry, Fixed, LossFunction
+from adaptrt.step import Batch, Carry, Fixed, LossFunction, as_call
 from adaptrt.tree import Tree
 from adaptrt.unroll import batch_of_step, unroll
 
@@ -213,7 +213,8 @@ class CompiledUnroll:
         with torch.no_grad():
             adapted = self._adapt(support, None, generator, warm=True)
             if query is not None:
-                self._predict(adapted, check.as_batch("query", query, self._settings.device).inputs, generator, warm=True)
+                args, kwargs = as_call(check.as_batch("query", query, self._settings.device).inputs)
+                self._predict(adapted, kwargs or args, generator, warm=True)
         if query is not None:
             self._meta_loss(support, query, None, generator, warm=True)
         return self

@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from adaptrt.graph.ir import Graph
+from adaptrt.graph.ir import Graph, Role
 
 aten = torch.ops.aten
 _CLASS_AXIS = {aten.nll_loss_forward.default: -1, aten.nll_loss2d_forward.default: 1}
@@ -41,9 +41,10 @@ class IndexBound(NamedTuple):
 
 
 def index_bounds(graph: Graph) -> list[IndexBound]:
-    """The inputs that reach, directly or through views, a loss as its class labels, or an embedding or gather as its index."""
+    """The inputs of role DATA that reach, directly or through views, a loss as its class labels, or an embedding or gather as its index."""
     nodes = list(graph.module.graph.nodes)
-    names = dict(zip((node for node in nodes if node.op == "placeholder"), (entry.name for entry in graph.signature.inputs), strict=True))
+    inputs = zip((node for node in nodes if node.op == "placeholder"), graph.signature.inputs, strict=True)
+    names = {node: entry.name for node, entry in inputs if entry.role is Role.DATA}
     found: dict[IndexBound, None] = {}
     for node in nodes:
         for index, size, ignore_index, of in _uses(node):

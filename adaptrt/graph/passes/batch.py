@@ -4,10 +4,11 @@ The graph of one task is run under `torch.func.vmap` and recorded again. At this
 meaning of the axis is simple: each task's results are what the graph gives for that task alone.
 """
 
+# pyright: reportPrivateUsage=false
+
 from __future__ import annotations
 
 import dataclasses
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
@@ -32,6 +33,9 @@ _WITHOUT_BATCHING_RULE = (
     aten._native_batch_norm_legit,
     aten._native_batch_norm_legit_no_training,
     aten.native_batch_norm_backward,
+    aten._weight_norm_interface,
+    aten._weight_norm_interface_backward,
+    aten.fill,
 )
 
 
@@ -63,9 +67,14 @@ def batch(graph: Graph, batched: Sequence[bool], summed: Sequence[bool], num_tas
         return _without_fixed_strides(graph)
 
     def stack(graph: Graph) -> Graph:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*performance drop.*")
+        # An operation without batching rule is run once for each task, which is right, and no news to the user. Python's filters do not
+        # see the warning when autograd is under way; there is no way to ask whether it was on.
+        functorch = cast(Any, torch._C)._functorch
+        functorch._set_vmap_fallback_warning_enabled(False)
+        try:
             return retrace(graph, over_tasks, inputs=inputs)
+        finally:
+            functorch._set_vmap_fallback_warning_enabled(True)
 
     passes = (Pass("decompose", simplify), Pass("batch", stack), functionalise, remove_identities, merge_duplicates, own_outputs)
     return apply(passes, graph)
