@@ -1,6 +1,6 @@
 """How compile time and memory of `Replay` grow with k, the number of inner steps: both hardly should.
 
-    python benchmarks/adjoint_scaling.py [--quick] [--name cpu-2core_2026-11-23]
+    python benchmarks/adjoint_scaling.py [--only compile|memory] [--name cpu-2core_2026-11-23]
 
 Compile time: the seconds that the first meta-gradient call spends on capturing and compiling its programs (from `unroll.explain()`), for
 k = 5 and k = 50. Beside it the processor time, compilers it started included, of the first call less that of a second one, which runs the
@@ -26,13 +26,14 @@ import itertools
 import json
 import os
 import platform
+import shlex
 import statistics
 import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -126,8 +127,8 @@ def peak_of(run: Callable[[], object]) -> int:
     """The largest number of bytes that were allocated during `run` and live at once, in PyTorch's CPU allocator."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
-    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
-    changes = sorted((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]")
+    events: list[Any] = cast(Any, profiler.profiler).kineto_results.events()
+    changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")
     live = peak = 0
     for _, num_bytes in changes:
         live += num_bytes
@@ -160,17 +161,17 @@ def compile_rows(models: Sequence[str], repeats: int) -> list[dict[str, Any]]:
     """Compile time at k = 5 and k = 50, by turns."""
     rows: list[dict[str, Any]] = []
     for model in models:
-        found: dict[int, list[dict[str, Any]]] = {5: [], 50: []}
+        found: dict[str, list[dict[str, Any]]] = {"5": [], "50": []}  # by k, as JSON spells it
         for _ in range(repeats):
             for k, measured in found.items():
-                cell = {"model": model, "optimizer": "sgd with momentum", "adjoint": "Replay()", "backend": "inductor", "k": k}
+                cell = {"model": model, "optimizer": "sgd with momentum", "adjoint": "Replay()", "backend": "inductor", "k": int(k)}
                 with tempfile.TemporaryDirectory() as cache:
                     measured.append(in_a_process("compile", {**COLD, "TORCHINDUCTOR_CACHE_DIR": cache}, **cell))
                 print(f"  compile {model} k={k}: {measured[-1]['compile_s']:.1f} s", flush=True)
         row: dict[str, Any] = {"model": model, "runs": found}
         for name in ("compile_s", "compile_cpu_s"):
             medians = {k: statistics.median(one[name] for one in measured) for k, measured in found.items()}
-            row |= {f"median_{name}": medians, f"ratio_{name}": medians[50] / medians[5]}
+            row |= {f"median_{name}": medians, f"ratio_{name}": medians["50"] / medians["5"]}
         rows.append(row)
     return rows
 
@@ -199,29 +200,31 @@ def markdown(result: dict[str, Any]) -> str:
     lines = [
         "# Replay: compile time and memory against k",
         "",
-        f"Made by `{result['command']}`. {result['machine']}; torch {result['torch']}, {result['num_threads']} threads, float32.",
         "What is measured, and how, is in the header of `benchmarks/adjoint_scaling.py`.",
         "",
         f"## Compile time of the meta-gradient (Replay, inductor, SGD with momentum; bar: ratio ≤ {MAX_COMPILE_RATIO})",
+        "",
+        result["made"]["compile"],
         "",
         "| model | time | k=5 | k=50 | ratio | all runs (k=5; k=50) |",
         "|---|---|---|---|---|---|",
     ]
     for row in result["compile"]:
         for name, label in (("compile_s", "elapsed"), ("compile_cpu_s", "processor")):
-            runs = "; ".join(", ".join(f"{one[name]:.1f}" for one in row["runs"][k]) for k in (5, 50))
+            runs = "; ".join(", ".join(f"{one[name]:.1f}" for one in row["runs"][k]) for k in ("5", "50"))
             medians = row[f"median_{name}"]
             lines.append(
-                f"| {row['model']} | {label} | {medians[5]:.1f} s | {medians[50]:.1f} s | **{row[f'ratio_{name}']:.2f}** | {runs} s |"
+                f"| {row['model']} | {label} | {medians['5']:.1f} s | {medians['50']:.1f} s | **{row[f'ratio_{name}']:.2f}** | {runs} s |"
             )
     for row in result["compile"]:
-        sizes = [", ".join(f"{name} {count}" for name, count in row["runs"][k][0]["programs"].items()) for k in (5, 50)]
+        sizes = [", ".join(f"{name} {count}" for name, count in row["runs"][k][0]["programs"].items()) for k in ("5", "50")]
         lines += ["", f"Operations as captured, {row['model']}: k=5: {sizes[0]}; k=50: {sizes[1]}."]
     lines += [
         "",
         f"## Peak memory of one meta-gradient call (5-way 1-shot, 28×28; bar for Replay: ratio ≤ {MAX_STEP_RATIO})",
         "",
-        "Growth is the slope over k, in multiples of the bytes of parameters and optimiser state.",
+        result["made"]["memory"],
+        "Growth is the slope over k; the ratio is to the bytes of the parameters and the optimiser's state.",
         "",
         "| model | optimiser | adjoint | backend | params + state | peak by k | growth a step | ratio |",
         "|---|---|---|---|---|---|---|---|",
@@ -252,9 +255,10 @@ def missed(result: dict[str, Any]) -> list[str]:
 def main() -> None:
     """Measures, prints the report and writes it next to this file."""
     parser = argparse.ArgumentParser(description="Compile time and memory of Replay against k.")
-    parser.add_argument("--quick", action="store_true", help="one repeat, eager memory only; writes no file")
+    parser.add_argument("--only", choices=("compile", "memory"), help="one part; the other is kept as the files of that name have it")
     parser.add_argument("--name", default="cpu", help="hardware and date in the names of the files written")
     parser.add_argument("--repeats", type=int, default=3, help="of each compile time")
+    parser.add_argument("--models", nargs="+", choices=list(MODELS), default=list(MODELS)[:2], help="whose compile time to measure")
     parser.add_argument("--measure", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.measure:
@@ -263,26 +267,32 @@ def main() -> None:
         print(json.dumps(measurement(**arguments)))
         return
     conv = "4 × conv16-BN-ReLU-pool"
-    cells = [(conv, optimizer, "Replay()", backend) for backend in ("eager", "inductor") for optimizer in OPTIMIZERS]
+    cells = [(conv, optimizer, "Replay()", backend) for backend in ("eager", "inductor") for optimizer in ("sgd with momentum", "adam")]
     cells.append((conv, "sgd with momentum", "Unrolled()", "eager"))
-    if options.quick:
-        cells = [cell for cell in cells if cell[3] == "eager"]
-    result: dict[str, Any] = {
-        "command": " ".join(["python", "benchmarks/adjoint_scaling.py", *sys.argv[1:]]),
-        "machine": f"CPU {platform.machine()}, {os.cpu_count()} cores",
-        "torch": torch.__version__,
-        "num_threads": torch.get_num_threads(),
-        "compile": compile_rows(list(MODELS)[: 1 if options.quick else 2], 1 if options.quick else options.repeats),
-        "memory": memory_rows(cells),
+    parts: dict[str, Callable[[], list[dict[str, Any]]]] = {
+        "compile": lambda: compile_rows(options.models, options.repeats),
+        "memory": lambda: memory_rows(cells),
     }
-    report = markdown(result)
-    print(report)
-    if not options.quick:
-        RESULTS.mkdir(exist_ok=True)
-        for suffix, text in ((".md", report), (".json", json.dumps(result, indent=1) + "\n")):
-            (RESULTS / f"adjoint-scaling_{options.name}{suffix}").write_text(text)
+    RESULTS.mkdir(exist_ok=True)
+    record = RESULTS / f"adjoint-scaling_{options.name}.json"
+    result: dict[str, Any] = {"made": dict.fromkeys(parts, "Not measured."), **dict.fromkeys(parts, ())}
+    if options.only and record.exists():
+        result = json.loads(record.read_text())
+    for part, measure in parts.items():
+        if options.only in (None, part):
+            result[part] = measure()
+            result["made"][part] = made_by(" ".join(["python", "benchmarks/adjoint_scaling.py", *map(shlex.quote, sys.argv[1:])]))
+            record.write_text(json.dumps(result, indent=1) + "\n")
+            record.with_suffix(".md").write_text(markdown(result))
+    print(markdown(result))
     for bar in missed(result):
         print(f"BAR MISSED: {bar}")
+
+
+def made_by(command: str) -> str:
+    """What a reader needs to know to repeat a measurement."""
+    machine = f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads for compiled code"
+    return f"Made by `{command}`: {machine}, one for memory; torch {torch.__version__}, float32."
 
 
 if __name__ == "__main__":

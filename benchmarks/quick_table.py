@@ -163,7 +163,7 @@ def scaling_rows() -> list[str]:
     replay = [row for row in result["memory"] if row["adjoint"] == "Replay()"]
     memory = ", ".join(f"{row['ratio']:.2f} ({row['optimizer']}, {row['backend']})" for row in replay)
     return [
-        f"From {reports[-1].with_suffix('.md').name}, made by `{result['command']}`:",
+        f"From {reports[-1].with_suffix('.md').name}:",
         f"compile time of Replay at k=50 over that at k=5: {', '.join(compiled)}",
         f"growth of peak memory a step, in copies of parameters and optimiser state: {memory}",
     ]

@@ -19,7 +19,7 @@ import argparse
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -94,10 +94,10 @@ def compiled_meta_loss(model: nn.Module, backend: str) -> MetaLoss:
 def eager_meta_loss(model: nn.Module) -> MetaLoss:
     """MAML's meta-loss in plain PyTorch: a gradient step inside the loss, mapped over tasks."""
 
-    def support_loss(params: dict[str, Tensor], points: Points) -> Tensor:
-        return F.mse_loss(torch.func.functional_call(model, params, (points.x,)), points.y)
+    def support_loss(params: Mapping[str, Tensor], points: Points) -> Tensor:
+        return F.mse_loss(torch.func.functional_call(model, dict(params), (points.x,)), points.y)
 
-    def task_loss(params: dict[str, Tensor], support: Points, query: Points) -> Tensor:
+    def task_loss(params: Mapping[str, Tensor], support: Points, query: Points) -> Tensor:
         gradients = torch.func.grad(support_loss)(params, support)
         return support_loss({name: value - INNER_LR * gradients[name] for name, value in params.items()}, query)
 

@@ -11,8 +11,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import shutil
+import sysconfig
 import warnings
 from collections.abc import Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -89,4 +91,8 @@ def _missing(device_type: str) -> str | None:
             compiler = get_cpp_compiler()
         except Exception:  # InvalidCxxCompiler, or what the failed search for one raised
             return "no C++ compiler was found"
-    return None if shutil.which(compiler) else f"the C++ compiler '{compiler}' was not found"
+    if shutil.which(compiler) is None:
+        return f"the C++ compiler '{compiler}' was not found"
+    if not (Path(sysconfig.get_path("include")) / "Python.h").is_file():
+        return "the Python headers were not found (Python.h, on Debian in the package python3-dev), and compiled kernels need them"
+    return None
