@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adaptrt.errors import InvalidType
-from adaptrt.step import LOSS_BUFFER, Carry, Fixed
+from adaptrt.step import LOSS_BUFFER, Carry, Fixed, as_call
 from adaptrt.tree import Tree
 
 
@@ -46,13 +46,15 @@ class Adapted:
         """What the adapted model returns for these arguments; differentiable outside `no_grad`.
 
         Args:
-          args, kwargs: as the model takes them; with a task axis on every tensor if made by `vmap()`.
+          args, kwargs: as the model takes them, or one argument that is inputs as in `(inputs, target)`: a tensor, a tuple or a dict of the
+            model's arguments. With a task axis on every tensor if made by `vmap()`.
           generator: where dropout and the like draw from; None for the global generator.
         Buffers that this call would update are left as they are.
         """
         if args and kwargs:
             raise InvalidType("pass the model's inputs all by position or all by keyword")
-        return self._owner.predict(self, kwargs or args, generator)
+        positional, named = ((), kwargs) if kwargs else as_call(args[0] if len(args) == 1 else args)
+        return self._owner.predict(self, named or positional, generator)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole model's state after adaptation, detached, under the names of `model.state_dict()`."""

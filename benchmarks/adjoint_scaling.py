@@ -291,8 +291,8 @@ def main() -> None:
 
 def made_by(command: str) -> str:
     """What a reader needs to know to repeat a measurement."""
-    machine = f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads for compiled code"
-    return f"Made by `{command}`: {machine}, one for memory; torch {torch.__version__}, float32."
+    machine = f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads (memory: one)"
+    return f"Made by `{command}`: {machine}; torch {torch.__version__}, float32."
 
 
 if __name__ == "__main__":

@@ -266,7 +266,7 @@ def test_per_step(adjoint: Adjoint, tasks: bool) -> None:
     queries = [entry.data(100 + t, 3) for t in range(2)]
     for batch in supports:
         batch[0].requires_grad_()
-    hyper = {"lr": 0.1, "momentum": 0.5}
+    hyper: dict[str, Any] = {"lr": 0.1, "momentum": 0.5}
     unroll = compile_unroll(model, optim.sgd(**hyper), 3, loss=regress, adjoint=adjoint, per_step=True, backend="eager")
     unroll = unroll.vmap() if tasks else unroll
     loop = naive.Loop(model, regress, naive.sgd, hyper, 3, per_step=True, first_order=isinstance(adjoint, FirstOrder))
@@ -355,7 +355,7 @@ def test_prediction_of_a_tree() -> None:
     entry = MODELS["dataclass-output"]
     model, support, (inputs,) = entry.model(), entry.data(1, 4), entry.data(2, 3)
     unroll = compile_unroll(model, optim.sgd(lr=0.2), 2, adjoint=Replay(), backend="eager")
-    output = unroll.adapt(support)(*inputs)
+    output = unroll.adapt(support)(inputs)  # as in (inputs, target): a tuple of one dict, which the model takes whole
     loop = naive.Loop(model, entry.loss, naive.sgd, {"lr": 0.2}, 2)
     after = naive.adapt(loop, start_of(model), support)
     wanted, _ = naive.call(model, after.params, after.buffers, inputs)

@@ -262,6 +262,7 @@ def test_all_graphs_are_functional() -> None:
             assert not getattr(getattr(node.target, "_schema", None), "is_mutable", False)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # PyTorch's own, from torch.func.jvp
 def test_jvp_of_gradient_holds_no_special_operation() -> None:
     # jvp(grad) graphs are recorded with is_same_size and _efficientzerotensor, which few backends know.
     def fn(x: Tensor, tangent: Tensor) -> Any:
