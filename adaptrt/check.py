@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -49,6 +49,27 @@ def model_device(model: nn.Module) -> torch.device:
             f"the model's parameters are on several devices: {', '.join(f'{name} on {device}' for device, name in devices.items())}"
         )
     return next(iter(devices))
+
+
+def shared_tensors(model: nn.Module, loss: object, adapted: Collection[str]) -> None:
+    """No tensor that a step changes is known by two names that would change apart.
+
+    Raises:
+      UnsupportedParameter: buffers that share memory, or a loss module that holds adapted parameters of the model.
+    """
+    memories: dict[int, str] = {}
+    for name, buffer in model.named_buffers():
+        memory = buffer.untyped_storage().data_ptr() if buffer.device.type != "meta" else 0
+        if memory and memories.setdefault(memory, name) != name:
+            raise UnsupportedParameter(f"buffers '{memories[memory]}' and '{name}' share memory; make them one buffer, or clone one")
+    if isinstance(loss, nn.Module):
+        own = {id(param): name for name, param in model.named_parameters() if name in adapted}
+        for name, param in loss.named_parameters():
+            if id(param) in own:
+                raise UnsupportedParameter(
+                    f"the loss holds the model's parameter '{own[id(param)]}' (as '{name}'), which adapts; let the model return what the "
+                    "loss needs"
+                )
 
 
 def positive_int(name: str, value: Any) -> int:

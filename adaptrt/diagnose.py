@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import logging
 import os
 import re
 import traceback
@@ -44,9 +45,10 @@ _NO_DERIVATIVE = re.compile(r"derivative for (?:aten::)?'?(?:aten::)?(\w+)'? is 
 
 def user_line(error: BaseException) -> str:
     """The innermost line of the error's traceback that is neither PyTorch's nor ours, as `file:line: code`."""
-    frames = traceback.extract_tb(error.__traceback__)
-    frame = [frame for frame in frames if not frame.filename.startswith((*_LIBRARIES, "<"))][-1:] or frames[-1:]
-    frame = frame[0]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((*_LIBRARIES, "<"))]
+    if not frames:
+        return "a line inside PyTorch"
+    frame = frames[-1]
     code = (linecache.getline(frame.filename, frame.lineno or 0) or "").strip()
     return f"{frame.filename}:{frame.lineno}: {code}"
 
@@ -60,6 +62,9 @@ def running(name: str, batch: Batch) -> Generator[None]:
       NotTraceable: the line calls an operation that cannot be traced.
       InvalidBatch: anything else that is not an error of ours.
     """
+    # It logs a traceback of its own before it raises.
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    disabled, logger.disabled = logger.disabled, True
     try:
         yield
     except AdaptrtError:
@@ -82,6 +87,8 @@ def running(name: str, batch: Batch) -> Generator[None]:
             f"  inputs: {tree.describe(batch.inputs)}; target: {tree.describe(batch.target)}. "
             "Check shapes and dtypes against what the model takes."
         ) from error
+    finally:
+        logger.disabled = disabled
 
 
 def differentiating(run: Callable[[], Any], model: nn.Module, forward: Callable[[], Sequence[tuple[str, str]]]) -> Any:

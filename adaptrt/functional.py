@@ -6,13 +6,17 @@ may set attributes, while other threads use the module itself.
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import copy
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from adaptrt.errors import NotTraceable
 
 
 def call_module(
@@ -32,8 +36,42 @@ def call_module(
     owned = {name: value.clone() for name, value in buffers.items()}
     values |= {name: owned[first] for name, first in canonical_names(module.named_buffers(remove_duplicate=False)).items()}
     # Aliases are listed above: with tie_weights functional_call would not write a buffer that forward assigned anew back into `values`.
-    output = torch.func.functional_call(shadow(module), values, args, dict(kwargs), tie_weights=False)
+    twin = shadow(module)
+    output = torch.func.functional_call(twin, values, args, dict(kwargs), tie_weights=False)
+    for original, copied in zip(module.modules(), twin.modules(), strict=False):
+        for name, value in vars(original).items():
+            if isinstance(value, Tensor) and vars(copied).get(name) is not value:
+                _overwritten.get([]).append(value)
     return output, {name: values[name] for name in buffers}
+
+
+_overwritten: contextvars.ContextVar[list[Tensor]] = contextvars.ContextVar("overwritten")
+
+
+@contextlib.contextmanager
+def watch_attributes() -> Generator[list[Tensor]]:
+    """Collects the tensors that stood in attributes which a forward pass in the block set anew."""
+    found: list[Tensor] = []
+    token = _overwritten.set(found)
+    try:
+        yield found
+    finally:
+        _overwritten.reset(token)
+
+
+def refuse_state(constants: Sequence[Tensor], overwritten: Sequence[Tensor]) -> None:
+    """Raises if a tensor attribute is both read and set anew by a forward pass: it would start afresh at every step.
+
+    Raises:
+      NotTraceable: there is one.
+    """
+    stale = {id(value) for value in overwritten}
+    for value in constants:
+        if id(value) in stale:
+            raise NotTraceable(
+                f"the model keeps state in a plain tensor attribute (shape {list(value.shape)}), which forward reads and sets anew; it "
+                "would be lost from step to step. Make it a buffer with register_buffer"
+            )
 
 
 def canonical_names(named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
@@ -60,6 +98,8 @@ def shadow(module: nn.Module) -> nn.Module:
             return copies[id(value)]
         if isinstance(value, types.MethodType) and id(value.__self__) in copies:
             return types.MethodType(value.__func__, copies[id(value.__self__)])
+        if type(value) is tuple:
+            return tuple(copied(held) for held in value)
         if isinstance(value, dict | list | set):
             twin = copy.copy(value)
             if isinstance(twin, dict):

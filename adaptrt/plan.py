@@ -14,6 +14,7 @@ from torch import Tensor
 from adaptrt import diagnose, tree
 from adaptrt.adjoint.auto import choose
 from adaptrt.adjoint.base import Adjoint
+from adaptrt.functional import refuse_state, watch_attributes
 from adaptrt.graph.capture import capture, record_operations
 from adaptrt.graph.indices import IndexBound, index_bounds
 from adaptrt.graph.ir import Graph, Role
@@ -124,6 +125,7 @@ class Cache(Generic[Entry]):
 
 # All that matters here is which inputs are data.
 _ROLES = (Role.PARAM, Role.PARAM, Role.DATA)
+_NAMES = ("carry", "fixed", "batch")
 
 
 def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> Probe:
@@ -136,21 +138,32 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> Pr
     Raises:
       InvalidBatch, InvalidLoss, NothingToAdapt, DataDependentControlFlow, UnsupportedRandomness: see there.
     """
-    noise: list[Noise] = []
-    live: list[bool] = []
+    live = {key: False for key in carry.buffers}
+    while True:
+        noise: list[Noise] = []
+        before = dict(live)
 
-    def forward(carry: Carry, fixed: Fixed, batch: Batch) -> Tensor:
-        params = {key: value.detach().requires_grad_() for key, value in carry.params.items()}
-        with record_noise() as drawn, diagnose.running(name, batch):
-            loss, buffers = step.evaluate(params, carry.buffers, fixed, batch)
-        noise.extend(drawn)
-        live.extend(value.requires_grad for value in buffers.values())
-        if name == "support":
-            step.gradient(loss, params)
-        return loss
+        def forward(carry: Carry, fixed: Fixed, batch: Batch, noise: list[Noise] = noise, before: dict[str, bool] = before) -> Tensor:
+            params, fixed, batch = tree.map_leaves(_differentiable, (carry.params, fixed, batch))
+            buffers = {key: _differentiable(value) if before[key] else value for key, value in carry.buffers.items()}
+            with record_noise() as drawn, diagnose.running(name, batch):
+                loss, updated = step.evaluate(params, buffers, fixed, batch)
+            noise.extend(drawn)
+            live.update({key: value.requires_grad for key, value in updated.items()})
+            if name == "support":
+                step.gradient(loss, params)
+            return loss
 
-    graph = capture(forward, carry, fixed, batch, roles=_ROLES, names=("carry", "fixed", "batch"), fused_attention=step.detach_gradient)
-    return Probe(tuple(noise), tuple(index_bounds(graph)), tuple(live), graph.signature.outputs[0].spec)
+        with watch_attributes() as overwritten:
+            graph = capture(forward, carry, fixed, batch, roles=_ROLES, names=_NAMES, fused_attention=step.detach_gradient)
+        refuse_state(graph.constants, overwritten)
+        # A buffer that is live may make others live, which read it; running statistics stay as they are.
+        if live == before:
+            return Probe(tuple(noise), tuple(index_bounds(graph)), tuple(live.values()), graph.signature.outputs[0].spec)
+
+
+def _differentiable(value: Tensor) -> Tensor:
+    return value.detach().requires_grad_() if value.is_floating_point() else value
 
 
 def plan_support(

@@ -81,7 +81,7 @@ class Planner:
                 self._cache_size,
             )
 
-        return self.supports.get_or_make((self._reader.structure(), _key(batch), _key(fixed.hyper), carry_has_tasks), make)
+        return self.supports.get_or_make((self._reader.structure(), _key((batch, carry, fixed)), carry_has_tasks), make)
 
     def query(
         self, plan: SupportPlan, batch: Batch, carry: Carry, fixed: Fixed, carry_has_tasks: bool, num_tasks: int | None, warm: bool
@@ -111,7 +111,7 @@ class Planner:
             programs = self._programs(num_tasks, tasks, None)
             return plan_prediction(step, _one(carry, tasks), tree.specs(fixed), _one(inputs, tasks), _shapes(inputs), programs)
 
-        return self.predictions.get_or_make((self._reader.mode(), _key(inputs), num_tasks), make)
+        return self.predictions.get_or_make((self._reader.mode(), _key((inputs, carry, fixed)), num_tasks), make)
 
     def program_sets(self) -> list[ProgramSet]:
         """All sets of programs, those of the shapes used last at the end."""

@@ -15,7 +15,7 @@ from adaptrt import tree
 from adaptrt.adjoint.base import Wrt, pull_back
 from adaptrt.backend import Backend
 from adaptrt.backend.base import Runner
-from adaptrt.errors import ShapeChanged, UnsupportedParameter
+from adaptrt.errors import NotTraceable, ShapeChanged, UnsupportedParameter
 from adaptrt.graph.capture import capture
 from adaptrt.graph.ir import Graph, Role, autocast_off
 from adaptrt.graph.passes.batch import batch
@@ -172,7 +172,7 @@ class ProgramSet:
             graph = batch(graph, batched, summed(graph), self._num_tasks)
         captured = time.perf_counter()
         run = self._backend.compile(graph)
-        constants = tuple(_reader(value, self._modules) for value in graph.constants)
+        constants = tuple(constant_reader(value, self._modules) for value in graph.constants)
         strides = tuple(entry.spec.strides for entry in graph.signature.inputs)
         return Program(graph, run, constants, strides, self._backend.name, captured - began, time.perf_counter() - captured)
 
@@ -187,19 +187,40 @@ def without_leading_axis(value: Tensor | Spec) -> Spec:
     return Spec(spec.shape[1:], spec.dtype, spec.device)
 
 
-def _reader(value: Tensor, modules: Sequence[nn.Module]) -> Constant:
-    """Reads a constant where the function found it: from the module that has it as a plain attribute, or as it was captured."""
+def constant_reader(value: Tensor, modules: Sequence[nn.Module]) -> Constant:
+    """Reads a constant where the function found it: from the modules that have it as a plain attribute, or as it was captured.
+
+    Raises:
+      NotTraceable: it is a parameter or buffer of the modules, reached in a way that capture cannot follow.
+      UnsupportedParameter: it requires grad and is no parameter; its gradient would be lost.
+    """
+    places: list[tuple[nn.Module, str, str]] = []
     for root in modules:
+        for name, held in (*root.named_parameters(), *root.named_buffers()):
+            if held is value:
+                raise NotTraceable(
+                    f"'{name}' is used by way of a module that the model holds in a closure or an object of its own; it would keep "
+                    "its first value while the model adapts. Register the module as an attribute, or in nn.ModuleList or nn.ModuleDict"
+                )
         for path, module in root.named_modules():
-            for attribute, held in vars(module).items():
-                if held is value:
-                    if value.requires_grad:
-                        where = f"{path}.{attribute}".lstrip(".")
-                        raise UnsupportedParameter(f"the tensor attribute '{where}' requires grad; make it an nn.Parameter, or detach it")
-                    return lambda: getattr(module, attribute)
+            places += [(module, name, f"{path}.{name}".lstrip(".")) for name, held in vars(module).items() if held is value]
     if value.requires_grad:
-        raise UnsupportedParameter(
-            f"the model or the loss uses a tensor of shape {list(value.shape)} that requires grad and is no parameter; its gradient "
-            "would be lost. Make it an nn.Parameter of the model or of a loss module, or detach it"
+        what = (
+            f"the tensor attribute '{places[0][2]}'" if places else f"a tensor of shape {list(value.shape)} that the model or the loss uses"
         )
-    return lambda: value
+        raise UnsupportedParameter(
+            f"{what} requires grad and is no parameter; its gradient would be lost. Make it an nn.Parameter, or detach it"
+        )
+    if not places:
+        return lambda: value
+
+    def read() -> Tensor:
+        found = [getattr(module, name) for module, name, _ in places]
+        if any(other is not found[0] for other in found):
+            names = ", ".join(path for _, _, path in places)
+            raise NotTraceable(
+                f"the attributes {names} held one tensor when the program was captured, and differ now; compile a new unroll"
+            )
+        return found[0]
+
+    return read

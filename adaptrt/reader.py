@@ -131,7 +131,9 @@ def adapted_names(model: nn.Module, opt: Any, select: Select) -> frozenset[str]:
         chosen = {name for name, param in named.items() if param.requires_grad and (held is None or id(param) in held)}
         reason = "none requires grad" if held is None else "none that requires grad is in opt"
     else:
-        chosen = {name for name, param in named.items() if _selects(select, name, param)}
+        every = dict(model.named_parameters(remove_duplicate=False))
+        first = canonical_names(every.items())
+        chosen = {first[name] for name, param in every.items() if _selects(select, name, param)}
         reason = f"params={select!r} matches none of {', '.join(named)}"
         missing = [name for name in chosen if held is not None and id(named[name]) not in held]
         if missing:

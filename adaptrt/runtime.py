@@ -102,6 +102,7 @@ def compile_unroll(
         kind = InvalidArgument if isinstance(adjoint, str) else InvalidType
         raise kind(f"adjoint must be 'auto', Unrolled(), Replay(every=n) or FirstOrder(), got {adjoint!r}")
     adapted = adapted_names(model, opt, params)
+    check.shared_tensors(model, loss, adapted)
     return CompiledUnroll(
         _Settings(
             model=model,
@@ -164,6 +165,10 @@ class CompiledUnroll:
             settings.must_be_warm,
         )
 
+    def __repr__(self) -> str:
+        tasks = ", over tasks" if self._task_axis else ""
+        return f"CompiledUnroll({type(self._settings.model).__name__}, k={self._settings.k}, backend={self._settings.backend.name}{tasks})"
+
     def adapt(self, support: Any, *, start: Adapted | None = None, generator: torch.Generator | None = None) -> Adapted:
         """Adapts the model to a support batch.
 
@@ -224,8 +229,12 @@ class CompiledUnroll:
         return explain(self._settings.k, self._settings.backend.name, self._planner.supports.entries(), self._planner.predictions.entries())
 
     def graphs(self) -> dict[str, Graph]:
-        """The graphs compiled so far, by program name, for the shapes used last."""
-        return {name: program.graph for programs in self._planner.program_sets() for name, program in programs.named()}
+        """The graphs compiled so far by program name; a number is added where several shapes have a program of that name."""
+        found: dict[str, Graph] = {}
+        for name, program in (entry for programs in self._planner.program_sets() for entry in programs.named()):
+            count = sum(known == name or known.startswith(f"{name} #") for known in found)
+            found[f"{name} #{count + 1}" if count else name] = program.graph
+        return found
 
     def predict(self, adapted: Adapted, inputs: Tree, generator: torch.Generator | None = None) -> Any:
         """What `adapted(inputs)` returns."""
@@ -268,11 +277,13 @@ class CompiledUnroll:
         if adapted.num_tasks is not None:
             check.leading_axis("input", inputs, 0, adapted.num_tasks, "tasks")
         step = self._reader.step(detach_gradient=False)
-        plan = self._planner.prediction(step, inputs, adapted.carry, adapted.fixed, adapted.num_tasks, warm)
+        # Neither the optimiser's state nor its hyperparameters matter here, so no program depends on their form.
+        carry, fixed = adapted.carry._replace(opt_state=()), Fixed(adapted.fixed.params, {}, {})
+        plan = self._planner.prediction(step, inputs, carry, fixed, adapted.num_tasks, warm)
         self._check_values("input", batch, plan.bounds)
         with restored_on_error(plan.noise, generator):
             noise = draw(plan.noise, generator, adapted.num_tasks)
-            return autograd.predict(plan, step, adapted.carry, adapted.fixed, inputs, noise, torch.is_grad_enabled())
+            return autograd.predict(plan, step, carry, fixed, inputs, noise, torch.is_grad_enabled())
 
     def _support(self, support: Any) -> tuple[Batch, int | None]:
         """The checked support batch, and the number of tasks in it."""

@@ -95,16 +95,31 @@ class Step:
             raise NothingToAdapt(
                 "the support loss does not depend on the adapted parameters: check `params=` and that the model does not detach its output"
             )
-        found = torch.autograd.grad(
-            loss, list(params.values()), create_graph=not self.detach_gradient, retain_graph=True, allow_unused=True
-        )
-        grads = {name: grad for name, grad in zip(params, found, strict=True) if grad is not None}
+        grads = self._gradient(loss, params)
         if not grads:
             raise NothingToAdapt(f"the support loss does not depend on any adapted parameter ({', '.join(params)}): check `params=`")
-        for name, grad in grads.items():
-            if grad.layout is not torch.strided:
-                raise UnsupportedParameter(f"parameter '{name}' has a sparse gradient; build its embedding with sparse=False")
         return {name: grad.detach() for name, grad in grads.items()} if self.detach_gradient else grads
+
+    def _gradient(self, loss: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        def grad(values: list[Tensor]) -> Sequence[Tensor | None]:
+            return torch.autograd.grad(loss, values, create_graph=not self.detach_gradient, retain_graph=True, allow_unused=True)
+
+        try:
+            found = grad(list(params.values()))
+        except NotImplementedError as error:
+            # PyTorch 2.15 cannot even trace a sparse gradient; ask for one at a time to name the parameter.
+            if "Sparse" not in str(error):
+                raise
+            for name, value in params.items():
+                try:
+                    grad([value])
+                except NotImplementedError:
+                    raise _sparse(name) from error
+            raise
+        for name, value in zip(params, found, strict=True):
+            if value is not None and value.layout is not torch.strided:
+                raise _sparse(name)
+        return {name: value for name, value in zip(params, found, strict=True) if value is not None}
 
     def evaluate(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], fixed: Fixed, batch: Batch
@@ -132,6 +147,10 @@ class Step:
         own = {name: value for name, value in buffers.items() if not name.startswith(LOSS_BUFFER)}
         output, own = call_module(self.model, {**fixed.params, **params}, own, args, kwargs)
         return output, {**buffers, **own}
+
+
+def _sparse(name: str) -> UnsupportedParameter:
+    return UnsupportedParameter(f"parameter '{name}' has a sparse gradient; build its embedding with sparse=False")
 
 
 def as_call(inputs: Tree) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -13,7 +13,7 @@ from adaptrt.graph.capture import capture
 from adaptrt.graph.ir import Graph, Role
 from adaptrt.graph.noise import Noise
 from adaptrt.graph.passes.lift_noise import lift_noise, record_noise
-from adaptrt.program import COMPILING
+from adaptrt.program import COMPILING, constant_reader
 from adaptrt.step import Batch
 from adaptrt.tree import Tree
 
@@ -68,4 +68,7 @@ def trace(model: nn.Module, *inputs: Tree) -> Graph:
     with COMPILING:
         capture(probe, params, buffers, inputs)
         specs = tuple(entry.spec for entry in noise)
-        return capture(forward, params, buffers, specs, inputs, roles=roles, names=("params", "buffers", "noise", "inputs"))
+        graph = capture(forward, params, buffers, specs, inputs, roles=roles, names=("params", "buffers", "noise", "inputs"))
+    for value in graph.constants:
+        constant_reader(value, [model])
+    return graph

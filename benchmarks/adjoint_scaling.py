@@ -125,7 +125,7 @@ def measure_memory(model: str, optimizer: str, adjoint: str, backend: str, k: in
 
 def peak_of(run: Callable[[], object]) -> int:
     """The largest number of bytes that were allocated during `run` and live at once, in PyTorch's CPU allocator."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         run()
     events: list[Any] = cast(Any, profiler.profiler).kineto_results.events()
     changes = sorted((event.start_ns(), event.nbytes()) for event in events if event.name() == "[memory]")

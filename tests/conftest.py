@@ -14,8 +14,6 @@ def pytest_configure(config: pytest.Config) -> None:
     # Two workers on two cores: teams of threads would wait for each other at every kernel of these tiny models.
     torch.set_num_threads(1)
     config.addinivalue_line("markers", "full: a cell of a full product; left out without --full")
-    # Tiny models, and one worker process a core: more threads only wait for each other.
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(autouse=True)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import random
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -14,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 import adaptrt
 from adaptrt import FirstOrder, Replay, Unrolled, compile_unroll, optim
-from adaptrt.errors import NotDifferentiable
+from adaptrt.errors import NotDifferentiable, NotTraceable, UnsupportedParameter, UnsupportedRandomness
 from adaptrt.graph.capture import capture
 from adaptrt.graph.ir import Graph
 from adaptrt.tree import Spec
@@ -262,7 +264,7 @@ def test_all_graphs_are_functional() -> None:
             assert not getattr(getattr(node.target, "_schema", None), "is_mutable", False)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # PyTorch's own, from torch.func.jvp
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")  # PyTorch's own, from torch.func.jvp
 def test_jvp_of_gradient_holds_no_special_operation() -> None:
     # jvp(grad) graphs are recorded with is_same_size and _efficientzerotensor, which few backends know.
     def fn(x: Tensor, tangent: Tensor) -> Any:
@@ -547,6 +549,24 @@ def test_noise_is_drawn_anew_at_each_call_and_step() -> None:
     assert torch.equal(*same)
 
 
+def test_fused_dropout_is_the_same_function() -> None:
+    # What dropout is on a GPU; on the CPU PyTorch composes it from other operations.
+    class Fused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.tensor([1.0, -2.0, 3.0], dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            kept = torch.native_dropout(x * self.weight, 0.75, True)
+            return kept[0], kept[1]
+
+    model, x = Fused(), normal(generator(), 4, 3)
+    mask = torch.empty(4, 3, dtype=torch.float64).bernoulli_(0.25, generator=generator(1))
+    (output, kept), _ = adaptrt.trace(model, x).run(dict(model.named_parameters()), {}, (mask,), (x,))
+    torch.testing.assert_close(output, x * model.weight.detach() * mask * 4)
+    assert torch.equal(kept, mask.bool())
+
+
 def test_forward_and_pullback_see_the_same_noise() -> None:
     # lr = 0: the adapted model is the model; with one mask for both, the first parameter's gradient is zero where the mask is.
     model = nn.Sequential(nn.Dropout(0.5), nn.Linear(8, 1, bias=False)).double()
@@ -564,3 +584,241 @@ def test_capture_takes_specs() -> None:
     graph = capture(lambda x: x.t() @ x, spec)
     x = normal(generator(), 2, 3)
     assert torch.equal(graph.run(x), x.t() @ x)
+
+
+IN_PLACE = {
+    "gt_": (0.0,),
+    "ge_": (0.0,),
+    "lt_": (0.0,),
+    "le_": (0.0,),
+    "ne_": (0.5,),
+    "eq_": (0.5,),
+    "logical_not_": (),
+    "relu_": (),
+    "clamp_": (-0.5, 0.5),
+    "mul_": (2.0,),
+    "div_": (3.0,),
+    "pow_": (2.0,),
+    "float_power_": (2.0,),
+    "fill_": (1.5,),
+    "zero_": (),
+    "neg_": (),
+    "sign_": (),
+    "t_": (),
+    "unsqueeze_": (0,),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_in_place_operations_keep_value_and_dtype(name: str, dtype: torch.dtype) -> None:
+    # x.gt_(0) keeps the dtype of x, where x.gt(0) is boolean.
+    def fn(value: Tensor) -> Any:
+        changed = getattr((value * 1.0).clone(), name)(*IN_PLACE[name])
+        return changed, changed + changed
+
+    if name == "float_power_" and dtype is torch.float32:
+        pytest.skip("PyTorch refuses it: the result is double")
+    value = normal(generator(), 3, 4).to(dtype)
+    for got, wanted in zip(capture(fn, value).run(value), fn(value), strict=True):
+        assert got.dtype == wanted.dtype
+        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+
+
+class Flow(nn.Module):
+    """Two layers; what passes between them is up to the subclass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3).double(), nn.Linear(3, 2).double()
+
+
+class MaskedInPlace(Flow):
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x)
+        mask = h.detach().clone().gt_(0)
+        return self.b(h * (mask + mask))
+
+
+class FrozenFeedsBuffer(Flow):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(3, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.a(x).tanh()
+        out = self.b(h - self.mean)
+        self.mean = 0.5 * self.mean + 0.5 * h.mean(0)
+        return out
+
+
+class BufferFeedsBuffer(Flow):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("late", torch.zeros(2, dtype=torch.float64))
+        self.register_buffer("early", torch.zeros(2, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.b(self.a(x)) + self.late
+        self.late = self.early * 1.0
+        self.early = out.mean(0)
+        return out
+
+
+class Transposed(Flow):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x)).transpose(1, 2)
+
+
+@pytest.mark.parametrize("vmap", [False, True], ids=["single", "vmap"])
+@pytest.mark.parametrize("adjoint", [Unrolled(), Replay(), Replay(every=2)], ids=str)
+@pytest.mark.parametrize("kind", [MaskedInPlace, FrozenFeedsBuffer, BufferFeedsBuffer, Transposed])
+def test_models_that_once_gave_wrong_numbers(kind: type[Flow], adjoint: Any, vmap: bool) -> None:
+    model = kind()
+    select = "b.*" if kind is FrozenFeedsBuffer else None
+    inputs, target = normal(generator(), 6, 3), normal(generator(1), 6, 2)
+    if kind is Transposed:
+        inputs, target = inputs.reshape(2, 3, 3), target.reshape(2, 2, 3)
+    names = [name for name, _ in model.named_parameters() if select is None or name.startswith("b.")]
+    values: dict[str, Tensor] = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for _ in range(4):
+        fast = dict(values)
+        output = torch.func.functional_call(model, fast, (inputs,), tie_weights=False)
+        grads = torch.autograd.grad(F.mse_loss(output, target), [values[name] for name in names], create_graph=True)
+        values = {**fast, **{name: values[name] - 0.3 * grad for name, grad in zip(names, grads, strict=True)}}
+    wanted = torch.autograd.grad(
+        F.mse_loss(torch.func.functional_call(model, values, (inputs,), tie_weights=False), target), list(model.parameters())
+    )
+    unroll = compile_unroll(model, adaptrt.optim.sgd(0.3), 4, loss=F.mse_loss, params=select, adjoint=adjoint, backend="eager")
+    batch: tuple[Tensor, ...] = (inputs, target)
+    if vmap:
+        unroll, batch = unroll.vmap(), tuple(torch.stack([value, value]) for value in batch)
+    got = torch.autograd.grad(unroll(batch, batch), list(model.parameters()))
+    for one, other in zip(got, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+class InTuple(Flow):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = (self.a, self.b)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body[1](self.body[0](x))
+
+
+def test_module_in_a_tuple_adapts() -> None:
+    model = InTuple().requires_grad_(False)
+    adapted = compile_unroll(model, adaptrt.optim.sgd(0.1), 1, params="*", backend="eager").adapt((normal(generator(), 6, 3), zeros(6)))
+    assert all(not torch.equal(value, model.get_parameter(name)) for name, value in adapted.params.items())
+
+
+class InClosure(Flow):
+    def __init__(self) -> None:
+        super().__init__()
+        self.call = lambda x: self.a(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.call(x))
+
+
+class StateInAttribute(Flow):
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = torch.zeros(2, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.b(self.a(x)) + self.state
+        self.state = out.mean(0).detach()
+        return out
+
+
+class DrawsInPython(Flow):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x) if random.random() < 0.5 else x)
+
+
+class DrawsInNumPy(Flow):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x) * float(np.random.rand()))
+
+
+@pytest.mark.parametrize(
+    ("kind", "error", "message"),
+    [
+        (InClosure, NotTraceable, "'a.weight' is used by way of a module that the model holds in a closure"),
+        (StateInAttribute, NotTraceable, r"plain tensor attribute .* Make it a buffer"),
+        (DrawsInPython, UnsupportedRandomness, "Python's or NumPy's random numbers"),
+        (DrawsInNumPy, UnsupportedRandomness, "Python's or NumPy's random numbers"),
+    ],
+)
+def test_models_that_cannot_be_right_are_refused(kind: type[Flow], error: type[Exception], message: str) -> None:
+    model = kind().requires_grad_(False)
+    before = random.getstate()
+    unroll = compile_unroll(model, adaptrt.optim.sgd(0.1), 2, params="*", backend="eager")
+    with pytest.raises(error, match=message):
+        unroll.adapt((normal(generator(), 6, 3), zeros(6)))
+    assert random.getstate() == before
+
+
+def test_buffers_that_share_memory_are_refused() -> None:
+    model = Flow()
+    base = torch.zeros(4)
+    model.register_buffer("base", base)
+    model.register_buffer("view", base[:2])
+    with pytest.raises(UnsupportedParameter, match="'base' and 'view' share memory"):
+        compile_unroll(model, adaptrt.optim.sgd(0.1), 1)
+
+
+def test_loss_that_holds_an_adapted_parameter_is_refused() -> None:
+    class Regularised(nn.Module):
+        def __init__(self, model: nn.Module) -> None:
+            super().__init__()
+            self.model = model
+
+        def forward(self, output: Tensor, target: Tensor) -> Tensor:
+            return F.cross_entropy(output, target) + sum(param.square().sum() for param in self.model.parameters())
+
+    model = Flow()
+    with pytest.raises(UnsupportedParameter, match=r"the loss holds the model's parameter 'a.weight'"):
+        compile_unroll(model, adaptrt.optim.sgd(0.1), 1, loss=Regularised(model))
+
+
+def test_attributes_that_shared_a_tensor_may_not_part() -> None:
+    class Scaled(Flow):
+        def __init__(self) -> None:
+            super().__init__()
+            self.default = torch.tensor(2.0, dtype=torch.float64)
+            self.scale = self.default
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x)) * self.scale
+
+    scaled = Scaled()
+    batch = normal(generator(), 6, 3), zeros(6)
+    unroll = compile_unroll(scaled, adaptrt.optim.sgd(0.1), 1, backend="eager")
+    unroll.adapt(batch)
+    scaled.scale = torch.tensor(3.0, dtype=torch.float64)
+    with pytest.raises(NotTraceable, match="default, scale held one tensor"):
+        unroll.adapt(batch)
+
+
+def test_glob_on_the_second_name_of_a_tied_weight_adapts_it() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3)).double()
+    model[1].weight = model[0].weight
+    unroll = compile_unroll(model, adaptrt.optim.sgd(0.1), 1, params="1.*", backend="eager")
+    assert set(unroll.adapt((normal(generator(), 6, 3), zeros(6))).params) == {"0.weight", "1.bias"}
+
+
+def test_prediction_after_the_optimiser_has_changed_its_form() -> None:
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2)).double()
+    opt = torch.optim.SGD(model.parameters(), lr=0.1)
+    unroll = compile_unroll(model, opt, 2, backend="eager")
+    support, query = (normal(generator(), 6, 3), zeros(6)), normal(generator(1), 4, 3)
+    unroll.adapt(support)(query)
+    opt.param_groups[0]["momentum"] = 0.9
+    assert unroll.adapt(support)(query).shape == (4, 2)
+
+
+def zeros(rows: int) -> Tensor:
+    return torch.zeros(rows, dtype=torch.int64)

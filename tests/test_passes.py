@@ -269,9 +269,10 @@ def test_functionalise_refuses_what_writes_to_an_argument() -> None:
 def test_remove_identities_drops_detach_and_what_nothing_uses() -> None:
     args = arguments()
     graph = raw(detaches, *args)
-    assert targets(graph).count(aten.detach.default) == 3
+    # PyTorch 2.15 records alias for detach.
+    assert targets(graph).count(aten.detach.default) + targets(graph).count(aten.alias.default) >= 3
     small = remove_identities.run(graph)
-    assert not {aten.detach.default, aten.clone.default} & set(targets(small))
+    assert not {aten.detach.default, aten.alias.default, aten.clone.default} & set(targets(small))
     assert_equal(small.run(*args), detaches(*args))
     graph = remove_identities.run(raw(unused, *args))
     assert targets(graph) == [aten.mul.Tensor]

@@ -48,12 +48,13 @@ class Inductor(Backend):
     def compile(self, graph: Graph) -> Runner:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=DeprecationWarning)
+            from torch._inductor import config
             from torch._inductor.compile_fx import compile_fx_inner
 
             graph = apply(PASSES, graph)
             mode = FakeTensorMode()
             inputs = fake_tensors(mode, [entry.spec for entry in graph.signature.inputs])
-            with torch.inference_mode(False), torch.no_grad(), autocast_off(), mode:
+            with torch.inference_mode(False), torch.no_grad(), autocast_off(), config.patch(_WORKAROUNDS), mode:
                 compiled = compile_fx_inner(graph.module, inputs)
 
         def run(values: list[Tensor]) -> Sequence[Tensor]:
@@ -74,6 +75,9 @@ def warn_if_missing(device: torch.device) -> bool:
         )
     return reason is not None
 
+
+# Fusing kernels that share no data makes the CPU code generator of 2.11 use a buffer before it allocates it (UnboundLocalError).
+_WORKAROUNDS: dict[str, int] = {"cpp.max_horizontal_fusion_size": 1} if torch.__version__.startswith(("2.11.", "2.12.")) else {}
 
 _WARNED: set[str] = set()
 

@@ -14,6 +14,8 @@ its arguments' shapes is captured for these shapes; no other thread may trace me
 from __future__ import annotations
 
 import contextlib
+import random
+import sys
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, cast
 
@@ -26,6 +28,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptrt import tree
+from adaptrt.errors import UnsupportedRandomness
 from adaptrt.graph.ir import Graph, Input, Output, Role, Signature, autocast_off
 from adaptrt.graph.passes.base import apply
 from adaptrt.graph.passes.lift_noise import forbid_noise
@@ -59,7 +62,7 @@ def capture(
     output_names: list[str] = []
 
     def flat(*inputs: Tensor) -> list[Tensor]:
-        with _EagerRules(), forbid_noise():
+        with _EagerRules(), forbid_noise(), _deterministic():
             returned = fn(*tree.unflatten(arguments, inputs))
         outputs, structure = tree.flatten(returned)
         result.append(structure)
@@ -80,6 +83,28 @@ def capture(
     outputs = [Output(name, Spec.of(node.meta["val"])) for name, node in zip(output_names, _outputs(module), strict=True)]
     graph = Graph(module, Signature(tuple(inputs), tuple(outputs)), constants, arguments, result[0])
     return apply(STANDARD, graph)
+
+
+@contextlib.contextmanager
+def _deterministic() -> Generator[None]:
+    """Raises if the block draws from Python's or NumPy's random numbers: each capture would be of another draw.
+
+    Raises:
+      UnsupportedRandomness: it does; the generators are put back.
+    """
+    numpy = sys.modules.get("numpy")
+    python_state = random.getstate()
+    numpy_state = repr(numpy.random.get_state()) if numpy is not None else None
+    kept = numpy.random.get_state() if numpy is not None else None
+    yield
+    if random.getstate() != python_state or (numpy is not None and repr(numpy.random.get_state()) != numpy_state):
+        random.setstate(python_state)
+        if numpy is not None:
+            numpy.random.set_state(kept)
+        raise UnsupportedRandomness(
+            "the model or the loss draws from Python's or NumPy's random numbers while it runs; draw with torch instead "
+            "(torch.rand(())), and use torch.where for the branch"
+        )
 
 
 def _spread(entry: Role | Tree, example: Tree) -> list[Role]:

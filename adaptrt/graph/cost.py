@@ -6,7 +6,6 @@ from typing import Any, cast
 
 from torch import fx
 from torch.fx.node import map_arg
-from torch.utils.flop_counter import flop_registry
 
 from adaptrt.graph.ir import Graph
 
@@ -16,6 +15,9 @@ def num_flops(graph: Graph) -> int:
 
     Pointwise operations and reductions are not counted, as in `torch.utils.flop_counter`.
     """
+    # Imported here because it imports Triton where that is installed, which takes seconds.
+    from torch.utils.flop_counter import flop_registry
+
     total = 0
     for node in graph.module.graph.nodes:
         formula = flop_registry.get(getattr(node.target, "overloadpacket", None))

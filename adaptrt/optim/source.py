@@ -37,7 +37,8 @@ class PureSource(Source):
 
     def __init__(self, optimizer: Optimizer, params: Params) -> None:
         self._optimizer = optimizer
-        self._state = _initial(optimizer, params)
+        self._params = params
+        self._initial: tuple[Hashable, State] = _kinds(params), _initial(optimizer, params)
 
     def structure(self) -> Hashable:
         return None
@@ -49,7 +50,9 @@ class PureSource(Source):
         return self._optimizer.hyper
 
     def state(self) -> State:
-        return self._state
+        if self._initial[0] != _kinds(self._params):  # model.float(), model.to(device)
+            self._initial = _kinds(self._params), _initial(self._optimizer, self._params)
+        return self._initial[1]
 
 
 class TorchSource(Source):
@@ -74,7 +77,7 @@ class TorchSource(Source):
         return read_state(self._opt, self._params) if self._opt.state else self._current()[1]
 
     def _current(self) -> tuple[Optimizer, State]:
-        key = self.structure()
+        key = self.structure(), _kinds(self._params)
         if key not in self._made:
             optimizer = convert(self._opt, self._params)
             self._made[key] = optimizer, _initial(optimizer, self._params)
@@ -96,6 +99,10 @@ def source(opt: object, params: Params) -> Source:
         f"opt must be an adaptrt.optim.Optimizer such as adaptrt.optim.sgd(lr=0.1), or an instance of torch.optim's "
         f"{', '.join(SUPPORTED)}; got {type(opt).__name__}"
     )
+
+
+def _kinds(params: Params) -> Hashable:
+    return tuple([(value.dtype, value.device) for value in params.values()])
 
 
 def _initial(optimizer: Optimizer, params: Params) -> State:

@@ -21,6 +21,7 @@ from adaptrt.graph.passes.base import Pass, apply, copy_module
 from adaptrt.graph.passes.functionalise import functionalise
 from adaptrt.graph.passes.merge_duplicates import merge_duplicates
 from adaptrt.graph.passes.own_outputs import own_outputs
+from adaptrt.graph.passes.relax_views import relax_views
 from adaptrt.graph.passes.remove_identities import remove_identities
 from adaptrt.graph.passes.retrace import retrace
 from adaptrt.tree import Spec
@@ -64,7 +65,7 @@ def batch(graph: Graph, batched: Sequence[bool], summed: Sequence[bool], num_tas
         decompositions = _decompositions()
         if any(node.target in decompositions for node in graph.module.graph.nodes):
             graph = retrace(graph, decompositions=decompositions)
-        return _without_fixed_strides(graph)
+        return _with_closed_slices(graph)
 
     def stack(graph: Graph) -> Graph:
         # An operation without batching rule is run once for each task, which is right, and no news to the user. Python's filters do not
@@ -76,7 +77,16 @@ def batch(graph: Graph, batched: Sequence[bool], summed: Sequence[bool], num_tas
         finally:
             functorch._set_vmap_fallback_warning_enabled(True)
 
-    passes = (Pass("decompose", simplify), Pass("batch", stack), functionalise, remove_identities, merge_duplicates, own_outputs)
+    passes = (
+        Pass("decompose", simplify),
+        relax_views,
+        Pass("batch", stack),
+        functionalise,
+        relax_views,
+        remove_identities,
+        merge_duplicates,
+        own_outputs,
+    )
     return apply(passes, graph)
 
 
@@ -88,19 +98,15 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
     return {**cast(Any, get_decompositions(_WITHOUT_BATCHING_RULE)), aten.copy.default: copied}
 
 
-def _without_fixed_strides(graph: Graph) -> Graph:
-    """Replaces views, which the memory layout of another kernel's result may not allow, by reshapes; and gives open slices an end."""
+def _with_closed_slices(graph: Graph) -> Graph:
+    """Gives open slices an end: the batching rule of slice_scatter overflows on the largest integer, which an open end is recorded as."""
     module = copy_module(graph)
     for node in module.graph.nodes:
-        if node.target in (aten.view.default, aten._unsafe_view.default):
-            node.target = aten.reshape.default
-        elif node.target in (aten.slice.Tensor, aten.slice_scatter.default):
-            # The batching rule of slice_scatter overflows on an open end, which is recorded as the largest integer.
+        if node.target in (aten.slice.Tensor, aten.slice_scatter.default):
             end = 3 if node.target is aten.slice.Tensor else 4
             dim = node.args[end - 2] if len(node.args) > end - 2 else 0
             if len(node.args) > end and isinstance(node.args[end], int):
-                size = node.args[0].meta["val"].shape[dim]
-                node.update_arg(end, min(node.args[end], size))
+                node.update_arg(end, min(node.args[end], node.args[0].meta["val"].shape[dim]))
     module.recompile()
     return dataclasses.replace(graph, module=module)
 

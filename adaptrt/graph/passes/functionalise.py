@@ -11,14 +11,16 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
-from adaptrt.errors import InvalidGraph
+from adaptrt.errors import NotTraceable
 from adaptrt.graph.ir import Graph
 from adaptrt.graph.passes.base import Pass, copy_module
-from adaptrt.graph.passes.operations import is_mutable, memory_of, out_of_place
+from adaptrt.graph.passes.operations import is_mutable, memory_of, name_of, out_of_place
 from adaptrt.graph.passes.retrace import retrace
 
 aten = torch.ops.aten
@@ -39,7 +41,7 @@ def _exchange(node: fx.Node) -> bool:
         return _exchange_batch_norm(node)
     target = out_of_place(node.target)
     written = node.args[0] if node.args else None
-    if target is None or not isinstance(written, fx.Node) or not _is_private(written, node) or not _keeps_type(node, written):
+    if target is None or not isinstance(written, fx.Node) or not _is_private(written, node) or not _is_same(target, node, written):
         return False
     with node.graph.inserting_before(node):
         result = node.graph.call_function(target, node.args, node.kwargs)
@@ -87,20 +89,24 @@ def _replace_from(writer: fx.Node, before: fx.Node, after: fx.Node) -> None:
     before.replace_all_uses_with(after, delete_user_cb=lambda user: user > writer)
 
 
-def _keeps_type(node: fx.Node, written: fx.Node) -> bool:
-    """Whether type promotion, which an in-place operation does not do, leaves the written value's dtype."""
+def _is_same(target: Any, node: fx.Node, written: fx.Node) -> bool:
+    """Whether `target` gives a tensor like the one written to: an in-place operation keeps its dtype, where `target` may promote."""
     value = written.meta["val"]
-    operands = [entry for entry in node.args[1:] if isinstance(entry, fx.Node | int | float | complex)]
-    others = [entry.meta["val"] if isinstance(entry, fx.Node) else entry for entry in operands]
-    if node.target in (aten.copy_.default, aten.fill_.Scalar, aten.fill_.Tensor, aten.zero_.default):
-        return True
-    return isinstance(value, Tensor) and all(torch.result_type(value, other) == value.dtype for other in others)
+    args, kwargs = cast(Any, map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"]))
+    try:
+        with torch.no_grad(), value.fake_mode:
+            result = target(*args, **kwargs)
+    except Exception:  # an overload that takes other arguments; the graph is traced again
+        return False
+    return isinstance(result, Tensor) and (result.dtype, result.shape, result.stride()) == (value.dtype, value.shape, value.stride())
 
 
 def _ensures(graph: Graph) -> None:
     for node in graph.module.graph.nodes:
         if is_mutable(node.target):
-            raise InvalidGraph(f"{node.format_node()} mutates its argument: the captured function writes to an input")
+            raise NotTraceable(
+                f"the model writes to one of its inputs in place ({name_of(node.target)}); let it work on a copy, for example x.clone()"
+            )
 
 
 functionalise = Pass("functionalise", _run, ensures=_ensures)

@@ -1,0 +1,5 @@
+"""`python -m adaptrt` is the `adaptrt` command."""
+
+from adaptrt.cli import app
+
+app()
