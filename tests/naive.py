@@ -1,7 +1,9 @@
 """The oracle: k inner steps as an eager loop over `torch.autograd.grad(create_graph=True)`, written to be checked by eye.
 
-It shares nothing with adaptrt: the optimisers' arithmetic stands here once more, as `torch.optim` documents it. Everything is an argument
-and stays in autograd, so `torch.autograd.grad` of what it returns is the meta-gradient of whatever the caller marked.
+The optimisers' arithmetic stands here once more, as `torch.optim` documents it. The model is called through
+`torch.func.functional_call`, as adaptrt calls it; what that call itself gets wrong, tests against `torch.optim` on the module must find.
+Everything is an argument and stays in autograd, so `torch.autograd.grad` of what it returns is the meta-gradient of whatever the caller
+marked.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Meta-gradients against the oracle in `tests/naive.py`: every model, optimiser, adjoint and backend, one task and a batch of tasks.
+"""Meta-gradients against the oracle in `tests/naive.py`, over models, optimisers, adjoints and backends, one task and a batch of tasks.
 
 The default run covers, on the eager backend, every pair of (model, adjoint), (model, optimiser), (model, tasks or not) and (optimiser,
 adjoint), and on Inductor a few programs of each kind; `--full` runs both products.

@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, cast
 
@@ -190,6 +191,7 @@ class _Operations(TorchDispatchMode):
         super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self.found: list[tuple[str, str]] = []
         self._paths: dict[int, str] = {}
+        self._thread = threading.get_ident()
         self._stack: list[str] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
@@ -199,13 +201,16 @@ class _Operations(TorchDispatchMode):
 
     def enter(self, module: torch.nn.Module, args: Any) -> None:
         del args
+        if threading.get_ident() != self._thread:  # the hooks are the process's
+            return
         if not self._stack:
             self._paths = {id(part): path for path, part in module.named_modules()}
         self._stack.append(self._paths.get(id(module), ""))
 
     def leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
         del module, args, output
-        self._stack.pop()
+        if threading.get_ident() == self._thread:
+            self._stack.pop()
 
 
 def record_operations(fn: Callable[..., Any], *examples: Tree, fused_attention: bool = False) -> list[tuple[str, str]]:

@@ -1,7 +1,8 @@
 """Randomness as data: what a program must be handed instead of drawing it.
 
 A random operation met while a function is captured becomes an input of role NOISE, described by a `Noise`. The values are drawn before the
-program runs, in the order in which eager code would draw them: on the CPU a seed gives the same dropout masks here as in eager PyTorch.
+program runs, in the order in which eager code would draw them: on the CPU, for contiguous parameters and data, a seed gives the same
+dropout masks here as in eager PyTorch.
 """
 
 from __future__ import annotations
