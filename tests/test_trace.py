@@ -155,6 +155,12 @@ def test_run_records_nothing_for_autograd() -> None:
 def test_history_tells_what_each_pass_did() -> None:
     entry = MODELS["in-place"]
     graph = adaptrt.trace(entry.model(), entry.data(1, 4)[0])
-    assert [record.name for record in graph.history] == ["functionalise", "relax_views", "remove_identities", "merge_duplicates", "own_outputs"]
+    assert [record.name for record in graph.history] == [
+        "functionalise",
+        "relax_views",
+        "remove_identities",
+        "merge_duplicates",
+        "own_outputs",
+    ]
     assert graph.history[-1].num_nodes_after == graph.num_nodes
     assert all(a.num_nodes_after == b.num_nodes_before for a, b in zip(graph.history, graph.history[1:], strict=False))
