@@ -70,9 +70,6 @@ class Program:
             return tree.unflatten(self.graph.result, self.run(values))
 
 
-_NAMES = {"start": "carry", "cotangent": "cotangent"}
-
-
 def _roles(kind: str, example: Tree) -> list[Role]:
     """A role for each leaf of an argument."""
     if isinstance(example, Carry):
@@ -165,7 +162,7 @@ class ProgramSet:
         axes = [self._has_task_axis(kind) for kind in arguments]
         examples = [tree.map_leaves(without_leading_axis, arg) if axis else tree.specs(arg) for arg, axis in zip(args, axes, strict=True)]
         roles = [_roles(kind, example) for kind, example in zip(arguments, examples, strict=True)]
-        names = [_NAMES.get(kind, kind) for kind in arguments]
+        names = ["carry" if kind == "start" else kind for kind in arguments]
         graph = self._explain_failure(lambda: capture(fn, *examples, roles=roles, names=names, fused_attention=self._fused_attention))
         if self._num_tasks is not None:
             batched = [axis for arg, axis in zip(args, axes, strict=True) for _ in tree.leaves(arg)]

@@ -95,13 +95,12 @@ def _deterministic() -> Generator[None]:
     """
     numpy = sys.modules.get("numpy")
     python_state = random.getstate()
-    numpy_state = repr(numpy.random.get_state()) if numpy is not None else None
-    kept = numpy.random.get_state() if numpy is not None else None
+    numpy_state = numpy.random.get_state() if numpy is not None else None
     yield
-    if random.getstate() != python_state or (numpy is not None and repr(numpy.random.get_state()) != numpy_state):
+    if random.getstate() != python_state or (numpy is not None and repr(numpy.random.get_state()) != repr(numpy_state)):
         random.setstate(python_state)
         if numpy is not None:
-            numpy.random.set_state(kept)
+            numpy.random.set_state(numpy_state)
         raise UnsupportedRandomness(
             "the model or the loss draws from Python's or NumPy's random numbers while it runs; draw with torch instead "
             "(torch.rand(())), and use torch.where for the branch"
