@@ -7,6 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from adaptrt import tree
 from adaptrt.errors import InvalidType
 from adaptrt.step import LOSS_BUFFER, Carry, Fixed, as_call
 from adaptrt.tree import Tree
@@ -55,6 +56,11 @@ class Adapted:
             raise InvalidType("pass the model's inputs all by position or all by keyword")
         positional, named = ((), kwargs) if kwargs else as_call(args[0] if len(args) == 1 else args)
         return self._owner.predict(self, named or positional, generator)
+
+    def detach(self) -> Adapted:
+        """The same adaptation, cut from what it was computed from: where the next of several truncated unrolls starts."""
+        carry, losses = tree.map_leaves(Tensor.detach, (self.carry, self.losses))
+        return Adapted(self._owner, carry, losses, self.fixed, self.num_tasks)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The whole model's state after adaptation, detached, under the names of `model.state_dict()`."""

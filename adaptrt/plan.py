@@ -193,7 +193,7 @@ def plan_support(
     if adjoint is None:
         noise = tuple(entry.spec for entry in found.noise)
         size = capture(step, carry, fixed, batch, noise).num_nodes
-        adjoint, reason = choose(size, k, next(iter(carry.params.values())).device)
+        adjoint, reason = choose(size, k * step.optimizer.updates_per_step, next(iter(carry.params.values())).device)
     else:
         reason = "asked for"
     floating = [tree.Spec.of(leaf).dtype.is_floating_point for leaf in tree.leaves((carry.params, carry.opt_state))]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from adaptrt.errors import DeviceMismatch, InvalidType, NothingToAdapt, OptimizerMismatch
 from adaptrt.functional import canonical_names
+from adaptrt.optim import Schedule
 from adaptrt.optim.source import Source
 from adaptrt.step import LOSS_BUFFER, Carry, Fixed, LossFunction, Step
 
@@ -77,6 +78,8 @@ class Reader:
                     f"the optimiser's {name} is on {hyper.device}, the model on {self._device}; call .to('{self._device}') on it"
                 )
             return hyper.to(self._device)
+        if isinstance(hyper, Schedule):
+            return Schedule(hyper.fn, self._tensors(hyper.numbers, name))
         if isinstance(hyper, Mapping):
             return {key: self._tensors(value, f"{name}.{key}".lstrip(".")) for key, value in hyper.items()}
         if isinstance(hyper, tuple | list):

@@ -318,7 +318,8 @@ class CompiledUnroll:
             check.finite(name, batch)
 
     def _step_noise(self, plan: SupportPlan, generator: torch.Generator | None, num_tasks: int | None) -> tuple[tuple[Tensor, ...], ...]:
-        return tuple([draw(plan.probe.noise, generator, num_tasks) for _ in range(self._settings.k)])
+        num_updates = self._settings.k * plan.step.optimizer.updates_per_step
+        return tuple([draw(plan.probe.noise, generator, num_tasks) for _ in range(num_updates)])
 
     def _problem(
         self, plan: SupportPlan, carry_has_tasks: bool, carry: Carry, fixed: Fixed, batch: Batch, query: Batch | None
@@ -345,5 +346,6 @@ class CompiledUnroll:
             carry=tuple([flows or asked for flows, asked in zip(plan.carry, start, strict=True)]),
             task_axis=self._task_axis,
             start_has_task_axis=carry_has_tasks,
+            updates_per_step=plan.step.optimizer.updates_per_step,
         )
         return problem, tuple(wanted)

@@ -28,7 +28,14 @@ def batch_of_step(support: Batch, index: int, per_step: bool, task_axis: bool = 
 
 
 def unroll(
-    step: StepFunction, k: int, carry: Carry, fixed: Fixed, support: Batch, noise: Sequence[Sequence[Tensor]], per_step: bool = False
+    step: StepFunction,
+    k: int,
+    carry: Carry,
+    fixed: Fixed,
+    support: Batch,
+    noise: Sequence[Sequence[Tensor]],
+    per_step: bool = False,
+    updates_per_step: int = 1,
 ) -> tuple[Carry, Tensor]:
     """The carry after k steps, and the losses before each of them (k,).
 
@@ -38,11 +45,12 @@ def unroll(
       carry: where to start.
       fixed: what all steps share.
       support: one batch, or with `per_step` k of them along a leading axis.
-      noise: what each step's random operations return.
+      noise: what each update's random operations return.
       per_step: whether support has a leading axis of length k.
+      updates_per_step: how often `step` is done on one batch, each time with noise of its own.
     """
     losses: list[Tensor] = []
-    for index in range(k):
-        carry, loss = step(carry, fixed, batch_of_step(support, index, per_step), noise[index])
+    for index in range(k * updates_per_step):
+        carry, loss = step(carry, fixed, batch_of_step(support, index // updates_per_step, per_step), noise[index])
         losses.append(loss)
-    return carry, torch.stack(losses)
+    return carry, torch.stack(losses[::updates_per_step])

@@ -61,7 +61,7 @@ def test_gradcheck(adjoint: Adjoint, tasks: bool) -> None:
 
     def adapt(*_: Tensor) -> tuple[Tensor, ...]:
         adapted = unroll.adapt((x, y))
-        return *adapted.params.values(), adapted.losses, *adapted.opt_state.momentum_buffer.values(), adapted(query)
+        return *adapted.params.values(), adapted.losses, *(state.momentum_buffer for state in adapted.opt_state.values()), adapted(query)
 
     assert gradcheck(adapt, leaves)
 

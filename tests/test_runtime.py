@@ -464,7 +464,7 @@ def test_adapted_holds_everything() -> None:
     assert result.losses.shape == (3,)
     assert result.num_tasks is None
     assert int(result.buffers["1.num_batches_tracked"]) == 3
-    assert result.opt_state.exp_avg["0.weight"].shape == (5, 4)
+    assert result.opt_state["0.weight"].exp_avg.shape == (5, 4)
     batch = torch.randn(2, 6, 4), torch.randint(3, (2, 6))
     tasks = unroll.vmap().adapt(batch)
     assert {name: value.shape for name, value in tasks.params.items()} == {name: (2, *value.shape) for name, value in named.items()}

@@ -49,7 +49,7 @@ class Problem:
     """What is the same for all calls of one shape.
 
     Attributes:
-      step, unroll, k, per_step: the inner loop.
+      step, unroll, k, per_step, updates_per_step: the inner loop.
       start, fixed, support, query: for each leaf whether the caller wants its gradient.
       carry: for each leaf of the carry whether a gradient can flow through it from step to step.
       task_axis: whether data and results have a leading axis of tasks.
@@ -68,10 +68,11 @@ class Problem:
     carry: tuple[bool, ...]
     task_axis: bool = False
     start_has_task_axis: bool = False
+    updates_per_step: int = 1
 
 
 class Task(NamedTuple):
-    """The arguments of one call: where to start, what is shared, the support data, and each step's noise."""
+    """The arguments of one call: where to start, what is shared, the support data, and each update's noise."""
 
     start: Carry
     fixed: Fixed

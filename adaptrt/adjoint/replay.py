@@ -44,13 +44,13 @@ class Replay(Adjoint):
         carry = first_carry(problem, task)
         kept: list[Carry] = []
         losses: list[Tensor] = []
-        for index in range(problem.k):
+        for index in range(_num_updates(problem)):
             # The first carry is an argument of the call; the way back takes it from there.
             if keep and index % self.every == 0 and index > 0:
                 kept.append(carry)
             carry, loss = step(carry, task.fixed, _batch(problem, task, index), task.noise[index])
             losses.append(loss)
-        return Adaptation(carry, torch.stack(losses, -1), kept)
+        return Adaptation(carry, torch.stack(losses[:: problem.updates_per_step], -1), kept)
 
     def adapt_pullback(
         self, programs: Programs, problem: Problem, task: Task, kept: Any, carry: Sequence[Tensor], losses: Tensor
@@ -85,28 +85,30 @@ class Replay(Adjoint):
     ) -> Gradients:
         wrt = Wrt((problem.carry, problem.fixed, problem.support, None), (*problem.carry, True))
         pullback = programs.pullback("step pullback", problem.step, _STEP, wrt)
-        support = _Sum()
-        by_step: list[Sequence[Tensor]] = []
-        for begin in reversed(range(0, problem.k, self.every)):
+        none = torch.zeros_like(losses[0])
+        support = [_Sum() for _ in range(problem.k if problem.per_step else 1)]
+        for begin in reversed(range(0, _num_updates(problem), self.every)):
             carries = self._segment(programs, problem, task, kept, begin)
             while carries:
                 index = begin + len(carries) - 1
                 batch = _batch(problem, task, index)
-                adjoint, of_fixed, of_batch, _ = pullback(carries.pop(), task.fixed, batch, task.noise[index], [*adjoint, losses[index]])
+                # Of the updates of a step, the loss before the first is reported.
+                of_step, later = divmod(index, problem.updates_per_step)
+                cotangents = [*adjoint, none if later else losses[of_step]]
+                adjoint, of_fixed, of_batch, _ = pullback(carries.pop(), task.fixed, batch, task.noise[index], cotangents)
                 fixed.add(of_fixed)
-                if problem.per_step:
-                    by_step.append(of_batch)
-                else:
-                    support.add(of_batch)
-        axis = 1 if problem.task_axis else 0
-        of_support = [torch.stack(rows[::-1], axis) for rows in zip(*by_step, strict=True)] if problem.per_step else support.total
+                support[of_step if problem.per_step else 0].add(of_batch)
+        of_support = support[0].total
+        if problem.per_step:
+            axis = 1 if problem.task_axis else 0
+            of_support = [torch.stack(rows, axis) for rows in zip(*(part.total for part in support), strict=True)]
         return Gradients(_of_start(problem, adjoint), fixed.total, of_support, ())
 
     def _segment(self, programs: Programs, problem: Problem, task: Task, kept: Sequence[Carry], begin: int) -> list[Carry]:
         """The carries before steps begin, begin + 1, ... up to the next one that was kept."""
         carries = [kept[begin // self.every - 1] if begin else first_carry(problem, task)]
         step = programs.program("step", problem.step, _STEP)
-        for index in range(begin, min(begin + self.every, problem.k) - 1):
+        for index in range(begin, min(begin + self.every, _num_updates(problem)) - 1):
             carries.append(step(carries[-1], task.fixed, _batch(problem, task, index), task.noise[index])[0])
         return carries
 
@@ -130,7 +132,11 @@ def first_carry(problem: Problem, task: Task) -> Carry:
 
 
 def _batch(problem: Problem, task: Task, index: int) -> Batch:
-    return problem.batch_of_step(task.support, index, problem.per_step, problem.task_axis)
+    return problem.batch_of_step(task.support, index // problem.updates_per_step, problem.per_step, problem.task_axis)
+
+
+def _num_updates(problem: Problem) -> int:
+    return problem.k * problem.updates_per_step
 
 
 def _of_start(problem: Problem, adjoint: Sequence[Tensor]) -> list[Tensor]:

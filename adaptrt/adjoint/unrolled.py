@@ -49,7 +49,7 @@ class Unrolled(Adjoint):
 
 def _steps(problem: Problem) -> Any:
     def run(start: Carry, fixed: Fixed, support: Batch, noise: Sequence[Sequence[Tensor]]) -> tuple[Carry, Tensor]:
-        return problem.unroll(problem.step, problem.k, start, fixed, support, noise, problem.per_step)
+        return problem.unroll(problem.step, problem.k, start, fixed, support, noise, problem.per_step, problem.updates_per_step)
 
     return run
 

@@ -1,8 +1,46 @@
 """Optimisers as pure functions: what `torch.optim` computes, out of place, differentiable and traceable."""
 
+from adaptrt.optim.adadelta import adadelta
+from adaptrt.optim.adafactor import adafactor
+from adaptrt.optim.adagrad import adagrad
 from adaptrt.optim.adam import adam, adamw
-from adaptrt.optim.base import Optimizer, Transform
+from adaptrt.optim.adamax import adamax
+from adaptrt.optim.asgd import asgd
+from adaptrt.optim.base import Optimizer, Schedule, Transform
+from adaptrt.optim.lbfgs import lbfgs
+from adaptrt.optim.learned import learned
+from adaptrt.optim.muon import muon
+from adaptrt.optim.nadam import nadam
+from adaptrt.optim.radam import radam
+from adaptrt.optim.rmsprop import rmsprop
+from adaptrt.optim.rprop import rprop
+from adaptrt.optim.schedule import per_step, schedule
 from adaptrt.optim.sgd import sgd
 from adaptrt.optim.transforms import chain, clip_by_global_norm, partition, scale_by_schedule
 
-__all__ = ["Optimizer", "Transform", "adam", "adamw", "chain", "clip_by_global_norm", "partition", "scale_by_schedule", "sgd"]
+__all__ = [
+    "Optimizer",
+    "Schedule",
+    "Transform",
+    "adadelta",
+    "adafactor",
+    "adagrad",
+    "adam",
+    "adamax",
+    "adamw",
+    "asgd",
+    "chain",
+    "clip_by_global_norm",
+    "lbfgs",
+    "learned",
+    "muon",
+    "nadam",
+    "partition",
+    "per_step",
+    "radam",
+    "rmsprop",
+    "rprop",
+    "scale_by_schedule",
+    "schedule",
+    "sgd",
+]

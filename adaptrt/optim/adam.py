@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Optimizer, Params, Value, check_grads, checked, double, fit, is_off, read, safe_sqrt
+from adaptrt.optim.base import Absent, Optimizer, Value, checked, double, fit, is_off, safe_sqrt
+from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
 class AdamState(NamedTuple):
-    """By parameter name, with the parameter's shape and dtype unless noted."""
+    """Of one parameter, with its shape and dtype unless noted."""
 
-    step: dict[str, Tensor]
+    step: Tensor
     """0-dim int64: exact, and float64 when it becomes the exponent of a beta."""
-    exp_avg: dict[str, Tensor]
-    exp_avg_sq: dict[str, Tensor]
-    max_exp_avg_sq: dict[str, Tensor]
-    """Empty without `amsgrad`."""
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    max_exp_avg_sq: Tensor | Absent
+    """Absent without `amsgrad`."""
 
 
 def adam(
@@ -99,59 +99,37 @@ def adamw(
 def _adam(
     lr: Value, betas: tuple[Value, Value], eps: Value, weight_decay: Value, amsgrad: bool, maximize: bool, decoupled: bool
 ) -> Optimizer:
-    hyper = live(
-        lr=checked("lr", lr),
-        beta1=checked("betas[0]", betas[0], below=1.0),
-        beta2=checked("betas[1]", betas[1], below=1.0),
-        eps=checked("eps", eps),
-        weight_decay=checked("weight_decay", weight_decay),
-    )
-    with_decay = "weight_decay" in hyper
+    hyper = {
+        "lr": checked("lr", lr),
+        "beta1": checked("betas[0]", betas[0], below=1.0),
+        "beta2": checked("betas[1]", betas[1], below=1.0),
+        "eps": checked("eps", eps),
+    }
+    with_decay = not is_off(weight_decay)
+    if with_decay:
+        hyper["weight_decay"] = checked("weight_decay", weight_decay)
 
-    def init(params: Params) -> AdamState:
-        return AdamState(
-            step={name: torch.zeros((), dtype=torch.int64, device=p.device) for name, p in params.items()},
-            exp_avg={name: torch.zeros_like(p) for name, p in params.items()},
-            exp_avg_sq={name: torch.zeros_like(p) for name, p in params.items()},
-            max_exp_avg_sq={name: torch.zeros_like(p) for name, p in params.items()} if amsgrad else {},
-        )
+    def init(p: Tensor) -> AdamState:
+        step = torch.zeros((), dtype=torch.int64, device=p.device)
+        return AdamState(step, torch.zeros_like(p), torch.zeros_like(p), torch.zeros_like(p) if amsgrad else ())
 
-    def update(grads: Params, state: AdamState, params: Params, hyper: Mapping[str, Value]) -> tuple[dict[str, Tensor], AdamState]:
-        check_grads(grads, params)
-        new, old = dict(params), state
-        state = AdamState(*(dict(by_name) for by_name in old))
-        for name, grad in grads.items():
-            p = params[name]
-            g = -grad if maximize else grad
-            lr = double(read(hyper, "lr", name, p))
-            beta1 = double(read(hyper, "beta1", name, p))
-            beta2 = double(read(hyper, "beta2", name, p))
-            if with_decay:
-                decay = double(read(hyper, "weight_decay", name, p))
-                if decoupled:
-                    p = p * fit(1 - lr * decay, p)
-                else:
-                    g = g + p * fit(decay, p)
-            step = old.step[name] + 1
-            m = old.exp_avg[name] * fit(beta1, p) + g * fit(1 - beta1, p)
-            v = old.exp_avg_sq[name] * fit(beta2, p) + g * g * fit(1 - beta2, p)
-            state.step[name], state.exp_avg[name], state.exp_avg_sq[name] = step, m, v
-            if amsgrad:
-                v = torch.maximum(old.max_exp_avg_sq[name], v)
-                state.max_exp_avg_sq[name] = v
-            # A Python float to the power of an int64 tensor would be float32: 1 - 0.999**1 would be wrong in the fifth digit.
-            t = step.to(torch.float64)
-            correction1, correction2 = 1 - beta1**t, 1 - beta2**t
-            denominator = safe_sqrt(v) / fit(torch.sqrt(correction2), p) + fit(read(hyper, "eps", name, p), p)
-            new[name] = p - m / denominator * fit(lr / correction1, p)
-        return new, state
+    def update(p: Tensor, g: Tensor, state: AdamState, h: Numbers) -> tuple[Tensor, AdamState]:
+        lr, beta1, beta2 = double(h["lr"]), double(h["beta1"]), double(h["beta2"])
+        if with_decay:
+            decay = double(h["weight_decay"])
+            if decoupled:
+                p = p * fit(1 - lr * decay, p)
+            else:
+                g = g + p * fit(decay, p)
+        step = state.step + 1
+        m = state.exp_avg * fit(beta1, p) + g * fit(1 - beta1, p)
+        v = state.exp_avg_sq * fit(beta2, p) + g * g * fit(1 - beta2, p)
+        largest = torch.maximum(state.max_exp_avg_sq, v) if isinstance(state.max_exp_avg_sq, Tensor) else ()
+        # A Python float to the power of an int64 tensor would be float32: 1 - 0.999**1 would be wrong in the fifth digit.
+        t = step.to(torch.float64)
+        correction1, correction2 = 1 - beta1**t, 1 - beta2**t
+        root = safe_sqrt(largest if isinstance(largest, Tensor) else v) / fit(torch.sqrt(correction2), p)
+        p = p - m / (root + fit(h["eps"], p)) * fit(lr / correction1, p)
+        return p, AdamState(step, m, v, largest)
 
-    return Optimizer(init, update, hyper)
-
-
-def live(*, lr: Value, beta1: Value, beta2: Value, eps: Value, weight_decay: Value) -> dict[str, Value]:
-    """The hyperparameters that Adam reads: without weight decay's where that is off."""
-    hyper: dict[str, Value] = {"lr": lr, "beta1": beta1, "beta2": beta2, "eps": eps}
-    if not is_off(weight_decay):
-        hyper["weight_decay"] = weight_decay
-    return hyper
+    return per_parameter(hyper, init, update, maximize)

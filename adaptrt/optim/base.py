@@ -1,7 +1,7 @@
 """What an optimiser is: two pure functions, and the hyperparameters they read.
 
-`update` sees one parameter at a time, by name, and decides nothing by the value of a tensor. So the same function runs eagerly,
-under `torch.func.vmap` over tasks, and while a graph is captured with fake tensors; and its derivative is the meta-gradient.
+`update` is out of place and decides nothing by the value of a tensor. So the same function runs eagerly, under `torch.func.vmap` over
+tasks, and while a graph is captured with fake tensors; and its derivative is the meta-gradient.
 
 Known limits: bias corrections are formed in float64, which MPS devices do not have.
 """
@@ -23,14 +23,31 @@ Params: TypeAlias = Mapping[str, Tensor]
 """Tensors by parameter name."""
 
 Number: TypeAlias = float | Tensor
-Value: TypeAlias = Number | Mapping[str, Number]
-"""A hyperparameter: one number for all parameters, or one for each parameter by name."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Schedule:
+    """A hyperparameter as a function of the step; made by `schedule` and `per_step`.
+
+    Attributes:
+      fn: (step, **numbers) -> a number, or one for each parameter by name. `step` is a 0-dim float64 tensor, 0 at the first step.
+      numbers: what `fn` reads besides the step. They are hyperparameters: floats, tensors of any shape, or mappings of those.
+    """
+
+    fn: Callable[..., Any]
+    numbers: Mapping[str, Any]
+
+
+Value: TypeAlias = Number | Mapping[str, Number] | Schedule
+"""A hyperparameter: one number for all parameters, one for each parameter by name, or a function of the step."""
 
 # Both are trees, and each optimiser knows the exact type of its own; a union here would only force casts on everyone.
 State: TypeAlias = Any
-"""A tree of dict, tuple, NamedTuple and None with tensors as leaves."""
+"""A tree of dict, tuple and NamedTuple with tensors as leaves."""
+Absent: TypeAlias = tuple[()]
+"""What stands in a state for a tensor that is not needed: a tree without leaves, which `torch.func.vmap` returns where it refuses None."""
 Hyper: TypeAlias = Any
-"""`Mapping[str, Value]` for one optimiser; a tuple of those for `chain`, a dict of those by label for `partition`."""
+"""`Mapping[str, Value]` for the optimisers here; a tuple of those for `chain`, a dict of those by label for `partition`."""
 
 
 def _nothing() -> dict[str, Value]:
@@ -45,13 +62,15 @@ class Optimizer:
       init: params -> state. Fresh zeros on the device and of the dtype of each parameter; reads shapes only.
       update: (grads, state, params, hyper) -> (new params, new state), out of place. `grads` may lack a parameter that the loss
         does not use: the parameter and its state then pass through, as `torch.optim` skips `grad is None`.
-      hyper: the hyperparameters as given to the constructor; `update` reads those it is handed, which have the same tree. A leaf is a
-        float, a 0-dim tensor, or, in a mapping by parameter name, also a tensor of the parameter's shape.
+      hyper: the hyperparameters as given to the constructor; `update` reads those it is handed, which have the same tree. Leaves are floats
+        and tensors; the optimisers here take a 0-dim tensor, or, in a mapping by parameter name, also one of the parameter's shape.
+      updates_per_step: how many updates, each with a gradient of its own, make one step. One, but for L-BFGS.
     """
 
     init: Callable[[Params], State]
     update: Callable[[Params, State, Params, Hyper], tuple[dict[str, Tensor], State]]
     hyper: Hyper = field(default_factory=_nothing)
+    updates_per_step: int = 1
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -81,6 +100,8 @@ def at(value: Value, name: str) -> Number:
     Raises:
       InvalidArgument: `value` is a mapping without that name.
     """
+    if isinstance(value, Schedule):
+        raise InvalidArgument("A schedule was given to an optimiser that was built without one. Build it anew with the schedule.")
     if not isinstance(value, Mapping):
         return value
     if name not in value:
@@ -140,6 +161,20 @@ def check_grads(grads: Params, params: Params) -> None:
             raise OptimizerMismatch(f"grads['{name}'] must have the parameter's shape {list(params[name].shape)}, got {list(grad.shape)}.")
 
 
+def smaller(a: Number, b: Number) -> Number:
+    """The smaller of two numbers of either kind; where they are equal, the derivative is that of the first tensor."""
+    if isinstance(a, Tensor):
+        return torch.clamp(a, max=cast(Any, b))
+    return torch.clamp(b, max=a) if isinstance(b, Tensor) else min(a, b)
+
+
+def larger(a: Number, b: Number) -> Number:
+    """The larger of two numbers of either kind; where they are equal, the derivative is that of the first tensor."""
+    if isinstance(a, Tensor):
+        return torch.clamp(a, min=cast(Any, b))
+    return torch.clamp(b, min=a) if isinstance(b, Tensor) else max(a, b)
+
+
 # --- checking hyperparameters when an optimiser is made
 
 
@@ -151,12 +186,14 @@ def is_off(value: object) -> bool:
 def checked(key: str, value: Value, low: float = 0.0, below: float | None = None) -> Value:
     """`value` with plain floats and 0-dim tensors, after checking type, shape and, for Python numbers, low <= value < below.
 
-    The values of tensors are not looked at: they may be fake, or change before they are used.
+    The values of tensors are not looked at: they may be fake, or change before they are used. Nor are schedules.
 
     Raises:
       InvalidType: not a number, floating-point tensor or mapping of those.
       InvalidArgument: out of the domain, or a tensor with axes that is not an entry of a mapping.
     """
+    if isinstance(value, Schedule):
+        return value
     if isinstance(value, Mapping):
         return {name: _checked_number(f"{key}['{name}']", entry, low, below) for name, entry in value.items()}
     number = _checked_number(key, value, low, below)
@@ -191,6 +228,8 @@ def scalar(hyper: Mapping[str, Value], key: str) -> Number:
       InvalidArgument: a mapping by parameter name was given.
     """
     value = hyper[key]
+    if isinstance(value, Schedule):
+        raise InvalidArgument(f"{key} of a transform cannot be a schedule.")
     if isinstance(value, Mapping):
         raise InvalidArgument(f"{key} is one number for all parameters together, got a mapping of {sorted(cast('Params', value))}.")
     return value

@@ -11,33 +11,34 @@ has matters: a parameter with a momentum buffer gets step count 1.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, NamedTuple, TypeAlias, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from adaptrt.errors import OptimizerMismatch, UnsupportedOptimizer
+from adaptrt.optim.adadelta import adadelta
+from adaptrt.optim.adafactor import adafactor
+from adaptrt.optim.adagrad import adagrad
 from adaptrt.optim.adam import adam, adamw
-from adaptrt.optim.adam import live as live_in_adam
-from adaptrt.optim.base import Hyper, Number, Optimizer, Params, State, Value, at, is_off
-from adaptrt.optim.sgd import live as live_in_sgd
+from adaptrt.optim.adamax import adamax
+from adaptrt.optim.asgd import asgd
+from adaptrt.optim.base import Hyper, Optimizer, Params, Schedule, State, at, is_off
+from adaptrt.optim.lbfgs import LBFGSState, lbfgs
+from adaptrt.optim.muon import muon
+from adaptrt.optim.nadam import nadam
+from adaptrt.optim.radam import radam
+from adaptrt.optim.rmsprop import rmsprop
+from adaptrt.optim.rprop import rprop
+from adaptrt.optim.schedule import ScheduledState
 from adaptrt.optim.sgd import sgd
 from adaptrt.optim.transforms import partition
 
 Settings: TypeAlias = Mapping[str, Any]
 """One entry of `param_groups`."""
-
-
-class Flags(NamedTuple):
-    """What of a group is structure, besides which numbers are on."""
-
-    nesterov: bool = False
-    maximize: bool = False
-    amsgrad: bool = False
-    decoupled: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +52,30 @@ class Group:
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How to read one class of `torch.optim`."""
+    """How to read one class of `torch.optim`.
+
+    Attributes:
+      name: of the pure counterpart.
+      make: the pure counterpart, whose arguments are named as in `param_groups`.
+      numbers: the settings that are numbers, or tuples of numbers: inputs of a program.
+      flags: those that are constants of it.
+      adjust: from settings to flags that differ from them.
+    """
 
     name: str
-    values: Callable[[Group], dict[str, Value]]
-    live: Callable[..., dict[str, Value]]
-    flags: Callable[[Settings], Flags]
-    build: Callable[[dict[str, Value], Flags], Optimizer]
+    make: Callable[..., Optimizer]
+    numbers: tuple[str, ...]
+    flags: tuple[str, ...] = ("maximize",)
+    adjust: Callable[[Settings], dict[str, Any]] = lambda settings: {}
+
+    def constants(self, settings: Settings) -> dict[str, Any]:
+        """Flags by name. Settings that a version of PyTorch does not have are left to their defaults."""
+        found = {flag: settings[flag] for flag in self.flags if flag in settings} | self.adjust(settings)
+        return {flag: tuple(cast("list[Any]", value)) if isinstance(value, list) else value for flag, value in found.items()}
+
+    def build(self, group: Group) -> Optimizer:
+        numbers = {key: _value(group, group.settings[key]) for key in self.numbers}
+        return self.make(**numbers, **self.constants(group.settings))
 
 
 def convert(opt: torch.optim.Optimizer, params: Params) -> Optimizer:
@@ -79,7 +97,7 @@ def convert(opt: torch.optim.Optimizer, params: Params) -> Optimizer:
       {'lr': 0.1}
     """
     family, groups = _family(opt), _groups(opt, params)
-    built = {group.label: family.build(family.values(group), family.flags(group.settings)) for group in groups}
+    built = {group.label: family.build(group) for group in groups}
     if len(groups) == 1:
         return built[groups[0].label]
     return partition(built, {name: group.label for group in groups for name in group.names})
@@ -92,7 +110,7 @@ def read_hyper(opt: torch.optim.Optimizer, params: Params) -> Hyper:
       UnsupportedOptimizer, OptimizerMismatch: as `convert`.
     """
     family, groups = _family(opt), _groups(opt, params)
-    hyper = {group.label: family.live(**family.values(group)) for group in groups}
+    hyper = {group.label: family.build(group).hyper for group in groups}
     return hyper[groups[0].label] if len(groups) == 1 else hyper
 
 
@@ -109,13 +127,7 @@ def read_state(opt: torch.optim.Optimizer, params: Params) -> State:
     state: dict[str, State] = {}
     for group in groups:
         own = {name: params[name] for name in group.names}
-        fresh = family.build(family.values(group), family.flags(group.settings)).init(own)
-        # The fields of our states are named as torch.optim names its own.
-        fields = {
-            key: {name: _kept(opt.state.get(own[name]), key, name, zero) for name, zero in zeros.items()}
-            for key, zeros in cast("dict[str, dict[str, Tensor]]", fresh._asdict()).items()
-        }
-        state[group.label] = fresh._replace(**fields)
+        state[group.label] = _read(opt, own, family.build(group).init(own))
     return state[groups[0].label] if len(groups) == 1 else state
 
 
@@ -130,10 +142,10 @@ def fingerprint(opt: torch.optim.Optimizer, params: Params) -> Hashable:
     family, groups = _family(opt), _groups(opt, params)
     parts: list[Hashable] = []
     for group in groups:
-        hyper = family.live(**family.values(group))
-        on = tuple((key, isinstance(value, Mapping)) for key, value in hyper.items())
+        hyper = family.build(group).hyper
+        on = tuple((key, _kind(value)) for key, value in hyper.items())
         label = group.label if len(groups) > 1 else None
-        parts.append((label, family.flags(group.settings), on, tuple(group.names)))
+        parts.append((label, tuple(family.constants(group.settings).items()), on, tuple(group.names)))
     return family.name, tuple(parts)
 
 
@@ -170,61 +182,43 @@ def _groups(opt: torch.optim.Optimizer, params: Params) -> list[Group]:
 # --- numbers, flags and state of one group
 
 
-def _value(group: Group, value: Value) -> Value:
+def _value(group: Group, value: Any) -> Any:
     if type(value) is float:  # nearly always, and this is on the path of every call
         return value
+    if isinstance(value, tuple | list):
+        return tuple([_value(group, entry) for entry in cast("Sequence[Any]", value)])
     if isinstance(value, Mapping):
-        return {name: _number(at(value, name)) for name in group.names}
+        return {name: _number(at(cast("Mapping[str, Any]", value), name)) for name in group.names}
     return _number(value)
 
 
-def _number(value: Number) -> Number:
+def _number(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.reshape(()) if value.dim() and value.numel() == 1 else value
     return float(value) if isinstance(value, Real) else value
 
 
-def _sgd_values(group: Group) -> dict[str, Value]:
-    settings = group.settings
-    return {key: _value(group, settings[key]) for key in ("lr", "momentum", "dampening", "weight_decay")}
+def _kind(value: Any) -> Hashable:
+    return value.fn if isinstance(value, Schedule) else isinstance(value, Mapping)
 
 
-def _sgd_flags(settings: Settings) -> Flags:
-    # SGD looks at nesterov only where momentum is on, and momentum may have been set to zero after construction.
-    return Flags(nesterov=bool(settings["nesterov"]) and not is_off(settings["momentum"]), maximize=bool(settings["maximize"]))
-
-
-def _build_sgd(values: dict[str, Value], flags: Flags) -> Optimizer:
-    return sgd(**values, nesterov=flags.nesterov, maximize=flags.maximize)
-
-
-def _adam_values(group: Group) -> dict[str, Value]:
-    settings = group.settings
-    beta1, beta2 = settings["betas"]
+def _read(opt: torch.optim.Optimizer, params: Params, fresh: State) -> State:
+    """The state in `opt`, in the tree of `fresh`."""
+    if isinstance(fresh, ScheduledState):  # schedules begin with the unroll
+        return fresh._replace(state=_read(opt, params, fresh.state))
+    if isinstance(fresh, LBFGSState):
+        return _read_lbfgs(opt, params, fresh)
+    # The fields of our states are named as torch.optim names its own.
     return {
-        "lr": _value(group, settings["lr"]),
-        "beta1": _value(group, beta1),
-        "beta2": _value(group, beta2),
-        "eps": _value(group, settings["eps"]),
-        "weight_decay": _value(group, settings["weight_decay"]),
+        name: zeros._replace(
+            **{
+                key: _kept(opt.state.get(params[name]), key, name, zero)
+                for key, zero in zeros._asdict().items()
+                if isinstance(zero, Tensor)
+            }
+        )
+        for name, zeros in fresh.items()
     }
-
-
-def _adam_flags(settings: Settings) -> Flags:
-    # AdamW is Adam with this setting, and in either class the step goes by the setting.
-    decoupled = bool(settings["decoupled_weight_decay"]) and not is_off(settings["weight_decay"])
-    return Flags(maximize=bool(settings["maximize"]), amsgrad=bool(settings["amsgrad"]), decoupled=decoupled)
-
-
-def _build_adam(values: dict[str, Value], flags: Flags) -> Optimizer:
-    return (adamw if flags.decoupled else adam)(
-        lr=values["lr"],
-        betas=(values["beta1"], values["beta2"]),
-        eps=values["eps"],
-        weight_decay=values["weight_decay"],
-        amsgrad=flags.amsgrad,
-        maximize=flags.maximize,
-    )
 
 
 def _kept(entry: Mapping[str, Any] | None, key: str, name: str, zero: Tensor) -> Tensor:
@@ -247,11 +241,81 @@ def _kept(entry: Mapping[str, Any] | None, key: str, name: str, zero: Tensor) ->
     return value.reshape(zero.shape).to(device=zero.device, dtype=zero.dtype, copy=True)
 
 
-_ADAM = Family("adam", _adam_values, live_in_adam, _adam_flags, _build_adam)
+def _lbfgs(settings: Settings) -> dict[str, Any]:
+    if settings["line_search_fn"] is not None or settings["tolerance_grad"] or settings["tolerance_change"]:
+        raise UnsupportedOptimizer(
+            "LBFGS must make a fixed number of iterations: pass tolerance_grad=0, tolerance_change=0 and line_search_fn=None to it, got "
+            f"{settings['tolerance_grad']}, {settings['tolerance_change']} and {settings['line_search_fn']!r}."
+        )
+    # One evaluation comes before the first iteration and, but for the last, one after each.
+    return {"max_iter": min(settings["max_iter"], max(1, settings["max_eval"] - 1))}
+
+
+def _read_lbfgs(opt: torch.optim.Optimizer, params: Params, fresh: LBFGSState) -> LBFGSState:
+    """PyTorch keeps one state for all parameters, under the first of them, and as vectors in their order."""
+    held = opt.param_groups[0]["params"]
+    entry = opt.state.get(held[0], {})
+    if not entry.get("n_iter"):
+        return fresh
+    if {id(p) for p in held} != {id(p) for p in params.values()}:
+        raise OptimizerMismatch(
+            f"The state of LBFGS is of {len(held)} parameters together, of which {len(params)} adapt. Adapt all, or clear opt.state."
+        )
+    size = sum(p.numel() for p in held)
+    if len(entry["prev_flat_grad"]) != size:
+        raise OptimizerMismatch(
+            f"The state of LBFGS must have {size} elements, got {len(entry['prev_flat_grad'])}. Load the matching checkpoint or clear "
+            "opt.state."
+        )
+    places = dict(zip(map(id, held), torch.split(torch.arange(size), [p.numel() for p in held]), strict=True))
+    order = torch.cat([places[id(p)] for p in params.values()])
+
+    def rows(vectors: Sequence[Tensor], zeros: Tensor) -> Tensor:
+        found = [vector.detach()[order].to(zeros) for vector in vectors[-len(zeros) :]]
+        return torch.cat([zeros[len(found) :], torch.stack(found)]) if found else zeros
+
+    return LBFGSState(
+        n_iter=torch.as_tensor(entry["n_iter"]).to(fresh.n_iter),
+        prev_flat_grad=entry["prev_flat_grad"].detach()[order].to(fresh.prev_flat_grad),
+        prev_step=(entry["d"] * entry["t"]).detach()[order].to(fresh.prev_step),
+        old_dirs=rows(entry["old_dirs"], fresh.old_dirs),
+        old_stps=rows(entry["old_stps"], fresh.old_stps),
+    )
+
+
+def _nesterov(settings: Settings) -> dict[str, Any]:
+    # SGD looks at nesterov only where momentum is on, and momentum may have been set to zero after construction.
+    return {"nesterov": bool(settings["nesterov"]) and not is_off(settings["momentum"])}
+
+
+def _decoupled(settings: Settings) -> dict[str, Any]:
+    # AdamW is Adam with this setting, and in either class the step goes by the setting; it matters where there is a decay.
+    return {"decoupled_weight_decay": bool(settings["decoupled_weight_decay"]) and not is_off(settings["weight_decay"])}
+
+
+def _adam_or_adamw(decoupled_weight_decay: bool, **settings: Any) -> Optimizer:
+    return (adamw if decoupled_weight_decay else adam)(**settings)
+
+
+_MOMENTS = ("lr", "betas", "eps", "weight_decay")
+_ADAM = Family("adam", _adam_or_adamw, _MOMENTS, ("amsgrad", "maximize"), _decoupled)
 _FAMILIES: dict[type[torch.optim.Optimizer], Family] = {
-    torch.optim.SGD: Family("sgd", _sgd_values, live_in_sgd, _sgd_flags, _build_sgd),
+    torch.optim.SGD: Family("sgd", sgd, ("lr", "momentum", "dampening", "weight_decay"), adjust=_nesterov),
     torch.optim.Adam: _ADAM,
     torch.optim.AdamW: _ADAM,
+    torch.optim.Adamax: Family("adamax", adamax, _MOMENTS),
+    torch.optim.NAdam: Family("nadam", nadam, (*_MOMENTS, "momentum_decay"), adjust=_decoupled),
+    torch.optim.RAdam: Family("radam", radam, _MOMENTS, adjust=_decoupled),
+    torch.optim.Adagrad: Family("adagrad", adagrad, ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps")),
+    torch.optim.Adadelta: Family("adadelta", adadelta, ("lr", "rho", "eps", "weight_decay")),
+    torch.optim.ASGD: Family("asgd", asgd, ("lr", "lambd", "alpha", "t0", "weight_decay")),
+    torch.optim.RMSprop: Family("rmsprop", rmsprop, ("lr", "alpha", "eps", "weight_decay", "momentum"), ("centered", "maximize")),
+    torch.optim.Rprop: Family("rprop", rprop, ("lr", "etas", "step_sizes")),
+    torch.optim.Adafactor: Family("adafactor", adafactor, ("lr", "beta2_decay", "eps", "d", "weight_decay")),
+    torch.optim.Muon: Family(
+        "muon", muon, ("lr", "weight_decay", "momentum", "eps"), ("nesterov", "ns_coefficients", "ns_steps", "adjust_lr_fn")
+    ),
+    torch.optim.LBFGS: Family("lbfgs", lbfgs, ("lr",), ("max_iter", "history_size", "maximize"), _lbfgs),
 }
 
 SUPPORTED: tuple[str, ...] = tuple(kind.__name__ for kind in _FAMILIES)

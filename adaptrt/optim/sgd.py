@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from adaptrt.errors import InvalidArgument
-from adaptrt.optim.base import Optimizer, Params, Value, check_grads, checked, fit, is_off, read
+from adaptrt.optim.base import Absent, Optimizer, Value, checked, fit, is_off
+from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
 class SGDState(NamedTuple):
-    """Both empty where momentum is off."""
+    """Of one parameter; both absent where momentum is off."""
 
-    momentum_buffer: dict[str, Tensor]
-    step: dict[str, Tensor]
-    """0-dim int64. Only zero or not matters: the first step of each parameter starts its buffer."""
+    momentum_buffer: Tensor | Absent
+    step: Tensor | Absent
+    """0-dim int64. Only zero or not matters: the first step starts the buffer."""
 
 
 def sgd(
@@ -62,50 +62,30 @@ def sgd(
       >>> new["w"]
       tensor([0., 2.])
     """
-    hyper = live(
-        lr=checked("lr", lr),
-        momentum=checked("momentum", momentum),
-        dampening=checked("dampening", dampening, low=float("-inf")),
-        weight_decay=checked("weight_decay", weight_decay),
-    )
-    if nesterov and ("momentum" not in hyper or not is_off(dampening)):
+    hyper: dict[str, Value] = {"lr": checked("lr", lr)}
+    with_momentum, with_decay = not is_off(momentum), not is_off(weight_decay)
+    if with_momentum:
+        hyper["momentum"] = checked("momentum", momentum)
+        hyper["dampening"] = checked("dampening", dampening, low=float("-inf"))
+    if with_decay:
+        hyper["weight_decay"] = checked("weight_decay", weight_decay)
+    if nesterov and not (with_momentum and is_off(dampening)):
         raise InvalidArgument(f"nesterov=True needs a momentum and zero dampening, got momentum={momentum}, dampening={dampening}.")
-    with_momentum, with_decay = "momentum" in hyper, "weight_decay" in hyper
 
-    def init(params: Params) -> SGDState:
+    def init(p: Tensor) -> SGDState:
         if not with_momentum:
-            return SGDState({}, {})
-        return SGDState(
-            momentum_buffer={name: torch.zeros_like(p) for name, p in params.items()},
-            step={name: torch.zeros((), dtype=torch.int64, device=p.device) for name, p in params.items()},
-        )
+            return SGDState((), ())
+        return SGDState(torch.zeros_like(p), torch.zeros((), dtype=torch.int64, device=p.device))
 
-    def update(grads: Params, state: SGDState, params: Params, hyper: Mapping[str, Value]) -> tuple[dict[str, Tensor], SGDState]:
-        check_grads(grads, params)
-        new, buffers, steps = dict(params), dict(state.momentum_buffer), dict(state.step)
-        for name, grad in grads.items():
-            p = params[name]
-            g = -grad if maximize else grad
-            if with_decay:
-                g = g + p * fit(read(hyper, "weight_decay", name, p), p)
-            if with_momentum:
-                mu = fit(read(hyper, "momentum", name, p), p)
-                kept = fit(1 - read(hyper, "dampening", name, p), p)
-                # Not a zero buffer plus (1 - dampening) * g: torch.optim.SGD starts the buffer with the undamped gradient.
-                buffer = torch.where(steps[name] == 0, g, buffers[name] * mu + g * kept)
-                g = g + buffer * mu if nesterov else buffer
-                buffers[name], steps[name] = buffer, steps[name] + 1
-            new[name] = p - g * fit(read(hyper, "lr", name, p), p)
-        return new, SGDState(buffers, steps)
+    def update(p: Tensor, g: Tensor, state: SGDState, h: Numbers) -> tuple[Tensor, SGDState]:
+        if with_decay:
+            g = g + p * fit(h["weight_decay"], p)
+        if isinstance(state.momentum_buffer, Tensor) and isinstance(state.step, Tensor):
+            mu, kept = fit(h["momentum"], p), fit(1 - h["dampening"], p)
+            # Not a zero buffer plus (1 - dampening) * g: torch.optim.SGD starts the buffer with the undamped gradient.
+            buffer = torch.where(state.step == 0, g, state.momentum_buffer * mu + g * kept)
+            g = g + buffer * mu if nesterov else buffer
+            state = SGDState(buffer, state.step + 1)
+        return p - g * fit(h["lr"], p), state
 
-    return Optimizer(init, update, hyper)
-
-
-def live(*, lr: Value, momentum: Value, dampening: Value, weight_decay: Value) -> dict[str, Value]:
-    """The hyperparameters that SGD reads: without those of the terms that are off."""
-    hyper: dict[str, Value] = {"lr": lr}
-    if not is_off(momentum):
-        hyper["momentum"], hyper["dampening"] = momentum, dampening
-    if not is_off(weight_decay):
-        hyper["weight_decay"] = weight_decay
-    return hyper
+    return per_parameter(hyper, init, update, maximize)

@@ -67,7 +67,9 @@ def chain(*parts: Transform | Optimizer) -> Optimizer:
                 updates = result
         return new | {name: params[name] + step for name, step in updates.items()}, tuple(states)
 
-    return Optimizer(init, update, tuple(part.hyper for part in parts))
+    optimizer = parts[middle]
+    assert isinstance(optimizer, Optimizer)
+    return Optimizer(init, update, tuple(part.hyper for part in parts), optimizer.updates_per_step)
 
 
 def clip_by_global_norm(max_norm: Value, eps: Value = 1e-6) -> Transform:
@@ -153,7 +155,8 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Mapping[str, str]) ->
       An optimiser whose `hyper` and state are dicts by label.
 
     Raises:
-      InvalidArgument: a label that no optimiser has; or, from `init` and `update`, a parameter without a label.
+      InvalidArgument: a label that no optimiser has, or optimisers with unequal `updates_per_step`; or, from `init` and `update`, a
+        parameter without a label.
 
     Example:
       >>> from adaptrt.optim import adam, sgd
@@ -193,7 +196,10 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Mapping[str, str]) ->
             new.update(part)
         return new, states
 
-    return Optimizer(init, update, {label: optimizer.hyper for label, optimizer in optimizers.items()})
+    counts = {label: optimizer.updates_per_step for label, optimizer in optimizers.items()}
+    if len(set(counts.values())) > 1:
+        raise InvalidArgument(f"The optimisers of a partition must make equally many updates a step, got {counts}.")
+    return Optimizer(init, update, {label: optimizer.hyper for label, optimizer in optimizers.items()}, next(iter(counts.values()), 1))
 
 
 def _check_part(part: object) -> None:

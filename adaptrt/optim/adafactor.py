@@ -1,0 +1,123 @@
+"""Adafactor, with the arithmetic of `torch.optim.Adafactor`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adaptrt.errors import InvalidArgument
+from adaptrt.optim.base import Absent, Optimizer, Value, checked, double, fit, is_off, larger, safe_sqrt, smaller
+from adaptrt.optim.per_parameter import Numbers, per_parameter
+
+
+class AdafactorState(NamedTuple):
+    """Of one parameter of shape [..., R, C], or with fewer than two axes."""
+
+    step: Tensor
+    """0-dim int64."""
+    row_var: Tensor | Absent
+    """[..., R, 1]; absent with fewer than two axes."""
+    col_var: Tensor | Absent
+    """[..., 1, C]; absent with fewer than two axes."""
+    variance: Tensor | Absent
+    """The parameter's shape; absent with two axes or more."""
+
+
+def adafactor(
+    lr: Value = 1e-2,
+    beta2_decay: Value = -0.8,
+    eps: tuple[Value | None, Value] = (None, 1e-3),
+    d: Value = 1.0,
+    weight_decay: Value = 0.0,
+    maximize: bool = False,
+) -> Optimizer:
+    """Adaptive steps whose second moments are kept as rows and columns (Shazeer & Stern 2018, arXiv 1804.04235).
+
+    For each parameter p with gradient g of one shape, at its t-th step, rms(x) being sqrt(mean(x**2)):
+
+        alpha = max(eps2, rms(p)) * min(lr, 1 / sqrt(t))    # -g first, if maximize
+        p = (1 - lr * weight_decay) * p
+        b = t**beta2_decay
+        row = (1 - b) * row + b * mean(g**2, -1, keepdim=True)
+        col = (1 - b) * col + b * mean(g**2, -2, keepdim=True)
+        v = row @ col / max(mean(row, -2, keepdim=True), eps1)  # with fewer than two axes v = (1 - b) * v + b * g**2
+        u = g / sqrt(max(v, eps1**2))
+        p = p - alpha / max(1, rms(u) / d) * u
+
+    Meta-gradients at kinks. rms(x) has derivative 0 at x = 0. Where the two arguments of max or min are equal, the derivative is that of
+    the data-dependent one (rms(p), v, row, rms(u); 1 / sqrt(t) in the minimum). Elsewhere they are exact. v >= eps1**2, so zero gradients
+    divide nothing by zero unless eps1 = 0.
+
+    Numbers may be of the same kinds as in `sgd`; only `lr` and `weight_decay` may have a value for each element. They are named `lr`,
+    `beta2_decay`, `eps1`, `eps2`, `d` and `weight_decay` in `hyper`.
+
+    Args:
+      lr: largest relative step size, >= 0.
+      beta2_decay: power with which the weight of new squares falls, <= 0.
+      eps: floors of the root of the second moment (None: the machine epsilon of the parameter's dtype) and of rms(p), each >= 0.
+      d: largest rms of an update that is not scaled down, >= 1.
+      weight_decay: decoupled decay, >= 0. The Python number 0 removes the term and its name from `hyper`.
+      maximize: ascend.
+
+    Raises:
+      InvalidArgument: a number outside its domain, or a tensor of several elements outside a mapping.
+      InvalidType: an argument that is no number.
+
+    Example:
+      >>> opt = adafactor(lr=0.1)
+      >>> params = {"w": torch.tensor([1.0, 1.0])}
+      >>> new, state = opt.update({"w": torch.tensor([3.0, -0.5])}, opt.init(params), params, opt.hyper)
+      >>> new["w"]
+      tensor([0.9000, 1.1000])
+    """
+    hyper = {
+        "lr": checked("lr", lr),
+        "beta2_decay": checked("beta2_decay", beta2_decay, low=float("-inf")),
+        "eps2": checked("eps[1]", eps[1]),
+        "d": checked("d", d, low=1.0),
+    }
+    if isinstance(beta2_decay, float | int) and beta2_decay > 0:
+        raise InvalidArgument(f"beta2_decay must be at most 0, got {beta2_decay}.")
+    if eps[0] is not None:
+        hyper["eps1"] = checked("eps[0]", eps[0])
+    with_decay = not is_off(weight_decay)
+    if with_decay:
+        hyper["weight_decay"] = checked("weight_decay", weight_decay)
+
+    def init(p: Tensor) -> AdafactorState:
+        step = torch.zeros((), dtype=torch.int64, device=p.device)
+        if p.dim() < 2:
+            return AdafactorState(step, (), (), torch.zeros_like(p))
+        rows, columns = p.narrow(-1, 0, min(1, p.shape[-1])), p.narrow(-2, 0, min(1, p.shape[-2]))
+        return AdafactorState(step, torch.zeros_like(rows), torch.zeros_like(columns), ())
+
+    def update(p: Tensor, g: Tensor, state: AdafactorState, h: Numbers) -> tuple[Tensor, AdafactorState]:
+        step = state.step + 1
+        if not p.numel():
+            return p, state._replace(step=step)
+        t = step.to(torch.float64)
+        lr = double(h["lr"])
+        eps1 = h.get("eps1", torch.finfo(p.dtype).eps)
+        alpha = larger(_rms(p), fit(h["eps2"], p)) * fit(smaller(t**-0.5, lr), p)
+        if with_decay:
+            p = p * fit(1 - lr * double(h["weight_decay"]), p)
+        new = fit(t ** double(h["beta2_decay"]), p)
+        row, col, v = state.row_var, state.col_var, state.variance
+        if isinstance(row, Tensor) and isinstance(col, Tensor):
+            row = row + ((g * g).mean(-1, keepdim=True) - row) * new
+            col = col + ((g * g).mean(-2, keepdim=True) - col) * new
+            estimate = row * col / larger(row.mean(-2, keepdim=True), fit(eps1, p))
+        else:
+            assert isinstance(v, Tensor)
+            estimate = v = v + (g * g - v) * new
+        u = torch.rsqrt(torch.as_tensor(larger(estimate, fit(eps1 * eps1, p)))) * g
+        p = p - u * (alpha / larger(_rms(u) / fit(h["d"], p), 1.0))
+        return p, AdafactorState(step, row, col, v)
+
+    return per_parameter(hyper, init, update, maximize, scalar=("beta2_decay", "eps1", "eps2", "d"))
+
+
+def _rms(x: Tensor) -> Tensor:
+    return safe_sqrt((x * x).mean())

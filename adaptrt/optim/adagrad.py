@@ -1,0 +1,86 @@
+"""Adagrad, with the arithmetic of `torch.optim.Adagrad`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adaptrt.optim.base import Optimizer, Value, checked, double, fit, is_off, safe_sqrt
+from adaptrt.optim.per_parameter import Numbers, per_parameter
+
+
+class AdagradState(NamedTuple):
+    """Of one parameter."""
+
+    step: Tensor
+    """0-dim int64."""
+    sum: Tensor
+    """Of squared gradients, with the parameter's shape; zero before the first step, which starts it."""
+
+
+def adagrad(
+    lr: Value = 1e-2,
+    lr_decay: Value = 0.0,
+    weight_decay: Value = 0.0,
+    initial_accumulator_value: Value = 0.0,
+    eps: Value = 1e-10,
+    maximize: bool = False,
+) -> Optimizer:
+    """Steps divided by the root of the sum of squared gradients (Duchi et al. 2011, JMLR 12).
+
+    For each parameter p with gradient g, all of one shape, at its t-th step, s being `initial_accumulator_value` before the first:
+
+        g = g + weight_decay * p                            # -g first, if maximize
+        s = s + g**2
+        p = p - lr / (1 + (t - 1) * lr_decay) * g / (sqrt(s) + eps)
+
+    Meta-gradients at kinks. The derivative of sqrt at s = 0 is taken as 0; s = 0 means that g = 0, where the derivative of
+    g / (sqrt(s) + eps) along g is 1 / eps, as found. With eps = 0 the update there is 0 / 0, as in PyTorch.
+
+    Numbers may be of the same kinds as in `sgd`, and have their arguments' names in `hyper`.
+
+    Args:
+      lr: step size, >= 0.
+      lr_decay: how fast the step size falls, >= 0.
+      weight_decay: L2 penalty's factor, >= 0. The Python number 0 removes the term and its name from `hyper`.
+      initial_accumulator_value: where the sum starts, >= 0.
+      eps: added to the denominator, >= 0.
+      maximize: ascend.
+
+    Raises:
+      InvalidArgument: a number outside its domain, or a tensor of several elements outside a mapping.
+      InvalidType: an argument that is no number.
+
+    Example:
+      >>> opt = adagrad(lr=0.1)
+      >>> params = {"w": torch.tensor([1.0, 1.0])}
+      >>> new, state = opt.update({"w": torch.tensor([3.0, -0.5])}, opt.init(params), params, opt.hyper)
+      >>> new["w"]
+      tensor([0.9000, 1.1000])
+    """
+    hyper = {
+        "lr": checked("lr", lr),
+        "lr_decay": checked("lr_decay", lr_decay),
+        "initial_accumulator_value": checked("initial_accumulator_value", initial_accumulator_value),
+        "eps": checked("eps", eps),
+    }
+    with_decay = not is_off(weight_decay)
+    if with_decay:
+        hyper["weight_decay"] = checked("weight_decay", weight_decay)
+
+    def init(p: Tensor) -> AdagradState:
+        return AdagradState(torch.zeros((), dtype=torch.int64, device=p.device), torch.zeros_like(p))
+
+    def update(p: Tensor, g: Tensor, state: AdagradState, h: Numbers) -> tuple[Tensor, AdagradState]:
+        if with_decay:
+            g = g + p * fit(h["weight_decay"], p)
+        # The state cannot start with a number that is an input of the update.
+        start = torch.where(state.step == 0, fit(h["initial_accumulator_value"], p), state.sum)
+        total = start + g * g
+        rate = double(h["lr"]) / (1 + state.step.to(torch.float64) * double(h["lr_decay"]))
+        p = p - g / (safe_sqrt(total) + fit(h["eps"], p)) * fit(rate, p)
+        return p, AdagradState(state.step + 1, total)
+
+    return per_parameter(hyper, init, update, maximize)

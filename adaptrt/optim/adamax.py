@@ -1,0 +1,86 @@
+"""Adamax, with the arithmetic of `torch.optim.Adamax`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adaptrt.optim.base import Optimizer, Value, checked, double, fit, is_off
+from adaptrt.optim.per_parameter import Numbers, per_parameter
+
+
+class AdamaxState(NamedTuple):
+    """Of one parameter, with its shape and dtype unless noted."""
+
+    step: Tensor
+    """0-dim int64."""
+    exp_avg: Tensor
+    exp_inf: Tensor
+
+
+def adamax(
+    lr: Value = 2e-3,
+    betas: tuple[Value, Value] = (0.9, 0.999),
+    eps: Value = 1e-8,
+    weight_decay: Value = 0.0,
+    maximize: bool = False,
+) -> Optimizer:
+    """Adam with the infinity norm of past gradients (Kingma & Ba 2015, arXiv 1412.6980, section 7.1).
+
+    For each parameter p with gradient g, all of one shape, at its t-th step:
+
+        g = g + weight_decay * p                            # -g first, if maximize
+        m = beta1 * m + (1 - beta1) * g
+        u = max(beta2 * u, |g| + eps)
+        p = p - lr / (1 - beta1**t) * m / u
+
+    Meta-gradients at kinks. |g| has slope 0 at g = 0. Where the two arguments of max are equal, each gets half the derivative. Elsewhere
+    they are exact. u >= eps, so nothing is divided by zero where eps > 0; with eps = 0 and zero gradients the update is 0 / 0, as in
+    PyTorch.
+
+    Numbers may be of the same kinds as in `sgd`. They are named `lr`, `beta1`, `beta2`, `eps` and `weight_decay` in `hyper`.
+
+    Args:
+      lr: step size, >= 0.
+      betas: decay of the mean of gradients and of their norm, each in [0, 1).
+      eps: added to |g|, >= 0.
+      weight_decay: L2 penalty's factor, >= 0. The Python number 0 removes the term and its name from `hyper`.
+      maximize: ascend.
+
+    Raises:
+      InvalidArgument: a number outside its domain, or a tensor of several elements outside a mapping.
+      InvalidType: an argument that is no number.
+
+    Example:
+      >>> opt = adamax(lr=0.1)
+      >>> params = {"w": torch.tensor([1.0, 1.0])}
+      >>> new, state = opt.update({"w": torch.tensor([3.0, -0.5])}, opt.init(params), params, opt.hyper)
+      >>> new["w"]
+      tensor([0.9000, 1.1000])
+    """
+    hyper = {
+        "lr": checked("lr", lr),
+        "beta1": checked("betas[0]", betas[0], below=1.0),
+        "beta2": checked("betas[1]", betas[1], below=1.0),
+        "eps": checked("eps", eps),
+    }
+    with_decay = not is_off(weight_decay)
+    if with_decay:
+        hyper["weight_decay"] = checked("weight_decay", weight_decay)
+
+    def init(p: Tensor) -> AdamaxState:
+        return AdamaxState(torch.zeros((), dtype=torch.int64, device=p.device), torch.zeros_like(p), torch.zeros_like(p))
+
+    def update(p: Tensor, g: Tensor, state: AdamaxState, h: Numbers) -> tuple[Tensor, AdamaxState]:
+        beta1 = double(h["beta1"])
+        if with_decay:
+            g = g + p * fit(h["weight_decay"], p)
+        step = state.step + 1
+        m = state.exp_avg * fit(beta1, p) + g * fit(1 - beta1, p)
+        u = torch.maximum(state.exp_inf * fit(h["beta2"], p), g.abs() + fit(h["eps"], p))
+        p = p - m / u * fit(double(h["lr"]) / (1 - beta1 ** step.to(torch.float64)), p)
+        return p, AdamaxState(step, m, u)
+
+    return per_parameter(hyper, init, update, maximize)

@@ -1,0 +1,98 @@
+"""A module as an optimiser: its parameters are hyperparameters, and so are meta-learned."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from torch import Tensor, nn
+
+from adaptrt import tree
+from adaptrt.errors import InvalidArgument, InvalidType, OptimizerMismatch
+from adaptrt.functional import call_module
+from adaptrt.optim.base import Optimizer, Params, State, check_grads
+
+
+@runtime_checkable
+class UpdateRule(Protocol):
+    """A module that `learned` takes: how to begin, and `forward(grad, state)`."""
+
+    def initial_state(self, param: Tensor) -> State:
+        """The state of one parameter before its first step: a tree of tensors, `()` for none. Reads shape, dtype and device only."""
+        ...
+
+    def __call__(self, grad: Tensor, state: State) -> tuple[Tensor, State]:
+        """The step to add to the parameter, of its shape, and the new state."""
+        ...
+
+
+def learned(rule: nn.Module) -> Optimizer:
+    """An optimiser that is a module (Andrychowicz et al. 2016, arXiv 1606.04474).
+
+        step, state = rule(grad, state)
+        p = p + step
+
+    The rule sees one parameter of any shape at a time; a coordinate-wise one treats all axes as a batch. Its parameters are the optimiser's
+    `hyper` by name: inputs of a program, read at every call, that get their meta-gradient: `loss.backward()` of a compiled unroll fills
+    `rule.parameters().grad`. Train it over long horizons by truncated unrolls, each started from what the last one returned:
+    `adapted = unroll.adapt(support, start=adapted.detach())`.
+
+    Args:
+      rule: a module with `initial_state(param) -> state` besides `forward(grad, state) -> (step, state)`, an `UpdateRule`. Its mode and
+        its buffers are constants of a program, and it must not write to buffers.
+
+    Raises:
+      InvalidType: not a module, or without `initial_state`.
+      InvalidArgument: it has no parameters; or, from `update`, its step is not of the parameter's shape, or its state changes shape.
+
+    Example:
+      >>> import torch
+      >>> class Scaled(nn.Module):
+      ...     def __init__(self) -> None:
+      ...         super().__init__()
+      ...         self.log_rate = nn.Parameter(torch.tensor(0.0))
+      ...
+      ...     def initial_state(self, param):
+      ...         return torch.zeros_like(param)
+      ...
+      ...     def forward(self, grad, mean):
+      ...         mean = 0.5 * mean + 0.5 * grad
+      ...         return -self.log_rate.exp() * mean, mean
+      >>> opt = learned(Scaled())
+      >>> params = {"w": torch.tensor([1.0, 2.0])}
+      >>> new, state = opt.update({"w": torch.tensor([2.0, 0.0])}, opt.init(params), params, opt.hyper)
+      >>> new["w"]
+      tensor([0., 2.], grad_fn=<AddBackward0>)
+    """
+    if not isinstance(rule, nn.Module) or not isinstance(rule, UpdateRule):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidType(f"learned takes an nn.Module with initial_state(param) and forward(grad, state), got {type(rule).__name__}.")
+    hyper: dict[str, Any] = dict(rule.named_parameters())
+    if not hyper:
+        raise InvalidArgument(f"{type(rule).__name__} has no parameters, so there is nothing to learn. Build an Optimizer(init, update).")
+
+    def init(params: Params) -> dict[str, State]:
+        return {name: rule.initial_state(p) for name, p in params.items()}
+
+    def update(
+        grads: Params, state: Mapping[str, State], params: Params, hyper: Mapping[str, Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, State]]:
+        check_grads(grads, params)
+        new, after = dict(params), dict(state)
+        for name, grad in grads.items():
+            if name not in state:
+                raise OptimizerMismatch(f"state has no entry for parameter '{name}', only for {sorted(state)}. Make it by init(params).")
+            (step, after[name]), _ = call_module(rule, hyper, dict(rule.named_buffers()), (grad, state[name]), {})
+            if step.shape != grad.shape:
+                raise InvalidArgument(
+                    f"{type(rule).__name__} must return a step of the parameter's shape {list(grad.shape)} for '{name}', got "
+                    f"{list(step.shape)}."
+                )
+            if tree.flatten(tree.specs(after[name])) != tree.flatten(tree.specs(state[name])):
+                raise InvalidArgument(
+                    f"{type(rule).__name__} must return a state like the one it got for '{name}': "
+                    f"{tree.difference(state[name], after[name])}."
+                )
+            new[name] = params[name] + step.to(params[name].dtype)
+        return new, after
+
+    return Optimizer(init, update, hyper)

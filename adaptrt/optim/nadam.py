@@ -1,0 +1,112 @@
+"""NAdam, with the arithmetic of `torch.optim.NAdam`.
+
+Known limits: `torch.optim.NAdam` keeps `mu_product` in PyTorch's default dtype, float32 unless changed, and rounds it there; here it is
+float64. The two agree to float32 accuracy, and to float64's under `torch.set_default_dtype(torch.float64)`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adaptrt.optim.base import Optimizer, Value, checked, double, fit, is_off, safe_sqrt
+from adaptrt.optim.per_parameter import Numbers, per_parameter
+
+
+class NAdamState(NamedTuple):
+    """Of one parameter, with its shape and dtype unless noted."""
+
+    step: Tensor
+    """0-dim int64."""
+    mu_product: Tensor
+    """0-dim float64: product of the momenta so far."""
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+def nadam(
+    lr: Value = 2e-3,
+    betas: tuple[Value, Value] = (0.9, 0.999),
+    eps: Value = 1e-8,
+    weight_decay: Value = 0.0,
+    momentum_decay: Value = 4e-3,
+    decoupled_weight_decay: bool = False,
+    maximize: bool = False,
+) -> Optimizer:
+    """Adam with Nesterov's momentum (Dozat 2016, "Incorporating Nesterov momentum into Adam").
+
+    For each parameter p with gradient g, all of one shape, at its t-th step, P being 1 before the first:
+
+        g = g + weight_decay * p                            # -g first, if maximize; p = (1 - lr * weight_decay) * p if decoupled
+        mu = beta1 * (1 - 0.96**(t * momentum_decay) / 2)
+        mu_next = beta1 * (1 - 0.96**((t + 1) * momentum_decay) / 2)
+        P = P * mu
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g**2
+        d = sqrt(v / (1 - beta2**t)) + eps
+        p = p - lr * ((1 - mu) / (1 - P) * g + mu_next / (1 - P * mu_next) * m) / d
+
+    Meta-gradients at kinks: as in `adam`, the derivative of sqrt at v = 0 is taken as 0, which makes that of the whole update exact there
+    if eps > 0.
+
+    Numbers may be of the same kinds as in `sgd`; `beta1` and `momentum_decay` have no value for each element, because P has no axes. They
+    are named `lr`, `beta1`, `beta2`, `eps`, `momentum_decay` and `weight_decay` in `hyper`.
+
+    Args:
+      lr: step size, >= 0.
+      betas: decay of the mean of gradients and of their squares, each in [0, 1).
+      eps: added to the denominator, >= 0.
+      weight_decay: its factor, >= 0. The Python number 0 removes the term and its name from `hyper`.
+      momentum_decay: how fast the momentum grows to beta1, >= 0.
+      decoupled_weight_decay: shrink the parameter, as `adamw` does, in place of an L2 penalty.
+      maximize: ascend.
+
+    Raises:
+      InvalidArgument: a number outside its domain, or a tensor of several elements outside a mapping.
+      InvalidType: an argument that is no number.
+
+    Example:
+      >>> opt = nadam(lr=0.1)
+      >>> params = {"w": torch.tensor([1.0, 1.0])}
+      >>> new, state = opt.update({"w": torch.tensor([3.0, -0.5])}, opt.init(params), params, opt.hyper)
+      >>> new["w"]
+      tensor([0.8944, 1.1056])
+    """
+    hyper = {
+        "lr": checked("lr", lr),
+        "beta1": checked("betas[0]", betas[0], below=1.0),
+        "beta2": checked("betas[1]", betas[1], below=1.0),
+        "eps": checked("eps", eps),
+        "momentum_decay": checked("momentum_decay", momentum_decay),
+    }
+    with_decay = not is_off(weight_decay)
+    if with_decay:
+        hyper["weight_decay"] = checked("weight_decay", weight_decay)
+
+    def init(p: Tensor) -> NAdamState:
+        step = torch.zeros((), dtype=torch.int64, device=p.device)
+        return NAdamState(step, torch.ones((), dtype=torch.float64, device=p.device), torch.zeros_like(p), torch.zeros_like(p))
+
+    def update(p: Tensor, g: Tensor, state: NAdamState, h: Numbers) -> tuple[Tensor, NAdamState]:
+        lr, beta1, beta2, psi = double(h["lr"]), double(h["beta1"]), double(h["beta2"]), double(h["momentum_decay"])
+        if with_decay:
+            decay = double(h["weight_decay"])
+            if decoupled_weight_decay:
+                p = p * fit(1 - lr * decay, p)
+            else:
+                g = g + p * fit(decay, p)
+        step = state.step + 1
+        t = step.to(torch.float64)
+        mu = beta1 * (1 - 0.5 * 0.96 ** (t * psi))
+        mu_next = beta1 * (1 - 0.5 * 0.96 ** ((t + 1) * psi))
+        product = state.mu_product * mu
+        m = state.exp_avg * fit(beta1, p) + g * fit(1 - beta1, p)
+        v = state.exp_avg_sq * fit(beta2, p) + g * g * fit(1 - beta2, p)
+        d = safe_sqrt(v / fit(1 - beta2**t, p)) + fit(h["eps"], p)
+        of_gradient, of_mean = lr * (1 - mu) / (1 - product), lr * mu_next / (1 - product * mu_next)
+        p = p - g / d * fit(of_gradient, p) - m / d * fit(of_mean, p)
+        return p, NAdamState(step, product, m, v)
+
+    return per_parameter(hyper, init, update, maximize, scalar=("beta1", "momentum_decay"))

@@ -1,0 +1,71 @@
+"""Optimisers that treat each parameter alone: all that is theirs is a function of one parameter, its gradient and its state."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from typing import Any, TypeVar
+
+from torch import Tensor
+
+from adaptrt import tree
+from adaptrt.errors import InvalidArgument, OptimizerMismatch
+from adaptrt.optim.base import Number, Optimizer, Params, Value, check_grads, read
+from adaptrt.optim.schedule import scheduled
+
+S = TypeVar("S")
+"""One parameter's state: a NamedTuple of tensors, its fields named as `torch.optim` names them."""
+
+Numbers = Mapping[str, Number]
+"""The hyperparameters of one parameter: floats, or tensors with no axes or the parameter's."""
+
+
+def per_parameter(
+    hyper: Mapping[str, Value],
+    init: Callable[[Tensor], S],
+    update: Callable[[Tensor, Tensor, S, Numbers], tuple[Tensor, S]],
+    maximize: bool = False,
+    scalar: Collection[str] = (),
+) -> Optimizer:
+    """The optimiser that does `update` to every parameter that has a gradient. Its state is a dict by parameter name.
+
+    Args:
+      hyper: hyperparameters by name.
+      init: parameter -> state before the first step.
+      update: (parameter, gradient, state, numbers) -> (new parameter, new state), out of place.
+      maximize: hand `update` the negative gradient.
+      scalar: hyperparameters that cannot have a value for each element, because the state they enter has no axes.
+    """
+
+    keys = tuple(hyper)
+
+    def init_all(params: Params) -> dict[str, S]:
+        return {name: init(p) for name, p in params.items()}
+
+    def update_all(
+        grads: Params, state: Mapping[str, S], params: Params, hyper: Mapping[str, Value]
+    ) -> tuple[dict[str, Tensor], dict[str, S]]:
+        check_grads(grads, params)
+        new, after = dict(params), dict(state)
+        for name, grad in grads.items():
+            if name not in state:
+                raise OptimizerMismatch(f"state has no entry for parameter '{name}', only for {sorted(state)}. Make it by init(params).")
+            p, old = params[name], state[name]
+            numbers = {key: read(hyper, key, name, p) for key in keys}
+            for key in scalar:
+                number = numbers.get(key)
+                if isinstance(number, Tensor) and number.dim():
+                    raise InvalidArgument(f"{key} for parameter '{name}' must be one number, got a tensor of shape {list(number.shape)}.")
+            new[name], after[name] = update(p, -grad if maximize else grad, old, numbers)
+            # A state of another shape would have been broadcast.
+            if new[name].shape != p.shape or _shapes(after[name]) != _shapes(old):
+                raise OptimizerMismatch(
+                    f"The state of parameter '{name}' ({tree.describe(old)}) does not fit its shape {list(p.shape)}. Make it by "
+                    "init(params)."
+                )
+        return new, after
+
+    return scheduled(Optimizer(init_all, update_all, hyper))
+
+
+def _shapes(state: Any) -> list[tuple[int, ...]]:
+    return [leaf.shape for leaf in tree.leaves(state)]

@@ -1,0 +1,105 @@
+"""RAdam, with the arithmetic of `torch.optim.RAdam`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adaptrt.optim.base import Optimizer, Value, checked, double, fit, is_off, safe_sqrt
+from adaptrt.optim.per_parameter import Numbers, per_parameter
+
+
+class RAdamState(NamedTuple):
+    """Of one parameter, with its shape and dtype unless noted."""
+
+    step: Tensor
+    """0-dim int64."""
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+
+
+def radam(
+    lr: Value = 1e-3,
+    betas: tuple[Value, Value] = (0.9, 0.999),
+    eps: Value = 1e-8,
+    weight_decay: Value = 0.0,
+    decoupled_weight_decay: bool = False,
+    maximize: bool = False,
+) -> Optimizer:
+    """Adam whose adaptive rate is rectified, and left out while too few gradients are known (Liu et al. 2020, arXiv 1908.03265).
+
+    For each parameter p with gradient g, all of one shape, at its t-th step:
+
+        g = g + weight_decay * p                            # -g first, if maximize; p = (1 - lr * weight_decay) * p if decoupled
+        m = beta1 * m + (1 - beta1) * g
+        v = beta2 * v + (1 - beta2) * g**2
+        rho_inf = 2 / (1 - beta2) - 1
+        rho = rho_inf - 2 * t * beta2**t / (1 - beta2**t)
+        rect = sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
+        a = rect * sqrt(1 - beta2**t) / (sqrt(v) + eps) if rho > 5 else 1
+        p = p - lr / (1 - beta1**t) * m * a
+
+    Meta-gradients at kinks. The derivative of sqrt at v = 0 is taken as 0, as in `adam`. The step at which rho passes 5 depends on beta2;
+    the update jumps there, and the derivative is that of the side on which beta2 stands.
+
+    Numbers may be of the same kinds as in `sgd`. They are named `lr`, `beta1`, `beta2`, `eps` and `weight_decay` in `hyper`.
+
+    Args:
+      lr: step size, >= 0.
+      betas: decay of the mean of gradients and of their squares, each in [0, 1).
+      eps: added to the denominator, >= 0.
+      weight_decay: its factor, >= 0. The Python number 0 removes the term and its name from `hyper`.
+      decoupled_weight_decay: shrink the parameter, as `adamw` does, in place of an L2 penalty.
+      maximize: ascend.
+
+    Raises:
+      InvalidArgument: a number outside its domain, or a tensor of several elements outside a mapping.
+      InvalidType: an argument that is no number.
+
+    Example:
+      >>> opt = radam(lr=0.1)
+      >>> params = {"w": torch.tensor([1.0, 1.0])}
+      >>> new, state = opt.update({"w": torch.tensor([3.0, -0.5])}, opt.init(params), params, opt.hyper)
+      >>> new["w"]
+      tensor([0.7000, 1.0500])
+    """
+    hyper = {
+        "lr": checked("lr", lr),
+        "beta1": checked("betas[0]", betas[0], below=1.0),
+        "beta2": checked("betas[1]", betas[1], below=1.0),
+        "eps": checked("eps", eps),
+    }
+    with_decay = not is_off(weight_decay)
+    if with_decay:
+        hyper["weight_decay"] = checked("weight_decay", weight_decay)
+
+    def init(p: Tensor) -> RAdamState:
+        return RAdamState(torch.zeros((), dtype=torch.int64, device=p.device), torch.zeros_like(p), torch.zeros_like(p))
+
+    def update(p: Tensor, g: Tensor, state: RAdamState, h: Numbers) -> tuple[Tensor, RAdamState]:
+        lr, beta1, beta2 = double(h["lr"]), double(h["beta1"]), double(h["beta2"])
+        if with_decay:
+            decay = double(h["weight_decay"])
+            if decoupled_weight_decay:
+                p = p * fit(1 - lr * decay, p)
+            else:
+                g = g + p * fit(decay, p)
+        step = state.step + 1
+        t = step.to(torch.float64)
+        m = state.exp_avg * fit(beta1, p) + g * fit(1 - beta1, p)
+        v = state.exp_avg_sq * fit(beta2, p) + g * g * fit(1 - beta2, p)
+        correction2 = 1 - beta2**t
+        rho_inf = 2 / (1 - beta2) - 1
+        rho = rho_inf - 2 * t * beta2**t / correction2
+        adaptive = rho > 5
+        # Where it is not used, its square roots may have no value and no derivative: other arguments stand in there.
+        rho = torch.where(adaptive, rho, 6.0)
+        rho_inf = torch.where(adaptive, rho_inf, 6.0)
+        rect = torch.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
+        rate = fit(rect * torch.sqrt(correction2), p) / (safe_sqrt(torch.where(adaptive, v, 1.0)) + fit(h["eps"], p))
+        p = p - m * fit(lr / (1 - beta1**t), p) * torch.where(adaptive, rate, 1.0)
+        return p, RAdamState(step, m, v)
+
+    return per_parameter(hyper, init, update, maximize)

@@ -1,0 +1,94 @@
+"""RMSprop, with the arithmetic of `torch.optim.RMSprop`."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adaptrt.optim.base import Absent, Optimizer, Value, checked, double, fit, is_off, safe_sqrt
+from adaptrt.optim.per_parameter import Numbers, per_parameter
+
+
+class RMSpropState(NamedTuple):
+    """Of one parameter, with its shape and dtype."""
+
+    square_avg: Tensor
+    momentum_buffer: Tensor | Absent
+    """Absent without momentum."""
+    grad_avg: Tensor | Absent
+    """Absent unless centered."""
+
+
+def rmsprop(
+    lr: Value = 1e-2,
+    alpha: Value = 0.99,
+    eps: Value = 1e-8,
+    weight_decay: Value = 0.0,
+    momentum: Value = 0.0,
+    centered: bool = False,
+    maximize: bool = False,
+) -> Optimizer:
+    """Steps divided by the root of a mean of squared gradients (Hinton 2012, lecture 6e; centered: Graves 2013, arXiv 1308.0850).
+
+    For each parameter p with gradient g, all of one shape:
+
+        g = g + weight_decay * p                            # -g first, if maximize
+        v = alpha * v + (1 - alpha) * g**2
+        a = alpha * a + (1 - alpha) * g                     # if centered
+        d = g / (sqrt(v - a**2 if centered else v) + eps)
+        b = momentum * b + d                                # d without momentum
+        p = p - lr * b
+
+    Meta-gradients at kinks. The derivative of sqrt at 0 is taken as 0. At v = 0, where every gradient so far was zero, that makes the
+    derivative of the update exact for eps > 0. A variance v - a**2 that rounding makes negative counts as 0 (PyTorch's is NaN then); its
+    root has derivative 0.
+
+    Numbers may be of the same kinds as in `sgd`, and have their arguments' names in `hyper`.
+
+    Args:
+      lr: step size, >= 0.
+      alpha: decay of the means, >= 0.
+      eps: added to the denominator, >= 0.
+      weight_decay: L2 penalty's factor, >= 0. The Python number 0 removes the term and its name from `hyper`.
+      momentum: share of the last step that is kept, >= 0. The Python number 0 removes the buffer, and the name from `hyper`.
+      centered: divide by the standard deviation.
+      maximize: ascend.
+
+    Raises:
+      InvalidArgument: a number outside its domain, or a tensor of several elements outside a mapping.
+      InvalidType: an argument that is no number.
+
+    Example:
+      >>> opt = rmsprop(lr=0.1, alpha=0.75)
+      >>> params = {"w": torch.tensor([1.0, 1.0])}
+      >>> new, state = opt.update({"w": torch.tensor([3.0, -0.5])}, opt.init(params), params, opt.hyper)
+      >>> new["w"]
+      tensor([0.8000, 1.2000])
+    """
+    hyper = {"lr": checked("lr", lr), "alpha": checked("alpha", alpha), "eps": checked("eps", eps)}
+    with_momentum, with_decay = not is_off(momentum), not is_off(weight_decay)
+    if with_momentum:
+        hyper["momentum"] = checked("momentum", momentum)
+    if with_decay:
+        hyper["weight_decay"] = checked("weight_decay", weight_decay)
+
+    def init(p: Tensor) -> RMSpropState:
+        return RMSpropState(torch.zeros_like(p), torch.zeros_like(p) if with_momentum else (), torch.zeros_like(p) if centered else ())
+
+    def update(p: Tensor, g: Tensor, state: RMSpropState, h: Numbers) -> tuple[Tensor, RMSpropState]:
+        if with_decay:
+            g = g + p * fit(h["weight_decay"], p)
+        kept, rest = fit(h["alpha"], p), fit(1 - double(h["alpha"]), p)
+        v, a, b = state.square_avg * kept + g * g * rest, state.grad_avg, state.momentum_buffer
+        spread = v
+        if isinstance(a, Tensor):
+            a = a * kept + g * rest
+            spread = torch.clamp(v - a * a, min=0.0)
+        d = g / (safe_sqrt(spread) + fit(h["eps"], p))
+        if isinstance(b, Tensor):
+            d = b = b * fit(h["momentum"], p) + d
+        return p - d * fit(h["lr"], p), RMSpropState(v, b, a)
+
+    return per_parameter(hyper, init, update, maximize)

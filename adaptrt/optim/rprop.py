@@ -1,0 +1,86 @@
+"""Resilient backpropagation, with the arithmetic of `torch.optim.Rprop`."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from adaptrt.errors import InvalidArgument
+from adaptrt.optim.base import Optimizer, Value, checked, fit
+from adaptrt.optim.per_parameter import Numbers, per_parameter
+
+
+class RpropState(NamedTuple):
+    """Of one parameter, with its shape and dtype unless noted."""
+
+    step: Tensor
+    """0-dim int64. Only zero or not matters: the first step starts `step_size`."""
+    prev: Tensor
+    """The last gradient; zero where it had changed sign."""
+    step_size: Tensor
+
+
+def rprop(
+    lr: Value = 1e-2,
+    etas: tuple[Value, Value] = (0.5, 1.2),
+    step_sizes: tuple[Value, Value] = (1e-6, 50.0),
+    maximize: bool = False,
+) -> Optimizer:
+    """Steps by the gradient's sign, each element's size growing while the sign stays (Riedmiller & Braun 1993).
+
+    For each parameter p with gradient g, all of one shape, s being `lr` and `prev` zero before the first step:
+
+        s = s * (eta_plus if g * prev > 0 else eta_minus if g * prev < 0 else 1), clamped to [step_size_min, step_size_max]
+        g = 0 where g * prev < 0                            # -g first, if maximize
+        p = p - s * sign(g);  prev = g
+
+    Meta-gradients. The update is constant in g but where a sign changes, where it jumps: its derivative along g is zero, so a
+    meta-gradient with respect to initial weights is the identity's, and data get none. Hypergradients of `lr`, `etas` and `step_sizes` are
+    exact. At equal signs, or at a zero gradient, nothing is singular. Where a size equals a limit, the derivative is that of the size.
+
+    Numbers may be of the same kinds as in `sgd`. They are named `lr`, `eta_minus`, `eta_plus`, `step_size_min` and `step_size_max`.
+
+    Args:
+      lr: size of the first steps, >= 0.
+      etas: factors of the size at a change of sign, in (0, 1), and at none, above 1.
+      step_sizes: smallest and largest size, each >= 0.
+      maximize: ascend.
+
+    Raises:
+      InvalidArgument: a number outside its domain, or a tensor of several elements outside a mapping.
+      InvalidType: an argument that is no number.
+
+    Example:
+      >>> opt = rprop(lr=0.1)
+      >>> params = {"w": torch.tensor([1.0, 1.0])}
+      >>> new, state = opt.update({"w": torch.tensor([3.0, -0.5])}, opt.init(params), params, opt.hyper)
+      >>> new["w"]
+      tensor([0.9000, 1.1000])
+    """
+    hyper = {
+        "lr": checked("lr", lr),
+        "eta_minus": checked("etas[0]", etas[0], below=1.0),
+        "eta_plus": checked("etas[1]", etas[1], low=1.0),
+        "step_size_min": checked("step_sizes[0]", step_sizes[0]),
+        "step_size_max": checked("step_sizes[1]", step_sizes[1]),
+    }
+    if hyper["eta_minus"] == 0.0 or hyper["eta_plus"] == 1.0:
+        raise InvalidArgument(f"etas must be in (0, 1) and above 1, got {etas}.")
+
+    def init(p: Tensor) -> RpropState:
+        return RpropState(torch.zeros((), dtype=torch.int64, device=p.device), torch.zeros_like(p), torch.zeros_like(p))
+
+    def update(p: Tensor, g: Tensor, state: RpropState, h: Numbers) -> tuple[Tensor, RpropState]:
+        agreement = g * state.prev
+        size = torch.where(state.step == 0, fit(h["lr"], p), state.step_size)
+        grown = torch.where(agreement > 0, size * fit(h["eta_plus"], p), size)
+        size = torch.where(agreement < 0, size * fit(h["eta_minus"], p), grown)
+        # One bound at a time, because `clamp` takes two floats or two tensors.
+        size = torch.clamp(size, min=cast(Any, fit(h["step_size_min"], p)))
+        size = torch.clamp(size, max=cast(Any, fit(h["step_size_max"], p))).to(p.dtype)
+        g = torch.where(agreement < 0, 0.0, g)
+        return p - size * torch.sign(g), RpropState(state.step + 1, g, size)
+
+    return per_parameter(hyper, init, update, maximize)

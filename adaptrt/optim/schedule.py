@@ -1,0 +1,120 @@
+"""Hyperparameters as functions of the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from adaptrt.errors import InvalidArgument, InvalidType
+from adaptrt.optim.base import Hyper, Optimizer, Params, Schedule, State, Value
+
+
+class ScheduledState(NamedTuple):
+    """State of an optimiser that has schedules among its hyperparameters."""
+
+    num_updates: Tensor
+    """0-dim int64: updates so far."""
+    state: State
+    """The optimiser's own."""
+
+
+def schedule(fn: Callable[..., Any], **numbers: Any) -> Schedule:
+    """A hyperparameter that is a function of the step, for any argument of any optimiser: what `torch.optim.lr_scheduler` does.
+
+    Args:
+      fn: `fn(step, **numbers)` returns the value: a float, a 0-dim tensor, or a mapping from parameter name to those or to tensors of the
+        parameter's shape. `step` is a 0-dim float64 tensor, 0 at an adaptation's first step. It is traced, so it may not branch on the
+        value; use `torch.where`.
+      numbers: what else `fn` reads: floats, tensors of any shape, or mappings of those. They are inputs of the program like all
+        hyperparameters, and a tensor that requires grad is meta-learned. A number in `fn` itself is a constant.
+
+    Raises:
+      InvalidType: `fn` cannot be called.
+
+    Example:
+      >>> from adaptrt.optim import sgd
+      >>> decay = torch.tensor(0.5, requires_grad=True)
+      >>> opt = sgd(lr=schedule(lambda step, base, decay: base * decay**step, base=1.0, decay=decay))
+      >>> params, grads = {"w": torch.tensor(0.0)}, {"w": torch.tensor(1.0)}
+      >>> state = opt.init(params)
+      >>> for _ in range(3):
+      ...     params, state = opt.update(grads, state, params, opt.hyper)
+      >>> params["w"]
+      tensor(-1.7500, grad_fn=<SubBackward0>)
+    """
+    if not callable(fn):
+        raise InvalidType(f"schedule takes a function of the step, got {type(fn).__name__}.")
+    return Schedule(fn, dict(numbers))
+
+
+def per_step(values: Tensor | Sequence[float] | Mapping[str, Tensor | Sequence[float]]) -> Schedule:
+    """A hyperparameter with a value for each step, for any argument of any optimiser.
+
+    A mapping of one such table a parameter, as `lr`, is LSLR, the per-layer per-step rates of MAML++ (Antoniou et al. 2019, arXiv
+    1810.09502).
+
+    Args:
+      values: a tensor [k] or k floats; or by parameter name k floats, a tensor [k], or one of shape [k, *parameter's shape]. Steps beyond
+        the last entry use the last.
+
+    Raises:
+      InvalidArgument: a table is empty or a tensor without axes.
+      InvalidType: a table is neither a floating-point tensor nor a sequence of numbers.
+
+    Example:
+      >>> from adaptrt.optim import sgd
+      >>> rates = {"w": torch.tensor([1.0, 0.1], requires_grad=True)}
+      >>> opt = sgd(lr=per_step(rates))
+      >>> params, grads = {"w": torch.tensor(0.0)}, {"w": torch.tensor(1.0)}
+      >>> state = opt.init(params)
+      >>> for _ in range(2):
+      ...     params, state = opt.update(grads, state, params, opt.hyper)
+      >>> torch.autograd.grad(params["w"], rates["w"])[0]
+      tensor([-1., -1.])
+    """
+    if isinstance(values, Mapping):
+        return Schedule(_look_up, {"values": {name: _table(f"values['{name}']", value) for name, value in values.items()}})
+    return Schedule(_look_up, {"values": _table("values", values)})
+
+
+def _table(name: str, value: Tensor | Sequence[float]) -> Tensor:
+    if not isinstance(value, Tensor):
+        try:
+            value = torch.tensor(value, dtype=torch.float64)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InvalidType(f"per_step: {name} must be a tensor or a sequence of numbers, got {type(value).__name__}.") from error
+    if not value.is_floating_point():
+        raise InvalidType(f"per_step: {name} must be a floating-point tensor, got {value.dtype}.")
+    if not value.dim() or not len(value):
+        raise InvalidArgument(f"per_step: {name} must have an entry for each step along its first axis, got shape {list(value.shape)}.")
+    return value
+
+
+def _look_up(step: Tensor, values: Tensor | Mapping[str, Tensor]) -> Value:
+    if isinstance(values, Mapping):
+        return {name: cast("Tensor", _look_up(step, table)) for name, table in values.items()}
+    # An index beyond the table would read foreign memory in compiled code.
+    index = step.long().clamp(max=len(values) - 1)
+    return values.index_select(0, index.reshape(1)).squeeze(0)
+
+
+def scheduled(optimizer: Optimizer) -> Optimizer:
+    """`optimizer` with the schedules among its hyperparameters evaluated at every update; itself if there are none."""
+    if not any(isinstance(value, Schedule) for value in optimizer.hyper.values()):
+        return optimizer
+
+    def init(params: Params) -> ScheduledState:
+        device = next((p.device for p in params.values()), None)
+        return ScheduledState(torch.zeros((), dtype=torch.int64, device=device), optimizer.init(params))
+
+    def update(grads: Params, state: ScheduledState, params: Params, hyper: Hyper) -> tuple[dict[str, Tensor], ScheduledState]:
+        # As float64, because a float to the power of an int64 tensor would be float32.
+        step = torch.div(state.num_updates, optimizer.updates_per_step, rounding_mode="floor").to(torch.float64)
+        now = {key: value.fn(step, **value.numbers) if isinstance(value, Schedule) else value for key, value in hyper.items()}
+        new, inner = optimizer.update(grads, state.state, params, now)
+        return new, ScheduledState(state.num_updates + 1, inner)
+
+    return Optimizer(init, update, optimizer.hyper, optimizer.updates_per_step)
