@@ -8,14 +8,14 @@ import os
 import re
 import traceback
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adaptrt import tree
-from adaptrt.errors import AdaptrtError, DataDependentControlFlow, InvalidBatch, NotDifferentiable, NotTraceable
+from adaptrt.errors import AdaptrtError, DataDependentControlFlow, InvalidArgument, InvalidBatch, NotDifferentiable, NotTraceable
 from adaptrt.step import Batch
 
 _LIBRARIES = tuple(os.path.dirname(path) + os.sep for path in (torch.__file__, __file__))
@@ -53,8 +53,7 @@ def user_line(error: BaseException) -> str:
     return f"{frame.filename}:{frame.lineno}: {code}"
 
 
-@contextmanager
-def running(name: str, batch: Batch) -> Generator[None]:
+def running(name: str, batch: Batch) -> AbstractContextManager[None]:
     """Turns what the model or the loss raises on a batch into an error that names the batch and the line.
 
     Raises:
@@ -62,6 +61,33 @@ def running(name: str, batch: Batch) -> Generator[None]:
       NotTraceable: the line calls an operation that cannot be traced.
       InvalidBatch: anything else that is not an error of ours.
     """
+
+    def other(error: str) -> AdaptrtError:
+        return InvalidBatch(
+            f"the model or the loss cannot be run on the {name} batch: {error}\n"
+            f"  inputs: {tree.describe(batch.inputs)}; target: {tree.describe(batch.target)}. "
+            "Check shapes and dtypes against what the model takes."
+        )
+
+    return _tracing("the model", "read the value before the model is called", other)
+
+
+def updating() -> AbstractContextManager[None]:
+    """Turns what the optimiser raises into an error that names the line.
+
+    Raises:
+      DataDependentControlFlow, NotTraceable: as `running`.
+      InvalidArgument: anything else that is not an error of ours.
+    """
+
+    def other(error: str) -> AdaptrtError:
+        return InvalidArgument(f"the optimiser's update fails: {error}\n  Try it on the model's parameters outside the unroll.")
+
+    return _tracing("the optimiser", "make the value a number when the optimiser is built", other)
+
+
+@contextmanager
+def _tracing(what: str, advice: str, other: Callable[[str], AdaptrtError]) -> Generator[None]:
     # It logs a traceback of its own before it raises.
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     disabled, logger.disabled = logger.disabled, True
@@ -75,18 +101,14 @@ def running(name: str, batch: Batch) -> Generator[None]:
         if type(error).__name__ in _NEEDS_VALUE and not reads:
             raise NotTraceable(
                 f"{line} calls {error}, which PyTorch cannot trace: the shape of its result depends on values. Replace the operation, or "
-                "apply it to the data before the model is called."
+                f"apply it to the data before {what} is called."
             ) from error
         if reads:
             raise DataDependentControlFlow(
-                f"{line} depends on the value of a tensor, which is not known while the model is traced. Use torch.where or arithmetic "
-                "masks for the branch, or read the value before the model is called."
+                f"{line} depends on the value of a tensor, which is not known while {what} is traced. Use torch.where or arithmetic "
+                f"masks for the branch, or {advice}."
             ) from error
-        raise InvalidBatch(
-            f"the model or the loss cannot be run on the {name} batch: {type(error).__name__} at {line}\n  {error}\n"
-            f"  inputs: {tree.describe(batch.inputs)}; target: {tree.describe(batch.target)}. "
-            "Check shapes and dtypes against what the model takes."
-        ) from error
+        raise other(f"{type(error).__name__} at {line}\n  {error}") from error
     finally:
         logger.disabled = disabled
 

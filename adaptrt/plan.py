@@ -129,7 +129,7 @@ _NAMES = ("carry", "fixed", "batch")
 
 
 def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> Probe:
-    """Runs model and loss once on fake tensors, and for the support batch the gradient, to find what can go wrong and what they need.
+    """Runs model and loss once on fake tensors, and for the support batch gradient and update, to find what goes wrong and what they need.
 
     Args:
       step: the inner step.
@@ -151,7 +151,9 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> Pr
             noise.extend(drawn)
             live.update({key: value.requires_grad for key, value in updated.items()})
             if name == "support":
-                step.gradient(loss, params)
+                grads = step.gradient(loss, params)
+                with diagnose.updating():
+                    step.optimizer.update(grads, carry.opt_state, params, fixed.hyper)
             return loss
 
         with watch_attributes() as overwritten:

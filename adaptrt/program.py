@@ -203,10 +203,13 @@ def constant_reader(value: Tensor, modules: Sequence[nn.Module]) -> Constant:
             places += [(module, name, f"{path}.{name}".lstrip(".")) for name, held in vars(module).items() if held is value]
     if value.requires_grad:
         what = (
-            f"the tensor attribute '{places[0][2]}'" if places else f"a tensor of shape {list(value.shape)} that the model or the loss uses"
+            f"the tensor attribute '{places[0][2]}'"
+            if places
+            else f"a tensor of shape {list(value.shape)} that the model, the loss or the optimiser uses"
         )
         raise UnsupportedParameter(
-            f"{what} requires grad and is no parameter; its gradient would be lost. Make it an nn.Parameter, or detach it"
+            f"{what} requires grad and is no parameter; its gradient would be lost. Make it an nn.Parameter, or in an optimiser one of its "
+            "hyperparameters, or detach it"
         )
     if not places:
         return lambda: value

@@ -56,9 +56,9 @@ def compile_unroll(
 
     Args:
       model: any module. Its parameters, buffers and train/eval mode are read at every call.
-      opt: an instance of `torch.optim` (SGD, Adam, AdamW), whose groups, hyperparameters and state are read at every call and left alone,
-        or one of `adaptrt.optim`. Hyperparameters are inputs: changing one does not recompile, and a tensor that requires grad gets its
-        meta-gradient.
+      opt: an instance of `torch.optim` (docs/optimisers.md says which), whose groups, hyperparameters and state are read at every call and
+        left alone, or an optimiser of `adaptrt.optim`. Hyperparameters are inputs: changing one does not recompile, and a tensor that
+        requires grad gets its meta-gradient.
       k: number of inner steps, at least 1.
       loss: `loss(output, target)`, or `loss(output)` for batches without target; returns a scalar. A module's parameters are meta-learned
         with the model's. None: cross-entropy for integer targets, mean squared error for floating ones, the output itself (or its

@@ -14,7 +14,7 @@ from adaptrt.optim.nadam import nadam
 from adaptrt.optim.radam import radam
 from adaptrt.optim.rmsprop import rmsprop
 from adaptrt.optim.rprop import rprop
-from adaptrt.optim.schedule import per_step, schedule
+from adaptrt.optim.schedule import per_step, schedule, scheduled
 from adaptrt.optim.sgd import sgd
 from adaptrt.optim.transforms import chain, clip_by_global_norm, partition, scale_by_schedule
 
@@ -42,5 +42,6 @@ __all__ = [
     "rprop",
     "scale_by_schedule",
     "schedule",
+    "scheduled",
     "sgd",
 ]

@@ -7,8 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.errors import InvalidArgument
-from adaptrt.optim.base import Optimizer, Value, checked, double, fit, is_off, safe_sqrt
+from adaptrt.optim.base import Domain, Optimizer, Value, checked, double, fit, is_off, safe_sqrt
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
@@ -59,9 +58,7 @@ def adadelta(
       >>> new["w"]
       tensor([0.6855, 1.2673])
     """
-    if isinstance(rho, float | int) and rho > 1:
-        raise InvalidArgument(f"rho must be at most 1, got {rho}.")
-    hyper = {"lr": checked("lr", lr), "rho": checked("rho", rho), "eps": checked("eps", eps)}
+    hyper = {"lr": checked("lr", lr), "rho": checked("rho", rho, Domain(0.0, 1.0)), "eps": checked("eps", eps)}
     with_decay = not is_off(weight_decay)
     if with_decay:
         hyper["weight_decay"] = checked("weight_decay", weight_decay)

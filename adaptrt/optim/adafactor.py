@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from adaptrt.errors import InvalidArgument
-from adaptrt.optim.base import Absent, Optimizer, Value, checked, double, fit, is_off, larger, safe_sqrt, smaller
+from adaptrt.optim.base import Absent, Domain, Optimizer, Value, checked, double, entries, fit, is_off, larger, safe_sqrt, smaller
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
@@ -72,16 +72,15 @@ def adafactor(
       >>> new["w"]
       tensor([0.9000, 1.1000])
     """
+    eps1, eps2 = entries("eps", eps, 2)
     hyper = {
         "lr": checked("lr", lr),
-        "beta2_decay": checked("beta2_decay", beta2_decay, low=float("-inf")),
-        "eps2": checked("eps[1]", eps[1]),
-        "d": checked("d", d, low=1.0),
+        "beta2_decay": checked("beta2_decay", beta2_decay, Domain(-math.inf, 0.0)),
+        "eps2": checked("eps[1]", eps2),
+        "d": checked("d", d, Domain(1.0)),
     }
-    if isinstance(beta2_decay, float | int) and beta2_decay > 0:
-        raise InvalidArgument(f"beta2_decay must be at most 0, got {beta2_decay}.")
-    if eps[0] is not None:
-        hyper["eps1"] = checked("eps[0]", eps[0])
+    if eps1 is not None:
+        hyper["eps1"] = checked("eps[0]", eps1)
     with_decay = not is_off(weight_decay)
     if with_decay:
         hyper["weight_decay"] = checked("weight_decay", weight_decay)
@@ -100,7 +99,7 @@ def adafactor(
         t = step.to(torch.float64)
         lr = double(h["lr"])
         eps1 = h.get("eps1", torch.finfo(p.dtype).eps)
-        alpha = larger(_rms(p), fit(h["eps2"], p)) * fit(smaller(t**-0.5, lr), p)
+        alpha = larger(_rms(p), h["eps2"]) * fit(smaller(t**-0.5, lr), p)
         if with_decay:
             p = p * fit(1 - lr * double(h["weight_decay"]), p)
         new = fit(t ** double(h["beta2_decay"]), p)
@@ -108,11 +107,11 @@ def adafactor(
         if isinstance(row, Tensor) and isinstance(col, Tensor):
             row = row + ((g * g).mean(-1, keepdim=True) - row) * new
             col = col + ((g * g).mean(-2, keepdim=True) - col) * new
-            estimate = row * col / larger(row.mean(-2, keepdim=True), fit(eps1, p))
+            estimate = row * col / larger(row.mean(-2, keepdim=True), eps1)
         else:
             assert isinstance(v, Tensor)
             estimate = v = v + (g * g - v) * new
-        u = torch.rsqrt(torch.as_tensor(larger(estimate, fit(eps1 * eps1, p)))) * g
+        u = torch.rsqrt(larger(estimate, eps1 * eps1)) * g
         p = p - u * (alpha / larger(_rms(u) / fit(h["d"], p), 1.0))
         return p, AdafactorState(step, row, col, v)
 

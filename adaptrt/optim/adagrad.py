@@ -1,4 +1,8 @@
-"""Adagrad, with the arithmetic of `torch.optim.Adagrad`."""
+"""Adagrad, with the arithmetic of `torch.optim.Adagrad`.
+
+Known limits: the sum starts from the number, also where someone has written another one into the state of a `torch.optim.Adagrad` that has
+not stepped.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Optimizer, Value, checked, double, fit, is_off, safe_sqrt
+from adaptrt.optim.base import Optimizer, Value, checked, double, fit, is_off, like, safe_sqrt
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
@@ -77,7 +81,7 @@ def adagrad(
         if with_decay:
             g = g + p * fit(h["weight_decay"], p)
         # The state cannot start with a number that is an input of the update.
-        start = torch.where(state.step == 0, fit(h["initial_accumulator_value"], p), state.sum)
+        start = torch.where(state.step == 0, like(h["initial_accumulator_value"], p), state.sum)
         total = start + g * g
         rate = double(h["lr"]) / (1 + state.step.to(torch.float64) * double(h["lr_decay"]))
         p = p - g / (safe_sqrt(total) + fit(h["eps"], p)) * fit(rate, p)

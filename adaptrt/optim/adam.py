@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Absent, Optimizer, Value, checked, double, fit, is_off, safe_sqrt
+from adaptrt.optim.base import FRACTION, Absent, Optimizer, Value, checked, double, entries, fit, is_off, safe_sqrt
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
@@ -99,10 +99,11 @@ def adamw(
 def _adam(
     lr: Value, betas: tuple[Value, Value], eps: Value, weight_decay: Value, amsgrad: bool, maximize: bool, decoupled: bool
 ) -> Optimizer:
+    beta1, beta2 = entries("betas", betas, 2)
     hyper = {
         "lr": checked("lr", lr),
-        "beta1": checked("betas[0]", betas[0], below=1.0),
-        "beta2": checked("betas[1]", betas[1], below=1.0),
+        "beta1": checked("betas[0]", beta1, FRACTION),
+        "beta2": checked("betas[1]", beta2, FRACTION),
         "eps": checked("eps", eps),
     }
     with_decay = not is_off(weight_decay)

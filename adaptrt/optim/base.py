@@ -9,7 +9,7 @@ Known limits: bias corrections are formed in float64, which MPS devices do not h
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from numbers import Real
 from typing import Any, TypeAlias, cast
@@ -65,12 +65,14 @@ class Optimizer:
       hyper: the hyperparameters as given to the constructor; `update` reads those it is handed, which have the same tree. Leaves are floats
         and tensors; the optimisers here take a 0-dim tensor, or, in a mapping by parameter name, also one of the parameter's shape.
       updates_per_step: how many updates, each with a gradient of its own, make one step. One, but for L-BFGS.
+      remembers_step: whether its state holds the step it made, so that nothing may change that step afterwards.
     """
 
     init: Callable[[Params], State]
     update: Callable[[Params, State, Params, Hyper], tuple[dict[str, Tensor], State]]
     hyper: Hyper = field(default_factory=_nothing)
     updates_per_step: int = 1
+    remembers_step: bool = False
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -161,18 +163,19 @@ def check_grads(grads: Params, params: Params) -> None:
             raise OptimizerMismatch(f"grads['{name}'] must have the parameter's shape {list(params[name].shape)}, got {list(grad.shape)}.")
 
 
-def smaller(a: Number, b: Number) -> Number:
-    """The smaller of two numbers of either kind; where they are equal, the derivative is that of the first tensor."""
-    if isinstance(a, Tensor):
-        return torch.clamp(a, max=cast(Any, b))
-    return torch.clamp(b, max=a) if isinstance(b, Tensor) else min(a, b)
+def like(value: Number, param: Tensor) -> Number:
+    """`value` in the dtype of `param` in every case, for `where`, which would take the wider dtype of a 0-dim tensor with a task axis."""
+    return value.to(param.dtype) if isinstance(value, Tensor) else value
 
 
-def larger(a: Number, b: Number) -> Number:
-    """The larger of two numbers of either kind; where they are equal, the derivative is that of the first tensor."""
-    if isinstance(a, Tensor):
-        return torch.clamp(a, min=cast(Any, b))
-    return torch.clamp(b, min=a) if isinstance(b, Tensor) else max(a, b)
+def smaller(a: Tensor, b: Number) -> Tensor:
+    """The smaller of each element of `a` and `b`, in the dtype of `a`; where they are equal, the derivative is that of `a`."""
+    return torch.clamp(a, max=b.to(a.dtype)) if isinstance(b, Tensor) else torch.clamp(a, max=b)
+
+
+def larger(a: Tensor, b: Number) -> Tensor:
+    """The larger of each element of `a` and `b`, in the dtype of `a`; where they are equal, the derivative is that of `a`."""
+    return torch.clamp(a, min=b.to(a.dtype)) if isinstance(b, Tensor) else torch.clamp(a, min=b)
 
 
 # --- checking hyperparameters when an optimiser is made
@@ -183,8 +186,35 @@ def is_off(value: object) -> bool:
     return isinstance(value, Real) and value == 0
 
 
-def checked(key: str, value: Value, low: float = 0.0, below: float | None = None) -> Value:
-    """`value` with plain floats and 0-dim tensors, after checking type, shape and, for Python numbers, low <= value < below.
+@dataclass(frozen=True, slots=True)
+class Domain:
+    """The numbers from `low` to `high`, with or without these two."""
+
+    low: float = 0.0
+    high: float = math.inf
+    with_low: bool = True
+    with_high: bool = True
+
+    def __contains__(self, number: float) -> bool:
+        return (self.low < number or (self.with_low and self.low == number)) and (
+            number < self.high or (self.with_high and number == self.high)
+        )
+
+    def __str__(self) -> str:
+        lower = f"at least {self.low}" if self.with_low else f"above {self.low}"
+        if self.high == math.inf:
+            return lower
+        upper = f"at most {self.high}" if self.with_high else f"below {self.high}"
+        return upper if self.low == -math.inf else f"{lower} and {upper}"
+
+
+NON_NEGATIVE = Domain()
+FRACTION = Domain(0.0, 1.0, with_high=False)
+REAL = Domain(-math.inf)
+
+
+def checked(key: str, value: Value, domain: Domain = NON_NEGATIVE) -> Value:
+    """`value` with plain floats and 0-dim tensors, after checking type, shape and, for Python numbers, that they are in `domain`.
 
     The values of tensors are not looked at: they may be fake, or change before they are used. Nor are schedules.
 
@@ -195,8 +225,8 @@ def checked(key: str, value: Value, low: float = 0.0, below: float | None = None
     if isinstance(value, Schedule):
         return value
     if isinstance(value, Mapping):
-        return {name: _checked_number(f"{key}['{name}']", entry, low, below) for name, entry in value.items()}
-    number = _checked_number(key, value, low, below)
+        return {name: _checked_number(f"{key}['{name}']", entry, domain) for name, entry in value.items()}
+    number = _checked_number(key, value, domain)
     if isinstance(number, Tensor) and number.dim():
         if number.numel() != 1:
             raise InvalidArgument(
@@ -207,7 +237,7 @@ def checked(key: str, value: Value, low: float = 0.0, below: float | None = None
     return number
 
 
-def _checked_number(key: str, value: object, low: float, below: float | None) -> Number:
+def _checked_number(key: str, value: object, domain: Domain) -> Number:
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             raise InvalidType(f"{key} must be a floating-point tensor, got {value.dtype}.")
@@ -215,10 +245,24 @@ def _checked_number(key: str, value: object, low: float, below: float | None) ->
     if isinstance(value, bool) or not isinstance(value, Real):
         raise InvalidType(f"{key} must be a float, a tensor or a mapping of those by parameter name, got {type(value).__name__}.")
     number = float(value)
-    if math.isnan(number) or number < low or (below is not None and number >= below):
-        upper = "" if below is None else f" and below {below}"
-        raise InvalidArgument(f"{key} must be at least {low}{upper}, got {number}.")
+    if number not in domain:  # NaN is in none
+        raise InvalidArgument(f"{key} must be {domain}, got {number}.")
     return number
+
+
+def entries(key: str, value: object, count: int) -> tuple[Any, ...]:
+    """The entries of an argument that is a tuple of `count` numbers.
+
+    Raises:
+      InvalidType: not a tuple or list.
+      InvalidArgument: of another length.
+    """
+    if not isinstance(value, tuple | list):
+        raise InvalidType(f"{key} must be a tuple of {count} numbers, got {type(value).__name__}.")
+    found = tuple(cast("Sequence[Any]", value))
+    if len(found) != count:
+        raise InvalidArgument(f"{key} must be a tuple of {count} numbers, got {len(found)}.")
+    return found
 
 
 def scalar(hyper: Mapping[str, Value], key: str) -> Number:

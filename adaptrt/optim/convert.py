@@ -48,6 +48,8 @@ class Group:
     label: str
     settings: Settings
     names: list[str]
+    defaults: Settings
+    """The arguments of the optimiser's constructor."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +62,8 @@ class Family:
       numbers: the settings that are numbers, or tuples of numbers: inputs of a program.
       flags: those that are constants of it.
       adjust: from settings to flags that differ from them.
+      constructor_only: numbers that PyTorch takes from its constructor's argument whatever the group says. A tensor, a mapping or a
+        schedule in the group is ours to use.
     """
 
     name: str
@@ -67,6 +71,7 @@ class Family:
     numbers: tuple[str, ...]
     flags: tuple[str, ...] = ("maximize",)
     adjust: Callable[[Settings], dict[str, Any]] = lambda settings: {}
+    constructor_only: tuple[str, ...] = ()
 
     def constants(self, settings: Settings) -> dict[str, Any]:
         """Flags by name. Settings that a version of PyTorch does not have are left to their defaults."""
@@ -75,6 +80,7 @@ class Family:
 
     def build(self, group: Group) -> Optimizer:
         numbers = {key: _value(group, group.settings[key]) for key in self.numbers}
+        numbers |= {key: group.defaults[key] for key in self.constructor_only if isinstance(numbers[key], Real)}
         return self.make(**numbers, **self.constants(group.settings))
 
 
@@ -176,7 +182,7 @@ def _groups(opt: torch.optim.Optimizer, params: Params) -> list[Group]:
         members.setdefault(index, []).append(name)
     if not members:
         raise OptimizerMismatch("params is empty: no parameter of the optimiser adapts. Check params= and requires_grad.")
-    return [Group(str(index), settings[index], members[index]) for index in sorted(members)]
+    return [Group(str(index), settings[index], members[index], opt.defaults) for index in sorted(members)]
 
 
 # --- numbers, flags and state of one group
@@ -199,7 +205,11 @@ def _number(value: Any) -> Any:
 
 
 def _kind(value: Any) -> Hashable:
-    return value.fn if isinstance(value, Schedule) else isinstance(value, Mapping)
+    if isinstance(value, Schedule):
+        return value.fn, _kind(value.numbers)
+    if isinstance(value, Mapping):
+        return tuple([(key, _kind(entry)) for key, entry in cast("Mapping[str, Any]", value).items()])
+    return None
 
 
 def _read(opt: torch.optim.Optimizer, params: Params, fresh: State) -> State:
@@ -306,7 +316,12 @@ _FAMILIES: dict[type[torch.optim.Optimizer], Family] = {
     torch.optim.Adamax: Family("adamax", adamax, _MOMENTS),
     torch.optim.NAdam: Family("nadam", nadam, (*_MOMENTS, "momentum_decay"), adjust=_decoupled),
     torch.optim.RAdam: Family("radam", radam, _MOMENTS, adjust=_decoupled),
-    torch.optim.Adagrad: Family("adagrad", adagrad, ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps")),
+    torch.optim.Adagrad: Family(
+        "adagrad",
+        adagrad,
+        ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps"),
+        constructor_only=("initial_accumulator_value",),
+    ),
     torch.optim.Adadelta: Family("adadelta", adadelta, ("lr", "rho", "eps", "weight_decay")),
     torch.optim.ASGD: Family("asgd", asgd, ("lr", "lambd", "alpha", "t0", "weight_decay")),
     torch.optim.RMSprop: Family("rmsprop", rmsprop, ("lr", "alpha", "eps", "weight_decay", "momentum"), ("centered", "maximize")),

@@ -120,7 +120,7 @@ def lbfgs(
         )
         return {name: p if name in grads else params[name] for name, p in new.items()}, state
 
-    return scheduled(Optimizer(init, update, {"lr": checked("lr", lr)}, max_iter))
+    return scheduled(Optimizer(init, update, {"lr": checked("lr", lr)}, max_iter, remembers_step=True))
 
 
 def _direction(g: Tensor, dirs: Tensor, steps: Tensor) -> Tensor:
@@ -129,10 +129,10 @@ def _direction(g: Tensor, dirs: Tensor, steps: Tensor) -> Tensor:
     With R_ij = s_i.y_j and U its upper triangle, the first loop solves U a = S q and the second U^T c = diag(U) a - Y d, where c_i is the
     factor of s_i. Rows without a pair are zero; a one on the diagonal keeps them so.
     """
-    upper = torch.triu(steps @ dirs.T)
-    curvature = upper.diagonal()
+    curvature = torch.sum(steps * dirs, -1)
     known = curvature > 0
-    upper = upper + torch.diag((~known).to(g.dtype))
+    row = torch.arange(len(known), device=g.device)
+    upper = torch.where((row.unsqueeze(1) == row) & ~known, 1.0, torch.triu(steps @ dirs.T))
     a = _solve_triangular(upper, steps @ -g, upper=True)
     # The newest pair is the last, if there is any.
     scale = torch.where(known[-1], curvature[-1] / torch.where(known[-1], torch.dot(dirs[-1], dirs[-1]), 1.0), 1.0)

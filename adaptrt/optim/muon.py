@@ -1,4 +1,8 @@
-"""Muon, with the arithmetic of `torch.optim.Muon`."""
+"""Muon, with the arithmetic of `torch.optim.Muon`.
+
+Known limits: with bfloat16 parameters and without nesterov `torch.optim.Muon` (2.11 to 2.13) scales its momentum buffer in place, and loses
+digits by it; here the buffer is left alone.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adaptrt.errors import InvalidArgument, InvalidType, UnsupportedParameter
-from adaptrt.optim.base import Number, Optimizer, Value, checked, double, fit, is_off, larger
+from adaptrt.optim.base import Number, Optimizer, Value, checked, double, entries, fit, is_off, larger
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 ADJUSTMENTS = (None, "original", "match_rms_adamw", "spectral_unclamped")
@@ -83,7 +87,7 @@ def muon(
     with_decay = not is_off(weight_decay)
     if with_decay:
         hyper["weight_decay"] = checked("weight_decay", weight_decay)
-    if len(ns_coefficients) != 3 or not all(isinstance(a, float | int) for a in ns_coefficients):  # pyright: ignore[reportUnnecessaryIsInstance]
+    if not all(isinstance(a, float | int) for a in entries("ns_coefficients", ns_coefficients, 3)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidArgument(f"ns_coefficients must be three floats, got {ns_coefficients}.")
     if isinstance(ns_steps, bool) or not isinstance(ns_steps, int) or not 0 <= ns_steps < 100:  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidArgument(f"ns_steps must be an int from 0 to 99, got {ns_steps!r}.")
@@ -120,7 +124,7 @@ def _orthogonalise(u: Tensor, coefficients: tuple[float, float, float], eps: Num
     zero = torch.all(x == 0)
     norm = cast("Tensor", torch.linalg.vector_norm(torch.where(zero, 1.0, x)))  # pyright: ignore[reportUnknownMemberType]
     norm = norm.masked_fill(zero, 0.0)
-    x = x / larger(norm, fit(eps, norm))
+    x = x / larger(norm, eps)
     for _ in range(num_steps):
         gram = x @ x.T
         x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=a1, alpha=a2), x, beta=a0)

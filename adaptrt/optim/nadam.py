@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Optimizer, Value, checked, double, fit, is_off, safe_sqrt
+from adaptrt.optim.base import FRACTION, Optimizer, Value, checked, double, entries, fit, is_off, safe_sqrt
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
@@ -74,10 +74,11 @@ def nadam(
       >>> new["w"]
       tensor([0.8944, 1.1056])
     """
+    beta1, beta2 = entries("betas", betas, 2)
     hyper = {
         "lr": checked("lr", lr),
-        "beta1": checked("betas[0]", betas[0], below=1.0),
-        "beta2": checked("betas[1]", betas[1], below=1.0),
+        "beta1": checked("betas[0]", beta1, FRACTION),
+        "beta2": checked("betas[1]", beta2, FRACTION),
         "eps": checked("eps", eps),
         "momentum_decay": checked("momentum_decay", momentum_decay),
     }

@@ -50,22 +50,24 @@ def per_parameter(
             if name not in state:
                 raise OptimizerMismatch(f"state has no entry for parameter '{name}', only for {sorted(state)}. Make it by init(params).")
             p, old = params[name], state[name]
+            # A state of another shape would be broadcast, and one made under other flags decide in their place.
+            fresh = init(p.detach())
+            if _form(old) != _form(fresh):
+                raise OptimizerMismatch(
+                    f"The state of parameter '{name}' must be like init(params)'s ({tree.describe(fresh)}), got {tree.describe(old)}. It "
+                    "was made for other parameters or under other flags."
+                )
             numbers = {key: read(hyper, key, name, p) for key in keys}
             for key in scalar:
                 number = numbers.get(key)
                 if isinstance(number, Tensor) and number.dim():
                     raise InvalidArgument(f"{key} for parameter '{name}' must be one number, got a tensor of shape {list(number.shape)}.")
             new[name], after[name] = update(p, -grad if maximize else grad, old, numbers)
-            # A state of another shape would have been broadcast.
-            if new[name].shape != p.shape or _shapes(after[name]) != _shapes(old):
-                raise OptimizerMismatch(
-                    f"The state of parameter '{name}' ({tree.describe(old)}) does not fit its shape {list(p.shape)}. Make it by "
-                    "init(params)."
-                )
         return new, after
 
     return scheduled(Optimizer(init_all, update_all, hyper))
 
 
-def _shapes(state: Any) -> list[tuple[int, ...]]:
-    return [leaf.shape for leaf in tree.leaves(state)]
+def _form(state: Any) -> Any:
+    leaves, structure = tree.flatten(state)
+    return structure, [leaf.shape for leaf in leaves]

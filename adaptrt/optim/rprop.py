@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from adaptrt.errors import InvalidArgument
-from adaptrt.optim.base import Optimizer, Value, checked, fit
+from adaptrt.optim.base import Domain, Optimizer, Value, checked, entries, fit, larger, like, smaller
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
@@ -59,27 +58,24 @@ def rprop(
       >>> new["w"]
       tensor([0.9000, 1.1000])
     """
+    (eta_minus, eta_plus), (smallest, largest) = entries("etas", etas, 2), entries("step_sizes", step_sizes, 2)
     hyper = {
         "lr": checked("lr", lr),
-        "eta_minus": checked("etas[0]", etas[0], below=1.0),
-        "eta_plus": checked("etas[1]", etas[1], low=1.0),
-        "step_size_min": checked("step_sizes[0]", step_sizes[0]),
-        "step_size_max": checked("step_sizes[1]", step_sizes[1]),
+        "eta_minus": checked("etas[0]", eta_minus, Domain(0.0, 1.0, with_low=False, with_high=False)),
+        "eta_plus": checked("etas[1]", eta_plus, Domain(1.0, with_low=False)),
+        "step_size_min": checked("step_sizes[0]", smallest),
+        "step_size_max": checked("step_sizes[1]", largest),
     }
-    if hyper["eta_minus"] == 0.0 or hyper["eta_plus"] == 1.0:
-        raise InvalidArgument(f"etas must be in (0, 1) and above 1, got {etas}.")
 
     def init(p: Tensor) -> RpropState:
         return RpropState(torch.zeros((), dtype=torch.int64, device=p.device), torch.zeros_like(p), torch.zeros_like(p))
 
     def update(p: Tensor, g: Tensor, state: RpropState, h: Numbers) -> tuple[Tensor, RpropState]:
         agreement = g * state.prev
-        size = torch.where(state.step == 0, fit(h["lr"], p), state.step_size)
+        size = torch.where(state.step == 0, like(h["lr"], p), state.step_size)
         grown = torch.where(agreement > 0, size * fit(h["eta_plus"], p), size)
         size = torch.where(agreement < 0, size * fit(h["eta_minus"], p), grown)
-        # One bound at a time, because `clamp` takes two floats or two tensors.
-        size = torch.clamp(size, min=cast(Any, fit(h["step_size_min"], p)))
-        size = torch.clamp(size, max=cast(Any, fit(h["step_size_max"], p))).to(p.dtype)
+        size = smaller(larger(size, h["step_size_min"]), h["step_size_max"])
         g = torch.where(agreement < 0, 0.0, g)
         return p - size * torch.sign(g), RpropState(state.step + 1, g, size)
 

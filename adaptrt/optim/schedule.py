@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adaptrt.errors import InvalidArgument, InvalidType
-from adaptrt.optim.base import Hyper, Optimizer, Params, Schedule, State, Value
+from adaptrt.optim.base import REAL, Hyper, Optimizer, Params, Schedule, State, Value, checked
 
 
 class ScheduledState(NamedTuple):
@@ -101,8 +102,16 @@ def _look_up(step: Tensor, values: Tensor | Mapping[str, Tensor]) -> Value:
     return values.index_select(0, index.reshape(1)).squeeze(0)
 
 
+def _evaluate(key: str, value: Schedule, step: Tensor) -> Value:
+    # Any number: a schedule's result is a tensor as a rule, and the values of tensors are not looked at.
+    return checked(key, value.fn(step, **value.numbers), REAL)
+
+
 def scheduled(optimizer: Optimizer) -> Optimizer:
-    """`optimizer` with the schedules among its hyperparameters evaluated at every update; itself if there are none."""
+    """`optimizer` with the schedules among its hyperparameters evaluated at every update; itself if there are none.
+
+    The optimisers of this package are made so. One of your own takes schedules as `scheduled(Optimizer(init, update, hyper))`.
+    """
     if not any(isinstance(value, Schedule) for value in optimizer.hyper.values()):
         return optimizer
 
@@ -113,8 +122,8 @@ def scheduled(optimizer: Optimizer) -> Optimizer:
     def update(grads: Params, state: ScheduledState, params: Params, hyper: Hyper) -> tuple[dict[str, Tensor], ScheduledState]:
         # As float64, because a float to the power of an int64 tensor would be float32.
         step = torch.div(state.num_updates, optimizer.updates_per_step, rounding_mode="floor").to(torch.float64)
-        now = {key: value.fn(step, **value.numbers) if isinstance(value, Schedule) else value for key, value in hyper.items()}
+        now = {key: _evaluate(key, value, step) if isinstance(value, Schedule) else value for key, value in hyper.items()}
         new, inner = optimizer.update(grads, state.state, params, now)
         return new, ScheduledState(state.num_updates + 1, inner)
 
-    return Optimizer(init, update, optimizer.hyper, optimizer.updates_per_step)
+    return dataclasses.replace(optimizer, init=init, update=update)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adaptrt.errors import InvalidArgument
-from adaptrt.optim.base import Absent, Optimizer, Value, checked, fit, is_off
+from adaptrt.optim.base import REAL, Absent, Optimizer, Value, checked, fit, is_off
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
@@ -66,7 +66,7 @@ def sgd(
     with_momentum, with_decay = not is_off(momentum), not is_off(weight_decay)
     if with_momentum:
         hyper["momentum"] = checked("momentum", momentum)
-        hyper["dampening"] = checked("dampening", dampening, low=float("-inf"))
+        hyper["dampening"] = checked("dampening", dampening, REAL)
     if with_decay:
         hyper["weight_decay"] = checked("weight_decay", weight_decay)
     if nesterov and not (with_momentum and is_off(dampening)):

@@ -30,7 +30,7 @@ def chain(*parts: Transform | Optimizer) -> Optimizer:
       An optimiser whose `hyper` and state are tuples with one entry per part.
 
     Raises:
-      InvalidArgument: there is no optimiser among `parts`, or more than one.
+      InvalidArgument: there is no optimiser among `parts`, or more than one, or something follows one that remembers its step (L-BFGS).
       InvalidType: a part is neither.
 
     Example:
@@ -69,7 +69,11 @@ def chain(*parts: Transform | Optimizer) -> Optimizer:
 
     optimizer = parts[middle]
     assert isinstance(optimizer, Optimizer)
-    return Optimizer(init, update, tuple(part.hyper for part in parts), optimizer.updates_per_step)
+    if optimizer.remembers_step and middle + 1 < len(parts):
+        raise InvalidArgument(
+            "Nothing may follow this optimiser in a chain: its state holds the step that it made, which a transform would change."
+        )
+    return Optimizer(init, update, tuple(part.hyper for part in parts), optimizer.updates_per_step, optimizer.remembers_step)
 
 
 def clip_by_global_norm(max_norm: Value, eps: Value = 1e-6) -> Transform:
@@ -199,12 +203,18 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Mapping[str, str]) ->
     counts = {label: optimizer.updates_per_step for label, optimizer in optimizers.items()}
     if len(set(counts.values())) > 1:
         raise InvalidArgument(f"The optimisers of a partition must make equally many updates a step, got {counts}.")
-    return Optimizer(init, update, {label: optimizer.hyper for label, optimizer in optimizers.items()}, next(iter(counts.values()), 1))
+    return Optimizer(
+        init,
+        update,
+        {label: optimizer.hyper for label, optimizer in optimizers.items()},
+        next(iter(counts.values()), 1),
+        any(optimizer.remembers_step for optimizer in optimizers.values()),
+    )
 
 
 def _check_part(part: object) -> None:
     if not isinstance(part, Optimizer | Transform):
         raise InvalidType(
             f"chain takes adaptrt.optim.Transform and Optimizer objects, got {type(part).__name__}. "
-            "Build the optimiser with adaptrt.optim.sgd, adam or adamw."
+            "Build the optimiser with adaptrt.optim, for example sgd(lr=0.1)."
         )
