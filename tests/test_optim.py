@@ -2,322 +2,136 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
-from torch.autograd import gradcheck
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd import gradcheck, gradgradcheck
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from adaptrt import optim
-from adaptrt.errors import InvalidArgument, InvalidType, OptimizerMismatch, UnsupportedOptimizer
+from adaptrt import optim, tree
+from adaptrt.errors import InvalidArgument, InvalidType, OptimizerMismatch, UnsupportedParameter
 from adaptrt.optim.base import Hyper, Optimizer, State, is_off, safe_sqrt
-from adaptrt.optim.convert import SUPPORTED, convert, fingerprint, read_hyper, read_state
-
-SHAPES: dict[str, tuple[int, ...]] = {"scalar": (), "bias": (3,), "weight": (4, 3), "empty": (0, 2)}
-NAMES = tuple(SHAPES)
-
-
-class Case(NamedTuple):
-    theirs: type[torch.optim.Optimizer]
-    ours: Callable[..., Optimizer]
-    settings: dict[str, Any]
-
-
-_SGD = [
-    {"lr": 0.1},
-    {"lr": 0.1, "weight_decay": 0.3},
-    {"lr": 0.1, "maximize": True, "weight_decay": 0.3},
-    {"lr": 0.1, "momentum": 0.9},
-    {"lr": 0.1, "momentum": 0.9, "dampening": 0.4, "weight_decay": 0.2},
-    {"lr": 0.1, "momentum": 0.8, "nesterov": True, "weight_decay": 0.2},
-    {"lr": 0.1, "momentum": 0.8, "nesterov": True, "maximize": True},
-]
-_ADAM = [
-    {"lr": 0.05},
-    {"lr": 0.05, "betas": (0.5, 0.7), "eps": 1e-3},
-    {"lr": 0.05, "betas": (0.0, 0.9)},
-    {"lr": 0.05, "weight_decay": 0.2},
-    {"lr": 0.05, "weight_decay": 0.0, "amsgrad": True, "betas": (0.9, 0.5)},
-    {"lr": 0.05, "weight_decay": 0.2, "amsgrad": True, "maximize": True, "betas": (0.9, 0.5)},
-]
-CASES = [
-    *(Case(torch.optim.SGD, optim.sgd, settings) for settings in _SGD),
-    *(Case(torch.optim.Adam, optim.adam, settings) for settings in _ADAM),
-    *(Case(torch.optim.AdamW, optim.adamw, settings) for settings in _ADAM),
-]
-
-
-def case_id(case: object) -> str:
-    assert isinstance(case, Case)
-    return "-".join([case.theirs.__name__, *(f"{key}={value}" for key, value in case.settings.items() if key != "lr")])
-
-
-over_cases = pytest.mark.parametrize("case", CASES, ids=case_id)
-
-
-def make_tensors(seed: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for name, shape in SHAPES.items()}
-
-
-def make_params(seed: int = 0, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
-    return {name: tensor.requires_grad_() for name, tensor in make_tensors(seed, dtype).items()}
-
-
-def make_opt(case: Case, params: Mapping[str, Tensor], **more: Any) -> torch.optim.Optimizer:
-    make: Callable[..., torch.optim.Optimizer] = case.theirs
-    return make(list(params.values()), **case.settings, **more)
-
-
-def step_theirs(opt: torch.optim.Optimizer, params: Mapping[str, Tensor], grads: Mapping[str, Tensor]) -> None:
-    for name, p in params.items():
-        p.grad = grads[name].clone() if name in grads else None
-    opt.step()
-
-
-def detached(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in params.items()}
-
-
-def leaves(tree: State) -> list[Tensor]:
-    if isinstance(tree, Tensor):
-        return [tree]
-    values = list(tree.values()) if isinstance(tree, dict) else list(tree or ())
-    return [leaf for value in values for leaf in leaves(value)]
-
-
-def same_tree(a: State, b: State) -> bool:
-    if type(a) is not type(b):
-        return False
-    if isinstance(a, dict):
-        return list(a) == list(b) and all(same_tree(a[key], b[key]) for key in a)
-    return len(a) == len(b) and all(map(same_tree, a, b)) if isinstance(a, tuple) else True
-
-
-# Relative and absolute. Ours and theirs round in another order; parameters are of order one, so the absolute one is a few last places.
-TOLERANCES = {torch.float64: (1e-12, 1e-14), torch.float32: (1e-5, 1e-6), torch.bfloat16: (0.02, 0.02)}
-
-
-def assert_same(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> None:
-    assert list(ours) == list(theirs)
-    for name, expected in theirs.items():
-        rtol, atol = TOLERANCES[expected.dtype]
-        torch.testing.assert_close(ours[name], expected.detach(), rtol=rtol, atol=atol)
-
-
-def as_tensors(hyper: Hyper) -> Hyper:
-    """Every float as a 0-dim float64 tensor, as a compiled program passes them."""
-    if isinstance(hyper, tuple):
-        return tuple(as_tensors(value) for value in hyper)
-    if isinstance(hyper, Mapping):
-        return {key: as_tensors(value) for key, value in hyper.items()}
-    return hyper if isinstance(hyper, Tensor) else torch.tensor(hyper, dtype=torch.float64)
-
+from tests.optimizers import (
+    ADAFACTOR,
+    ASGD,
+    DERIVATIVES,
+    MUON,
+    NADAM,
+    TOLERANCES,
+    Case,
+    Derivative,
+    Family,
+    as_tensors,
+    assert_same,
+    cases_of,
+    default_dtype,
+    detached,
+    full_case,
+    make_params,
+    make_tensors,
+    over_cases,
+    over_derivatives,
+    over_families,
+    per_element,
+    step_theirs,
+)
+from tests.optimizers import exact as exact  # a fixture
 
 # --- equal to torch.optim
 
 
-@pytest.mark.parametrize("kind", ["float", "tensor"])
+@pytest.mark.parametrize("kind", ["float", "tensor", "element"])
 @over_cases
-def test_twenty_steps_equal_torch_optim(case: Case, kind: str) -> None:
-    params = make_params()
-    theirs, ours = make_opt(case, params), case.ours(**case.settings)
-    hyper = ours.hyper if kind == "float" else as_tensors(ours.hyper)
+def test_twenty_steps_equal_torch_optim(case: Case, kind: str, exact: None) -> None:
+    params = case.make_params()
+    theirs, ours = case.make_theirs(params.values()), case.make_ours()
+    hyper = {"float": ours.hyper, "tensor": as_tensors(ours.hyper), "element": per_element(ours.hyper, case.family)}[kind]
     mine: dict[str, Tensor] = detached(params)
     state = ours.init(mine)
+    late, still = list(params)[1:3]
     for step in range(20):
-        grads = make_tensors(100 + step)
+        grads = case.make_tensors(100 + step)
         if step in (0, 7):  # the first step of a parameter need not be the first step of the optimiser
-            del grads["bias"]
+            del grads[late]
+        if step in (0, 1, 9):
+            grads[still].zero_()
         step_theirs(theirs, params, grads)
         mine, state = ours.update(grads, state, mine, hyper)
         assert_same(mine, params)
 
 
-@over_cases
-def test_conversion_goes_on_where_torch_optim_stands(case: Case) -> None:
-    params = make_params()
-    theirs = make_opt(case, params, foreach=False)
-    for step in range(3):
-        grads = make_tensors(step)
-        del grads["weight"]  # has no state yet
-        step_theirs(theirs, params, grads)
-    ours, hyper, state, mine = convert(theirs, params), read_hyper(theirs, params), read_state(theirs, params), detached(params)
-    assert hyper == ours.hyper
-    assert same_tree(state, ours.init(params))
-    kept = [leaf.clone() for leaf in leaves(state)]
-    assert not any(leaf.requires_grad for leaf in kept)
-    for step in range(20):
-        grads = make_tensors(50 + step)
-        step_theirs(theirs, params, grads)
-        mine, state = ours.update(grads, state, mine, hyper)
-    assert_same(mine, params)
-    for before, after in zip(kept, leaves(read_state(theirs, params)), strict=True):
-        assert before.shape == after.shape and before.dtype == after.dtype
+@pytest.mark.parametrize("family", [NADAM, ASGD], ids=["NAdam", "ASGD"])
+def test_to_float32_accuracy_what_torch_optim_rounds_to_the_default_dtype(family: Family) -> None:
+    for case in cases_of(family):
+        params = case.make_params()
+        theirs, ours, mine = case.make_theirs(params.values()), case.make_ours(), detached(params)
+        state = ours.init(mine)
+        for step in range(20):
+            grads = case.make_tensors(100 + step)
+            step_theirs(theirs, params, grads)
+            mine, state = ours.update(grads, state, mine, ours.hyper)
+        assert_same(mine, params, as_exact_as=torch.float32)
 
 
-@over_cases
-def test_read_state_is_a_copy(case: Case) -> None:
-    params = make_params()
-    theirs = make_opt(case, params)
-    step_theirs(theirs, params, make_tensors(1))
-    state = read_state(theirs, params)
-    before = [leaf.clone() for leaf in leaves(state)]
-    step_theirs(theirs, params, make_tensors(2))
-    for old, now in zip(before, leaves(state), strict=True):
-        torch.testing.assert_close(old, now, rtol=0, atol=0)
+@over_families
+def test_default_dtype_makes_no_difference(family: Family) -> None:
+    case = full_case(family)
+
+    def run() -> list[Tensor]:
+        opt, params = case.make_ours(), case.make_tensors(0)
+        state = opt.init(params)
+        for step in range(family.num_steps):
+            params, state = opt.update(case.make_tensors(step), state, params, opt.hyper)
+        return tree.leaves((params, state))
+
+    usual = run()
+    with default_dtype(torch.float64):
+        wide = run()
+    assert all(map(torch.equal, usual, wide)) and [a.dtype for a in usual] == [b.dtype for b in wide]
 
 
-@pytest.mark.parametrize(
-    ("theirs", "first", "second"),
-    [
-        (torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}, {"lr": 0.3, "weight_decay": 0.1, "maximize": True}),
-        (torch.optim.Adam, {"lr": 0.1, "amsgrad": True}, {"lr": 0.2, "betas": (0.5, 0.6), "weight_decay": 0.1}),
-        (torch.optim.AdamW, {"lr": 0.1, "maximize": True}, {"lr": 0.2, "weight_decay": 0.0, "eps": 1e-2}),
-    ],
-)
-def test_two_groups_with_different_flags(
-    theirs: Callable[..., torch.optim.Optimizer], first: dict[str, Any], second: dict[str, Any]
-) -> None:
-    params = make_params()
-    head, body = ("bias", "empty"), ("scalar", "weight")
-    foreign = torch.zeros(2, requires_grad=True)
-    groups = [{"params": [params[n] for n in head], **first}, {"params": [foreign]}, {"params": [params[n] for n in body], **second}]
-    opt = theirs(groups, lr=1.0)
-    step_theirs(opt, params, make_tensors(1))
-    ours, hyper, state, mine = convert(opt, params), read_hyper(opt, params), read_state(opt, params), detached(params)
-    assert list(hyper) == ["0", "2"] and hyper == ours.hyper
-    assert same_tree(state, ours.init(params))
-    for step in range(20):
-        grads = make_tensors(10 + step)
-        step_theirs(opt, params, grads)
-        mine, state = ours.update(grads, state, mine, hyper)
-    assert_same(mine, params)
-
-    only = {name: params[name] for name in body}
-    assert read_hyper(opt, only) == convert(opt, only).hyper and read_hyper(opt, only)["lr"] == second["lr"]
+@pytest.mark.parametrize("shape", [(0,), (0, 2), (2, 0), (3, 0, 2)], ids=str)
+@over_families
+def test_empty_parameters_pass_through(family: Family, shape: tuple[int, ...]) -> None:
+    # Not against PyTorch, which divides by zero in some of these.
+    if family is MUON and len(shape) != 2:
+        return
+    opt, params = full_case(family).make_ours(), {"w": torch.zeros(shape)}
+    state = opt.init(params)
+    for _ in range(2):
+        params, state = opt.update(params, state, params, opt.hyper)
+    assert params["w"].shape == shape and [leaf.shape for leaf in tree.leaves(state)] == [
+        leaf.shape for leaf in tree.leaves(opt.init(params))
+    ]
 
 
-def test_adam_with_decoupled_weight_decay_is_adamw() -> None:
-    params = make_params()
-    opt = torch.optim.Adam(list(params.values()), weight_decay=0.3, decoupled_weight_decay=True)
-    ours, mine = convert(opt, params), detached(params)
-    state = ours.init(mine)
-    for step in range(3):
-        grads = make_tensors(step)
-        step_theirs(opt, params, grads)
-        mine, state = ours.update(grads, state, mine, ours.hyper)
-    assert_same(mine, params)
-
-
-# --- derivatives
-
-_HYPERS = [
-    (optim.sgd, {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.2}, {}),
-    (optim.sgd, {"lr": 0.1, "momentum": 0.9, "weight_decay": 0.2}, {"nesterov": True}),
-    (optim.adam, {"lr": 0.1, "beta1": 0.8, "beta2": 0.9, "eps": 1e-2, "weight_decay": 0.2}, {}),
-    (optim.adam, {"lr": 0.1, "beta1": 0.8, "beta2": 0.6, "eps": 1e-2}, {"amsgrad": True}),
-    (optim.adamw, {"lr": 0.1, "beta1": 0.8, "beta2": 0.9, "eps": 1e-2, "weight_decay": 0.2}, {}),
-]
-
-
-def build(make: Callable[..., Optimizer], values: dict[str, Any], flags: dict[str, Any]) -> Optimizer:
-    """The constructors take betas as a pair and `hyper` has them apart."""
-    values = dict(values)
-    if "beta1" in values:
-        values["betas"] = (values.pop("beta1"), values.pop("beta2"))
-    return make(**values, **flags)
-
-
-@pytest.mark.parametrize("shaped", [False, True], ids=["scalar", "per-element"])
-@pytest.mark.parametrize(("make", "values", "flags"), _HYPERS)
-def test_gradients_of_hyperparameters_parameters_and_gradients(
-    make: Callable[..., Optimizer], values: dict[str, float], flags: dict[str, bool], shaped: bool
-) -> None:
-    keys = list(values)
-    params = make_tensors(0)["weight"][:2]
-
-    def value_of(key: str) -> Tensor:
-        return torch.full(params.shape if shaped else (), values[key], dtype=torch.float64).requires_grad_()
-
-    hypers = [value_of(key) for key in keys]
-    opt = build(make, {key: {"w": leaf} if shaped else leaf for key, leaf in zip(keys, hypers, strict=True)}, flags)
-    assert set(opt.hyper) >= set(keys)
-
-    def run(p: Tensor, g: Tensor, *leaves_: Tensor) -> Tensor:
-        hyper = dict(opt.hyper) | {key: {"w": leaf} if shaped else leaf for key, leaf in zip(keys, leaves_, strict=True)}
-        new, state = {"w": p}, opt.init({"w": p})
-        for step in range(3):
-            new, state = opt.update({"w": g * (1 + step) + torch.sin(new["w"])}, state, new, hyper)
-        return new["w"]
-
-    inputs = (params.clone().requires_grad_(), make_tensors(1)["weight"][:2].requires_grad_(), *hypers)
-    assert gradcheck(run, inputs)
-    grads = torch.autograd.grad(run(*inputs).sum(), inputs)
-    assert all(bool((grad != 0).any()) for grad in grads)  # else gradcheck would hold of a constant
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@over_cases
-def test_derivatives_are_finite_at_zero_gradients(case: Case, dtype: torch.dtype) -> None:
-    opt = case.ours(**case.settings)
-    params, zeros = make_params(dtype=dtype), {name: torch.zeros(shape, dtype=dtype) for name, shape in SHAPES.items()}
-    hyper = {key: torch.tensor(value, dtype=torch.float64, requires_grad=True) for key, value in opt.hyper.items()}
-    grads = {name: (zero * params[name]) for name, zero in zeros.items()}
-    new, state = opt.update(grads, opt.init(params), params, hyper)
-    new, state = opt.update({name: zero * new[name] for name, zero in zeros.items()}, state, new, hyper)
-    total = torch.stack([value.sum() for value in new.values()]).sum()
-    found = torch.autograd.grad(total, [*params.values(), *hyper.values()], allow_unused=True, materialize_grads=True)
-    assert all(bool(torch.isfinite(grad).all()) for grad in found)
-
-
-@pytest.mark.parametrize("amsgrad", [False, True])
-def test_adam_has_its_true_derivative_at_zero_gradient(amsgrad: bool) -> None:
-    lr, eps = 0.1, 1e-2
-    opt = optim.adam(lr=lr, eps=eps, amsgrad=amsgrad)
-    params, g = {"w": torch.ones(2, dtype=torch.float64)}, torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    new, _ = opt.update({"w": g}, opt.init(params), params, opt.hyper)
-    (found,) = torch.autograd.grad(new["w"].sum(), g)
-    torch.testing.assert_close(found, torch.full_like(g, -lr / eps))
-
-
-def test_safe_sqrt() -> None:
-    x = torch.tensor([0.0, 4.0], requires_grad=True)
-    y = safe_sqrt(x)
-    assert y.tolist() == [0.0, 2.0]
-    assert torch.autograd.grad(y.sum(), x)[0].tolist() == [0.0, 0.25]
-
-
-def test_second_derivatives() -> None:
-    opt = optim.adam(lr=0.1, eps=1e-2)
-    state = opt.init({"w": torch.zeros(2, dtype=torch.float64)})
-
-    def run(p: Tensor) -> Tensor:
-        return opt.update({"w": p.cos()}, state, {"w": p}, opt.hyper)[0]["w"]
-
-    assert torch.autograd.gradgradcheck(run, (torch.tensor([0.3, -1.0], dtype=torch.float64, requires_grad=True),))
-
-
-# --- dtypes, missing gradients, purity
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @over_cases
 def test_dtype_is_kept(case: Case, dtype: torch.dtype) -> None:
-    params = make_params(dtype=dtype)
-    theirs, ours, mine = make_opt(case, params), case.ours(**case.settings), detached(params)
+    # PyTorch's Muon in bfloat16 is no reference: without nesterov it normalises its momentum buffer in place. So it gets the same values
+    # in float32. Ours is off by up to 0.023 then, in 20 runs with other seeds: the iteration amplifies what rounding did to the buffer.
+    muon = case.family is MUON and dtype == torch.bfloat16
+    rtol, atol = (0.05, 0.05) if muon else TOLERANCES[dtype]
+    mine = case.make_tensors(0, dtype)
+    params = {name: p.to(torch.float32 if muon else dtype, copy=True).requires_grad_() for name, p in mine.items()}
+    theirs, ours = case.make_theirs(params.values()), case.make_ours()
     hyper, state = as_tensors(ours.hyper), ours.init(mine)
-    shapes = [(leaf.shape, leaf.dtype) for leaf in leaves(state)]
+    kinds = tree.specs(state)
     for step in range(5):
-        grads = make_tensors(step, dtype)
-        step_theirs(theirs, params, grads)
+        grads = case.make_tensors(step, dtype)
+        step_theirs(theirs, params, {name: g.to(params[name].dtype) for name, g in grads.items()})
         mine, state = ours.update(grads, state, mine, hyper)
-    assert all(p.dtype == dtype for p in mine.values())
-    assert [(leaf.shape, leaf.dtype) for leaf in leaves(state)] == shapes
-    assert_same(mine, params)
+    for name, p in params.items():
+        torch.testing.assert_close(mine[name], p.detach().to(dtype), rtol=rtol, atol=atol)
+    assert tree.specs(state) == kinds
+    # Wider numbers for each element do not widen the parameters.
+    mine, state = ours.update(case.make_tensors(0, dtype), state, mine, per_element(ours.hyper, case.family))
+    assert all(p.dtype == dtype for p in mine.values()) and tree.specs(state) == kinds
 
 
 def test_bias_correction_is_as_exact_as_python_floats() -> None:
@@ -328,35 +142,73 @@ def test_bias_correction_is_as_exact_as_python_floats() -> None:
     assert abs(new["w"].item() + 1.0) < 3e-7
 
 
+@pytest.mark.parametrize("shaped", [False, True], ids=["scalar", "per-element"])
+@over_cases
+def test_numbers_in_float32_are_as_good_as_floats_of_their_value(case: Case, shaped: bool) -> None:
+    # Nothing is formed of them in float32: 1 - 0.999 would be wrong in the fifth digit.
+    opt = case.make_ours()
+    narrow = {key: torch.tensor(value, dtype=torch.float32).item() for key, value in opt.hyper.items()}
+    tensors = per_element(narrow, case.family, torch.float32) if shaped else {key: torch.tensor(value) for key, value in narrow.items()}
+    runs: list[dict[str, Tensor]] = []
+    for hyper in (narrow, tensors):
+        params, state = case.make_tensors(0), opt.init(case.make_tensors(0))
+        for step in range(case.family.num_steps):
+            params, state = opt.update(case.make_tensors(step), state, params, hyper)
+        runs.append(params)
+    assert_same(runs[1], runs[0])
+
+
+def test_structure_is_what_is_on() -> None:
+    tensor_zero = torch.tensor(0.0)
+    assert is_off(0) and is_off(0.0) and not is_off(tensor_zero) and not is_off(1e-9)
+    assert set(optim.sgd(lr=0.1).hyper) == {"lr"}
+    assert set(optim.sgd(lr=0.1, momentum=0.9).hyper) == {"lr", "momentum", "dampening"}
+    assert set(optim.sgd(lr=0.1, weight_decay=tensor_zero).hyper) == {"lr", "weight_decay"}
+    assert set(optim.adam().hyper) == {"lr", "beta1", "beta2", "eps"}
+    assert set(optim.adamw().hyper) == {"lr", "beta1", "beta2", "eps", "weight_decay"}
+    assert set(optim.rmsprop().hyper) == {"lr", "alpha", "eps"}
+    assert set(optim.rmsprop(momentum=tensor_zero).hyper) == {"lr", "alpha", "eps", "momentum"}
+    assert set(optim.adafactor().hyper) == {"lr", "beta2_decay", "eps2", "d"}
+    assert set(optim.adafactor(eps=(0.0, 0.1)).hyper) == {"lr", "beta2_decay", "eps1", "eps2", "d"}
+    assert set(optim.muon(weight_decay=0).hyper) == {"lr", "momentum", "eps"}
+    assert tree.leaves(optim.sgd(lr=0.1).init(make_tensors(0))) == []
+    plain, centered = optim.rmsprop(), optim.rmsprop(momentum=0.9, centered=True)
+    assert len(tree.leaves(plain.init(make_tensors(0)))) * 3 == len(tree.leaves(centered.init(make_tensors(0))))
+
+
+# --- missing gradients, purity
+
+
 @pytest.mark.parametrize("clip", [False, True], ids=["plain", "chained"])
 @over_cases
 def test_parameters_without_gradient_pass_through(case: Case, clip: bool) -> None:
-    opt = case.ours(**case.settings)
+    opt = case.make_ours()
     if clip:
         opt = optim.chain(optim.clip_by_global_norm(1.0), opt, optim.clip_by_global_norm(1.0))
-    params = make_tensors(0)
-    before, state = opt.update(make_tensors(1), opt.init(params), params, opt.hyper)
-    grads = make_tensors(2)
-    del grads["weight"]
+    params = case.make_tensors(0)
+    first, second, *_ = params
+    before, state = opt.update(case.make_tensors(1), opt.init(params), params, opt.hyper)
+    grads = case.make_tensors(2)
+    del grads[second]
     after, later = opt.update(grads, state, before, opt.hyper)
-    assert after["weight"] is before["weight"] and after["bias"] is not before["bias"]
+    assert after[second] is before[second] and after[first] is not before[first]
     old, new = (state[1], later[1]) if clip else (state, later)
-    for was, now in zip(old, new, strict=True):
-        assert not was or (now["weight"] is was["weight"] and now["bias"] is not was["bias"])
+    assert new[second] is old[second] and list(new) == list(old)
+    assert all(now is not was for now, was in zip(tree.leaves(new[first]), tree.leaves(old[first]), strict=True))
     assert opt.update({}, state, before, opt.hyper)[0].keys() == before.keys()
 
 
 @over_cases
 def test_update_changes_none_of_its_arguments(case: Case) -> None:
-    opt, params, grads = case.ours(**case.settings), make_tensors(0), make_tensors(1)
+    opt, params, grads = case.make_ours(), case.make_tensors(0), case.make_tensors(1)
     _, state = opt.update(grads, opt.init(params), params, opt.hyper)
-    tensors = [*params.values(), *grads.values(), *leaves(state)]
-    values, containers = [tensor.clone() for tensor in tensors], [dict(field) for field in state]
-    opt.update(grads, state, params, opt.hyper)
+    hyper = as_tensors(opt.hyper)
+    arguments = (grads, state, params, hyper)
+    tensors = tree.leaves(arguments)
+    values, containers = [tensor.clone() for tensor in tensors], [dict(part) for part in arguments]
+    opt.update(*arguments)
     assert all(map(torch.equal, tensors, values))
-    assert all(
-        field.keys() == kept.keys() and all(field[k] is kept[k] for k in kept) for field, kept in zip(state, containers, strict=True)
-    )
+    assert [dict(part) for part in arguments] == containers  # by identity: tensors in these are equal only to themselves
 
 
 # --- traced and batched
@@ -364,46 +216,320 @@ def test_update_changes_none_of_its_arguments(case: Case) -> None:
 
 @over_cases
 def test_vmap_over_tasks_is_a_loop(case: Case) -> None:
+    # Muon's iteration in bfloat16 amplifies that a batched product sums in another order: to 0.022 after 3 steps at this rate, and to
+    # 7e-7 in float32.
+    if case.family is MUON:
+        check_vmap(case, {"ns_dtype": torch.float32})
+        check_vmap(case, {}, rtol=0.05, atol=0.05)
+    else:
+        check_vmap(case, {})
+
+
+def check_vmap(case: Case, more: Mapping[str, Any], rtol: float = 1e-5, atol: float = 1e-6) -> None:
     # T = tasks. A hyperparameter may differ between tasks too.
     num_tasks = 3
-    opt = case.ours(**case.settings)
-    params, grads = ([make_tensors(seed + t, torch.float32) for t in range(num_tasks)] for seed in (0, 10))
+    opt = case.family.ours(**case.settings, **more)
+    params, grads = ([case.make_tensors(seed + t, torch.float32) for t in range(num_tasks)] for seed in (0, 10))
     hypers = [{key: torch.tensor(value * (1 - 0.1 * t), dtype=torch.float64) for key, value in opt.hyper.items()} for t in range(num_tasks)]
 
     def adapt(p: dict[str, Tensor], g: dict[str, Tensor], hyper: Hyper) -> tuple[dict[str, Tensor], State]:
         state = opt.init(p)
-        for _ in range(2):
-            p, state = opt.update(g, state, p, hyper)
+        for step in range(case.family.num_steps):
+            p, state = opt.update({name: grad * (1 - 0.7 * step) for name, grad in g.items()}, state, p, hyper)
         return p, state
 
     def stack(trees: list[dict[str, Tensor]]) -> dict[str, Tensor]:
         return {key: torch.stack([tree[key] for tree in trees]) for key in trees[0]}
 
-    batched, batched_state = torch.func.vmap(adapt)(stack(params), stack(grads), stack(hypers))
+    batched = tree.leaves(torch.func.vmap(adapt)(stack(params), stack(grads), stack(hypers)))
     for t in range(num_tasks):
-        single, single_state = adapt(params[t], grads[t], hypers[t])
-        for found, expected in zip(leaves((batched, batched_state)), leaves((single, single_state)), strict=True):
-            torch.testing.assert_close(found[t], expected, rtol=1e-5, atol=1e-6)
+        single = tree.leaves(adapt(params[t], grads[t], hypers[t]))
+        for found, expected in zip(batched, single, strict=True):
+            torch.testing.assert_close(found[t], expected, rtol=rtol, atol=atol)
 
 
 @over_cases
 def test_traces_with_fake_tensors_to_out_of_place_ops(case: Case) -> None:
-    inner = case.ours(**case.settings)
-    opt = optim.chain(optim.clip_by_global_norm(1.0), inner, optim.scale_by_schedule(lambda step: 0.9**step))
-    params, grads = make_tensors(0, torch.float32), make_tensors(1, torch.float32)
+    opt = optim.chain(optim.clip_by_global_norm(1.0), case.make_ours(), optim.scale_by_schedule(lambda step: 0.9**step))
+    shapes = {name: case.family.shapes[name] for name in list(case.family.shapes)[::2]}
+    params, grads = make_tensors(0, torch.float32, shapes), make_tensors(1, torch.float32, shapes)
     state, hyper = opt.init(params), as_tensors(opt.hyper)
 
     def run(g: dict[str, Tensor], s: State, p: dict[str, Tensor], h: Hyper) -> list[Tensor]:
-        return leaves(opt.update(g, s, p, h))
+        return tree.leaves(opt.update(g, s, p, h))
 
     graph = make_fx(run, tracing_mode="fake")(grads, state, params, hyper)
     targets = [node.target for node in graph.graph.nodes if node.op == "call_function"]
     assert targets
     assert not [target for target in targets if "_." in str(target)]  # aten.add_.Tensor and its like
     assert not [node for node in graph.graph.nodes if node.op == "get_attr"]  # no constant baked in
-    other = {name: 2 * g for name, g in grads.items()}
-    for found, expected in zip(graph(other, state, params, hyper), run(other, state, params, hyper), strict=True):
+    # Another step, and other numbers.
+    for _ in range(case.family.num_steps):
+        params, state = opt.update(grads, state, params, hyper)
+    other = {name: -2 * g for name, g in grads.items()}, state, params, tree.map_leaves(lambda number: number * 0.9, hyper)
+    for found, expected in zip(graph(*other), run(*other), strict=True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0)
+
+
+# --- derivatives
+
+# What the gradients of successive steps are multiplied by: equal signs, changes of sign, and steps after each.
+FACTORS = (1.0, 2.0, -1.5, 0.5, 1.0, -1.0, 0.7)
+
+
+@pytest.mark.parametrize("shaped", [False, True], ids=["scalar", "per-element"])
+@over_derivatives
+def test_gradients_of_hyperparameters_parameters_and_gradients(entry: Derivative, shaped: bool) -> None:
+    opt, family = entry.case.make_ours(), entry.case.family
+    names = ["params", "grads", *opt.hyper]
+    tensors = make_tensors(0, shapes={"params": entry.shape, "grads": entry.shape})
+    elements = {key for key in opt.hyper if shaped and key not in family.whole}
+    values = [torch.full(entry.shape if key in elements else (), value, dtype=torch.float64) for key, value in opt.hyper.items()]
+    inputs = tuple(value.requires_grad_() for value in (*tensors.values(), *values))
+
+    def run(p: Tensor, g: Tensor, *numbers: Tensor) -> tuple[Tensor, ...]:
+        hyper = {key: {"w": number} if key in elements else number for key, number in zip(opt.hyper, numbers, strict=True)}
+        new, state = {"w": p}, opt.init({"w": p})
+        for factor in FACTORS[: entry.num_steps]:
+            new, state = opt.update({"w": g * factor + torch.sin(new["w"])}, state, new, hyper)
+        return new["w"], *[leaf for leaf in tree.leaves(state) if leaf.is_floating_point()]
+
+    assert gradcheck(run, inputs)
+    # Else gradcheck would hold of a constant. Weights, because signs cancel in a sum.
+    new = run(*inputs)[0]
+    weights = torch.rand(new.shape, dtype=new.dtype) + 0.5
+    grads = torch.autograd.grad((new * weights).sum(), inputs, allow_unused=True, materialize_grads=True)
+    assert {name for name, grad in zip(names, grads, strict=True) if not grad.any()} == entry.zero
+
+
+@over_families
+def test_second_derivatives(family: Family) -> None:
+    entry = next(entry for entry in DERIVATIVES if entry.case.family is family)
+    opt = entry.case.make_ours()
+    hyper = as_tensors(opt.hyper)
+
+    def run(p: Tensor) -> Tensor:
+        new, state = {"w": p}, opt.init({"w": p})
+        for _ in range(2):
+            new, state = opt.update({"w": new["w"].cos()}, state, new, hyper)
+        return new["w"]
+
+    assert gradgradcheck(run, (make_tensors(0, shapes={"w": entry.shape})["w"].requires_grad_(),))
+
+
+# Of a parameter, by the step: what may be singular in a derivative, and is not in the update.
+PATTERNS: dict[str, tuple[Callable[[Tensor], Tensor], ...]] = {
+    "stationary": (torch.sin, torch.sin, torch.sin),  # at zero: no gradient, but a derivative of it
+    "no gradient": (lambda p: 0 * p, lambda p: 0 * p, lambda p: 0 * p),
+    "vanishing": (torch.cos, lambda p: 0 * p, lambda p: 0 * p),
+    "appearing": (lambda p: 0 * p, torch.cos, torch.cos),
+    "repeated": (lambda p: 0 * p + 1, lambda p: 0 * p + 1, lambda p: 0 * p + 1),
+    "alternating": (lambda p: 0 * p + 1, lambda p: 0 * p - 1, lambda p: 0 * p + 1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+@over_cases
+def test_first_and_second_derivatives_are_finite(case: Case, dtype: torch.dtype) -> None:
+    opt = case.make_ours()
+    # The axes matter to two families only.
+    shapes: dict[str, tuple[int, ...]] = {"vector": (3,)} if case.family is not MUON else {}
+    shapes |= {"matrix": (2, 2)} if case.family in (MUON, ADAFACTOR) else {}
+    patterns = {f"{pattern} {shape}": PATTERNS[pattern] for pattern in PATTERNS for shape in shapes}
+    params = make_tensors(0, dtype, {name: shapes[name.split()[-1]] for name in patterns})
+    params = {name: (p * 0 if name.startswith("stationary") else p).requires_grad_() for name, p in params.items()}
+    hyper = {key: torch.tensor(value, dtype=torch.float64, requires_grad=True) for key, value in opt.hyper.items()}
+    inputs = [*params.values(), *hyper.values()]
+
+    new, state = params, opt.init(params)
+    for step in range(3):
+        new, state = opt.update({name: pattern[step](new[name]) for name, pattern in patterns.items()}, state, new, hyper)
+    values = [leaf.double().sum() for leaf in tree.leaves((new, state)) if leaf.requires_grad]
+    assert all(bool(value.isfinite()) for value in values)
+    first = torch.autograd.grad(values, inputs, create_graph=True, allow_unused=True, materialize_grads=True)
+    assert all(bool(grad.isfinite().all()) for grad in first)
+    second = [grad.double().sum() for grad in first if grad.requires_grad]
+    if second:  # SGD without momentum has none
+        found = torch.autograd.grad(second, inputs, allow_unused=True, materialize_grads=True)
+        assert all(bool(grad.isfinite().all()) for grad in found)
+
+
+class Slope(NamedTuple):
+    """An optimiser with a kink at a zero gradient, and minus the derivative that its t-th step has there, earlier gradients being zero."""
+
+    opt: Optimizer
+    at: Callable[[int], float]
+    shape: tuple[int, ...] = (2,)
+
+
+LR, EPS = 0.1, 1e-2
+B1, B2 = 0.8, 0.9
+
+
+def adam_slope(t: int) -> float:
+    return LR * (1 - B1) / (1 - B1**t) / EPS
+
+
+def nadam_slope(t: int) -> float:
+    mus = [B1 * (1 - 0.5 * 0.96 ** (n * 0.5)) for n in range(1, t + 2)]
+    of_gradient, of_mean = (1 - mus[-2]) / (1 - math.prod(mus[:-1])), mus[-1] / (1 - math.prod(mus))
+    return LR * (of_gradient + of_mean * (1 - B1)) / EPS
+
+
+def radam_slope(t: int) -> float:
+    rho_inf = 2 / (1 - B2) - 1
+    rho = rho_inf - 2 * t * B2**t / (1 - B2**t)
+    rate = 1.0
+    if rho > 5:
+        rate = math.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho) * (1 - B2**t)) / EPS
+    return LR * (1 - B1) / (1 - B1**t) * rate
+
+
+def muon_slope(t: int) -> float:
+    del t
+    return LR * 3.4445**5 / EPS
+
+
+_ADAMS: dict[str, Any] = {"lr": LR, "betas": (B1, B2), "eps": EPS}
+_MUON: dict[str, Any] = {"lr": LR, "eps": EPS, "weight_decay": 0.0, "ns_dtype": torch.float64}
+SLOPES = {
+    "adam": Slope(optim.adam(**_ADAMS), adam_slope),
+    "adam amsgrad": Slope(optim.adam(**_ADAMS, amsgrad=True), adam_slope),
+    "adamw": Slope(optim.adamw(**_ADAMS, weight_decay=0.3), adam_slope),
+    "adamax": Slope(optim.adamax(**_ADAMS), adam_slope),
+    "nadam": Slope(optim.nadam(**_ADAMS, momentum_decay=0.5), nadam_slope),
+    "radam": Slope(optim.radam(**_ADAMS), radam_slope),
+    "adagrad": Slope(optim.adagrad(lr=LR, lr_decay=0.2, eps=EPS), lambda t: LR / (1 + (t - 1) * 0.2) / EPS),
+    "rmsprop": Slope(optim.rmsprop(lr=LR, eps=EPS), lambda t: LR / EPS),
+    "rmsprop momentum": Slope(optim.rmsprop(lr=LR, eps=EPS, momentum=0.9), lambda t: LR / EPS),
+    "rmsprop centered": Slope(optim.rmsprop(lr=LR, eps=EPS, centered=True), lambda t: LR / EPS),
+    "adadelta": Slope(optim.adadelta(lr=LR, eps=EPS), lambda t: LR),
+    # rms of the parameter is 1.
+    "adafactor": Slope(optim.adafactor(lr=LR, eps=(EPS, 1e-3)), lambda t: min(LR, t**-0.5) / EPS),
+    "adafactor matrix": Slope(optim.adafactor(lr=LR, eps=(EPS, 1e-3)), lambda t: min(LR, t**-0.5) / EPS, (2, 3)),
+    "muon": Slope(optim.muon(**_MUON, momentum=0.0), muon_slope, (2, 3)),
+    "muon tall": Slope(optim.muon(**_MUON, momentum=0.0, adjust_lr_fn="spectral_unclamped"), lambda t: muon_slope(t) * 1.5**0.5, (3, 2)),
+    # u = (1 - momentum) * g + momentum * (1 - momentum) * g
+    "muon nesterov": Slope(optim.muon(**_MUON, momentum=0.6), lambda t: muon_slope(t) * 0.4 * 1.6, (2, 3)),
+    "muon buffer": Slope(optim.muon(**_MUON, momentum=0.6, nesterov=False), lambda t: muon_slope(t) * 0.4, (2, 3)),
+}
+
+
+@pytest.mark.parametrize("t", [1, 3, 8])
+@pytest.mark.parametrize("slope", SLOPES.values(), ids=SLOPES)
+def test_true_derivative_at_a_zero_gradient(slope: Slope, t: int) -> None:
+    params = {"w": torch.ones(slope.shape, dtype=torch.float64)}
+    zero = torch.zeros(slope.shape, dtype=torch.float64)
+    state = slope.opt.init(params)
+    before = params
+    for _ in range(t - 1):
+        before, state = slope.opt.update({"w": zero}, state, before, slope.opt.hyper)
+
+    def step(g: Tensor) -> Tensor:
+        return slope.opt.update({"w": g}, state, params, slope.opt.hyper)[0]["w"]
+
+    jacobian = torch.autograd.functional.jacobian(step, zero).reshape(zero.numel(), zero.numel())
+    torch.testing.assert_close(jacobian, -slope.at(t) * torch.eye(zero.numel(), dtype=torch.float64), rtol=1e-12, atol=0)
+    # And the formula is not only the code's.
+    h = torch.zeros_like(zero)
+    h.view(-1)[0] = EPS * 1e-6
+    torch.testing.assert_close((step(h) - step(-h)).view(-1)[0] / (2 * EPS * 1e-6), jacobian[0, 0], rtol=1e-5, atol=0)
+
+
+def test_where_arguments_of_max_and_min_are_equal() -> None:
+    def number(value: float) -> Tensor:
+        return torch.tensor(value, dtype=torch.float64, requires_grad=True)
+
+    p = torch.ones(2, dtype=torch.float64)
+
+    def derivative(opt: Optimizer, key: str, grads: list[float], of: Callable[[Tensor, Any], Tensor] = lambda new, entry: new) -> float:
+        """Along `key`, or along the last gradient if that is "grads"."""
+        at = number(grads[-1] if key == "grads" else opt.hyper[key])
+        hyper = dict(opt.hyper) if key == "grads" else dict(opt.hyper) | {key: at}
+        params, state = {"w": p}, opt.init({"w": p})
+        for g in grads[:-1]:
+            params, state = opt.update({"w": torch.full_like(p, g)}, state, params, hyper)
+        last = at * torch.ones_like(p) if key == "grads" else torch.full_like(p, grads[-1])
+        params, state = opt.update({"w": last}, state, params, hyper)
+        return torch.autograd.grad(of(params["w"], state["w"])[0], at)[0].item()
+
+    # Half of each: d max(0.5 * 1, |g|) / dg at g = 0.5, and d max(v, v) / dg at beta2 = 0.
+    assert derivative(optim.adamax(betas=(0.5, 0.5), eps=0.0), "grads", [1.0, 0.5], lambda new, entry: entry.exp_inf) == 0.5
+    amsgrad = optim.adam(betas=(0.5, 0.0), amsgrad=True)
+    assert derivative(amsgrad, "grads", [3.0, 3.0], lambda new, entry: entry.max_exp_avg_sq) == pytest.approx(0.5 * 2 * 3.0)
+    # That of the data: rms(p) = eps2 (whose own share is zero), 1 / sqrt(1) = lr, row = eps1, v = eps1**2, rms(u) = d.
+    for key, opt in (
+        ("eps2", optim.adafactor(lr=0.1, eps=(1e-3, 1.0))),
+        ("lr", optim.adafactor(lr=1.0)),
+        ("eps1", optim.adafactor(lr=0.1, eps=(1.0, 1e-3))),
+        ("d", optim.adafactor(lr=0.1, d=1.0)),
+    ):
+        assert (key == "d") == (derivative(opt, key, [1.0]) != 0), key
+    assert derivative(optim.adafactor(lr=0.1, eps=(1.0, 1e-3)), "grads", [1.0]) == pytest.approx(0.0)  # g / sqrt(g**2), not g / 1
+    # That of the size.
+    at_limit = optim.rprop(lr=0.1, step_sizes=(1e-6, 0.1))
+    assert derivative(at_limit, "lr", [1.0]) == -1.0 and derivative(at_limit, "step_size_max", [1.0]) == 0.0
+    # That of n - t0: mu = 1 / (n - t0), whose derivative along t0 is 1 where n - t0 = 1; times p - ax.
+    average = optim.asgd(lr=0.1, lambd=0.0, t0=0.0)
+    old, new = 1 - 0.1, 1 - 0.3
+    assert derivative(average, "t0", [1.0, 2.0], lambda new, entry: entry.ax) == pytest.approx(new - old)
+
+
+def test_muon_where_the_norm_equals_its_floor() -> None:
+    g = torch.tensor([[3.0, 0.0], [0.0, 4.0]], dtype=torch.float64, requires_grad=True)
+    eps = torch.tensor(5.0, dtype=torch.float64, requires_grad=True)
+    opt = optim.muon(lr=1.0, momentum=0.0, eps=5.0, weight_decay=0.0, ns_steps=0, ns_dtype=torch.float64)
+    params = {"w": torch.zeros_like(g)}
+    new, _ = opt.update({"w": g}, opt.init(params), params, dict(opt.hyper) | {"eps": eps})
+    along_g, along_eps = torch.autograd.grad(new["w"][0, 0], (g, eps), allow_unused=True, materialize_grads=True)
+    # d (g00 / norm) / dg = (1 - 9 / 25) / 5 at 00, and -3 * 4 / 125 at 11.
+    torch.testing.assert_close(along_g, -torch.tensor([[0.128, 0.0], [0.0, -0.096]], dtype=torch.float64))
+    assert along_eps.item() == 0.0
+
+
+def test_radam_jumps_with_beta2_and_takes_the_derivative_of_its_side() -> None:
+    # rho passes 5 at the sixth step for beta2 = 0.9, never for 0.6.
+    for beta2, adaptive in ((0.9, True), (0.6, False)):
+        opt = optim.radam(lr=0.1, betas=(0.8, beta2))
+        at = torch.tensor(beta2, dtype=torch.float64, requires_grad=True)
+        new, state = {"w": torch.ones(2, dtype=torch.float64)}, opt.init({"w": torch.ones(2, dtype=torch.float64)})
+        for step in range(6):
+            new, state = opt.update({"w": torch.full_like(new["w"], 1.0 + step)}, state, new, dict(opt.hyper) | {"beta2": at})
+            (found,) = torch.autograd.grad(new["w"].sum(), at, retain_graph=True)
+            assert (found != 0) == (adaptive and step == 5), step
+
+
+def test_radam_without_eps_before_it_is_adaptive() -> None:
+    # The branch that is not taken would be 1 / 0.
+    opt = optim.radam(lr=0.1, eps=torch.zeros(()))
+    inputs = g, eps = torch.zeros(2, requires_grad=True), torch.zeros((), requires_grad=True)
+    params = {"w": torch.ones(2)}
+    new, _ = opt.update({"w": g}, opt.init(params), params, dict(opt.hyper) | {"eps": eps})
+    along_g, along_eps = torch.autograd.grad(new["w"].sum(), inputs)
+    torch.testing.assert_close(along_g, torch.full_like(g, -0.1))
+    assert along_eps.item() == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=["float32", "float64"])
+def test_centered_rmsprop_of_a_constant_gradient_is_never_nan(dtype: torch.dtype) -> None:
+    # Its variance is zero but for rounding, which makes it negative in some elements.
+    theirs = torch.linspace(-1, 1, 101, dtype=dtype)
+    p, g = theirs.clone().requires_grad_(), torch.linspace(0.3, 7.7, 101, dtype=dtype).requires_grad_()
+    opt, torch_opt = optim.rmsprop(alpha=0.7, centered=True), torch.optim.RMSprop([theirs], alpha=0.7, centered=True)
+    new, state = {"w": p}, opt.init({"w": p})
+    for _ in range(200):
+        new, state = opt.update({"w": g}, state, new, opt.hyper)
+        step_theirs(torch_opt, {"w": theirs}, {"w": g.detach()})
+    assert theirs.isnan().any() and not new["w"].isnan().any()
+    grads = torch.autograd.grad(new["w"].sum(), (p, g))
+    assert all(bool(grad.isfinite().all()) for grad in grads)
+
+
+def test_safe_sqrt() -> None:
+    x = torch.tensor([0.0, 4.0], requires_grad=True)
+    y = safe_sqrt(x)
+    assert y.tolist() == [0.0, 2.0]
+    assert torch.autograd.grad(y.sum(), x)[0].tolist() == [0.0, 0.25]
 
 
 # --- transforms
@@ -433,6 +559,16 @@ def test_clip_has_a_finite_derivative_at_zero_norm_and_a_right_one_elsewhere() -
     (found,) = torch.autograd.grad(run(zero, max_norm).sum(), zero)
     assert found.tolist() == [1.0, 1.0]
     assert gradcheck(run, (torch.tensor([1.0, -2.0], dtype=torch.float64, requires_grad=True), max_norm))
+
+
+def test_clip_at_its_threshold() -> None:
+    # u = (3, 4) has the norm 5: the derivative of the factor 5 / norm is that of the clipped side, -u / 25.
+    clip = optim.clip_by_global_norm(5.0, eps=0.0)
+    u = torch.tensor([3.0, 4.0], dtype=torch.float64, requires_grad=True)
+    clipped, _ = clip.update({"w": u}, (), {}, clip.hyper)
+    assert torch.equal(clipped["w"], u)
+    (found,) = torch.autograd.grad(clipped["w"][0], u)
+    torch.testing.assert_close(found, torch.tensor([1 - 9 / 25, -12 / 25], dtype=torch.float64))
 
 
 def test_clip_in_half_precision_does_not_overflow() -> None:
@@ -482,7 +618,7 @@ def test_schedule_may_look_a_tensor_up() -> None:
 def test_partition_is_its_parts_side_by_side() -> None:
     params, grads = make_tensors(0), make_tensors(1)
     parts = {"s": optim.sgd(lr=0.1), "a": optim.adam(lr=0.2)}
-    labels = {"scalar": "s", "bias": "a", "weight": "s", "empty": "a"}
+    labels = {"scalar": "s", "bias": "a", "weight": "s", "kernel": "a", "empty": "a"}
     opt = optim.partition(parts, labels)
     new, state = opt.update(grads, opt.init(params), params, opt.hyper)
     assert list(new) == list(params) and list(state) == ["s", "a"]
@@ -491,78 +627,6 @@ def test_partition_is_its_parts_side_by_side() -> None:
         alone, _ = part.update({name: grads[name] for name in own}, part.init(own), own, part.hyper)
         for name, value in alone.items():
             torch.testing.assert_close(new[name], value, rtol=0, atol=0)
-
-
-# --- hyperparameters in param_groups
-
-
-def test_param_groups_may_hold_tensors_and_mappings() -> None:
-    params = make_params()
-    opt = torch.optim.SGD(list(params.values()), lr=torch.tensor([0.1]), momentum=0.5)
-    one = read_hyper(opt, params)["lr"]
-    assert isinstance(one, Tensor) and one.shape == ()
-    by_name = {name: torch.full(shape, 0.1, dtype=torch.float64, requires_grad=True) for name, shape in SHAPES.items()}
-    opt.param_groups[0]["lr"] = by_name | {"unrelated": 3.0}
-    hyper = read_hyper(opt, params)
-    assert set(hyper["lr"]) == set(NAMES) and hyper["lr"]["weight"] is by_name["weight"]
-    ours, grads = convert(opt, params), make_tensors(1)
-    new, _ = ours.update(grads, ours.init(params), params, hyper)
-    (found,) = torch.autograd.grad(new["weight"].sum(), by_name["weight"])
-    torch.testing.assert_close(found, -grads["weight"])
-
-
-def test_momentum_switched_off_later_switches_nesterov_off_as_in_torch() -> None:
-    params = make_params()
-    opt = torch.optim.SGD(list(params.values()), lr=0.1, momentum=0.9, nesterov=True)
-    opt.param_groups[0]["momentum"] = 0.0
-    ours, mine, grads = convert(opt, params), detached(params), make_tensors(1)
-    step_theirs(opt, params, grads)
-    assert_same(ours.update(grads, ours.init(mine), mine, read_hyper(opt, params))[0], params)
-
-
-def test_structure_is_what_is_on() -> None:
-    tensor_zero = torch.tensor(0.0)
-    assert is_off(0) and is_off(0.0) and not is_off(tensor_zero) and not is_off(1e-9)
-    assert set(optim.sgd(lr=0.1).hyper) == {"lr"}
-    assert set(optim.sgd(lr=0.1, momentum=0.9).hyper) == {"lr", "momentum", "dampening"}
-    assert set(optim.sgd(lr=0.1, weight_decay=tensor_zero).hyper) == {"lr", "weight_decay"}
-    assert set(optim.adam().hyper) == {"lr", "beta1", "beta2", "eps"}
-    assert set(optim.adamw().hyper) == {"lr", "beta1", "beta2", "eps", "weight_decay"}
-    assert leaves(optim.sgd(lr=0.1).init(make_tensors(0))) == []
-
-
-def test_fingerprint_changes_with_structure_and_not_with_numbers() -> None:
-    params = make_params()
-    opt = torch.optim.SGD(list(params.values()), lr=0.1, momentum=0.9)
-    group = opt.param_groups[0]
-    seen = {fingerprint(opt, params)}
-    for key, value in (("lr", 3.0), ("lr", torch.tensor(0.5)), ("momentum", 0.1), ("foreach", True), ("dampening", 0.5)):
-        group[key] = value
-        seen.add(fingerprint(opt, params))
-    assert len(seen) == 1
-    changes = [("momentum", 0.0), ("weight_decay", 0.1), ("maximize", True), ("lr", dict.fromkeys(NAMES, 0.1)), ("momentum", 0.5)]
-    for count, (key, value) in enumerate(changes, start=2):
-        group[key] = value
-        seen.add(fingerprint(opt, params))
-        assert len(seen) == count, key
-    group["dampening"], group["nesterov"] = 0.0, True
-    seen.add(fingerprint(opt, params))
-    moved = group["params"].pop()
-    opt.add_param_group({"params": [moved], "lr": 0.1})
-    seen.add(fingerprint(opt, params))
-    assert len(seen) == len(changes) + 3
-    others = {fingerprint(kind(list(params.values())), params) for kind in (torch.optim.Adam, torch.optim.AdamW, torch.optim.SGD)}
-    assert len(others) == 3
-    assert others & seen == {fingerprint(torch.optim.SGD(list(params.values())), params)}  # as when momentum was set to zero
-
-
-def test_fingerprint_does_not_see_what_makes_no_difference() -> None:
-    params, foreign = make_params(), torch.zeros(1, requires_grad=True)
-    values = list(params.values())
-    adam, adamw = torch.optim.Adam(values), torch.optim.AdamW(values, weight_decay=0.0)
-    assert fingerprint(adam, params) == fingerprint(adamw, params)
-    second = torch.optim.Adam([{"params": [foreign]}, {"params": values}])
-    assert fingerprint(adam, params) == fingerprint(second, params)
 
 
 # --- errors
@@ -580,11 +644,69 @@ BAD_ARGUMENTS: list[tuple[Callable[..., object], dict[str, Any], type[Exception]
     (optim.sgd, {"lr": 0.1, "weight_decay": -1.0}, InvalidArgument, "weight_decay must be at least 0"),
     (optim.sgd, {"lr": 0.1, "nesterov": True}, InvalidArgument, "nesterov=True needs a momentum"),
     (optim.sgd, {"lr": 0.1, "momentum": 0.9, "dampening": 0.1, "nesterov": True}, InvalidArgument, "zero dampening"),
-    (optim.adam, {"lr": -0.1}, InvalidArgument, "lr must be at least 0"),
-    (optim.adam, {"eps": -1.0}, InvalidArgument, "eps must be at least 0"),
-    (optim.adam, {"betas": (1.0, 0.9)}, InvalidArgument, r"betas\[0\] must be at least 0.0 and below 1.0, got 1.0"),
-    (optim.adamw, {"betas": (0.9, -0.1)}, InvalidArgument, r"betas\[1\] must be"),
-    (optim.adamw, {"weight_decay": -0.1}, InvalidArgument, "weight_decay must be"),
+    *[
+        (make, arguments, InvalidArgument, message)
+        for make in (optim.adam, optim.adamw, optim.adamax, optim.nadam, optim.radam)
+        for arguments, message in (
+            ({"lr": -0.1}, "lr must be at least 0"),
+            ({"eps": -1.0}, "eps must be at least 0"),
+            ({"betas": (1.0, 0.9)}, r"betas\[0\] must be at least 0.0 and below 1.0, got 1.0"),
+            ({"betas": (0.9, -0.1)}, r"betas\[1\] must be"),
+            ({"betas": ({"w": 1.5}, 0.9)}, r"betas\[0\]\['w'\] must be"),
+            ({"weight_decay": -0.1}, "weight_decay must be"),
+        )
+    ],
+    *[
+        (make, {key: value}, error, f"{key} must be a")
+        for make, keys in (
+            (optim.adam, ("lr", "eps", "weight_decay")),
+            (optim.adamax, ("lr", "eps", "weight_decay")),
+            (optim.nadam, ("lr", "eps", "weight_decay", "momentum_decay")),
+            (optim.radam, ("lr", "eps", "weight_decay")),
+            (optim.adagrad, ("lr", "lr_decay", "weight_decay", "initial_accumulator_value", "eps")),
+            (optim.adadelta, ("lr", "rho", "eps", "weight_decay")),
+            (optim.asgd, ("lr", "lambd", "alpha", "t0", "weight_decay")),
+            (optim.rmsprop, ("lr", "alpha", "eps", "weight_decay", "momentum")),
+            (optim.rprop, ("lr",)),
+            (optim.adafactor, ("lr", "d", "weight_decay")),
+            (optim.muon, ("lr", "weight_decay", "momentum", "eps")),
+        )
+        for key in keys
+        for value, error in ((-0.5, InvalidArgument), (_NAN, InvalidArgument), ("1", InvalidType), (torch.ones(2), InvalidArgument))
+    ],
+    *[
+        (make, {"betas": 0.9}, InvalidType, "betas must be a tuple of 2 numbers, got float")
+        for make in (optim.adam, optim.adamw, optim.adamax, optim.nadam, optim.radam)
+    ],
+    (optim.adadelta, {"rho": 1.5}, InvalidArgument, "rho must be at least 0.0 and at most 1.0, got 1.5"),
+    (optim.adadelta, {"rho": {"w": 1.5}}, InvalidArgument, r"rho\['w'\] must be .* at most 1.0, got 1.5"),
+    (optim.rprop, {"etas": (0.0, 1.2)}, InvalidArgument, r"etas\[0\] must be above 0.0 and below 1.0, got 0.0"),
+    (optim.rprop, {"etas": (0.5, 1.0)}, InvalidArgument, r"etas\[1\] must be above 1.0, got 1.0"),
+    (optim.rprop, {"etas": ({"w": 0.0}, 1.2)}, InvalidArgument, r"etas\[0\]\['w'\] must be above 0.0"),
+    (optim.rprop, {"etas": (1.0, 1.2)}, InvalidArgument, r"etas\[0\] must be above 0.0 and below 1.0, got 1.0"),
+    (optim.rprop, {"etas": (0.5, 0.9)}, InvalidArgument, r"etas\[1\] must be above 1.0, got 0.9"),
+    (optim.rprop, {"step_sizes": (-1.0, 50.0)}, InvalidArgument, r"step_sizes\[0\] must be"),
+    (optim.rprop, {"step_sizes": (1e-6, "50")}, InvalidType, r"step_sizes\[1\] must be a float"),
+    (optim.rprop, {"etas": 0.5}, InvalidType, "etas must be"),
+    (optim.adafactor, {"beta2_decay": 0.1}, InvalidArgument, "beta2_decay must be at most 0.0, got 0.1"),
+    (optim.adafactor, {"beta2_decay": _NAN}, InvalidArgument, "beta2_decay must be"),
+    (optim.adafactor, {"beta2_decay": "-0.8"}, InvalidType, "beta2_decay must be a float"),
+    (optim.adafactor, {"beta2_decay": {"w": 0.1}}, InvalidArgument, r"beta2_decay\['w'\] must be at most 0"),
+    (optim.adafactor, {"d": 0.9}, InvalidArgument, "d must be at least 1.0"),
+    (optim.adafactor, {"eps": (-1e-3, 1e-3)}, InvalidArgument, r"eps\[0\] must be at least 0"),
+    (optim.adafactor, {"eps": (None, -1e-3)}, InvalidArgument, r"eps\[1\] must be at least 0"),
+    (optim.adafactor, {"eps": (None, None)}, InvalidType, r"eps\[1\] must be a float.*got NoneType"),
+    (optim.adafactor, {"eps": 1e-3}, InvalidType, "eps must be"),
+    (optim.muon, {"ns_coefficients": (1.0, 2.0)}, InvalidArgument, "ns_coefficients must be a tuple of 3 numbers, got 2"),
+    (optim.muon, {"ns_coefficients": (1.0, 2.0, "3")}, InvalidArgument, "ns_coefficients must be three floats"),
+    (optim.muon, {"ns_coefficients": 3.0}, InvalidType, "ns_coefficients must be a tuple of 3 numbers, got float"),
+    (optim.muon, {"ns_steps": -1}, InvalidArgument, "ns_steps must be an int from 0 to 99, got -1"),
+    (optim.muon, {"ns_steps": 100}, InvalidArgument, "ns_steps must be an int from 0 to 99"),
+    (optim.muon, {"ns_steps": 5.0}, InvalidArgument, "ns_steps must be an int from 0 to 99"),
+    (optim.muon, {"ns_steps": True}, InvalidArgument, "ns_steps must be an int from 0 to 99"),
+    (optim.muon, {"adjust_lr_fn": "moonshot"}, InvalidArgument, "adjust_lr_fn must be one of None, 'original', .*, got 'moonshot'"),
+    (optim.muon, {"ns_dtype": torch.int32}, InvalidType, "ns_dtype must be a floating-point dtype"),
+    (optim.muon, {"ns_dtype": "float32"}, InvalidType, "ns_dtype must be a floating-point dtype"),
     (optim.clip_by_global_norm, {"max_norm": -1.0}, InvalidArgument, "max_norm must be at least 0"),
     (optim.clip_by_global_norm, {"max_norm": {"w": 1.0}}, InvalidArgument, "one number for all parameters"),
     (optim.partition, {"optimizers": {}, "labels": {"w": "a"}}, InvalidArgument, r"labels\['w'\] is 'a'"),
@@ -596,6 +718,22 @@ BAD_ARGUMENTS: list[tuple[Callable[..., object], dict[str, Any], type[Exception]
 def test_bad_arguments(make: Callable[..., object], arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         make(**arguments)
+
+
+@over_families
+def test_values_of_tensors_are_not_looked_at(family: Family) -> None:
+    # They may be fake, as while a program is captured.
+    def fake(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(entry if entry is None else fake(entry) for entry in value)
+        return torch.empty(())
+
+    case = full_case(family)
+    numbers = {key: value for key, value in case.settings.items() if isinstance(value, float | tuple) and key != "ns_coefficients"}
+    with FakeTensorMode():
+        opt = family.ours(**case.settings | {key: fake(value) for key, value in numbers.items()})
+    assert opt.hyper.keys() == case.make_ours().hyper.keys()
+    assert sum(isinstance(value, Tensor) for value in opt.hyper.values()) >= len(numbers)
 
 
 def test_bad_chains() -> None:
@@ -625,35 +763,69 @@ def test_bad_inputs_of_update() -> None:
         optim.partition({"a": opt}, {}).init(params)
 
 
-def test_conversion_takes_exact_classes_only() -> None:
-    class Subclass(torch.optim.SGD):
-        pass
+@pytest.mark.parametrize(
+    ("of", "shape"),
+    # The last two do not broadcast.
+    [
+        ((), (3,)),
+        ((3,), ()),
+        ((3,), (4, 3)),
+        ((4, 3), (3,)),
+        ((1, 3), (4, 3)),
+        ((4, 3), (1, 3)),
+        ((4, 3), (4, 1)),
+        ((3,), (4,)),
+        ((4, 3), (4, 5)),
+    ],
+    ids=str,
+)
+@over_families
+def test_state_of_another_shape(family: Family, of: tuple[int, ...], shape: tuple[int, ...]) -> None:
+    if family is MUON and not len(of) == len(shape) == 2:
+        return
+    opt = full_case(family).make_ours()
+    params = {"w": torch.ones(shape)}
+    with pytest.raises(
+        OptimizerMismatch, match=r"state of parameter 'w' must be like init\(params\)'s \(.*\), got .*\. It was made for other"
+    ):
+        opt.update(params, opt.init({"w": torch.ones(of)}), params, opt.hyper)
 
-    params = make_params()
-    for kind in (Subclass, torch.optim.RMSprop):
-        opt = make_opt(Case(kind, optim.sgd, {"lr": 0.1}), params)
-        for function in (convert, read_hyper, read_state, fingerprint):
-            with pytest.raises(UnsupportedOptimizer, match="SGD, Adam, AdamW"):
-                function(opt, params)
-    assert SUPPORTED == ("SGD", "Adam", "AdamW")
+
+@over_families
+def test_state_of_other_parameters(family: Family) -> None:
+    opt, params = full_case(family).make_ours(), {"w": torch.ones(2, 2)}
+    with pytest.raises(OptimizerMismatch, match=r"state has no entry for parameter 'w', only for \['other'\]. Make it by init"):
+        opt.update(params, opt.init({"other": params["w"]}), params, opt.hyper)
 
 
-def test_conversion_errors() -> None:
-    params = make_params()
-    opt = torch.optim.Adam(list(params.values()))
-    stranger = torch.zeros(1, requires_grad=True)
-    with pytest.raises(OptimizerMismatch, match="Parameter 'stranger' is in none of the optimiser's 1 groups"):
-        convert(opt, params | {"stranger": stranger})
-    with pytest.raises(OptimizerMismatch, match="params is empty"):
-        convert(opt, {})
-    step_theirs(opt, params, make_tensors(1))
-    opt.param_groups[0]["amsgrad"] = True
-    with pytest.raises(OptimizerMismatch, match="has no 'max_exp_avg_sq'"):
-        read_state(opt, params)
-    opt.param_groups[0]["amsgrad"] = False
-    opt.state[params["weight"]]["exp_avg"] = torch.zeros(7)
-    with pytest.raises(OptimizerMismatch, match=r"'exp_avg' for parameter 'weight' must have shape \[4, 3\], got \[7\]"):
-        read_state(opt, params)
-    opt.param_groups[0]["lr"] = -1.0
-    with pytest.raises(InvalidArgument, match="lr must be at least 0"):
-        convert(opt, params)
+def test_state_made_under_other_flags() -> None:
+    params = make_tensors(0)
+    for made, stepped in (
+        (optim.sgd(lr=0.1), optim.sgd(lr=0.1, momentum=0.9)),
+        (optim.adam(), optim.adam(amsgrad=True)),
+        (optim.rmsprop(), optim.rmsprop(centered=True)),
+        (optim.rmsprop(), optim.rmsprop(momentum=0.9)),
+    ):
+        with pytest.raises(OptimizerMismatch, match="under other flags"):
+            stepped.update(params, made.init(params), params, stepped.hyper)
+
+
+@over_families
+def test_hyperparameters_that_have_no_value_for_each_element(family: Family) -> None:
+    opt = full_case(family).make_ours()
+    params = {"w": torch.ones(2, 2)}
+    state = opt.init(params)
+    for key in opt.hyper:
+        hyper = dict(opt.hyper) | {key: {"w": torch.full((2, 2), opt.hyper[key])}}
+        if key in family.whole:
+            with pytest.raises(InvalidArgument, match=rf"{key} for parameter 'w' must be one number, got a tensor of shape \[2, 2\]"):
+                opt.update(params, state, params, hyper)
+        else:
+            opt.update(params, state, params, hyper)
+        opt.update(params, state, params, dict(opt.hyper) | {key: {"w": torch.tensor(opt.hyper[key])}})  # one for each parameter
+
+
+@pytest.mark.parametrize("shape", [(), (3,), (2, 3, 4)], ids=str)
+def test_muon_takes_matrices_only(shape: tuple[int, ...]) -> None:
+    with pytest.raises(UnsupportedParameter, match=r"muon is for matrices, got a parameter of shape .*partition"):
+        optim.muon().init({"w": torch.zeros(shape)})

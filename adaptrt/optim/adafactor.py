@@ -98,7 +98,7 @@ def adafactor(
             return p, state._replace(step=step)
         t = step.to(torch.float64)
         lr = double(h["lr"])
-        eps1 = h.get("eps1", torch.finfo(p.dtype).eps)
+        eps1 = double(h.get("eps1", torch.finfo(p.dtype).eps))
         alpha = larger(_rms(p), h["eps2"]) * fit(smaller(t**-0.5, lr), p)
         if with_decay:
             p = p * fit(1 - lr * double(h["weight_decay"]), p)

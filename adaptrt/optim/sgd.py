@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adaptrt.errors import InvalidArgument
-from adaptrt.optim.base import REAL, Absent, Optimizer, Value, checked, fit, is_off
+from adaptrt.optim.base import REAL, Absent, Optimizer, Value, checked, double, fit, is_off
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
@@ -81,7 +81,7 @@ def sgd(
         if with_decay:
             g = g + p * fit(h["weight_decay"], p)
         if isinstance(state.momentum_buffer, Tensor) and isinstance(state.step, Tensor):
-            mu, kept = fit(h["momentum"], p), fit(1 - h["dampening"], p)
+            mu, kept = fit(h["momentum"], p), fit(1 - double(h["dampening"]), p)
             # Not a zero buffer plus (1 - dampening) * g: torch.optim.SGD starts the buffer with the undamped gradient.
             buffer = torch.where(state.step == 0, g, state.momentum_buffer * mu + g * kept)
             g = g + buffer * mu if nesterov else buffer
