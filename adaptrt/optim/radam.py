@@ -35,7 +35,8 @@ def radam(
         g = g + weight_decay * p                            # -g first, if maximize; p = (1 - lr * weight_decay) * p if decoupled
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g**2
-        rho_inf = 2 / (1 - beta2) - 1
+        # A tensor even where beta2 is a float: of two floats `where` makes the default dtype.
+        rho_inf = torch.zeros_like(t) + (2 / (1 - beta2) - 1)
         rho = rho_inf - 2 * t * beta2**t / (1 - beta2**t)
         rect = sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
         a = rect * sqrt(1 - beta2**t) / (sqrt(v) + eps) if rho > 5 else 1
@@ -92,7 +93,8 @@ def radam(
         m = state.exp_avg * fit(beta1, p) + g * fit(1 - beta1, p)
         v = state.exp_avg_sq * fit(beta2, p) + g * g * fit(1 - beta2, p)
         correction2 = 1 - beta2**t
-        rho_inf = 2 / (1 - beta2) - 1
+        # A tensor even where beta2 is a float: of two floats `where` makes the default dtype.
+        rho_inf = torch.zeros_like(t) + (2 / (1 - beta2) - 1)
         rho = rho_inf - 2 * t * beta2**t / correction2
         adaptive = rho > 5
         # Where it is not used, its square roots may have no value and no derivative: other arguments stand in there.
