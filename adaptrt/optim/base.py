@@ -170,12 +170,13 @@ def like(value: Number, param: Tensor) -> Number:
 
 def smaller(a: Tensor, b: Number) -> Tensor:
     """The smaller of each element of `a` and `b`, in the dtype of `a`; where they are equal, the derivative is that of `a`."""
-    return torch.clamp(a, max=b.to(a.dtype)) if isinstance(b, Tensor) else torch.clamp(a, max=b)
+    # Not `clamp`, whose derivative where both are equal differs between versions of PyTorch. NaN in `a` stays.
+    return torch.where(a > b, like(b, a), a)
 
 
 def larger(a: Tensor, b: Number) -> Tensor:
     """The larger of each element of `a` and `b`, in the dtype of `a`; where they are equal, the derivative is that of `a`."""
-    return torch.clamp(a, min=b.to(a.dtype)) if isinstance(b, Tensor) else torch.clamp(a, min=b)
+    return torch.where(a < b, like(b, a), a)
 
 
 # --- checking hyperparameters when an optimiser is made

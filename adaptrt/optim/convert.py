@@ -17,6 +17,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from adaptrt import tree
 from adaptrt.errors import OptimizerMismatch, UnsupportedOptimizer
 from adaptrt.optim.base import Hyper, Optimizer, Params, Schedule, State
 from adaptrt.optim.families import FAMILIES, Family, Group
@@ -146,21 +147,25 @@ def _read(opt: torch.optim.Optimizer, params: Params, fresh: State) -> State:
         return fresh._replace(state=_read(opt, params, fresh.state))
     if isinstance(fresh, LBFGSState):
         return _read_lbfgs(opt, params, fresh)
+    return {name: tree.map_leaves(_copied, of_entry(opt.state.get(params[name]), name, zeros)) for name, zeros in fresh.items()}
+
+
+def _copied(value: Tensor) -> Tensor:
+    return value.detach().clone()
+
+
+def of_entry(entry: Mapping[str, Any] | None, name: str, fresh: Any) -> Any:
+    """What torch.optim keeps for parameter `name`, as the named tuple that `fresh` is; `fresh` itself where it keeps nothing.
+
+    Raises:
+      OptimizerMismatch: a tensor of a wrong shape, or part of it missing.
+    """
     # The fields of our states are named as torch.optim names its own.
-    return {
-        name: zeros._replace(
-            **{
-                key: _kept(opt.state.get(params[name]), key, name, zero)
-                for key, zero in zeros._asdict().items()
-                if isinstance(zero, Tensor)
-            }
-        )
-        for name, zeros in fresh.items()
-    }
+    fields = {key: _field(entry, key, name, zero) for key, zero in fresh._asdict().items() if isinstance(zero, Tensor)}
+    return fresh._replace(**fields)
 
 
-def _kept(entry: Mapping[str, Any] | None, key: str, name: str, zero: Tensor) -> Tensor:
-    """Field `key` of the state that torch.optim keeps for one parameter, as a tensor like `zero`."""
+def _field(entry: Mapping[str, Any] | None, key: str, name: str, zero: Tensor) -> Tensor:
     if not entry or all(value is None for value in entry.values()):
         return zero
     if entry.get(key) is None:
@@ -170,13 +175,13 @@ def _kept(entry: Mapping[str, Any] | None, key: str, name: str, zero: Tensor) ->
             f"The optimiser's state for parameter '{name}' has no '{key}', only {sorted(entry)}. It was made under other settings; "
             "build the optimiser anew, or restore them."
         )
-    value = torch.as_tensor(entry[key]).detach()
+    value = torch.as_tensor(entry[key])
     if value.shape != zero.shape and not (key == "step" and value.numel() == 1):
         raise OptimizerMismatch(
             f"The optimiser's '{key}' for parameter '{name}' must have shape {list(zero.shape)}, got {list(value.shape)}. "
             "The state belongs to another model; load the matching checkpoint or clear opt.state."
         )
-    return value.reshape(zero.shape).to(device=zero.device, dtype=zero.dtype, copy=True)
+    return value.reshape(zero.shape).to(device=zero.device, dtype=zero.dtype)
 
 
 def _read_lbfgs(opt: torch.optim.Optimizer, params: Params, fresh: LBFGSState) -> LBFGSState:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adaptrt.errors import InvalidArgument, InvalidType
-from adaptrt.optim.base import Hyper, Number, Optimizer, Params, State, Transform, Value, checked, fit, safe_sqrt, scalar
+from adaptrt.optim.base import Hyper, Number, Optimizer, Params, State, Transform, Value, checked, fit, safe_sqrt, scalar, smaller
 
 
 class ScheduleState(NamedTuple):
@@ -107,7 +107,7 @@ def clip_by_global_norm(max_norm: Value, eps: Value = 1e-6) -> Transform:
             return {}, state
         wide = [u.to(torch.promote_types(u.dtype, torch.float32)) for u in updates.values()]
         norm = safe_sqrt(sum((torch.sum(u * u) for u in wide[1:]), start=torch.sum(wide[0] * wide[0])))
-        factor = torch.clamp(scalar(hyper, "max_norm") / (norm + scalar(hyper, "eps")), max=1.0)
+        factor = smaller(scalar(hyper, "max_norm") / (norm + scalar(hyper, "eps")), 1.0)
         return {name: u * fit(factor, u) for name, u in updates.items()}, state
 
     return Transform(init, update, hyper)
