@@ -48,7 +48,7 @@ CASES: dict[str, Case] = {
     "asgd": Case(torch.optim.ASGD, {"lr": 0.1, "lambd": 0.3, "alpha": 0.7, "weight_decay": 0.1}),
     "rmsprop": Case(torch.optim.RMSprop, {"lr": 0.05, "alpha": 0.8, "eps": 0.01, "weight_decay": 0.1, "momentum": 0.5, "centered": True}),
     "rprop": Case(torch.optim.Rprop, {"lr": 0.2, "etas": (0.4, 1.3), "step_sizes": (0.06, 0.3)}, k=5),
-    "adafactor": Case(torch.optim.Adafactor, {"lr": 0.1, "beta2_decay": -0.7, "eps": (0.5, 0.9), "d": 1.1, "weight_decay": 0.1}),
+    "adafactor": Case(torch.optim.Adafactor, {"lr": 0.1, "beta2_decay": -0.7, "eps": (0.3, 0.9), "d": 1.02, "weight_decay": 0.1}),
     "lbfgs": Case(torch.optim.LBFGS, {"lr": 0.4, "max_iter": 4, "history_size": 3, "tolerance_grad": 0, "tolerance_change": 0}),
 }
 over_cases = pytest.mark.parametrize("name", CASES)
@@ -172,7 +172,7 @@ def test_tasks_are_adapted_as_alone(name: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-13)
 
 
-@pytest.mark.parametrize("name", ["adafactor", "lbfgs", "rprop", "radam"])
+@pytest.mark.parametrize("name", ["adafactor", "lbfgs", "rprop"])
 def test_on_inductor(name: str) -> None:
     case, model = CASES[name], make_model()
     opt, leaves = live(case, model)
