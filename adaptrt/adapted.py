@@ -58,7 +58,10 @@ class Adapted:
         return self._owner.predict(self, named or positional, generator)
 
     def detach(self) -> Adapted:
-        """The same adaptation, cut from what it was computed from: where the next of several truncated unrolls starts."""
+        """The same adaptation, cut from what it was computed from: where the next of several truncated unrolls starts.
+
+        Parameters that did not adapt are the model's own, as before, and still get gradients from predictions.
+        """
         carry, losses = tree.map_leaves(Tensor.detach, (self.carry, self.losses))
         return Adapted(self._owner, carry, losses, self.fixed, self.num_tasks)
 

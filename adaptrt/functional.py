@@ -32,8 +32,31 @@ def call_module(
     Returns:
       What the module returned, and the buffers as the call left them.
     """
+    output, values = _call(module, params, {name: value.clone() for name, value in buffers.items()}, args, kwargs)
+    return output, {name: values[name] for name in buffers}
+
+
+def call_stateless(module: nn.Module, params: Mapping[str, Tensor], args: tuple[Any, ...]) -> Any:
+    """What a shadow of `module` returns with these parameters and the module's own buffers.
+
+    Raises:
+      NotTraceable: it writes to a buffer, which would be lost.
+    """
+    owned = {name: value.clone() for name, value in module.named_buffers()}
+    output, values = _call(module, params, owned, args, {})
+    for name, value in owned.items():
+        if values[name] is not value or value._version:
+            raise NotTraceable(
+                f"{type(module).__name__} writes to its buffer '{name}', which would be lost. Return it as part of its state"
+            )
+    return output
+
+
+def _call(
+    module: nn.Module, params: Mapping[str, Tensor], owned: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, dict[str, Tensor]]:
+    """What a shadow returns, and all its tensors by name as the call left them; `owned` are the buffers it may write to."""
     values = {name: params[first] for name, first in canonical_names(module.named_parameters(remove_duplicate=False)).items()}
-    owned = {name: value.clone() for name, value in buffers.items()}
     values |= {name: owned[first] for name, first in canonical_names(module.named_buffers(remove_duplicate=False)).items()}
     # Aliases are listed above: with tie_weights functional_call would not write a buffer that forward assigned anew back into `values`.
     twin = shadow(module)
@@ -42,7 +65,7 @@ def call_module(
         for name, value in vars(original).items():
             if isinstance(value, Tensor) and vars(copied).get(name) is not value:
                 _overwritten.get([]).append(value)
-    return output, {name: values[name] for name in buffers}
+    return output, values
 
 
 _overwritten: contextvars.ContextVar[list[Tensor]] = contextvars.ContextVar("overwritten")

@@ -153,7 +153,7 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> Pr
             if name == "support":
                 grads = step.gradient(loss, params)
                 with diagnose.updating():
-                    step.optimizer.update(grads, carry.opt_state, params, fixed.hyper)
+                    step.update(grads, carry.opt_state, params, fixed.hyper)
             return loss
 
         with watch_attributes() as overwritten:

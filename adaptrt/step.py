@@ -74,10 +74,20 @@ class Step:
         with lift_noise(noise):
             loss, buffers = self.evaluate(params, carry.buffers, fixed, batch)
         grads = self.gradient(loss, params)
-        new_params, opt_state = self.optimizer.update(grads, carry.opt_state, params, fixed.hyper)
-        after = Carry({name: new_params[name] for name in params}, opt_state, buffers)
+        new_params, opt_state = self.update(grads, carry.opt_state, params, fixed.hyper)
+        after = Carry(new_params, opt_state, buffers)
         _require_same_specs(carry, after)
         return after, loss
+
+    def update(self, grads: Mapping[str, Tensor], state: Tree, params: Mapping[str, Tensor], hyper: Tree) -> tuple[dict[str, Tensor], Tree]:
+        """The parameters and the optimiser's state after its update."""
+        result = self.optimizer.update(grads, state, params, hyper)
+        if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], Mapping):
+            raise InvalidArgument(f"an optimiser's update must return (params, state), got {type(result).__name__}")
+        new, state = result
+        if set(new) != set(params):
+            raise InvalidArgument(f"an optimiser's update must return all parameters, {sorted(params)}, and no others, got {sorted(new)}")
+        return {name: new[name] for name in params}, state
 
     def query(self, carry: Carry, fixed: Fixed, batch: Batch, noise: Sequence[Tensor]) -> Tensor:
         """The loss of the adapted model on another batch (0-dim)."""

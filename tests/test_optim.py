@@ -786,7 +786,8 @@ def test_state_of_another_shape(family: Family, of: tuple[int, ...], shape: tupl
     opt = full_case(family).make_ours()
     params = {"w": torch.ones(shape)}
     with pytest.raises(
-        OptimizerMismatch, match=r"state of parameter 'w' must be like init\(params\)'s \(.*\), got .*\. It was made for other"
+        OptimizerMismatch,
+        match=r"state of parameter 'w' must be like init\(params\)'s, \w+State of .*; got \w+State of .*\. It was made for other",
     ):
         opt.update(params, opt.init({"w": torch.ones(of)}), params, opt.hyper)
 

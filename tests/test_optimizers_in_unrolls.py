@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptrt import Adjoint, FirstOrder, Replay, Unrolled, compile_unroll, optim
-from adaptrt.errors import InvalidArgument, UnsupportedOptimizer, UnsupportedRandomness
+from adaptrt.errors import InvalidArgument, NotTraceable, OptimizerMismatch, UnsupportedOptimizer, UnsupportedRandomness
 from tests.tolerances import assert_near
 
 K = 3
@@ -258,6 +258,41 @@ def test_a_partition_makes_one_number_of_updates() -> None:
         optim.partition({"a": optim.lbfgs(), "b": optim.sgd(lr=0.1)}, {})
 
 
+@pytest.mark.parametrize("made_before", [0, 1, 3])
+def test_lbfgs_goes_on_where_torch_stands(made_before: int) -> None:
+    """From any state, with the parameters in another order than the optimiser's, over the length of its history and beyond."""
+    model = make_model()
+    opt: Any = torch.optim.LBFGS(
+        reversed(list(model.parameters())), lr=0.3, max_iter=4, history_size=3, tolerance_grad=0, tolerance_change=0
+    )
+
+    def closure() -> Tensor:
+        opt.zero_grad()
+        loss = F.mse_loss(model(SUPPORT[0]), SUPPORT[1])
+        loss.backward()
+        return loss
+
+    for _ in range(made_before):
+        opt.step(closure)
+    adapted = compile_unroll(model, opt, 4, loss=F.mse_loss, adjoint=Replay(), backend="eager").adapt(SUPPORT)
+    for _ in range(4):
+        opt.step(closure)
+    assert_near(adapted.params, {key: p.detach() for key, p in model.named_parameters()}, torch.float64)
+    if made_before:
+        with pytest.raises(OptimizerMismatch, match="of which 2 adapt"):
+            compile_unroll(model, opt, 1, loss=F.mse_loss, params="0.*", backend="eager").adapt(SUPPORT)
+
+
+def test_lbfgs_in_half_precision() -> None:
+    model = make_model().to(torch.bfloat16)
+    support = tuple(x.to(torch.bfloat16) for x in SUPPORT)
+    adapted = compile_unroll(model, optim.lbfgs(lr=0.3, max_iter=3), 1, loss=F.mse_loss, backend="eager").adapt(support)
+    expected = compile_unroll(make_model(), optim.lbfgs(lr=0.3, max_iter=3), 1, loss=F.mse_loss, backend="eager").adapt(SUPPORT)
+    for key, value in adapted.params.items():
+        assert value.dtype == torch.bfloat16
+        torch.testing.assert_close(value.double(), expected.params[key].detach(), rtol=0.1, atol=0.1)
+
+
 @pytest.mark.parametrize("settings", [{"line_search_fn": "strong_wolfe"}, {"tolerance_grad": 0}, {"tolerance_change": 0}], ids=str)
 def test_lbfgs_that_may_stop_early_is_refused(settings: dict[str, Any]) -> None:
     model = make_model()
@@ -339,6 +374,52 @@ def test_ten_lines_make_an_optimizer() -> None:
         torch.testing.assert_close(got, reference, rtol=1e-10, atol=1e-14)
 
 
+def test_an_initial_state_that_reads_values() -> None:
+    """Steps are pulled back to where the parameters were at the beginning: the state is a copy of them, and gradients flow through it."""
+    pull = torch.tensor(0.3, requires_grad=True)
+
+    def init(params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {key: p.clone() for key, p in params.items()}
+
+    def update(grads: Any, state: Any, params: Any, hyper: Any) -> Any:
+        return {key: p - 0.2 * grads[key] + hyper["pull"] * (state[key] - p) for key, p in params.items()}, state
+
+    model = make_model()
+    unroll = compile_unroll(model, optim.Optimizer(init, update, {"pull": pull}), K, loss=F.mse_loss, backend="eager")
+    wanted = [pull, *model.parameters()]
+    for _ in range(2):
+        params: dict[str, Tensor] = dict(model.named_parameters())
+        start = init(params)
+        for _ in range(K):
+            loss = F.mse_loss(torch.func.functional_call(model, params, SUPPORT[0]), SUPPORT[1])
+            grads = dict(zip(params, torch.autograd.grad(loss, list(params.values()), create_graph=True), strict=True))
+            params = update(grads, start, params, {"pull": pull})[0]
+        expected = F.mse_loss(torch.func.functional_call(model, params, QUERY[0]), QUERY[1])
+        found = unroll(SUPPORT, QUERY)
+        torch.testing.assert_close(found, expected, rtol=1e-12, atol=0.0)
+        for got, reference in zip(torch.autograd.grad(found, wanted), torch.autograd.grad(expected, wanted), strict=True):
+            torch.testing.assert_close(got, reference, rtol=1e-10, atol=1e-14)
+        with torch.no_grad():  # what the state starts from is read at every call
+            for p in model.parameters():
+                p.mul_(0.5)
+
+
+@pytest.mark.parametrize(
+    ("result", "message"),
+    [(lambda grads: None, r"must return \(params, state\), got NoneType"), (lambda grads: ({}, ()), "must return all parameters")],
+)
+def test_an_update_that_returns_something_else(result: Callable[[Any], Any], message: str) -> None:
+    opt = optim.Optimizer(lambda params: (), lambda grads, *_: result(grads))
+    with pytest.raises(InvalidArgument, match=message):
+        compile_unroll(make_model(), opt, 1, loss=F.mse_loss, backend="eager").adapt(SUPPORT)
+
+
+@pytest.mark.parametrize("count", [0, 1.5, True])
+def test_updates_per_step_is_a_count(count: Any) -> None:
+    with pytest.raises(InvalidArgument, match="updates_per_step must be an int of at least 1"):
+        optim.Optimizer(lambda params: (), lambda grads, *_: (dict(grads), ()), updates_per_step=count)
+
+
 class Recurrent(nn.Module):
     """A coordinate-wise LSTM."""
 
@@ -376,11 +457,16 @@ def test_a_module_as_optimizer(adjoint: Adjoint) -> None:
     for leaf, grad in zip(wanted, reference, strict=True):
         torch.testing.assert_close(leaf.grad, grad, rtol=1e-10, atol=1e-14)
 
-    # Its parameters are read at every call.
+    # Its parameters are read at every call, also those that have taken the place of others.
     with torch.no_grad():
         before = unroll(SUPPORT, QUERY)
         rule.out.bias.add_(1.0)
-        assert not torch.equal(unroll(SUPPORT, QUERY), before)
+        changed = unroll(SUPPORT, QUERY)
+        assert not torch.equal(changed, before)
+        rule.out.bias = nn.Parameter(rule.out.bias - 1.0)
+        torch.testing.assert_close(unroll(SUPPORT, QUERY), before)
+    unroll(SUPPORT, QUERY).backward()
+    assert rule.out.bias.grad is not None
 
 
 def test_truncated_unrolls() -> None:
@@ -399,6 +485,49 @@ def test_truncated_unrolls() -> None:
     for got, expected in zip(of_window, torch.autograd.grad(unroll.adapt(SUPPORT, start=constant).losses.sum(), wanted), strict=True):
         torch.testing.assert_close(got, expected, rtol=1e-12, atol=0.0)
     assert any(not torch.allclose(got, other) for got, other in zip(of_window, of_all, strict=True))
+
+
+class Remembering(nn.Module):
+    """Starts from a learned state, and counts its calls in a buffer if told to."""
+
+    calls: Tensor
+
+    def __init__(self, counts: str = "") -> None:
+        super().__init__()
+        self.first = nn.Parameter(torch.tensor(0.3))
+        self.counts = counts
+        self.register_buffer("calls", torch.zeros(()))
+
+    def initial_state(self, param: Tensor) -> Tensor:
+        return self.first * torch.ones_like(param)
+
+    def forward(self, grad: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+        if self.counts == "in place":
+            self.calls += 1
+        if self.counts == "anew":
+            self.calls = self.calls + 1
+        mean = 0.5 * mean + grad
+        return -0.1 * mean, mean
+
+
+def test_a_learned_initial_state() -> None:
+    model, rule = make_model(), Remembering()
+    loss = compile_unroll(model, optim.learned(rule), K, loss=F.mse_loss, backend="eager")
+    (found,) = torch.autograd.grad(loss(SUPPORT, QUERY), rule.first)
+
+    def at(h: float) -> float:
+        with torch.no_grad():
+            rule.first.fill_(0.3 + h)
+            return loss(SUPPORT, QUERY).item()
+
+    assert found.item() == pytest.approx(difference(at), rel=1e-6) and found.item() != 0.0
+
+
+@pytest.mark.parametrize("counts", ["in place", "anew"])
+def test_a_rule_that_writes_to_a_buffer_is_refused(counts: str) -> None:
+    unroll = compile_unroll(make_model(), optim.learned(Remembering(counts)), 1, loss=F.mse_loss, backend="eager")
+    with pytest.raises(NotTraceable, match=r"Remembering writes to its buffer 'calls'"):
+        unroll.adapt(SUPPORT)
 
 
 def test_a_rule_that_draws_random_numbers_is_refused() -> None:

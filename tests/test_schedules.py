@@ -299,13 +299,14 @@ def test_tables_that_are_not_tables() -> None:
     for values, error, message in (
         ([], InvalidArgument, r"values must have an entry for each step along its first axis, got shape \[0\]"),
         (torch.tensor(0.1), InvalidArgument, r"got shape \[\]"),
-        (0.1, InvalidArgument, r"got shape \[\]"),
+        (0.1, InvalidType, "values must be a tensor or a sequence of finite numbers, got 0.1"),
+        ([0.1, float("nan")], InvalidType, r"sequence of finite numbers, got \[0.1, nan\]"),
         ({"w": torch.zeros(0, 3)}, InvalidArgument, r"values\['w'\] must have an entry .* got shape \[0, 3\]"),
         (torch.tensor([1, 2]), InvalidType, "floating-point tensor, got torch.int64"),
-        (["fast", "slow"], InvalidType, "values must be a tensor or a sequence of numbers, got list"),
-        ("0.1", InvalidType, "values must be a tensor or a sequence of numbers, got str"),
-        ({"w": None}, InvalidType, r"values\['w'\] must be a tensor or a sequence of numbers, got NoneType"),
-        ([[0.1], [0.2, 0.3]], InvalidType, "values must be a tensor or a sequence of numbers, got list"),
+        (["fast", "slow"], InvalidType, "values must be a tensor or a sequence of finite numbers, got "),
+        ("0.1", InvalidType, "values must be a tensor or a sequence of finite numbers, got '0.1'"),
+        ({"w": None}, InvalidType, r"values\['w'\] must be a tensor or a sequence of finite numbers, got None"),
+        ([[0.1], [0.2, 0.3]], InvalidType, "values must be a tensor or a sequence of finite numbers, got "),
     ):
         wrong: Any = values
         with pytest.raises(error, match=message):
@@ -485,7 +486,7 @@ def test_fingerprint_sees_the_function_and_the_tree_of_its_numbers_and_no_number
 
 def test_schedule_of_what_is_no_function() -> None:
     wrong: Any = 0.1
-    with pytest.raises(InvalidType, match="schedule takes a function of the step, got float"):
+    with pytest.raises(InvalidType, match="schedule takes a hashable function of the step, got float"):
         optim.schedule(wrong)
 
 

@@ -102,15 +102,16 @@ def adafactor(
         alpha = larger(_rms(p), h["eps2"]) * fit(smaller(t**-0.5, lr), p)
         if with_decay:
             p = p * fit(1 - lr * double(h["weight_decay"]), p)
-        new = fit(t ** double(h["beta2_decay"]), p)
+        share = t ** double(h["beta2_decay"])
+        new, kept = fit(share, p), fit(1 - share, p)
         row, col, v = state.row_var, state.col_var, state.variance
         if isinstance(row, Tensor) and isinstance(col, Tensor):
-            row = row + ((g * g).mean(-1, keepdim=True) - row) * new
-            col = col + ((g * g).mean(-2, keepdim=True) - col) * new
+            row = row * kept + (g * g).mean(-1, keepdim=True) * new
+            col = col * kept + (g * g).mean(-2, keepdim=True) * new
             estimate = row * col / larger(row.mean(-2, keepdim=True), eps1)
         else:
             assert isinstance(v, Tensor)
-            estimate = v = v + (g * g - v) * new
+            estimate = v = v * kept + g * g * new
         u = torch.rsqrt(larger(estimate, eps1 * eps1)) * g
         p = p - u * (alpha / larger(_rms(u) / fit(h["d"], p), 1.0))
         return p, AdafactorState(step, row, col, v)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import FRACTION, Absent, Optimizer, Value, checked, double, entries, fit, is_off, safe_sqrt
+from adaptrt.optim.base import FRACTION, Absent, Optimizer, Value, check_flags, checked, double, entries, fit, is_off, safe_sqrt
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
@@ -106,6 +106,7 @@ def _adam(
         "beta2": checked("betas[1]", beta2, FRACTION),
         "eps": checked("eps", eps),
     }
+    check_flags(amsgrad=amsgrad)
     with_decay = not is_off(weight_decay)
     if with_decay:
         hyper["weight_decay"] = checked("weight_decay", weight_decay)

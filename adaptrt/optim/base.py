@@ -59,13 +59,17 @@ class Optimizer:
     """An optimiser as a pair of pure functions.
 
     Attributes:
-      init: params -> state. Fresh zeros on the device and of the dtype of each parameter; reads shapes only.
+      init: params -> state. Fresh tensors on the device of each parameter. It may read the parameters' values; gradients then flow through.
       update: (grads, state, params, hyper) -> (new params, new state), out of place. `grads` may lack a parameter that the loss
         does not use: the parameter and its state then pass through, as `torch.optim` skips `grad is None`.
       hyper: the hyperparameters as given to the constructor; `update` reads those it is handed, which have the same tree. Leaves are floats
         and tensors; the optimisers here take a 0-dim tensor, or, in a mapping by parameter name, also one of the parameter's shape.
       updates_per_step: how many updates, each with a gradient of its own, make one step. One, but for L-BFGS.
       remembers_step: whether its state holds the step it made, so that nothing may change that step afterwards.
+      init_is_constant: whether `init` reads no values, only shapes, dtypes and devices, so that one result serves all calls.
+
+    Raises:
+      InvalidArgument: `updates_per_step` is no int of at least 1.
     """
 
     init: Callable[[Params], State]
@@ -73,6 +77,10 @@ class Optimizer:
     hyper: Hyper = field(default_factory=_nothing)
     updates_per_step: int = 1
     remembers_step: bool = False
+    init_is_constant: bool = False
+
+    def __post_init__(self) -> None:
+        check_count("updates_per_step", self.updates_per_step)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -82,12 +90,13 @@ class Transform:
     Attributes:
       init: params -> state.
       update: (updates, state, params, hyper) -> (updates, state); `updates` are gradients before the optimiser, steps after it.
-      hyper: as in `Optimizer`.
+      hyper, init_is_constant: as in `Optimizer`.
     """
 
     init: Callable[[Params], State]
     update: Callable[[Params, State, Params, Hyper], tuple[dict[str, Tensor], State]]
     hyper: Hyper = field(default_factory=_nothing)
+    init_is_constant: bool = False
 
 
 # --- reading hyperparameters inside an update
@@ -121,6 +130,8 @@ def read(hyper: Mapping[str, Value], key: str, name: str, param: Tensor) -> Numb
         raise InvalidArgument(f"hyper has no '{key}', only {sorted(hyper)}. Pass a tree like the optimiser's own `hyper`.")
     value = at(hyper[key], name)
     if isinstance(value, Tensor) and value.dim() and value.shape != param.shape:
+        if value.numel() == 1:  # torch.optim takes tensors of one element too
+            return value.reshape(())
         raise InvalidArgument(
             f"{key} for parameter '{name}' must be a scalar or of the parameter's shape {list(param.shape)}, got shape {list(value.shape)}."
         )
@@ -182,6 +193,19 @@ def larger(a: Tensor, b: Number) -> Tensor:
 # --- checking hyperparameters when an optimiser is made
 
 
+def check_count(key: str, value: object) -> None:
+    """Raises InvalidArgument unless `value` is an int of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise InvalidArgument(f"{key} must be an int of at least 1, got {value!r}.")
+
+
+def check_flags(**flags: object) -> None:
+    """Raises InvalidType unless all are bools; any other value would pass for true or false."""
+    for key, value in flags.items():
+        if not isinstance(value, bool):
+            raise InvalidType(f"{key} must be True or False, got {value!r}.")
+
+
 def is_off(value: object) -> bool:
     """Whether `value` is the Python number zero, which removes its term; a tensor never is, as its value may change."""
     return isinstance(value, Real) and value == 0
@@ -215,7 +239,7 @@ REAL = Domain(-math.inf)
 
 
 def checked(key: str, value: Value, domain: Domain = NON_NEGATIVE) -> Value:
-    """`value` with plain floats and 0-dim tensors, after checking type, shape and, for Python numbers, that they are in `domain`.
+    """`value` with plain floats, after checking type, shape and, for Python numbers, that they are in `domain`.
 
     The values of tensors are not looked at: they may be fake, or change before they are used. Nor are schedules.
 
@@ -228,13 +252,11 @@ def checked(key: str, value: Value, domain: Domain = NON_NEGATIVE) -> Value:
     if isinstance(value, Mapping):
         return {name: _checked_number(f"{key}['{name}']", entry, domain) for name, entry in value.items()}
     number = _checked_number(key, value, domain)
-    if isinstance(number, Tensor) and number.dim():
-        if number.numel() != 1:
-            raise InvalidArgument(
-                f"{key} must be a scalar, got a tensor of shape {list(number.shape)}. "
-                f"For one value per element give a mapping: {key}={{parameter name: tensor}}."
-            )
-        return number.reshape(())  # torch.optim takes tensors of one element too
+    if isinstance(number, Tensor) and number.numel() != 1:
+        raise InvalidArgument(
+            f"{key} must be a scalar, got a tensor of shape {list(number.shape)}. "
+            f"For one value per element give a mapping: {key}={{parameter name: tensor}}."
+        )
     return number
 
 
@@ -277,4 +299,4 @@ def scalar(hyper: Mapping[str, Value], key: str) -> Number:
         raise InvalidArgument(f"{key} of a transform cannot be a schedule.")
     if isinstance(value, Mapping):
         raise InvalidArgument(f"{key} is one number for all parameters together, got a mapping of {sorted(cast('Params', value))}.")
-    return value
+    return value.reshape(()) if isinstance(value, Tensor) and value.numel() == 1 else value

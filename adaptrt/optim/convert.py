@@ -23,6 +23,7 @@ from adaptrt.optim.base import Hyper, Optimizer, Params, Schedule, State
 from adaptrt.optim.families import FAMILIES, Family, Group
 from adaptrt.optim.lbfgs import LBFGSState
 from adaptrt.optim.schedule import ScheduledState
+from adaptrt.optim.sgd import SGDState
 from adaptrt.optim.transforms import partition
 
 SUPPORTED: tuple[str, ...] = tuple(kind.__name__ for kind in FAMILIES)
@@ -30,7 +31,7 @@ SUPPORTED: tuple[str, ...] = tuple(kind.__name__ for kind in FAMILIES)
 
 
 def convert(opt: torch.optim.Optimizer, params: Params) -> Optimizer:
-    """The pure optimiser that computes what `opt.step()` computes for `params`.
+    """The pure optimiser that computes what `opt.step()` computes for `params`; docs/optimisers.md lists what differs.
 
     Args:
       opt: an instance of exactly one of the classes in `SUPPORTED`. A subclass may step differently, which nothing here could see.
@@ -161,6 +162,8 @@ def of_entry(entry: Mapping[str, Any] | None, name: str, fresh: Any) -> Any:
       OptimizerMismatch: a tensor of a wrong shape, or part of it missing.
     """
     # The fields of our states are named as torch.optim names its own.
+    if entry and isinstance(fresh, SGDState):  # which counts no steps: one with a buffer has made some
+        entry = {**entry, "step": 1}
     fields = {key: _field(entry, key, name, zero) for key, zero in fresh._asdict().items() if isinstance(zero, Tensor)}
     return fresh._replace(**fields)
 
@@ -169,8 +172,6 @@ def _field(entry: Mapping[str, Any] | None, key: str, name: str, zero: Tensor) -
     if not entry or all(value is None for value in entry.values()):
         return zero
     if entry.get(key) is None:
-        if key == "step":
-            return torch.ones_like(zero)
         raise OptimizerMismatch(
             f"The optimiser's state for parameter '{name}' has no '{key}', only {sorted(entry)}. It was made under other settings; "
             "build the optimiser anew, or restore them."

@@ -65,12 +65,21 @@ class Family:
     def constants(self, settings: Settings) -> dict[str, Any]:
         """Flags by name. Settings that a version of PyTorch does not have are left to their defaults."""
         found = {flag: settings[flag] for flag in self.flags if flag in settings} | self.adjust(settings)
-        return {flag: tuple(cast("list[Any]", value)) if isinstance(value, list) else value for flag, value in found.items()}
+        return {flag: _constant(flag, value) for flag, value in found.items()}
 
     def build(self, group: Group) -> Optimizer:
         numbers = {key: _value(group, group.settings[key]) for key in self.numbers}
         numbers |= {key: group.defaults[key] for key in self.constructor_only if isinstance(numbers[key], Real)}
         return self.make(**numbers, **self.constants(group.settings))
+
+
+_BOOLS = ("maximize", "amsgrad", "centered", "nesterov")
+
+
+def _constant(flag: str, value: Any) -> Any:
+    if flag in _BOOLS:  # PyTorch takes whatever is true or false
+        return bool(value)
+    return tuple(cast("list[Any]", value)) if isinstance(value, list) else value
 
 
 def _value(group: Group, value: Any) -> Any:

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from adaptrt import tree
-from adaptrt.errors import InvalidArgument, OptimizerMismatch
-from adaptrt.optim.base import Number, Optimizer, Params, Value, check_grads, checked, fit, larger, read
+from adaptrt.errors import OptimizerMismatch
+from adaptrt.optim.base import Number, Optimizer, Params, Value, check_count, check_flags, check_grads, checked, fit, larger, read
 from adaptrt.optim.schedule import scheduled
 
 MIN_CURVATURE = 1e-10
@@ -58,9 +58,11 @@ def lbfgs(
     The two loops are solved as triangular systems, so the graph does not grow with `history_size`; its memory does: two rows of P numbers
     for each pair, in every state that an adjoint keeps. More pairs than `max_iter * k` are of no use to an unroll that starts afresh.
 
-    Meta-gradients are exact but where a pair is just taken or left, where sum(|g|) = 1 at the first update (the derivative is that of the
-    sum), and along the elements of g that are 0 there (|g| has slope 0). `torch.optim.LBFGS` may stop early: with `tolerance_grad` and
-    `tolerance_change` at 0 it is equal to this.
+    Meta-gradients are exact, but of use for a few updates on a well-conditioned loss only: the longer the iteration, the more sharply it
+    depends on where it starts, and its derivatives grow until they say nothing, in float32 not even accurately. They have kinks where a
+    pair is just taken or left, where sum(|g|) = 1 at the first update (the derivative is that of the sum), and along the elements of g
+    that are 0 there (|g| has slope 0). `torch.optim.LBFGS` may stop early: with `tolerance_grad` and `tolerance_change` at 0 it is equal
+    to this.
 
     Args:
       lr: step size, >= 0; a number, a schedule, or a mapping by parameter name as in `sgd`.
@@ -82,9 +84,9 @@ def lbfgs(
       >>> params["w"].abs().max() < 1e-4
       tensor(True)
     """
-    for key, count in (("max_iter", max_iter), ("history_size", history_size)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:  # pyright: ignore[reportUnnecessaryIsInstance]
-            raise InvalidArgument(f"{key} must be an int of at least 1, got {count!r}.")
+    check_count("max_iter", max_iter)
+    check_count("history_size", history_size)
+    check_flags(maximize=maximize)
 
     def init(params: Params) -> LBFGSState:
         flat = torch.zeros_like(_flat(params, params))
@@ -98,7 +100,8 @@ def lbfgs(
         if not grads:
             return dict(params), state
         g = _flat(grads, params)
-        if state.prev_flat_grad.shape != g.shape or state.old_dirs.shape != (history_size, *g.shape):
+        fits = isinstance(state, LBFGSState) and state.prev_flat_grad.shape == g.shape  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not fits or state.old_dirs.shape != (history_size, *g.shape):
             raise OptimizerMismatch(
                 f"The state ({tree.describe(state)}) does not fit parameters of {g.numel()} elements and history_size={history_size}. Make "
                 "it by init(params)."
@@ -120,7 +123,7 @@ def lbfgs(
         )
         return {name: p if name in grads else params[name] for name, p in new.items()}, state
 
-    return scheduled(Optimizer(init, update, {"lr": checked("lr", lr)}, max_iter, remembers_step=True))
+    return scheduled(Optimizer(init, update, {"lr": checked("lr", lr)}, max_iter, remembers_step=True, init_is_constant=True))
 
 
 def _direction(g: Tensor, dirs: Tensor, steps: Tensor) -> Tensor:
@@ -147,8 +150,9 @@ def _solve_triangular(matrix: Tensor, vector: Tensor, upper: bool) -> Tensor:
 
 
 def _flat(tensors: Params, params: Params) -> Tensor:
-    """One vector in the order of `params`, with zeros for those not in `tensors`."""
-    return torch.cat([tensors.get(name, torch.zeros_like(p)).reshape(-1) for name, p in params.items()])
+    """One vector in the order of `params`, with zeros for those not in `tensors`; in float32 or wider, as triangular systems need it."""
+    flat = torch.cat([tensors.get(name, torch.zeros_like(p)).reshape(-1) for name, p in params.items()])
+    return flat.to(torch.promote_types(flat.dtype, torch.float32))
 
 
 def _split(flat: Tensor, params: Params) -> list[Tensor]:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Iterator, Mapping
+from typing import Protocol, runtime_checkable
 
 from torch import Tensor, nn
 
 from adaptrt import tree
 from adaptrt.errors import InvalidArgument, InvalidType, OptimizerMismatch
-from adaptrt.functional import call_module
+from adaptrt.functional import call_stateless
 from adaptrt.optim.base import Optimizer, Params, State, check_grads
 
 
@@ -18,12 +18,28 @@ class UpdateRule(Protocol):
     """A module that `learned` takes: how to begin, and `forward(grad, state)`."""
 
     def initial_state(self, param: Tensor) -> State:
-        """The state of one parameter before its first step: a tree of tensors, `()` for none. Reads shape, dtype and device only."""
+        """The state of one parameter before its first step: a tree of tensors, `()` for none. It may read values, and be learned."""
         ...
 
     def __call__(self, grad: Tensor, state: State) -> tuple[Tensor, State]:
         """The step to add to the parameter, of its shape, and the new state."""
         ...
+
+
+class _Parameters(Mapping[str, Tensor]):
+    """A module's parameters by name, as they stand whenever they are looked at."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._module.get_parameter(name)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, _ in self._module.named_parameters())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
 
 def learned(rule: nn.Module) -> Optimizer:
@@ -38,11 +54,12 @@ def learned(rule: nn.Module) -> Optimizer:
     `adapted = unroll.adapt(support, start=adapted.detach())`.
 
     Args:
-      rule: a module with `initial_state(param) -> state` besides `forward(grad, state) -> (step, state)`, an `UpdateRule`. Its mode and
-        its buffers are constants of a program, and it must not write to buffers.
+      rule: a module with `initial_state(param) -> state` besides `forward(grad, state) -> (step, state)`, an `UpdateRule`. Its mode is a
+        constant of a program, and it must not write to its buffers.
 
     Raises:
       InvalidType: not a module, or without `initial_state`.
+      NotTraceable: from `update`, it writes to a buffer.
       InvalidArgument: it has no parameters; or, from `update`, its step is not of the parameter's shape, or its state changes shape.
 
     Example:
@@ -66,8 +83,8 @@ def learned(rule: nn.Module) -> Optimizer:
     """
     if not isinstance(rule, nn.Module) or not isinstance(rule, UpdateRule):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidType(f"learned takes an nn.Module with initial_state(param) and forward(grad, state), got {type(rule).__name__}.")
-    hyper: dict[str, Any] = dict(rule.named_parameters())
-    if not hyper:
+    hyper = _Parameters(rule)
+    if not len(hyper):
         raise InvalidArgument(f"{type(rule).__name__} has no parameters, so there is nothing to learn. Build an Optimizer(init, update).")
 
     def init(params: Params) -> dict[str, State]:
@@ -81,7 +98,7 @@ def learned(rule: nn.Module) -> Optimizer:
         for name, grad in grads.items():
             if name not in state:
                 raise OptimizerMismatch(f"state has no entry for parameter '{name}', only for {sorted(state)}. Make it by init(params).")
-            (step, after[name]), _ = call_module(rule, hyper, dict(rule.named_buffers()), (grad, state[name]), {})
+            step, after[name] = call_stateless(rule, hyper, (grad, state[name]))
             if step.shape != grad.shape:
                 raise InvalidArgument(
                     f"{type(rule).__name__} must return a step of the parameter's shape {list(grad.shape)} for '{name}', got "

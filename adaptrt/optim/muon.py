@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adaptrt.errors import InvalidArgument, InvalidType, UnsupportedParameter
-from adaptrt.optim.base import Number, Optimizer, Value, checked, double, entries, fit, is_off, larger
+from adaptrt.optim.base import Number, Optimizer, Value, check_flags, checked, double, entries, fit, is_off, larger
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 ADJUSTMENTS = (None, "original", "match_rms_adamw", "spectral_unclamped")
@@ -48,7 +48,7 @@ def muon(
 
     Meta-gradients are those of this iteration, rounded to `ns_dtype`: with the default bfloat16, which `torch.optim.Muon` uses, they have
     two or three digits. `ns_dtype=torch.float32` makes them as exact as the rest of a float32 program. At u = 0 the norm's derivative is
-    taken as 0, and the update's along g is a0**ns_steps / eps times the identity's; where norm(u) = eps it is that of the norm.
+    taken as 0, and the last x has along u the derivative a0**ns_steps / eps; where norm(u) = eps it is that of the norm.
 
     Numbers may be of the same kinds as in `sgd`, `eps` without a value for each element, and have their arguments' names in `hyper`. The
     iteration is no number: `ns_coefficients` and `ns_steps` are constants of a program.
@@ -79,6 +79,7 @@ def muon(
       >>> new["w"].diag()
       tensor([-0.0695, -0.1094])
     """
+    check_flags(nesterov=nesterov)
     hyper = {
         "lr": checked("lr", lr),
         "momentum": checked("momentum", momentum),
@@ -105,9 +106,9 @@ def muon(
         return MuonState(torch.zeros_like(p))
 
     def update(p: Tensor, g: Tensor, state: MuonState, h: Numbers) -> tuple[Tensor, MuonState]:
-        lr, mu = double(h["lr"]), fit(h["momentum"], p)
-        buffer = state.momentum_buffer + (g - state.momentum_buffer) * fit(1 - double(h["momentum"]), p)
-        u = g + (buffer - g) * mu if nesterov else buffer
+        lr, mu, rest = double(h["lr"]), fit(h["momentum"], p), fit(1 - double(h["momentum"]), p)
+        buffer = state.momentum_buffer * mu + g * rest
+        u = g * rest + buffer * mu if nesterov else buffer
         x = _orthogonalise(u.to(ns_dtype), ns_coefficients, h["eps"], ns_steps)
         if with_decay:
             p = p * fit(1 - lr * double(h["weight_decay"]), p)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import FRACTION, Optimizer, Value, checked, double, entries, fit, is_off, safe_sqrt
+from adaptrt.optim.base import FRACTION, Optimizer, Value, check_flags, checked, double, entries, fit, is_off, safe_sqrt
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
@@ -82,6 +82,7 @@ def nadam(
         "eps": checked("eps", eps),
         "momentum_decay": checked("momentum_decay", momentum_decay),
     }
+    check_flags(decoupled_weight_decay=decoupled_weight_decay)
     with_decay = not is_off(weight_decay)
     if with_decay:
         hyper["weight_decay"] = checked("weight_decay", weight_decay)

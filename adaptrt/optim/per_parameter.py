@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
+import torch
 from torch import Tensor
 
 from adaptrt import tree
 from adaptrt.errors import InvalidArgument, OptimizerMismatch
-from adaptrt.optim.base import Number, Optimizer, Params, Value, check_grads, read
+from adaptrt.optim.base import Number, Optimizer, Params, Value, check_flags, check_grads, read
 from adaptrt.optim.schedule import scheduled
 
 S = TypeVar("S")
@@ -36,7 +37,14 @@ def per_parameter(
       scalar: hyperparameters that cannot have a value for each element, because the state they enter has no axes.
     """
 
+    check_flags(maximize=maximize)
     keys = tuple(hyper)
+    forms: dict[tuple[int, ...], Any] = {}
+
+    def form_for(p: Tensor) -> Any:
+        if p.shape not in forms:
+            forms[p.shape] = _form(init(torch.empty(p.shape, dtype=p.dtype, device="meta")))
+        return forms[p.shape]
 
     def init_all(params: Params) -> dict[str, S]:
         return {name: init(p) for name, p in params.items()}
@@ -51,11 +59,10 @@ def per_parameter(
                 raise OptimizerMismatch(f"state has no entry for parameter '{name}', only for {sorted(state)}. Make it by init(params).")
             p, old = params[name], state[name]
             # A state of another shape would be broadcast, and one made under other flags decide in their place.
-            fresh = init(p.detach())
-            if _form(old) != _form(fresh):
+            if _form(old) != form_for(p):
                 raise OptimizerMismatch(
-                    f"The state of parameter '{name}' must be like init(params)'s ({tree.describe(fresh)}), got {tree.describe(old)}. It "
-                    "was made for other parameters or under other flags."
+                    f"The state of parameter '{name}' must be like init(params)'s, {_describe(init(p))}; got {_describe(old)}. It was made "
+                    "for other parameters, by another optimiser or under other flags."
                 )
             numbers = {key: read(hyper, key, name, p) for key in keys}
             for key in scalar:
@@ -65,9 +72,15 @@ def per_parameter(
             new[name], after[name] = update(p, -grad if maximize else grad, old, numbers)
         return new, after
 
-    return scheduled(Optimizer(init_all, update_all, hyper))
+    return scheduled(Optimizer(init_all, update_all, hyper, init_is_constant=True))
+
+
+def _describe(state: Any) -> str:
+    return f"{type(state).__name__} of {tree.describe(state)}"
 
 
 def _form(state: Any) -> Any:
-    leaves, structure = tree.flatten(state)
-    return structure, [leaf.shape for leaf in leaves]
+    if not isinstance(state, tuple):
+        return None
+    kind: Any = type(cast("object", state))
+    return kind, [field.shape if isinstance(field, Tensor) else None for field in cast("tuple[Any, ...]", state)]

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import FRACTION, Optimizer, Value, checked, double, entries, fit, is_off, safe_sqrt
+from adaptrt.optim.base import FRACTION, Optimizer, Value, check_flags, checked, double, entries, fit, is_off, safe_sqrt
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
@@ -35,8 +35,7 @@ def radam(
         g = g + weight_decay * p                            # -g first, if maximize; p = (1 - lr * weight_decay) * p if decoupled
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g**2
-        # A tensor even where beta2 is a float: of two floats `where` makes the default dtype.
-        rho_inf = torch.zeros_like(t) + (2 / (1 - beta2) - 1)
+        rho_inf = 2 / (1 - beta2) - 1
         rho = rho_inf - 2 * t * beta2**t / (1 - beta2**t)
         rect = sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
         a = rect * sqrt(1 - beta2**t) / (sqrt(v) + eps) if rho > 5 else 1
@@ -73,6 +72,7 @@ def radam(
         "beta2": checked("betas[1]", beta2, FRACTION),
         "eps": checked("eps", eps),
     }
+    check_flags(decoupled_weight_decay=decoupled_weight_decay)
     with_decay = not is_off(weight_decay)
     if with_decay:
         hyper["weight_decay"] = checked("weight_decay", weight_decay)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Absent, Optimizer, Value, checked, double, fit, is_off, safe_sqrt
+from adaptrt.optim.base import Absent, Optimizer, Value, check_flags, checked, double, fit, is_off, safe_sqrt
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
@@ -67,6 +67,7 @@ def rmsprop(
       >>> new["w"]
       tensor([0.8000, 1.2000])
     """
+    check_flags(centered=centered)
     hyper = {"lr": checked("lr", lr), "alpha": checked("alpha", alpha), "eps": checked("eps", eps)}
     with_momentum, with_decay = not is_off(momentum), not is_off(weight_decay)
     if with_momentum:

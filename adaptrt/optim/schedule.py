@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from numbers import Real
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -33,7 +35,7 @@ def schedule(fn: Callable[..., Any], **numbers: Any) -> Schedule:
         hyperparameters, and a tensor that requires grad is meta-learned. A number in `fn` itself is a constant.
 
     Raises:
-      InvalidType: `fn` cannot be called.
+      InvalidType: `fn` cannot be called or hashed, or one of `numbers` is no number.
 
     Example:
       >>> from adaptrt.optim import sgd
@@ -46,9 +48,9 @@ def schedule(fn: Callable[..., Any], **numbers: Any) -> Schedule:
       >>> params["w"]
       tensor(-1.7500, grad_fn=<SubBackward0>)
     """
-    if not callable(fn):
-        raise InvalidType(f"schedule takes a function of the step, got {type(fn).__name__}.")
-    return Schedule(fn, dict(numbers))
+    if not callable(fn) or not isinstance(fn, Hashable):  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidType(f"schedule takes a hashable function of the step, got {type(fn).__name__}.")
+    return Schedule(fn, {key: _number(key, value) for key, value in numbers.items()})
 
 
 def per_step(values: Tensor | Sequence[float] | Mapping[str, Tensor | Sequence[float]]) -> Schedule:
@@ -81,12 +83,26 @@ def per_step(values: Tensor | Sequence[float] | Mapping[str, Tensor | Sequence[f
     return Schedule(_look_up, {"values": _table("values", values)})
 
 
-def _table(name: str, value: Tensor | Sequence[float]) -> Tensor:
+def _is_number(value: object) -> bool:
+    return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
+
+
+def _number(key: str, value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _number(f"{key}['{name}']", entry) for name, entry in cast("Mapping[str, Any]", value).items()}
+    if isinstance(value, Tensor) and value.is_floating_point():
+        return value
+    if not _is_number(value):
+        raise InvalidType(f"schedule: {key} must be a finite number, a floating-point tensor or a mapping of those, got {value!r}.")
+    return float(value)
+
+
+def _table(name: str, value: object) -> Tensor:
     if not isinstance(value, Tensor):
-        try:
-            value = torch.tensor(value, dtype=torch.float64)
-        except (TypeError, ValueError, RuntimeError) as error:
-            raise InvalidType(f"per_step: {name} must be a tensor or a sequence of numbers, got {type(value).__name__}.") from error
+        entries = cast("Sequence[object]", value) if isinstance(value, Sequence) else [None]
+        if not all(map(_is_number, entries)):
+            raise InvalidType(f"per_step: {name} must be a tensor or a sequence of finite numbers, got {value!r}.")
+        value = torch.tensor(entries, dtype=torch.float64)
     if not value.is_floating_point():
         raise InvalidType(f"per_step: {name} must be a floating-point tensor, got {value.dtype}.")
     if not value.dim() or not len(value):
@@ -112,7 +128,10 @@ def scheduled(optimizer: Optimizer) -> Optimizer:
 
     The optimisers of this package are made so. One of your own takes schedules as `scheduled(Optimizer(init, update, hyper))`.
     """
-    if not any(isinstance(value, Schedule) for value in optimizer.hyper.values()):
+    hyper: Any = optimizer.hyper
+    if not isinstance(hyper, Mapping):
+        raise InvalidType("scheduled takes an optimiser whose hyper is a mapping; give the schedules to the parts of a chain.")
+    if not any(isinstance(value, Schedule) for value in cast("Mapping[str, Any]", hyper).values()):
         return optimizer
 
     def init(params: Params) -> ScheduledState:

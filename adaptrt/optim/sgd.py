@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adaptrt.errors import InvalidArgument
-from adaptrt.optim.base import REAL, Absent, Optimizer, Value, checked, double, fit, is_off
+from adaptrt.optim.base import REAL, Absent, Optimizer, Value, check_flags, checked, double, fit, is_off
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
@@ -62,6 +62,7 @@ def sgd(
       >>> new["w"]
       tensor([0., 2.])
     """
+    check_flags(nesterov=nesterov)
     hyper: dict[str, Value] = {"lr": checked("lr", lr)}
     with_momentum, with_decay = not is_off(momentum), not is_off(weight_decay)
     if with_momentum:

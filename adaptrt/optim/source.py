@@ -11,6 +11,8 @@ from adaptrt.errors import InvalidType
 from adaptrt.optim.base import Hyper, Optimizer, Params, State
 from adaptrt.optim.convert import SUPPORTED, convert, fingerprint, read_hyper, read_state
 
+_MAX_MADE = 16
+
 
 class Source(abc.ABC):
     """An optimiser for the parameters `params`, read anew at every call."""
@@ -38,7 +40,8 @@ class PureSource(Source):
     def __init__(self, optimizer: Optimizer, params: Params) -> None:
         self._optimizer = optimizer
         self._params = params
-        self._initial: tuple[Hashable, State] = _kinds(params), _initial(optimizer, params)
+        self._initial: tuple[Hashable, State] = None, None
+        self.state()  # an unsuitable parameter is refused when the unroll is made
 
     def structure(self) -> Hashable:
         return None
@@ -50,8 +53,11 @@ class PureSource(Source):
         return self._optimizer.hyper
 
     def state(self) -> State:
-        if self._initial[0] != _kinds(self._params):  # model.float(), model.to(device)
-            self._initial = _kinds(self._params), _initial(self._optimizer, self._params)
+        if not self._optimizer.init_is_constant:
+            return self._optimizer.init(self._params)
+        kinds = _kinds(self._params)
+        if self._initial[0] != kinds:  # model.float(), model.to(device)
+            self._initial = kinds, _initial(self._optimizer, self._params)
         return self._initial[1]
 
 
@@ -79,6 +85,8 @@ class TorchSource(Source):
     def _current(self) -> tuple[Optimizer, State]:
         key = self.structure(), _kinds(self._params)
         if key not in self._made:
+            if len(self._made) >= _MAX_MADE:
+                self._made = {}
             optimizer = convert(self._opt, self._params)
             self._made[key] = optimizer, _initial(optimizer, self._params)
         return self._made[key]

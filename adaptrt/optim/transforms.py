@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -73,7 +74,13 @@ def chain(*parts: Transform | Optimizer) -> Optimizer:
         raise InvalidArgument(
             "Nothing may follow this optimiser in a chain: its state holds the step that it made, which a transform would change."
         )
-    return Optimizer(init, update, tuple(part.hyper for part in parts), optimizer.updates_per_step, optimizer.remembers_step)
+    return dataclasses.replace(
+        optimizer,
+        init=init,
+        update=update,
+        hyper=tuple(part.hyper for part in parts),
+        init_is_constant=all(part.init_is_constant for part in parts),
+    )
 
 
 def clip_by_global_norm(max_norm: Value, eps: Value = 1e-6) -> Transform:
@@ -110,7 +117,7 @@ def clip_by_global_norm(max_norm: Value, eps: Value = 1e-6) -> Transform:
         factor = smaller(scalar(hyper, "max_norm") / (norm + scalar(hyper, "eps")), 1.0)
         return {name: u * fit(factor, u) for name, u in updates.items()}, state
 
-    return Transform(init, update, hyper)
+    return Transform(init, update, hyper, init_is_constant=True)
 
 
 def scale_by_schedule(fn: Callable[[Tensor], Number]) -> Transform:
@@ -145,7 +152,7 @@ def scale_by_schedule(fn: Callable[[Tensor], Number]) -> Transform:
         factor = fn(state.step.to(torch.float64))
         return {name: u * fit(factor, u) for name, u in updates.items()}, ScheduleState(state.step + 1)
 
-    return Transform(init, update)
+    return Transform(init, update, init_is_constant=True)
 
 
 def partition(optimizers: Mapping[str, Optimizer], labels: Mapping[str, str]) -> Optimizer:
@@ -209,6 +216,7 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Mapping[str, str]) ->
         {label: optimizer.hyper for label, optimizer in optimizers.items()},
         next(iter(counts.values()), 1),
         any(optimizer.remembers_step for optimizer in optimizers.values()),
+        all(optimizer.init_is_constant for optimizer in optimizers.values()),
     )
 
 
