@@ -36,14 +36,14 @@ def call_module(
     return output, {name: values[name] for name in buffers}
 
 
-def call_stateless(module: nn.Module, params: Mapping[str, Tensor], args: tuple[Any, ...]) -> Any:
-    """What a shadow of `module` returns with these parameters and the module's own buffers.
+def call_stateless(module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...]) -> Any:
+    """What a shadow of `module` returns with these parameters and buffers, by name.
 
     Raises:
       NotTraceable: it writes to a buffer, which would be lost.
     """
-    owned = {name: value.clone() for name, value in module.named_buffers()}
-    output, values = _call(module, params, owned, args, {})
+    owned = {name: tensors[name].clone() for name, _ in module.named_buffers()}
+    output, values = _call(module, tensors, owned, args, {})
     for name, value in owned.items():
         if values[name] is not value or value._version:
             raise NotTraceable(

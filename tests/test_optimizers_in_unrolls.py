@@ -530,6 +530,26 @@ def test_a_rule_that_writes_to_a_buffer_is_refused(counts: str) -> None:
         unroll.adapt(SUPPORT)
 
 
+def test_mode_and_buffers_of_a_rule_are_read_at_every_call() -> None:
+    class Moody(Remembering):
+        def forward(self, grad: Tensor, mean: Tensor) -> tuple[Tensor, Tensor]:
+            return -(0.1 if self.training else 0.2) * (1 + self.calls) * grad, mean
+
+    model, rule = make_model(), Moody()
+    unroll = compile_unroll(model, optim.chain(optim.clip_by_global_norm(10.0), optim.learned(rule)), 1, loss=F.mse_loss, backend="eager")
+
+    def step() -> Tensor:
+        return unroll.adapt(SUPPORT).params["0.bias"].detach() - model.get_parameter("0.bias").detach()
+
+    first = step()
+    rule.eval()
+    torch.testing.assert_close(step(), 2 * first)
+    rule.calls = torch.ones(())
+    torch.testing.assert_close(step(), 4 * first)
+    rule.train()
+    torch.testing.assert_close(step(), 2 * first)
+
+
 def test_a_rule_that_draws_random_numbers_is_refused() -> None:
     unroll = compile_unroll(make_model(), optim.learned(Recurrent(dropout=0.5)), 1, loss=F.mse_loss, adjoint=Replay(), backend="eager")
     with pytest.raises(UnsupportedRandomness):

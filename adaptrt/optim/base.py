@@ -15,7 +15,7 @@ from numbers import Real
 from typing import Any, TypeAlias, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptrt.errors import InvalidArgument, InvalidType, OptimizerMismatch
 
@@ -67,6 +67,7 @@ class Optimizer:
       updates_per_step: how many updates, each with a gradient of its own, make one step. One, but for L-BFGS.
       remembers_step: whether its state holds the step it made, so that nothing may change that step afterwards.
       init_is_constant: whether `init` reads no values, only shapes, dtypes and devices, so that one result serves all calls.
+      modules: those that `update` calls; their train or eval mode is a constant of a program, and looked at before every call.
 
     Raises:
       InvalidArgument: `updates_per_step` is no int of at least 1.
@@ -78,6 +79,7 @@ class Optimizer:
     updates_per_step: int = 1
     remembers_step: bool = False
     init_is_constant: bool = False
+    modules: tuple[nn.Module, ...] = ()
 
     def __post_init__(self) -> None:
         check_count("updates_per_step", self.updates_per_step)

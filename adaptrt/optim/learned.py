@@ -26,17 +26,18 @@ class UpdateRule(Protocol):
         ...
 
 
-class _Parameters(Mapping[str, Tensor]):
-    """A module's parameters by name, as they stand whenever they are looked at."""
+class _Tensors(Mapping[str, Tensor]):
+    """A module's parameters and buffers by name, as they stand whenever they are looked at."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
 
     def __getitem__(self, name: str) -> Tensor:
-        return self._module.get_parameter(name)
+        path, _, attribute = name.rpartition(".")
+        return getattr(self._module.get_submodule(path), attribute)
 
     def __iter__(self) -> Iterator[str]:
-        return (name for name, _ in self._module.named_parameters())
+        return (name for named in (self._module.named_parameters(), self._module.named_buffers()) for name, _ in named)
 
     def __len__(self) -> int:
         return sum(1 for _ in self)
@@ -48,14 +49,14 @@ def learned(rule: nn.Module) -> Optimizer:
         step, state = rule(grad, state)
         p = p + step
 
-    The rule sees one parameter of any shape at a time; a coordinate-wise one treats all axes as a batch. Its parameters are the optimiser's
-    `hyper` by name: inputs of a program, read at every call, that get their meta-gradient: `loss.backward()` of a compiled unroll fills
+    The rule sees one parameter of any shape at a time; a coordinate-wise one treats all axes as a batch. Its parameters and buffers are the
+    optimiser's `hyper` by name: inputs of a program, read at every call. `loss.backward()` of a compiled unroll fills
     `rule.parameters().grad`. Train it over long horizons by truncated unrolls, each started from what the last one returned:
     `adapted = unroll.adapt(support, start=adapted.detach())`.
 
     Args:
       rule: a module with `initial_state(param) -> state` besides `forward(grad, state) -> (step, state)`, an `UpdateRule`. Its mode is a
-        constant of a program, and it must not write to its buffers.
+        constant of a program, looked at before every call; it must not write to its buffers.
 
     Raises:
       InvalidType: not a module, or without `initial_state`.
@@ -83,8 +84,7 @@ def learned(rule: nn.Module) -> Optimizer:
     """
     if not isinstance(rule, nn.Module) or not isinstance(rule, UpdateRule):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidType(f"learned takes an nn.Module with initial_state(param) and forward(grad, state), got {type(rule).__name__}.")
-    hyper = _Parameters(rule)
-    if not len(hyper):
+    if not any(True for _ in rule.parameters()):
         raise InvalidArgument(f"{type(rule).__name__} has no parameters, so there is nothing to learn. Build an Optimizer(init, update).")
 
     def init(params: Params) -> dict[str, State]:
@@ -112,4 +112,4 @@ def learned(rule: nn.Module) -> Optimizer:
             new[name] = params[name] + step.to(params[name].dtype)
         return new, after
 
-    return Optimizer(init, update, hyper)
+    return Optimizer(init, update, _Tensors(rule), modules=(rule,))

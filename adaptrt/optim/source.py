@@ -44,7 +44,7 @@ class PureSource(Source):
         self.state()  # an unsuitable parameter is refused when the unroll is made
 
     def structure(self) -> Hashable:
-        return None
+        return tuple([part.training for module in self._optimizer.modules for part in module.modules()])
 
     def optimizer(self) -> Optimizer:
         return self._optimizer

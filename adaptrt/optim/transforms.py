@@ -217,6 +217,7 @@ def partition(optimizers: Mapping[str, Optimizer], labels: Mapping[str, str]) ->
         next(iter(counts.values()), 1),
         any(optimizer.remembers_step for optimizer in optimizers.values()),
         all(optimizer.init_is_constant for optimizer in optimizers.values()),
+        tuple([module for optimizer in optimizers.values() for module in optimizer.modules]),
     )
 
 
