@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+import torch.nn.functional as F
 
-from examples import sine
+from adaptrt import FirstOrder
+from adaptrt.optim import learned, sgd
+from examples import learned_optimizer, sine
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +84,130 @@ def test_sine_refuses_no_iterations(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         sine.main(["--iterations", "0"])
     assert "at least 1" in capsys.readouterr().err
+
+
+# --- the learned optimiser
+
+
+@pytest.mark.parametrize("adjoint", learned_optimizer.ADJOINTS)
+def test_learned_optimizer_meta_gradient(adjoint: str) -> None:
+    learned_optimizer.check(learned_optimizer.meta_gradient_error("eager", adjoint))
+
+
+def test_learned_optimizer_check_fails_on_another_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the derivative of the gradients that the rule is shown, the meta-gradient is another one, and the check says so."""
+    monkeypatch.setitem(learned_optimizer.ADJOINTS, "replay", FirstOrder)
+    error = learned_optimizer.meta_gradient_error("eager", "replay")
+    assert error > 1e-3
+    for wrong in (error, 1.1 * learned_optimizer.TOLERANCE, math.nan):
+        with pytest.raises(RuntimeError, match="differs from the eager loop's"):
+            learned_optimizer.check(wrong)
+
+
+def test_learned_optimizer_learns() -> None:
+    """Fifteen episodes are enough to make an optimiser of a rule that stands still."""
+    model, rule = learned_optimizer.build_model(), learned_optimizer.build_rule(0)
+    unroll = learned_optimizer.build_unroll(model, learned(rule), "eager")
+    held_out = learned_optimizer.draw_episodes(model, seed=1, count=10)
+    steps = (0, 20, learned_optimizer.HORIZON)
+    untrained = learned_optimizer.losses_after(model, unroll, held_out, steps)
+    assert torch.equal(untrained, untrained[:, :1].expand(-1, 3))
+    training = learned_optimizer.train(model, rule, unroll, iterations=60, seed=0)
+    assert (len(training.seconds), len(training.final_losses), training.num_skipped) == (60, 15, 0)
+    trained = learned_optimizer.losses_after(model, unroll, held_out, steps)
+    assert torch.equal(trained[:, 0], untrained[:, 0])
+    assert trained[:, 1].mean() < 0.6 * untrained[:, 1].mean()
+    assert trained[:, 2].mean() < 0.6 * untrained[:, 2].mean()
+
+
+def test_learned_optimizer_training_skips_what_is_not_finite() -> None:
+    model, rule = learned_optimizer.build_model(), learned_optimizer.build_rule(0)
+    with torch.no_grad():
+        rule.out.bias.fill_(1e30)
+    unroll = learned_optimizer.build_unroll(model, learned(rule), "eager")
+    training = learned_optimizer.train(model, rule, unroll, iterations=2, seed=0)
+    assert training.num_skipped == 2
+    assert rule.out.bias.item() == pytest.approx(1e30)
+
+
+def test_learned_optimizer_counts_steps() -> None:
+    """The loss after N steps is that of a plain loop over `torch.optim`, also across windows; what is not finite counts as infinite."""
+    model = learned_optimizer.build_model()
+    episodes = learned_optimizer.draw_episodes(model, seed=0, count=2)
+    steps = (0, 1, learned_optimizer.WINDOW, learned_optimizer.WINDOW + 3)
+    found = learned_optimizer.losses_after(model, learned_optimizer.build_unroll(model, sgd(lr=0.02), "eager"), episodes, steps)
+    for episode, row in zip(episodes, found, strict=True):
+        plain = learned_optimizer.build_model().requires_grad_(True)
+        plain.load_state_dict(episode.weights)
+        opt = torch.optim.SGD(plain.parameters(), lr=0.02)
+        losses: list[float] = []
+        for _ in range(max(steps) + 1):
+            opt.zero_grad()
+            loss = F.mse_loss(plain(episode.task.x), episode.task.y)
+            loss.backward()
+            opt.step()
+            losses.append(loss.item())
+        assert row.tolist() == pytest.approx([losses[number] for number in steps], rel=1e-4)
+    burst = learned_optimizer.losses_after(model, learned_optimizer.build_unroll(model, sgd(lr=1e3), "eager"), episodes, (0, 50))
+    assert burst[:, 0].isfinite().all()
+    assert burst[:, 1].isinf().all()
+
+
+def test_learned_optimizer_tunes_its_rivals(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rate that is too small, a good one and one that blows up: each column is what the best of them gives."""
+    monkeypatch.setattr(learned_optimizer, "REPORTED_STEPS", (5, 20))
+    model = learned_optimizer.build_model()
+    episodes = learned_optimizer.draw_episodes(model, seed=0, count=6)
+    rival = learned_optimizer.Rival("SGD", lambda lr: sgd(lr=lr), (1e-5, 0.02, 1e3))
+    found = learned_optimizer.measure_rival(model, rival, "eager", episodes[:4], episodes[4:])
+    assert found.rates == (0.02, 0.02)
+    unroll = learned_optimizer.build_unroll(model, sgd(lr=0.02), "eager")
+    assert torch.equal(found.losses, learned_optimizer.losses_after(model, unroll, episodes[4:], (5, 20)))
+
+
+def test_learned_optimizer_episodes() -> None:
+    model = learned_optimizer.build_model()
+    episodes = learned_optimizer.draw_episodes(model, seed=0, count=50)
+    for name, param in model.named_parameters():
+        bound = 1 / math.sqrt({"0": 1, "2": 40, "4": 40}[name.split(".")[0]])
+        drawn = torch.stack([episode.weights[name] for episode in episodes])
+        assert drawn.shape == (50, *param.shape)
+        assert 0.8 * bound < drawn.abs().max() <= bound
+        assert drawn.std(0).min() > 0.4 * bound, "every episode has weights of its own; a uniform distribution has 0.58"
+    for episode in episodes:
+        x, y = episode.task
+        assert x.shape == y.shape == (learned_optimizer.SUPPORT, 1)
+        assert x.abs().max() <= 5
+        basis = torch.cat([x.sin(), x.cos()], dim=1).double()
+        assert torch.allclose(basis @ torch.linalg.lstsq(basis, y.double()).solution, y.double(), atol=1e-4)
+
+
+def test_learned_optimizer_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learned_optimizer, "REPORTED_STEPS", (20, 100))
+    ours = torch.tensor([[1.0, 2.0], [3.0, 2.0]])
+    rival = ours + torch.tensor([0.5, -0.25])
+    found = [learned_optimizer.Measured("learned rule", ours), learned_optimizer.Measured("Adam", rival, (0.1, 0.02))]
+    lines = [line.split() for line in learned_optimizer.report(found)]
+    # Two values 2 apart: standard deviation sqrt(2), 1.96 * sqrt(2) / sqrt(2) to either side.
+    assert lines[1] == ["learned", "rule", "2.000", "±", "1.960", "2.000", "±", "0.000"]
+    assert lines[2] == ["Adam", "2.500", "±", "1.960", "(lr", "0.1)", "1.750", "±", "0.000", "(lr", "0.02)"]
+    assert lines[4] == ["Adam", "0.500", "±", "0.000", "-0.250", "±", "0.000"]
+
+
+def test_learned_optimizer_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learned_optimizer, "TUNING_TASKS", 2)
+    num_threads = torch.get_num_threads()
+    try:
+        learned_optimizer.main(["--iterations", "6", "--tasks", "2", "--backend", "eager", "--adjoint", "first_order"])
+    finally:
+        torch.set_num_threads(num_threads)
+    printed = capsys.readouterr().out
+    assert "largest relative error" in printed
+    assert "2 held-out tasks" in printed
+    assert all(rival.label in printed for rival in learned_optimizer.RIVALS)
+
+
+def test_learned_optimizer_refuses_no_iterations(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        learned_optimizer.main(["--iterations", "0"])
+    assert "--iterations must be at least 1" in capsys.readouterr().err
