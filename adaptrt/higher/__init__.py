@@ -1,0 +1,49 @@
+"""A drop-in for the archived package `higher`: `from adaptrt import higher` in place of `import higher`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from adaptrt.higher import optim, patch, utils
+from adaptrt.higher.optim import create_diff_optim, get_diff_optim, register_optim
+from adaptrt.higher.patch import monkeypatch
+
+__all__ = ["create_diff_optim", "get_diff_optim", "innerloop_ctx", "monkeypatch", "optim", "patch", "register_optim", "utils"]
+
+
+@contextmanager
+def innerloop_ctx(
+    model: nn.Module,
+    opt: torch.optim.Optimizer,
+    device: torch.device | None = None,
+    copy_initial_weights: bool = True,
+    override: optim.Override | None = None,
+    track_higher_grads: bool = True,
+    first_order: bool = False,
+) -> Iterator[tuple[Any, optim.DifferentiableOptimizer]]:
+    """A handle of `model` with fast weights, and the differentiable version of `opt` that steps them.
+
+    Args:
+      model: left as it is.
+      opt: of `model.parameters()`, or some of them; left as it is.
+      device, copy_initial_weights, track_higher_grads: as for `monkeypatch`.
+      override, first_order: as for `DifferentiableOptimizer`.
+    """
+    fmodel = monkeypatch(model, device, copy_initial_weights=copy_initial_weights, track_higher_grads=track_higher_grads)
+    yield (
+        fmodel,
+        get_diff_optim(
+            opt,
+            model.parameters(),
+            fmodel=fmodel,
+            device=device,
+            override=override,
+            track_higher_grads=track_higher_grads,
+            first_order=first_order,
+        ),
+    )

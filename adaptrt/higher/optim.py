@@ -1,0 +1,495 @@
+"""Optimisers that write their steps on autograd's tape, one call of `step(loss)` at a time.
+
+Their arithmetic is that of `adaptrt.optim`, as in compiled programs.
+"""
+
+from __future__ import annotations
+
+import abc
+import collections
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adaptrt.errors import UnsupportedOptimizer
+from adaptrt.higher.utils import _recursive_map, copied, flatten
+from adaptrt.optim.base import Optimizer
+from adaptrt.optim.convert import of_entry
+from adaptrt.optim.families import FAMILIES, Group
+
+Grads = Sequence[Tensor | None]
+Override = Mapping[str, Sequence[Any]]
+GradCallback = Callable[[Any], Any]
+
+
+class DifferentiableOptimizer(abc.ABC):
+    """A `torch.optim` instance's groups and state, stepped out of place so that gradients flow through the steps.
+
+    Args:
+      other: where groups and state are copied from. A rate that a scheduler changes in it later is followed, unless overridden.
+      reference_params: the model's parameters, in the order of fast weights and of `grad_callback`.
+      fmodel: a handle by `monkeypatch`, whose fast weights are stepped; without one `step` needs `params`.
+      device: where the state goes.
+      override: settings by name, each a list with one value for all groups or one for each; tensors that require grad are learned.
+      grad_callback: applied to the tuple of gradients, in the order of `reference_params`, before each step.
+      track_higher_grads: whether the steps are on the tape. False keeps nothing of a step but its result.
+      first_order: whether the gradients are constants on it, as in first-order MAML.
+
+    Attributes:
+      param_groups: settings of each group, and under "params" the weights as the last step left them (None before the first).
+      state: for each group by the parameter's index a dict, its keys those of `torch.optim`.
+    """
+
+    def __init__(
+        self,
+        other: torch.optim.Optimizer,
+        reference_params: Iterable[Tensor],
+        fmodel: Any = None,
+        device: torch.device | None = None,
+        override: Override | None = None,
+        grad_callback: GradCallback | None = None,
+        track_higher_grads: bool = True,
+        first_order: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        del kwargs
+        index = {id(p): i for i, p in enumerate(reference_params)}
+        self.param_groups: list[dict[str, Any]] = []
+        self.state: list[dict[int, dict[str, Any]]] = []
+        self._members: list[list[int]] = []
+        for group in other.param_groups:
+            missing = [p for p in group["params"] if id(p) not in index]
+            if missing:
+                raise ValueError(f"a parameter of the optimiser, of shape {list(missing[0].shape)}, is not among the reference parameters")
+            self._members.append([index[id(p)] for p in group["params"]])
+            self.param_groups.append({**group, "params": [None] * len(group["params"])})
+            held = {i: other.state[p] for i, p in enumerate(group["params"]) if p in other.state}
+            self.state.append(
+                collections.defaultdict(dict, {i: {key: _own(value, device) for key, value in entry.items()} for i, entry in held.items()})
+            )
+        self._kind = type(other)
+        self._defaults = other.defaults
+        self._followed = other.param_groups
+        self._seen = [_settings(group) for group in other.param_groups]
+        self._overridden: set[str] = set()
+        self._fmodel = fmodel
+        self._grad_callback = grad_callback
+        self._track_higher_grads = track_higher_grads
+        self._first_order = first_order
+        self._override(override)
+
+    def step(
+        self,
+        loss: Tensor,
+        params: Iterable[Tensor] | None = None,
+        override: Override | None = None,
+        grad_callback: GradCallback | None = None,
+        grad_scaler: torch.amp.GradScaler | None = None,
+        **kwargs: Any,
+    ) -> list[Tensor]:
+        """One step on `loss`; the new weights, which the handle takes over.
+
+        Args:
+          loss: 0-dim, computed from the latest fast weights.
+          params: step these in place of the handle's.
+          override: as for the constructor; it stays in force.
+          grad_callback: in place of the constructor's, for this step.
+          grad_scaler: what scaled the loss; the gradients are divided by its scale.
+        Raises:
+          ValueError: there are no weights to step, or an override's list has a wrong length.
+        """
+        del kwargs
+        self._follow()
+        self._override(override)
+        if params is None and self._fmodel is not None:
+            params = self._fmodel.fast_params
+        if params is None:
+            raise ValueError("step needs params: the optimiser has no patched module that holds fast weights")
+        weights = list(params)
+        grads = self._gradients(loss, weights, grad_scaler)
+        callback = grad_callback or self._grad_callback
+        if callback is not None:
+            grads = callback(grads)
+        for group, members in zip(self.param_groups, self._members, strict=True):
+            group["params"] = [weights[i] for i in members]
+        self._update([[grads[i] for i in members] for members in self._members])
+        for group, members in zip(self.param_groups, self._members, strict=True):
+            for i, p in zip(members, group["params"], strict=True):
+                weights[i] = p if self._track_higher_grads else p.detach().requires_grad_(weights[i].requires_grad)
+        if not self._track_higher_grads:
+            self.state = [
+                collections.defaultdict(dict, {i: _recursive_map(entry, _cut) for i, entry in states.items()}) for states in self.state
+            ]
+        if self._fmodel is not None:
+            self._fmodel.update_params(weights)
+        return weights
+
+    @abc.abstractmethod
+    def _update(self, grouped_grads: list[list[Tensor | None]], **kwargs: Any) -> None:
+        """Replaces `self.param_groups[i]["params"][j]` and `self.state[i][j]`, out of place, by what follows from `grouped_grads[i][j]`."""
+
+    def write_state(self, opt: torch.optim.Optimizer) -> None:
+        """Writes the state, detached, to a `torch.optim` instance with the same groups, so that it goes on where this stands.
+
+        Raises:
+          ValueError: `opt` is of another class or has other groups.
+        """
+        if type(opt) is not self._kind or [len(group["params"]) for group in opt.param_groups] != list(map(len, self._members)):
+            raise ValueError(f"the state is for a {self._kind.__name__} with groups of {list(map(len, self._members))} parameters")
+        for group, states in zip(opt.param_groups, self.state, strict=True):
+            for i, entry in states.items():
+                p = group["params"][i]
+                opt.state[p] = _recursive_map(self._entry_for(entry, group, p), lambda x: copied(_cut(x)) if isinstance(x, Tensor) else x)
+
+    def _entry_for(self, entry: dict[str, Any], group: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
+        """One parameter's state as the real optimiser keeps it."""
+        del group, param
+        return entry
+
+    def _gradients(self, loss: Tensor, weights: list[Tensor], scaler: torch.amp.GradScaler | None) -> Grads:
+        wanted = [p for p in weights if p.requires_grad]
+        on_tape = self._track_higher_grads and not self._first_order
+        keep = on_tape or self._track_higher_grads
+        found = torch.autograd.grad(loss, wanted, create_graph=on_tape, retain_graph=keep, allow_unused=True) if wanted else ()
+        if scaler is not None:
+            scale = scaler.get_scale()
+            found = tuple([grad if grad is None else grad / scale for grad in found])
+        left = iter(found)
+        return tuple([next(left) if p.requires_grad else None for p in weights])
+
+    def _override(self, override: Override | None) -> None:
+        for key, values in (override or {}).items():
+            if len(values) not in (1, len(self.param_groups)):
+                raise ValueError(
+                    f"override of '{key}' has {len(values)} values: give one, or one for each of {len(self.param_groups)} groups"
+                )
+            self._overridden.add(key)
+            for i, group in enumerate(self.param_groups):
+                group[key] = values[0 if len(values) == 1 else i]
+
+    def _follow(self) -> None:
+        """Takes over what has changed in the groups of the original since the last step, as schedulers change it."""
+        for i, (original, group) in enumerate(zip(self._followed, self.param_groups, strict=False)):
+            now = _settings(original)
+            for key, value in now.items():
+                if key not in self._overridden and value is not self._seen[i].get(key):
+                    group[key] = value
+            self._seen[i] = now
+
+
+def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _own(value: Any, device: torch.device | None) -> Any:
+    return _recursive_map(value, lambda leaf: copied(leaf, device) if isinstance(leaf, Tensor) else leaf)
+
+
+def _cut(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) else value
+
+
+class _Built(NamedTuple):
+    """A group's settings as they stood, the pure optimiser made of them, and the states before a first step by the weight's index."""
+
+    settings: dict[str, Any]
+    optimizer: Optimizer
+    fresh: dict[str, Any]
+
+
+class _OfFamily(DifferentiableOptimizer):
+    """The step of a class of `torch.optim`, by its pure counterpart."""
+
+    kind: type[torch.optim.Optimizer]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._built: list[_Built | None] = [None] * len(self.param_groups)
+
+    def _update(self, grouped_grads: list[list[Tensor | None]], **kwargs: Any) -> None:
+        del kwargs
+        for i, (group, states, grads) in enumerate(zip(self.param_groups, self.state, grouped_grads, strict=True)):
+            weights = group["params"]
+            present = {str(j): grad for j, grad in enumerate(grads) if grad is not None}
+            if not present:
+                continue
+            built = self._optimizer(i, weights)
+            params = {name: weights[int(name)] for name in present}
+            before = {name: of_entry(states.get(int(name)), name, built.fresh[name]) for name in present}
+            after, new = built.optimizer.update(present, before, params, built.optimizer.hyper)
+            for name in present:
+                j = int(name)
+                weights[j] = after[name]
+                states[j] = self._entry(states.get(j, {}), new[name])
+
+    def _optimizer(self, i: int, weights: Sequence[Tensor]) -> _Built:
+        """The pure optimiser of a group, made anew when one of its settings is another object."""
+        settings = _settings(self.param_groups[i])
+        built = self._built[i]
+        if built is None or any(built.settings.get(key) is not value for key, value in settings.items()):
+            params = {str(j): p.detach() for j, p in enumerate(weights)}
+            readable = self._readable(settings, params)
+            optimizer = FAMILIES[self.kind].build(Group("", readable, list(params), self._defaults))
+            built = self._built[i] = _Built(settings, optimizer, optimizer.init(params))
+        return built
+
+    def _readable(self, settings: Mapping[str, Any], params: Mapping[str, Tensor]) -> dict[str, Any]:
+        """Settings with tensors as flags made bools, and tensors of several elements given to each parameter."""
+        flags = FAMILIES[self.kind].flags
+
+        def spread(value: Any) -> Any:
+            if isinstance(value, Tensor) and value.numel() != 1:
+                return {name: value.expand_as(p) for name, p in params.items()}
+            return value
+
+        return {
+            key: bool(value) if key in flags and isinstance(value, Tensor) else _recursive_map(value, spread)
+            for key, value in settings.items()
+        }
+
+    def _entry(self, before: Mapping[str, Any], state: Any) -> dict[str, Any]:
+        """One parameter's state under the names of `torch.optim`, which counts the steps of all but SGD and Muon."""
+        entry = {key: value for key, value in state._asdict().items() if isinstance(value, Tensor)}
+        if self.kind is torch.optim.SGD:
+            entry.pop("step", None)
+        elif "step" not in entry and self.kind is not torch.optim.Muon:
+            entry["step"] = before.get("step", 0) + 1
+        return entry
+
+    def _entry_for(self, entry: dict[str, Any], group: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
+        entry = dict(entry)
+        # PyTorch counts in floats of the default dtype, or float32 where that is narrower.
+        dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        for key in {"step", "mu_product"} & set(entry):
+            entry[key] = torch.as_tensor(entry[key]).detach().to(dtype)
+        if self.kind is torch.optim.ASGD:
+            n, lr = entry["step"].to(param.device), group["lr"]
+            entry["step"] = n
+            entry["eta"] = lr / (1 + group["lambd"] * lr * n) ** group["alpha"]
+            entry["mu"] = 1 / torch.clamp(n - group["t0"], min=1.0)
+        return entry
+
+
+class DifferentiableSGD(_OfFamily):
+    """`adaptrt.optim.sgd` on the tape."""
+
+    kind = torch.optim.SGD
+
+
+class DifferentiableAdam(_OfFamily):
+    """`adaptrt.optim.adam` on the tape."""
+
+    kind = torch.optim.Adam
+
+
+class DifferentiableAdamW(_OfFamily):
+    """`adaptrt.optim.adamw` on the tape."""
+
+    kind = torch.optim.AdamW
+
+
+class DifferentiableAdadelta(_OfFamily):
+    """`adaptrt.optim.adadelta` on the tape."""
+
+    kind = torch.optim.Adadelta
+
+
+class DifferentiableAdagrad(_OfFamily):
+    """`adaptrt.optim.adagrad` on the tape."""
+
+    kind = torch.optim.Adagrad
+
+
+class DifferentiableAdamax(_OfFamily):
+    """`adaptrt.optim.adamax` on the tape."""
+
+    kind = torch.optim.Adamax
+
+
+class DifferentiableASGD(_OfFamily):
+    """`adaptrt.optim.asgd` on the tape."""
+
+    kind = torch.optim.ASGD
+
+
+class DifferentiableRMSprop(_OfFamily):
+    """`adaptrt.optim.rmsprop` on the tape."""
+
+    kind = torch.optim.RMSprop
+
+
+class DifferentiableRprop(_OfFamily):
+    """`adaptrt.optim.rprop` on the tape."""
+
+    kind = torch.optim.Rprop
+
+
+class DifferentiableNAdam(_OfFamily):
+    """`adaptrt.optim.nadam` on the tape."""
+
+    kind = torch.optim.NAdam
+
+
+class DifferentiableRAdam(_OfFamily):
+    """`adaptrt.optim.radam` on the tape."""
+
+    kind = torch.optim.RAdam
+
+
+class DifferentiableAdafactor(_OfFamily):
+    """`adaptrt.optim.adafactor` on the tape."""
+
+    kind = torch.optim.Adafactor
+
+
+class DifferentiableMuon(_OfFamily):
+    """`adaptrt.optim.muon` on the tape."""
+
+    kind = torch.optim.Muon
+
+
+_BUILT_IN: tuple[type[_OfFamily], ...] = (
+    DifferentiableSGD,
+    DifferentiableAdam,
+    DifferentiableAdamW,
+    DifferentiableAdadelta,
+    DifferentiableAdagrad,
+    DifferentiableAdamax,
+    DifferentiableASGD,
+    DifferentiableRMSprop,
+    DifferentiableRprop,
+    DifferentiableNAdam,
+    DifferentiableRAdam,
+    DifferentiableAdafactor,
+    DifferentiableMuon,
+)
+_registered: dict[type[torch.optim.Optimizer], type[DifferentiableOptimizer]] = {made.kind: made for made in _BUILT_IN}
+
+
+def register_optim(optim_type: type[torch.optim.Optimizer], diff_optim_type: type[DifferentiableOptimizer]) -> None:
+    """Makes `diff_optim_type` the differentiable version of `optim_type`."""
+    _registered[optim_type] = diff_optim_type
+
+
+def get_diff_optim(
+    opt: torch.optim.Optimizer,
+    reference_params: Iterable[Tensor],
+    fmodel: Any = None,
+    device: torch.device | None = None,
+    override: Override | None = None,
+    track_higher_grads: bool = True,
+    **kwargs: Any,
+) -> DifferentiableOptimizer:
+    """The differentiable version of `opt`, with its groups and its state. Arguments as for `DifferentiableOptimizer`.
+
+    Raises:
+      UnsupportedOptimizer: there is none for its class.
+    """
+    return _version_of(type(opt))(
+        opt, reference_params, fmodel=fmodel, device=device, override=override, track_higher_grads=track_higher_grads, **kwargs
+    )
+
+
+def create_diff_optim(
+    opt_type: type[torch.optim.Optimizer],
+    opt_kwargs: Mapping[str, Any] | None = None,
+    params: Iterable[Any] | None = None,
+    fmodel: Any = None,
+    device: torch.device | None = None,
+    override: Override | None = None,
+    track_higher_grads: bool = True,
+    **kwargs: Any,
+) -> DifferentiableOptimizer:
+    """A differentiable optimiser without a real one.
+
+    Args:
+      opt_type: a class of `torch.optim`, or one registered.
+      opt_kwargs: its constructor's arguments.
+      params: weights, or groups of weights as `torch.optim` takes them; looked at for their shapes. None: those of `fmodel`.
+      fmodel, device, override, track_higher_grads, kwargs: as for `DifferentiableOptimizer`.
+    Raises:
+      UnsupportedOptimizer: there is none for the class.
+      ValueError: neither weights nor a handle are given.
+    """
+    version = _version_of(opt_type)
+    if params is None and fmodel is None:
+        raise ValueError("create_diff_optim needs params or fmodel")
+    given = list(fmodel.parameters() if params is None else params)
+
+    def like(weights: Any) -> list[Tensor]:
+        weights = [weights] if isinstance(weights, Tensor) else weights
+        return [torch.zeros_like(p, requires_grad=True) for p in weights]
+
+    grouped = bool(given) and isinstance(given[0], Mapping)
+    dummies: list[Any] = [{**group, "params": like(group["params"])} for group in given] if grouped else like(given)
+    reference = [p for group in dummies for p in group["params"]] if grouped else dummies
+    opt = opt_type(dummies, **(opt_kwargs or {}))
+    return version(opt, reference, fmodel=fmodel, device=device, override=override, track_higher_grads=track_higher_grads, **kwargs)
+
+
+def _version_of(kind: type[torch.optim.Optimizer]) -> type[DifferentiableOptimizer]:
+    if kind not in _registered:
+        known = ", ".join(known.__name__ for known in _registered)
+        raise UnsupportedOptimizer(f"{kind.__name__} has no differentiable version; there are those of {known}. Add one by register_optim.")
+    return _registered[kind]
+
+
+def get_trainable_opt_params(opt: torch.optim.Optimizer, device: torch.device | None = None) -> dict[str, list[Any]]:
+    """The numbers in the optimiser's groups as tensors that require grad, in the form of `override`. Flags stay flags."""
+    family = FAMILIES.get(type(opt))
+    override: dict[str, list[Any]] = {}
+
+    def trainable(value: Any) -> Tensor:
+        value = torch.as_tensor(value, device=device).detach().clone()
+        return (value if value.is_floating_point() else value.to(torch.get_default_dtype())).requires_grad_()
+
+    for group in opt.param_groups:
+        for key, value in _settings(group).items():
+            leaves = flatten(value)
+            numbers = bool(leaves) and all(isinstance(x, int | float | Tensor) and not isinstance(x, bool) for x in leaves)
+            if numbers and (family is None or key in family.numbers):
+                override.setdefault(key, []).append(_recursive_map(value, trainable))
+    return override
+
+
+def apply_trainable_opt_params(opt: torch.optim.Optimizer, override: Override) -> None:
+    """Writes learned numbers to the optimiser's groups, each as the kind that stands there.
+
+    Raises:
+      ValueError: a list of a wrong length, or a number for a nest of them.
+    """
+    for key, values in override.items():
+        if len(values) not in (1, len(opt.param_groups)):
+            raise ValueError(f"override of '{key}' has {len(values)} values: give one, or one for each of {len(opt.param_groups)} groups")
+        for i, group in enumerate(opt.param_groups):
+            group[key] = _written(values[0 if len(values) == 1 else i], group[key])
+
+
+def _written(value: Any, target: Any) -> Any:
+    if isinstance(target, Tensor):
+        return torch.as_tensor(value).detach().to(target).clone()
+    if isinstance(target, Mapping):
+        return {key: _written(value[key], entry) for key, entry in target.items()}
+    if isinstance(target, list | tuple):
+        if not isinstance(value, list | tuple) or len(value) != len(target):
+            raise ValueError(f"expected {len(target)} numbers in place of {target}, got {value}")
+        return type(target)([_written(new, old) for new, old in zip(value, target, strict=True)])
+    if isinstance(value, Tensor):
+        return type(target)(value.item())
+    if isinstance(value, list | tuple | Mapping):
+        raise ValueError(f"expected a number in place of {target}, got {value}")
+    return type(target)(value)
+
+
+def _get_mask_closure(mask: Tensor) -> Callable[[Tensor], Tensor]:
+    """A hook that zeroes a gradient where `mask` is true, and every gradient of that gradient."""
+
+    def closure(grad: Tensor) -> Tensor:
+        grad = torch.where(mask, torch.zeros_like(grad), grad)
+        if grad.requires_grad:
+            grad.register_hook(closure)
+        return grad
+
+    return closure

@@ -1,0 +1,420 @@
+"""`adaptrt.higher` beside the original: the same program under both, in float64, and what the original gets wrong."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from adaptrt import higher as ours
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")  # it compares an int by identity, and says so when compiled
+    import higher as theirs  # pyright: ignore[reportMissingTypeStubs]
+
+STEPS = 4
+
+
+@pytest.fixture(autouse=True)
+def _double() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    yield
+    torch.set_default_dtype(before)
+
+
+class Shared(nn.Module):
+    """A module used twice, and one whose weight is another's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(3, 3)
+        self.again = self.first
+        self.tied = nn.Linear(3, 3)
+        self.tied.weight = self.first.weight
+        self.last = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.tied(torch.tanh(self.again(torch.tanh(self.first(x)))))))
+
+
+class Recurrent(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm = nn.LSTM(3, 4, num_layers=2, batch_first=True)
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(self.lstm(x.unsqueeze(1).expand(-1, 3, -1))[0][:, -1])
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": lambda: nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 2)),
+    "batch norm": lambda: nn.Sequential(nn.Linear(3, 5, bias=False), nn.BatchNorm1d(5), nn.Tanh(), nn.Linear(5, 2)),
+    "shared": Shared,
+    "lstm": Recurrent,
+    "nested": lambda: nn.Sequential(nn.Sequential(nn.Linear(3, 4), nn.Tanh()), nn.Sequential(nn.Tanh(), nn.Linear(4, 2))),
+}
+
+
+class Case(NamedTuple):
+    kind: type[torch.optim.Optimizer]
+    settings: dict[str, Any]
+
+
+# Only where the original is right. It adds Adam's eps before the bias correction, as PyTorch once did; a tiny eps hides that.
+CASES: dict[str, Case] = {
+    "sgd": Case(torch.optim.SGD, {"lr": 0.1}),
+    "momentum": Case(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "dampening": 0.3, "weight_decay": 0.1}),
+    "nesterov": Case(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9, "nesterov": True}),
+    "adam": Case(torch.optim.Adam, {"lr": 0.05, "eps": 1e-30, "weight_decay": 0.1}),
+    "amsgrad": Case(torch.optim.Adam, {"lr": 0.05, "eps": 1e-30, "amsgrad": True, "betas": (0.5, 0.6)}),
+    "adadelta": Case(torch.optim.Adadelta, {"lr": 1.0, "rho": 0.8, "eps": 0.01, "weight_decay": 0.1}),
+    "adagrad": Case(torch.optim.Adagrad, {"lr": 0.1, "lr_decay": 0.3, "weight_decay": 0.1, "eps": 0.01}),
+    "adamax": Case(torch.optim.Adamax, {"lr": 0.05, "eps": 0.01, "weight_decay": 0.1}),
+    "asgd": Case(torch.optim.ASGD, {"lr": 0.1, "lambd": 0.1, "weight_decay": 0.1}),
+    "rmsprop": Case(torch.optim.RMSprop, {"lr": 0.02, "alpha": 0.8, "eps": 0.01, "momentum": 0.5, "weight_decay": 0.1}),
+    "centered": Case(torch.optim.RMSprop, {"lr": 0.02, "alpha": 0.8, "eps": 0.01, "centered": True}),
+    "rprop": Case(torch.optim.Rprop, {"lr": 0.05}),
+}
+over_both = pytest.mark.parametrize("package", [theirs, ours], ids=["theirs", "ours"])
+
+
+def batch(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(6, 3, generator=generator), torch.randn(6, 2, generator=generator)
+
+
+def loss_of(model: Any, seed: int) -> Tensor:
+    x, y = batch(seed)
+    return F.mse_loss(model(x), y)
+
+
+def make(kind: str, seed: int = 1) -> nn.Module:
+    torch.manual_seed(seed)
+    return MODELS[kind]()
+
+
+def quietly(run: Callable[[], Any]) -> Any:
+    """The original warns of its RMSprop and Rprop, and of graphs made by what PyTorch has deprecated since."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return run()
+
+
+def assert_same(mine: Sequence[Any], wanted: Sequence[Any], tolerance: float = 1e-10) -> None:
+    assert len(mine) == len(wanted)
+    for got, expected in zip(mine, wanted, strict=True):
+        scale = max(1.0, float(expected.abs().max())) if expected.numel() else 1.0
+        torch.testing.assert_close(got, expected, rtol=0.0, atol=tolerance * scale)
+
+
+# --- the same program under both
+
+
+@pytest.mark.parametrize("warm", [False, True], ids=["fresh", "warm"])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("model", MODELS)
+def test_parity(model: str, case: str, warm: bool) -> None:
+    """Weights at every time, buffers, losses and meta-gradients, from a fresh or a used optimiser."""
+    if warm and case == "asgd":
+        pytest.skip("the original raises a tensor to a power by math.pow")
+
+    def run(package: Any) -> list[Tensor]:
+        net = make(model)
+        opt = CASES[case].kind(net.parameters(), **CASES[case].settings)
+        for step in range(2 if warm else 0):
+            opt.zero_grad()
+            loss_of(net, 10 + step).backward()
+            opt.step()
+        buffers = [b.clone() for b in net.buffers()]
+        with package.innerloop_ctx(net, opt, copy_initial_weights=False) as (fmodel, diffopt):
+            assert isinstance(fmodel, type(net))
+            fmodel: Any = fmodel
+            losses: list[Tensor] = []
+            for step in range(STEPS):
+                losses.append(loss_of(fmodel, 20 + step))
+                diffopt.step(losses[-1])
+            query = loss_of(fmodel, 30)
+            grads = torch.autograd.grad(query + losses[-1], list(net.parameters()), allow_unused=True)
+            by_time = [p.detach() for time in range(STEPS + 1) for p in fmodel.parameters(time=time)]
+            assert all(torch.equal(now, before) for now, before in zip(net.buffers(), buffers, strict=True))
+            own = [value for value in fmodel.state_dict().values() if value.is_floating_point()]
+        return [*[loss.detach() for loss in losses], query.detach(), *grads, *by_time, *own]
+
+    assert_same(run(ours), quietly(lambda: run(theirs)))
+
+
+@pytest.mark.parametrize("case", ["momentum", "adam", "adagrad", "adamax"])
+def test_override_by_group_and_in_a_step(case: str) -> None:
+    def run(package: Any) -> list[Tensor]:
+        net: Any = make("mlp")
+        settings = {**CASES[case].settings}
+        opt = CASES[case].kind([{"params": net[0].parameters()}, {"params": net[2].parameters(), "weight_decay": 0.2}], **settings)
+        rates = [torch.tensor(0.1, requires_grad=True), torch.tensor(0.05, requires_grad=True)]
+        decay, later = torch.tensor(0.3, requires_grad=True), torch.tensor(0.02, requires_grad=True)
+        override = {"lr": rates, "weight_decay": [decay]}
+        with package.innerloop_ctx(net, opt, copy_initial_weights=False, override=override) as (fmodel, diffopt):
+            for step in range(STEPS):
+                diffopt.step(loss_of(fmodel, step), override={"lr": [later]} if step == 2 else None)
+            return list(torch.autograd.grad(loss_of(fmodel, 9), [*net.parameters(), *rates, decay, later]))
+
+    assert_same(run(ours), quietly(lambda: run(theirs)))
+
+
+def test_callbacks() -> None:
+    def run(package: Any) -> list[Tensor]:
+        net = make("mlp")
+        opt = torch.optim.SGD(net.parameters(), lr=0.1)
+        fmodel = package.monkeypatch(net, copy_initial_weights=False)
+        diffopt = package.get_diff_optim(opt, net.parameters(), fmodel=fmodel, grad_callback=lambda grads: [0.5 * g for g in grads])
+        seen: list[Any] = []
+
+        def noting(grads: Any) -> Any:
+            seen.append(grads)
+            return [g.clamp(-0.1, 0.1) for g in grads]
+
+        diffopt.step(loss_of(fmodel, 1))
+        diffopt.step(loss_of(fmodel, 2), grad_callback=noting)
+        assert len(seen) == 1 and isinstance(seen[0], tuple) and [g.shape for g in seen[0]] == [p.shape for p in net.parameters()]
+        return list(torch.autograd.grad(loss_of(fmodel, 3), list(net.parameters())))
+
+    assert_same(run(ours), quietly(lambda: run(theirs)))
+
+
+def test_explicit_params_and_frozen_ones() -> None:
+    def run(package: Any) -> list[Tensor]:
+        net = make("mlp")
+        next(net.parameters()).requires_grad_(False)
+        fmodel = package.patch.make_functional(net)
+        diffopt = package.create_diff_optim(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9}, params=list(net.parameters()))
+        params = package.utils.get_func_params(net)
+        start = [p for p in params if p.requires_grad]
+        x, y = batch(1)
+        for _ in range(3):
+            params = list(diffopt.step(F.mse_loss(fmodel(x, params=params), y), params=params))
+        return [*params, *torch.autograd.grad(F.mse_loss(fmodel(x, params=params), y), start)]
+
+    assert_same([p.detach() for p in run(ours)], [p.detach() for p in quietly(lambda: run(theirs))])
+
+
+@over_both
+def test_without_tracking_there_is_one_slot(package: Any) -> None:
+    net = make("mlp")
+    with package.innerloop_ctx(net, torch.optim.Adam(net.parameters()), track_higher_grads=False) as (fmodel, diffopt):
+        for step in range(3):
+            diffopt.step(loss_of(fmodel, step))
+        assert all(p.grad_fn is None and p.requires_grad for p in fmodel.parameters())
+        assert len(list(fmodel.parameters(time=0))) == 4
+        with pytest.raises(ValueError):
+            fmodel.parameters(time=1)
+        with pytest.raises(Exception, match=r"(?i)track"):
+            _ = fmodel.init_fast_params
+
+
+@over_both
+def test_copied_weights_get_no_gradient(package: Any) -> None:
+    net = make("mlp")
+    with package.innerloop_ctx(net, torch.optim.SGD(net.parameters(), lr=0.1)) as (fmodel, diffopt):
+        diffopt.step(loss_of(fmodel, 1))
+        loss_of(fmodel, 2).backward()
+        assert all(p.grad is None for p in net.parameters())
+        assert all(p.grad is not None for p in fmodel.parameters(time=0))
+
+
+class Rooted(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.randn(2))
+        self.last = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.last(x) * self.scale
+
+
+def test_assignment_to_a_parameter_and_to_fast_params() -> None:
+    def run(package: Any) -> list[Tensor]:
+        torch.manual_seed(1)
+        net = Rooted()
+        fmodel = package.monkeypatch(net, copy_initial_weights=False)
+        fmodel.scale = fmodel.scale * 2
+        out = fmodel(batch(1)[0]).sum()
+        fmodel.update_params([p * 1.5 for p in fmodel.fast_params])
+        out = out + fmodel(batch(2)[0]).sum()
+        times = [p.detach() for time in range(3) for p in fmodel.parameters(time=time)]
+        return [out.detach(), *torch.autograd.grad(out, list(net.parameters())), *times]
+
+    assert_same(run(ours), quietly(lambda: run(theirs)))
+
+
+def test_assignment_to_a_parameter_of_a_submodule() -> None:
+    """Which the original cannot do: only its root has `update_params`. A weight that two modules share is replaced in both."""
+    net: Any = make("shared")
+    fmodel = ours.monkeypatch(net, copy_initial_weights=False)
+    fmodel.tied.weight = fmodel.tied.weight * 2
+    assert fmodel.first.weight is fmodel.tied.weight
+    x = batch(1)[0]
+    found = fmodel(x)
+    with torch.no_grad():
+        net.first.weight.mul_(2)
+    torch.testing.assert_close(found, net(x), rtol=1e-14, atol=0.0)
+    with pytest.raises(TypeError, match="must be a tensor"):
+        fmodel.tied.bias = 1.0
+
+
+def test_submodules_are_called_alone() -> None:
+    """Also where one is empty, at which the original fails."""
+    net: Any = nn.Sequential(nn.Sequential(), nn.Sequential(nn.Linear(3, 4), nn.Sequential()))
+    fmodel = ours.monkeypatch(net, copy_initial_weights=False)
+    fmodel.update_params([2 * p for p in fmodel.fast_params])
+    x = batch(1)[0]
+    torch.testing.assert_close(fmodel[1](fmodel[0](x)), 2 * net(x), rtol=1e-14, atol=0.0)
+
+
+def test_trainable_numbers() -> None:
+    net = make("mlp")
+    opt = torch.optim.Adam([{"params": list(net.parameters())[:2]}, {"params": list(net.parameters())[2:], "lr": 0.3}], lr=0.1)
+    override = ours.optim.get_trainable_opt_params(opt)
+    wanted = quietly(lambda: theirs.optim.get_trainable_opt_params(opt))
+    flags = {"amsgrad", "maximize", "capturable", "differentiable", "decoupled_weight_decay"}
+    assert set(override) == set(wanted) - flags  # the original makes numbers of flags
+    for key, values in override.items():
+        assert [torch.stack(ours.utils.flatten(v)).tolist() for v in values] == [
+            torch.stack(theirs.utils.flatten(v)).tolist() for v in wanted[key]
+        ]
+    with torch.no_grad():
+        override["lr"][0].fill_(0.7)
+        override["betas"][1][1].fill_(0.8)
+    ours.optim.apply_trainable_opt_params(opt, override)
+    assert opt.param_groups[0]["lr"] == 0.7 and opt.param_groups[1]["betas"] == (0.9, 0.8)
+    assert isinstance(opt.param_groups[0]["lr"], float)
+
+
+# --- what the original gets wrong, or refuses
+
+
+def plain(net: nn.Module, opt: torch.optim.Optimizer, steps: int) -> list[Tensor]:
+    """The weights after steps of the real optimiser."""
+    for step in range(steps):
+        opt.zero_grad()
+        loss_of(net, step).backward()
+        opt.step()
+    return [p.detach() for p in net.parameters()]
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.NAdam, torch.optim.RAdam, torch.optim.Adafactor])
+def test_weights_are_those_of_torch_optim(kind: Any) -> None:
+    net = make("mlp")
+    opt = kind(net.parameters(), lr=0.1)
+    with ours.innerloop_ctx(net, opt) as (fmodel, diffopt):
+        for step in range(STEPS):
+            diffopt.step(loss_of(fmodel, step))
+        assert_same([p.detach() for p in fmodel.parameters()], plain(net, opt, STEPS), 1e-12)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_state_is_written_back(case: str) -> None:
+    """The real optimiser goes on where the differentiable one stands."""
+    net = make("mlp")
+    settings = CASES[case].settings
+    reference, kept = copy.deepcopy(net), copy.deepcopy(net)
+    whole = plain(reference, CASES[case].kind(reference.parameters(), **settings), 5)
+    opt = CASES[case].kind(kept.parameters(), **settings)
+    with ours.innerloop_ctx(kept, opt) as (fmodel, diffopt):
+        for step in range(3):
+            diffopt.step(loss_of(fmodel, step))
+        kept.load_state_dict(fmodel.state_dict())
+        diffopt.write_state(opt)
+    for step in range(3, 5):
+        opt.zero_grad()
+        loss_of(kept, step).backward()
+        opt.step()
+    assert_same([p.detach() for p in kept.parameters()], whole, 1e-12)
+
+
+def test_schedulers_step_inside_the_loop() -> None:
+    net = make("mlp")
+    opt = torch.optim.SGD(net.parameters(), lr=0.4)
+    scheduler = torch.optim.lr_scheduler.ExponentialLR(opt, 0.5)
+    opt.step()  # a scheduler asks for one before it
+    with ours.innerloop_ctx(net, opt) as (fmodel, diffopt):
+        rates: list[float] = []
+        for step in range(3):
+            before = [p.detach().clone() for p in fmodel.parameters()]
+            loss = loss_of(fmodel, step)
+            grads = torch.autograd.grad(loss, list(fmodel.parameters()), retain_graph=True)
+            diffopt.step(loss)
+            rates.append(float(((before[0] - next(iter(fmodel.parameters())).detach()) / grads[0]).median()))
+            scheduler.step()
+    assert rates == pytest.approx([0.4, 0.2, 0.1])
+
+
+def test_first_order() -> None:
+    net = make("mlp")
+    with ours.innerloop_ctx(net, torch.optim.SGD(net.parameters(), lr=0.1), copy_initial_weights=False, first_order=True) as (
+        fmodel,
+        diffopt,
+    ):
+        for step in range(3):
+            diffopt.step(loss_of(fmodel, step))
+        loss = loss_of(fmodel, 9)
+        found = torch.autograd.grad(loss, list(net.parameters()), retain_graph=True)
+        assert_same(found, torch.autograd.grad(loss, list(fmodel.parameters())), 1e-14)
+
+
+class Checkpointed(nn.Module):
+    """Keeps no activations of its hidden layers."""
+
+    def __init__(self, on: bool) -> None:
+        super().__init__()
+        self.on = on
+        self.body = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh())
+        self.last = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden: Any = checkpoint(self.body, x, use_reentrant=False) if self.on else self.body(x)
+        return self.last(hidden)
+
+
+def test_checkpointing() -> None:
+    """Activations computed again on the way back are those of the weights of that time."""
+
+    def run(on: bool) -> list[Tensor]:
+        torch.manual_seed(1)
+        net = Checkpointed(on)
+        with ours.innerloop_ctx(net, torch.optim.SGD(net.parameters(), lr=0.5), copy_initial_weights=False) as (fmodel, diffopt):
+            for step in range(3):
+                diffopt.step(loss_of(fmodel, step))
+            return list(torch.autograd.grad(loss_of(fmodel, 9), list(net.parameters())))
+
+    assert_same(run(True), run(False), 1e-12)
+
+
+def test_hooks_and_what_forward_leaves_behind() -> None:
+    class Counting(nn.Linear):
+        calls = 0
+
+        def forward(self, input: Tensor) -> Tensor:
+            self.calls += 1
+            self.seen = input
+            return super().forward(input)
+
+    net = nn.Sequential(nn.utils.parametrizations.weight_norm(Counting(3, 2)))
+    seen: list[Any] = []
+    net[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    fmodel = ours.monkeypatch(net)
+    x = batch(1)[0]
+    out = fmodel(x)
+    assert seen == [out] or torch.equal(seen[0], out)
+    fmodel(x)
+    first: Any = fmodel[0]
+    assert first.calls == 2 and first.seen is x and net[0].calls == 0
+    torch.testing.assert_close(out, net(x))
