@@ -8,15 +8,22 @@ its loss is the mean of the support losses on its way, and `backward()` fills `r
 the optimisation. First the meta-gradient is compared with that of a plain eager loop, in float64.
 
 In the end the rule is measured on tasks and weights that it has never seen, up to `HORIZON` steps and beyond, against SGD, SGD with
-momentum and Adam. Each of these is given the best learning rate of a grid, chosen on training tasks, for each number of steps anew: that is
-more than the rule gets, which is the same at all columns. All of them minimise the mean squared error on a task's ten support points,
-and that is the loss reported; nothing is said here about other points of the curve.
+momentum and Adam. Each of these is given the best learning rate of a grid, chosen on training tasks for each number of steps anew. The
+rule has no such choice: it is the same in all columns. All of them minimise the mean squared error on a task's ten support points, and
+that is the loss reported; nothing is said here about other points of the curve.
 
 The meta-gradient is exact by default. The paper drops the derivative of the gradients that the rule is shown, which is
 `--adjoint first_order`.
 
-Known limits: a small LSTM, trained for a minute or two on one kind of task. Beyond its horizon nothing bounds what it does, and on
-other networks or losses it need not work at all. A few hundred windows do not repay a compiler, so the default backend is eager.
+What came out of eleven runs with the defaults, seeds 0 to 2 with the eager backend and 0 to 7 with inductor: the mean loss of the rule is
+0.28 to 0.97 of that of Adam after 20 steps, and 0.07 to 0.46 after 60. The difference exceeds its 95% confidence interval in all runs but
+one, seed 5, where it does not. After 200 steps, beyond the horizon, there is less to rely on: 0.09 to 8.4 of Adam's, clearly smaller in six
+runs and clearly larger in one. The same seed on another backend trains another rule, as rounding is amplified on the way. One run with
+`--adjoint first_order`, seed 0, gave 0.30 after 20 steps and 0.06 after 60: nothing here speaks for the exact meta-gradient.
+
+Known limits: a small LSTM, trained for half a minute on one kind of task. Nothing bounds what it does beyond its horizon: by 1000 steps it
+has stopped improving, with a median loss 20 to 400 times that of Adam. On other networks or losses it need not work at all. Compiling
+takes a minute, and eight hundred windows repay it only if it is cached from an earlier run; so the default backend is eager.
 """
 
 from __future__ import annotations

@@ -105,7 +105,7 @@ def test_learned_optimizer_check_fails_on_another_gradient(monkeypatch: pytest.M
 
 
 def test_learned_optimizer_learns() -> None:
-    """Fifteen episodes are enough to make an optimiser of a rule that stands still."""
+    """Ten episodes are enough to make an optimiser of a rule that stands still."""
     model, rule = learned_optimizer.build_model(), learned_optimizer.build_rule(0)
     unroll = learned_optimizer.build_unroll(model, learned(rule), "eager")
     held_out = learned_optimizer.draw_episodes(model, seed=1, count=10)
@@ -113,7 +113,7 @@ def test_learned_optimizer_learns() -> None:
     untrained = learned_optimizer.losses_after(model, unroll, held_out, steps)
     assert torch.equal(untrained, untrained[:, :1].expand(-1, 3))
     training = learned_optimizer.train(model, rule, unroll, iterations=60, seed=0)
-    assert (len(training.seconds), len(training.final_losses), training.num_skipped) == (60, 15, 0)
+    assert (len(training.seconds), len(training.final_losses), training.num_skipped) == (60, 10, 0)
     trained = learned_optimizer.losses_after(model, unroll, held_out, steps)
     assert torch.equal(trained[:, 0], untrained[:, 0])
     assert trained[:, 1].mean() < 0.6 * untrained[:, 1].mean()
@@ -196,6 +196,7 @@ def test_learned_optimizer_report(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_learned_optimizer_command_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learned_optimizer, "TUNING_TASKS", 2)
+    monkeypatch.setattr(learned_optimizer, "REPORTED_STEPS", (5, 20))
     num_threads = torch.get_num_threads()
     try:
         learned_optimizer.main(["--iterations", "6", "--tasks", "2", "--backend", "eager", "--adjoint", "first_order"])
