@@ -22,8 +22,9 @@ runs and clearly larger in one. The same seed on another backend trains another 
 `--adjoint first_order`, seed 0, gave 0.30 after 20 steps and 0.06 after 60: nothing here speaks for the exact meta-gradient.
 
 Known limits: a small LSTM, trained for half a minute on one kind of task. Nothing bounds what it does beyond its horizon: by 1000 steps it
-has stopped improving, with a median loss 20 to 400 times that of Adam. On other networks or losses it need not work at all. Compiling
-takes a minute, and eight hundred windows repay it only if it is cached from an earlier run; so the default backend is eager.
+has stopped improving, with a median loss 20 to 400 times that of Adam. On other networks or losses it need not work at all. The
+default backend is eager, which needs no compiler: about 100 s in all on two busy cores, where inductor took 84 s, and 54 s with programs
+cached by an earlier run.
 """
 
 from __future__ import annotations

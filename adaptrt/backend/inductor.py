@@ -29,11 +29,16 @@ from adaptrt.graph.passes.own_outputs import own_outputs
 from adaptrt.graph.passes.remove_identities import remove_identities
 from adaptrt.graph.passes.retrace import fake_tensors, retrace
 
+_KEPT = torch.ops.aten.embedding_dense_backward.default
+"""Left to ATen. Decomposed, the gradient of an embedding is a scatter into a buffer, and the CPU code of 2.13 fuses with it what reads that
+buffer: with a task axis the numbers are silently wrong."""
+
 
 def _decompose(graph: Graph) -> Graph:
     from torch._inductor.decomposition import select_decomp_table
 
-    return retrace(graph, torch.func.functionalize, select_decomp_table())
+    table = {op: rule for op, rule in select_decomp_table().items() if op != _KEPT}
+    return retrace(graph, torch.func.functionalize, table)
 
 
 PASSES = (Pass("decompose for Inductor", _decompose), remove_identities, merge_duplicates, own_outputs)
@@ -50,6 +55,10 @@ class Inductor(Backend):
             warnings.filterwarnings("ignore", category=DeprecationWarning)
             from torch._inductor import config
             from torch._inductor.compile_fx import compile_fx_inner
+            from torch._inductor.lowering import lowerings, make_fallback
+
+            if _KEPT not in lowerings:
+                make_fallback(_KEPT, warn=False, override_decomp=True)
 
             graph = apply(PASSES, graph)
             mode = FakeTensorMode()
