@@ -10,7 +10,6 @@ Known limits: a method other than `forward` that checkpoints parts of the model,
 from __future__ import annotations
 
 import warnings
-import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -30,7 +29,6 @@ class FastWeights:
     def __init__(self, model: nn.Module, handle: nn.Module) -> None:
         self.versions: list[list[Tensor]] | None = None
         self.track = True
-        self.root = weakref.ref(handle)
         index = {id(p): i for i, p in enumerate(model.parameters())}
         self.modules = list(handle.modules())
         # For each module the name of each of its parameters, and which fast weight it is. Shared weights have one.

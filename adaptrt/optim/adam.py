@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import FRACTION, Absent, Optimizer, Value, check_flags, checked, double, entries, fit, is_off, safe_sqrt
+from adaptrt.optim.base import Absent, Optimizer, Value, check_flags, checked, checked_moments, double, fit, is_off, safe_sqrt
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
@@ -99,13 +99,7 @@ def adamw(
 def _adam(
     lr: Value, betas: tuple[Value, Value], eps: Value, weight_decay: Value, amsgrad: bool, maximize: bool, decoupled: bool
 ) -> Optimizer:
-    beta1, beta2 = entries("betas", betas, 2)
-    hyper = {
-        "lr": checked("lr", lr),
-        "beta1": checked("betas[0]", beta1, FRACTION),
-        "beta2": checked("betas[1]", beta2, FRACTION),
-        "eps": checked("eps", eps),
-    }
+    hyper = checked_moments(lr, betas, eps)
     check_flags(amsgrad=amsgrad)
     with_decay = not is_off(weight_decay)
     if with_decay:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import FRACTION, Optimizer, Value, checked, double, entries, fit, is_off
+from adaptrt.optim.base import Optimizer, Value, checked, checked_moments, double, fit, is_off
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
@@ -60,13 +60,7 @@ def adamax(
       >>> new["w"]
       tensor([0.9000, 1.1000])
     """
-    beta1, beta2 = entries("betas", betas, 2)
-    hyper = {
-        "lr": checked("lr", lr),
-        "beta1": checked("betas[0]", beta1, FRACTION),
-        "beta2": checked("betas[1]", beta2, FRACTION),
-        "eps": checked("eps", eps),
-    }
+    hyper = checked_moments(lr, betas, eps)
     with_decay = not is_off(weight_decay)
     if with_decay:
         hyper["weight_decay"] = checked("weight_decay", weight_decay)

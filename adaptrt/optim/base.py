@@ -290,6 +290,17 @@ def entries(key: str, value: object, count: int) -> tuple[Any, ...]:
     return found
 
 
+def checked_moments(lr: Value, betas: object, eps: Value) -> dict[str, Value]:
+    """The numbers that the optimisers of Adam's family share, checked, by their names in `hyper`."""
+    beta1, beta2 = entries("betas", betas, 2)
+    return {
+        "lr": checked("lr", lr),
+        "beta1": checked("betas[0]", beta1, FRACTION),
+        "beta2": checked("betas[1]", beta2, FRACTION),
+        "eps": checked("eps", eps),
+    }
+
+
 def scalar(hyper: Mapping[str, Value], key: str) -> Number:
     """Hyperparameter `key` of a transform that has one value for all parameters.
 
