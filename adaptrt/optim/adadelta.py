@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Domain, Optimizer, Value, checked, double, fit, is_off, safe_sqrt
+from adaptrt.optim.base import Domain, Optimizer, Value, checked, double, fit, safe_sqrt
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
@@ -59,20 +59,15 @@ def adadelta(
       tensor([0.6855, 1.2673])
     """
     hyper = {"lr": checked("lr", lr), "rho": checked("rho", rho, Domain(0.0, 1.0)), "eps": checked("eps", eps)}
-    with_decay = not is_off(weight_decay)
-    if with_decay:
-        hyper["weight_decay"] = checked("weight_decay", weight_decay)
 
     def init(p: Tensor) -> AdadeltaState:
         return AdadeltaState(torch.zeros_like(p), torch.zeros_like(p))
 
     def update(p: Tensor, g: Tensor, state: AdadeltaState, h: Numbers) -> tuple[Tensor, AdadeltaState]:
-        if with_decay:
-            g = g + p * fit(h["weight_decay"], p)
         eps = fit(h["eps"], p)
         kept, rest = fit(h["rho"], p), fit(1 - double(h["rho"]), p)
         v = state.square_avg * kept + g * g * rest
         d = safe_sqrt(state.acc_delta + eps) / safe_sqrt(v + eps) * g
         return p - d * fit(h["lr"], p), AdadeltaState(v, state.acc_delta * kept + d * d * rest)
 
-    return per_parameter(hyper, init, update, maximize)
+    return per_parameter(hyper, init, update, maximize, weight_decay=weight_decay)

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Optimizer, Value, checked, double, fit, is_off, like, safe_sqrt
+from adaptrt.optim.base import Optimizer, Value, checked, double, fit, like, safe_sqrt
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
@@ -70,16 +70,11 @@ def adagrad(
         "initial_accumulator_value": checked("initial_accumulator_value", initial_accumulator_value),
         "eps": checked("eps", eps),
     }
-    with_decay = not is_off(weight_decay)
-    if with_decay:
-        hyper["weight_decay"] = checked("weight_decay", weight_decay)
 
     def init(p: Tensor) -> AdagradState:
         return AdagradState(torch.zeros((), dtype=torch.int64, device=p.device), torch.zeros_like(p))
 
     def update(p: Tensor, g: Tensor, state: AdagradState, h: Numbers) -> tuple[Tensor, AdagradState]:
-        if with_decay:
-            g = g + p * fit(h["weight_decay"], p)
         # The state cannot start with a number that is an input of the update.
         start = torch.where(state.step == 0, like(h["initial_accumulator_value"], p), state.sum)
         total = start + g * g
@@ -87,4 +82,4 @@ def adagrad(
         p = p - g / (safe_sqrt(total) + fit(h["eps"], p)) * fit(rate, p)
         return p, AdagradState(state.step + 1, total)
 
-    return per_parameter(hyper, init, update, maximize)
+    return per_parameter(hyper, init, update, maximize, weight_decay=weight_decay)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Absent, Optimizer, Value, check_flags, checked, checked_moments, double, fit, is_off, safe_sqrt
+from adaptrt.optim.base import Absent, Optimizer, Value, check_flags, checked_moments, double, fit, safe_sqrt
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
@@ -101,9 +101,6 @@ def _adam(
 ) -> Optimizer:
     hyper = checked_moments(lr, betas, eps)
     check_flags(amsgrad=amsgrad)
-    with_decay = not is_off(weight_decay)
-    if with_decay:
-        hyper["weight_decay"] = checked("weight_decay", weight_decay)
 
     def init(p: Tensor) -> AdamState:
         step = torch.zeros((), dtype=torch.int64, device=p.device)
@@ -111,12 +108,6 @@ def _adam(
 
     def update(p: Tensor, g: Tensor, state: AdamState, h: Numbers) -> tuple[Tensor, AdamState]:
         lr, beta1, beta2 = double(h["lr"]), double(h["beta1"]), double(h["beta2"])
-        if with_decay:
-            decay = double(h["weight_decay"])
-            if decoupled:
-                p = p * fit(1 - lr * decay, p)
-            else:
-                g = g + p * fit(decay, p)
         step = state.step + 1
         m = state.exp_avg * fit(beta1, p) + g * fit(1 - beta1, p)
         v = state.exp_avg_sq * fit(beta2, p) + g * g * fit(1 - beta2, p)
@@ -128,4 +119,4 @@ def _adam(
         p = p - m / (root + fit(h["eps"], p)) * fit(lr / correction1, p)
         return p, AdamState(step, m, v, largest)
 
-    return per_parameter(hyper, init, update, maximize)
+    return per_parameter(hyper, init, update, maximize, weight_decay=weight_decay, decoupled=decoupled)

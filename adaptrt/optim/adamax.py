@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Optimizer, Value, checked, checked_moments, double, fit, is_off
+from adaptrt.optim.base import Optimizer, Value, checked_moments, double, fit
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
@@ -61,21 +61,16 @@ def adamax(
       tensor([0.9000, 1.1000])
     """
     hyper = checked_moments(lr, betas, eps)
-    with_decay = not is_off(weight_decay)
-    if with_decay:
-        hyper["weight_decay"] = checked("weight_decay", weight_decay)
 
     def init(p: Tensor) -> AdamaxState:
         return AdamaxState(torch.zeros((), dtype=torch.int64, device=p.device), torch.zeros_like(p), torch.zeros_like(p))
 
     def update(p: Tensor, g: Tensor, state: AdamaxState, h: Numbers) -> tuple[Tensor, AdamaxState]:
         beta1 = double(h["beta1"])
-        if with_decay:
-            g = g + p * fit(h["weight_decay"], p)
         step = state.step + 1
         m = state.exp_avg * fit(beta1, p) + g * fit(1 - beta1, p)
         u = torch.maximum(state.exp_inf * fit(h["beta2"], p), g.abs() + fit(h["eps"], p))
         p = p - m / u * fit(double(h["lr"]) / (1 - beta1 ** step.to(torch.float64)), p)
         return p, AdamaxState(step, m, u)
 
-    return per_parameter(hyper, init, update, maximize)
+    return per_parameter(hyper, init, update, maximize, weight_decay=weight_decay)

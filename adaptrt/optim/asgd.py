@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Optimizer, Value, checked, double, fit, is_off, larger
+from adaptrt.optim.base import Optimizer, Value, checked, double, fit, larger
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
@@ -73,21 +73,16 @@ def asgd(
         "alpha": checked("alpha", alpha),
         "t0": checked("t0", t0),
     }
-    with_decay = not is_off(weight_decay)
-    if with_decay:
-        hyper["weight_decay"] = checked("weight_decay", weight_decay)
 
     def init(p: Tensor) -> ASGDState:
         return ASGDState(torch.zeros((), dtype=torch.int64, device=p.device), torch.zeros_like(p))
 
     def update(p: Tensor, g: Tensor, state: ASGDState, h: Numbers) -> tuple[Tensor, ASGDState]:
         lr, lambd = double(h["lr"]), double(h["lambd"])
-        if with_decay:
-            g = g + p * fit(h["weight_decay"], p)
         n = state.step.to(torch.float64)
         eta = lr / (1 + lambd * lr * n) ** double(h["alpha"])
         mu = 1 / larger(n - double(h["t0"]), 1.0)
         p = p * fit(1 - lambd * eta, p) - g * fit(eta, p)
         return p, ASGDState(state.step + 1, state.ax + (p - state.ax) * fit(mu, p))
 
-    return per_parameter(hyper, init, update, maximize)
+    return per_parameter(hyper, init, update, maximize, weight_decay=weight_decay)

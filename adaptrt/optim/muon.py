@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adaptrt.errors import InvalidArgument, InvalidType, UnsupportedParameter
-from adaptrt.optim.base import Number, Optimizer, Value, check_flags, checked, double, entries, fit, is_off, larger
+from adaptrt.optim.base import Number, Optimizer, Value, check_flags, checked, double, entries, fit, larger
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 ADJUSTMENTS = (None, "original", "match_rms_adamw", "spectral_unclamped")
@@ -85,9 +85,6 @@ def muon(
         "momentum": checked("momentum", momentum),
         "eps": checked("eps", eps),
     }
-    with_decay = not is_off(weight_decay)
-    if with_decay:
-        hyper["weight_decay"] = checked("weight_decay", weight_decay)
     if not all(isinstance(a, float | int) for a in entries("ns_coefficients", ns_coefficients, 3)):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidArgument(f"ns_coefficients must be three floats, got {ns_coefficients}.")
     if isinstance(ns_steps, bool) or not isinstance(ns_steps, int) or not 0 <= ns_steps < 100:  # pyright: ignore[reportUnnecessaryIsInstance]
@@ -110,11 +107,9 @@ def muon(
         buffer = state.momentum_buffer * mu + g * rest
         u = g * rest + buffer * mu if nesterov else buffer
         x = _orthogonalise(u.to(ns_dtype), ns_coefficients, h["eps"], ns_steps)
-        if with_decay:
-            p = p * fit(1 - lr * double(h["weight_decay"]), p)
         return p - x.to(p.dtype) * fit(lr * _adjustment(adjust_lr_fn, *p.shape), p), MuonState(buffer)
 
-    return per_parameter(hyper, init, update, scalar=("eps",))
+    return per_parameter(hyper, init, update, scalar=("eps",), weight_decay=weight_decay, decoupled=True)
 
 
 def _orthogonalise(u: Tensor, coefficients: tuple[float, float, float], eps: Number, num_steps: int) -> Tensor:

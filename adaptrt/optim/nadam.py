@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Optimizer, Value, check_flags, checked, checked_moments, double, fit, is_off, safe_sqrt
+from adaptrt.optim.base import Optimizer, Value, check_flags, checked, checked_moments, double, fit, safe_sqrt
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
@@ -77,9 +77,6 @@ def nadam(
     hyper = checked_moments(lr, betas, eps)
     hyper["momentum_decay"] = checked("momentum_decay", momentum_decay)
     check_flags(decoupled_weight_decay=decoupled_weight_decay)
-    with_decay = not is_off(weight_decay)
-    if with_decay:
-        hyper["weight_decay"] = checked("weight_decay", weight_decay)
 
     def init(p: Tensor) -> NAdamState:
         step = torch.zeros((), dtype=torch.int64, device=p.device)
@@ -87,12 +84,6 @@ def nadam(
 
     def update(p: Tensor, g: Tensor, state: NAdamState, h: Numbers) -> tuple[Tensor, NAdamState]:
         lr, beta1, beta2, psi = double(h["lr"]), double(h["beta1"]), double(h["beta2"]), double(h["momentum_decay"])
-        if with_decay:
-            decay = double(h["weight_decay"])
-            if decoupled_weight_decay:
-                p = p * fit(1 - lr * decay, p)
-            else:
-                g = g + p * fit(decay, p)
         step = state.step + 1
         t = step.to(torch.float64)
         mu = beta1 * (1 - 0.5 * 0.96 ** (t * psi))
@@ -105,4 +96,6 @@ def nadam(
         p = p - g / d * fit(of_gradient, p) - m / d * fit(of_mean, p)
         return p, NAdamState(step, product, m, v)
 
-    return per_parameter(hyper, init, update, maximize, scalar=("beta1", "momentum_decay"))
+    return per_parameter(
+        hyper, init, update, maximize, scalar=("beta1", "momentum_decay"), weight_decay=weight_decay, decoupled=decoupled_weight_decay
+    )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adaptrt import tree
 from adaptrt.errors import InvalidArgument, OptimizerMismatch
-from adaptrt.optim.base import Number, Optimizer, Params, Value, check_flags, check_grads, read
+from adaptrt.optim.base import Number, Optimizer, Params, Value, check_flags, check_grads, checked, double, fit, is_off, read
 from adaptrt.optim.schedule import scheduled
 
 S = TypeVar("S")
@@ -26,6 +26,8 @@ def per_parameter(
     update: Callable[[Tensor, Tensor, S, Numbers], tuple[Tensor, S]],
     maximize: bool = False,
     scalar: Collection[str] = (),
+    weight_decay: Value = 0.0,
+    decoupled: bool = False,
 ) -> Optimizer:
     """The optimiser that does `update` to every parameter that has a gradient. Its state is a dict by parameter name.
 
@@ -34,10 +36,15 @@ def per_parameter(
       init: parameter -> state before the first step.
       update: (parameter, gradient, state, numbers) -> (new parameter, new state), out of place.
       maximize: hand `update` the negative gradient.
+      weight_decay: an L2 penalty's factor, added to the gradient; the Python number 0 leaves it and its name in `hyper` out.
+      decoupled: shrink the parameter by `lr` times it instead.
       scalar: hyperparameters that cannot have a value for each element, because the state they enter has no axes.
     """
 
     check_flags(maximize=maximize)
+    with_decay = not is_off(weight_decay)
+    if with_decay:
+        hyper = {**hyper, "weight_decay": checked("weight_decay", weight_decay)}
     keys = tuple(hyper)
     forms: dict[tuple[int, ...], Any] = {}
 
@@ -69,7 +76,14 @@ def per_parameter(
                 number = numbers.get(key)
                 if isinstance(number, Tensor) and number.dim():
                     raise InvalidArgument(f"{key} for parameter '{name}' must be one number, got a tensor of shape {list(number.shape)}.")
-            new[name], after[name] = update(p, -grad if maximize else grad, old, numbers)
+            g = -grad if maximize else grad
+            if with_decay:
+                decay = double(numbers["weight_decay"])
+                if decoupled:
+                    p = p * fit(1 - double(numbers["lr"]) * decay, p)
+                else:
+                    g = g + p * fit(decay, p)
+            new[name], after[name] = update(p, g, old, numbers)
         return new, after
 
     return scheduled(Optimizer(init_all, update_all, hyper, init_is_constant=True))

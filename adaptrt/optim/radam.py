@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Optimizer, Value, check_flags, checked, checked_moments, double, fit, is_off, safe_sqrt
+from adaptrt.optim.base import Optimizer, Value, check_flags, checked_moments, double, fit, safe_sqrt
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
@@ -67,21 +67,12 @@ def radam(
     """
     hyper = checked_moments(lr, betas, eps)
     check_flags(decoupled_weight_decay=decoupled_weight_decay)
-    with_decay = not is_off(weight_decay)
-    if with_decay:
-        hyper["weight_decay"] = checked("weight_decay", weight_decay)
 
     def init(p: Tensor) -> RAdamState:
         return RAdamState(torch.zeros((), dtype=torch.int64, device=p.device), torch.zeros_like(p), torch.zeros_like(p))
 
     def update(p: Tensor, g: Tensor, state: RAdamState, h: Numbers) -> tuple[Tensor, RAdamState]:
         lr, beta1, beta2 = double(h["lr"]), double(h["beta1"]), double(h["beta2"])
-        if with_decay:
-            decay = double(h["weight_decay"])
-            if decoupled_weight_decay:
-                p = p * fit(1 - lr * decay, p)
-            else:
-                g = g + p * fit(decay, p)
         step = state.step + 1
         t = step.to(torch.float64)
         m = state.exp_avg * fit(beta1, p) + g * fit(1 - beta1, p)
@@ -99,4 +90,4 @@ def radam(
         p = p - m * fit(lr / (1 - beta1**t), p) * torch.where(adaptive, rate, 1.0)
         return p, RAdamState(step, m, v)
 
-    return per_parameter(hyper, init, update, maximize)
+    return per_parameter(hyper, init, update, maximize, weight_decay=weight_decay, decoupled=decoupled_weight_decay)

@@ -69,18 +69,14 @@ def rmsprop(
     """
     check_flags(centered=centered)
     hyper = {"lr": checked("lr", lr), "alpha": checked("alpha", alpha), "eps": checked("eps", eps)}
-    with_momentum, with_decay = not is_off(momentum), not is_off(weight_decay)
+    with_momentum = not is_off(momentum)
     if with_momentum:
         hyper["momentum"] = checked("momentum", momentum)
-    if with_decay:
-        hyper["weight_decay"] = checked("weight_decay", weight_decay)
 
     def init(p: Tensor) -> RMSpropState:
         return RMSpropState(torch.zeros_like(p), torch.zeros_like(p) if with_momentum else (), torch.zeros_like(p) if centered else ())
 
     def update(p: Tensor, g: Tensor, state: RMSpropState, h: Numbers) -> tuple[Tensor, RMSpropState]:
-        if with_decay:
-            g = g + p * fit(h["weight_decay"], p)
         kept, rest = fit(h["alpha"], p), fit(1 - double(h["alpha"]), p)
         v, a, b = state.square_avg * kept + g * g * rest, state.grad_avg, state.momentum_buffer
         spread = v
@@ -92,4 +88,4 @@ def rmsprop(
             d = b = b * fit(h["momentum"], p) + d
         return p - d * fit(h["lr"], p), RMSpropState(v, b, a)
 
-    return per_parameter(hyper, init, update, maximize)
+    return per_parameter(hyper, init, update, maximize, weight_decay=weight_decay)

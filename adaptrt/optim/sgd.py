@@ -64,12 +64,10 @@ def sgd(
     """
     check_flags(nesterov=nesterov)
     hyper: dict[str, Value] = {"lr": checked("lr", lr)}
-    with_momentum, with_decay = not is_off(momentum), not is_off(weight_decay)
+    with_momentum = not is_off(momentum)
     if with_momentum:
         hyper["momentum"] = checked("momentum", momentum)
         hyper["dampening"] = checked("dampening", dampening, REAL)
-    if with_decay:
-        hyper["weight_decay"] = checked("weight_decay", weight_decay)
     if nesterov and not (with_momentum and is_off(dampening)):
         raise InvalidArgument(f"nesterov=True needs a momentum and zero dampening, got momentum={momentum}, dampening={dampening}.")
 
@@ -79,8 +77,6 @@ def sgd(
         return SGDState(torch.zeros_like(p), torch.zeros((), dtype=torch.int64, device=p.device))
 
     def update(p: Tensor, g: Tensor, state: SGDState, h: Numbers) -> tuple[Tensor, SGDState]:
-        if with_decay:
-            g = g + p * fit(h["weight_decay"], p)
         if isinstance(state.momentum_buffer, Tensor) and isinstance(state.step, Tensor):
             mu, kept = fit(h["momentum"], p), fit(1 - double(h["dampening"]), p)
             # Not a zero buffer plus (1 - dampening) * g: torch.optim.SGD starts the buffer with the undamped gradient.
@@ -89,4 +85,4 @@ def sgd(
             state = SGDState(buffer, state.step + 1)
         return p - g * fit(h["lr"], p), state
 
-    return per_parameter(hyper, init, update, maximize)
+    return per_parameter(hyper, init, update, maximize, weight_decay=weight_decay)
