@@ -6,6 +6,7 @@ may set attributes, while other threads use the module itself.
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import contextvars
 import copy
@@ -124,7 +125,8 @@ def shadow(module: nn.Module) -> nn.Module:
         if type(value) is tuple:
             return tuple(copied(held) for held in value)
         if isinstance(value, dict | list | set):
-            twin = copy.copy(value)
+            # Modules keep a dozen ordered dicts each, on which copy.copy takes ten times as long.
+            twin = value.copy() if type(value) in (dict, collections.OrderedDict) else copy.copy(value)
             if isinstance(twin, dict):
                 for key, held in twin.items():
                     twin[key] = copied(held)
@@ -135,4 +137,6 @@ def shadow(module: nn.Module) -> nn.Module:
 
     for part in module.modules():
         copies[id(part)].__dict__.update({name: copied(value) for name, value in vars(part).items()})
-    return copies[id(module)]
+    root = copies[id(module)]
+    copies.clear()  # `copied` refers to itself, and would hold them until the next garbage collection
+    return root

@@ -822,3 +822,12 @@ def test_prediction_after_the_optimiser_has_changed_its_form() -> None:
 
 def zeros(rows: int) -> Tensor:
     return torch.zeros(rows, dtype=torch.int64)
+
+
+def test_inductor_keeps_the_memory_layout_of_weights() -> None:
+    """It prefers another for convolutions; eager code that follows would then draw other random numbers, and `view` could fail."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 3, 3), nn.Tanh(), nn.Conv2d(3, 4, 3), nn.Flatten(), nn.Linear(16, 3))
+    batch = torch.randn(4, 1, 6, 6), torch.tensor([0, 1, 2, 0])
+    adapted = compile_unroll(model, optim.sgd(lr=LR), 1, adjoint=FirstOrder(), backend="inductor").adapt(batch)
+    assert {name: p.stride() for name, p in adapted.params.items()} == {name: p.stride() for name, p in model.named_parameters()}

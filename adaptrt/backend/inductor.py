@@ -41,6 +41,18 @@ def _decompose(graph: Graph) -> Graph:
     return retrace(graph, torch.func.functionalize, table)
 
 
+def _keep_strides(module: torch.fx.GraphModule) -> None:
+    """Asks for results in the memory layout that eager code gives them.
+
+    Inductor chooses another where it is faster for a convolution. Such weights make eager code that follows compute in another layout, in
+    which it draws other random numbers, and are copied when they are the next program's input.
+    """
+    end = module.graph.output_node()
+    values = [value.meta["val"] for value in end.args[0]]  # type: ignore[union-attr]
+    end.meta["user_visible_output_idxs"] = list(range(len(values)))
+    end.meta["original_output_strides"] = [value.stride() for value in values]
+
+
 PASSES = (Pass("decompose for Inductor", _decompose), remove_identities, merge_duplicates, own_outputs)
 
 
@@ -61,6 +73,7 @@ class Inductor(Backend):
                 make_fallback(_KEPT, warn=False, override_decomp=True)
 
             graph = apply(PASSES, graph)
+            _keep_strides(graph.module)
             mode = FakeTensorMode()
             inputs = fake_tensors(mode, [entry.spec for entry in graph.signature.inputs])
             with torch.inference_mode(False), torch.no_grad(), autocast_off(), config.patch(_WORKAROUNDS), mode:

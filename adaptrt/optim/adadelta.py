@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Domain, Optimizer, Value, checked, double, fit, safe_sqrt
+from adaptrt.optim.base import Domain, Optimizer, Value, average, checked, fit, plus, safe_sqrt
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
@@ -65,9 +65,8 @@ def adadelta(
 
     def update(p: Tensor, g: Tensor, state: AdadeltaState, h: Numbers) -> tuple[Tensor, AdadeltaState]:
         eps = fit(h["eps"], p)
-        kept, rest = fit(h["rho"], p), fit(1 - double(h["rho"]), p)
-        v = state.square_avg * kept + g * g * rest
+        v = average(state.square_avg, g * g, h["rho"])
         d = safe_sqrt(state.acc_delta + eps) / safe_sqrt(v + eps) * g
-        return p - d * fit(h["lr"], p), AdadeltaState(v, state.acc_delta * kept + d * d * rest)
+        return plus(p, -h["lr"], d), AdadeltaState(v, average(state.acc_delta, d * d, h["rho"]))
 
     return per_parameter(hyper, init, update, maximize, weight_decay=weight_decay)

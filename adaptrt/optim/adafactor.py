@@ -8,15 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Absent, Domain, Optimizer, Value, checked, double, entries, fit, is_off, larger, safe_sqrt, smaller
+from adaptrt.optim.base import Absent, Count, Domain, Optimizer, Value, checked, double, entries, fit, is_off, larger, safe_sqrt, smaller
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
 class AdafactorState(NamedTuple):
     """Of one parameter of shape [..., R, C], or with fewer than two axes."""
 
-    step: Tensor
-    """0-dim int64."""
+    step: Count
     row_var: Tensor | Absent
     """[..., R, 1]; absent with fewer than two axes."""
     col_var: Tensor | Absent
@@ -96,7 +95,7 @@ def adafactor(
         step = state.step + 1
         if not p.numel():
             return p, state._replace(step=step)
-        t = step.to(torch.float64)
+        t = double(step)
         lr = double(h["lr"])
         eps1 = double(h.get("eps1", torch.finfo(p.dtype).eps))
         alpha = larger(_rms(p), h["eps2"]) * fit(smaller(t**-0.5, lr), p)

@@ -11,15 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Optimizer, Value, checked, double, fit, like, safe_sqrt
+from adaptrt.optim.base import Count, Optimizer, Value, checked, choose, double, fit, like, plus, safe_sqrt
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
 class AdagradState(NamedTuple):
     """Of one parameter."""
 
-    step: Tensor
-    """0-dim int64."""
+    step: Count
     sum: Tensor
     """Of squared gradients, with the parameter's shape; zero before the first step, which starts it."""
 
@@ -76,10 +75,10 @@ def adagrad(
 
     def update(p: Tensor, g: Tensor, state: AdagradState, h: Numbers) -> tuple[Tensor, AdagradState]:
         # The state cannot start with a number that is an input of the update.
-        start = torch.where(state.step == 0, like(h["initial_accumulator_value"], p), state.sum)
+        start = choose(state.step == 0, like(h["initial_accumulator_value"], p), state.sum)
         total = start + g * g
-        rate = double(h["lr"]) / (1 + state.step.to(torch.float64) * double(h["lr_decay"]))
-        p = p - g / (safe_sqrt(total) + fit(h["eps"], p)) * fit(rate, p)
+        rate = double(h["lr"]) / (1 + double(state.step) * double(h["lr_decay"]))
+        p = plus(p, -rate, g / (safe_sqrt(total) + fit(h["eps"], p)))
         return p, AdagradState(state.step + 1, total)
 
     return per_parameter(hyper, init, update, maximize, weight_decay=weight_decay)

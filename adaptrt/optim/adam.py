@@ -7,15 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Absent, Optimizer, Value, check_flags, checked_moments, double, fit, safe_sqrt
+from adaptrt.optim.base import Absent, Count, Optimizer, Value, average, check_flags, checked_moments, double, fit, plus, safe_sqrt, sqrt
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
 class AdamState(NamedTuple):
     """Of one parameter, with its shape and dtype unless noted."""
 
-    step: Tensor
-    """0-dim int64: exact, and float64 when it becomes the exponent of a beta."""
+    step: Count
     exp_avg: Tensor
     exp_avg_sq: Tensor
     max_exp_avg_sq: Tensor | Absent
@@ -109,14 +108,13 @@ def _adam(
     def update(p: Tensor, g: Tensor, state: AdamState, h: Numbers) -> tuple[Tensor, AdamState]:
         lr, beta1, beta2 = double(h["lr"]), double(h["beta1"]), double(h["beta2"])
         step = state.step + 1
-        m = state.exp_avg * fit(beta1, p) + g * fit(1 - beta1, p)
-        v = state.exp_avg_sq * fit(beta2, p) + g * g * fit(1 - beta2, p)
+        m, v = average(state.exp_avg, g, beta1), average(state.exp_avg_sq, g * g, beta2)
         largest = torch.maximum(state.max_exp_avg_sq, v) if isinstance(state.max_exp_avg_sq, Tensor) else ()
-        # A Python float to the power of an int64 tensor would be float32: 1 - 0.999**1 would be wrong in the fifth digit.
-        t = step.to(torch.float64)
-        correction1, correction2 = 1 - beta1**t, 1 - beta2**t
-        root = safe_sqrt(largest if isinstance(largest, Tensor) else v) / fit(torch.sqrt(correction2), p)
-        p = p - m / (root + fit(h["eps"], p)) * fit(lr / correction1, p)
-        return p, AdamState(step, m, v, largest)
+        t = double(step)
+        # Root and eps are both times the root's correction, which makes it a factor of the rate.
+        correction = sqrt(1 - beta2**t)
+        root = safe_sqrt(largest if isinstance(largest, Tensor) else v)
+        d = m / (root + fit(double(h["eps"]) * correction, p))
+        return plus(p, -lr * correction / (1 - beta1**t), d), AdamState(step, m, v, largest)
 
     return per_parameter(hyper, init, update, maximize, weight_decay=weight_decay, decoupled=decoupled)

@@ -7,15 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Optimizer, Value, checked_moments, double, fit
+from adaptrt.optim.base import Count, Optimizer, Value, average, checked_moments, double, fit, plus
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
 class AdamaxState(NamedTuple):
     """Of one parameter, with its shape and dtype unless noted."""
 
-    step: Tensor
-    """0-dim int64."""
+    step: Count
     exp_avg: Tensor
     exp_inf: Tensor
 
@@ -68,9 +67,9 @@ def adamax(
     def update(p: Tensor, g: Tensor, state: AdamaxState, h: Numbers) -> tuple[Tensor, AdamaxState]:
         beta1 = double(h["beta1"])
         step = state.step + 1
-        m = state.exp_avg * fit(beta1, p) + g * fit(1 - beta1, p)
+        m = average(state.exp_avg, g, beta1)
         u = torch.maximum(state.exp_inf * fit(h["beta2"], p), g.abs() + fit(h["eps"], p))
-        p = p - m / u * fit(double(h["lr"]) / (1 - beta1 ** step.to(torch.float64)), p)
+        p = plus(p, -double(h["lr"]) / (1 - beta1 ** double(step)), m / u)
         return p, AdamaxState(step, m, u)
 
     return per_parameter(hyper, init, update, maximize, weight_decay=weight_decay)

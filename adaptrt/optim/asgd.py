@@ -12,15 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Optimizer, Value, checked, double, fit, larger
+from adaptrt.optim.base import Count, Optimizer, Value, checked, double, fit, larger, plus
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
 class ASGDState(NamedTuple):
     """Of one parameter."""
 
-    step: Tensor
-    """0-dim int64."""
+    step: Count
     ax: Tensor
     """The average, with the parameter's shape and dtype."""
 
@@ -79,10 +78,10 @@ def asgd(
 
     def update(p: Tensor, g: Tensor, state: ASGDState, h: Numbers) -> tuple[Tensor, ASGDState]:
         lr, lambd = double(h["lr"]), double(h["lambd"])
-        n = state.step.to(torch.float64)
+        n = double(state.step)
         eta = lr / (1 + lambd * lr * n) ** double(h["alpha"])
         mu = 1 / larger(n - double(h["t0"]), 1.0)
-        p = p * fit(1 - lambd * eta, p) - g * fit(eta, p)
-        return p, ASGDState(state.step + 1, state.ax + (p - state.ax) * fit(mu, p))
+        p = plus(p * fit(1 - lambd * eta, p), -eta, g)
+        return p, ASGDState(state.step + 1, plus(state.ax, mu, p - state.ax))
 
     return per_parameter(hyper, init, update, maximize, weight_decay=weight_decay)

@@ -24,6 +24,10 @@ Params: TypeAlias = Mapping[str, Tensor]
 
 Number: TypeAlias = float | Tensor
 
+Count: TypeAlias = int | Tensor
+"""Steps so far: a 0-dim int64 tensor in a program, whose inputs are tensors; where steps are made one by one, a Python int does, and what
+follows from it alone is computed in Python."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Schedule:
@@ -141,7 +145,10 @@ def read(hyper: Mapping[str, Value], key: str, name: str, param: Tensor) -> Numb
 
 
 def double(value: Number) -> Number:
-    """`value` in the precision of a Python float; what powers and differences from one are formed in."""
+    """`value` in the precision of a Python float; what powers and differences from one are formed in.
+
+    For counts too: a float to the power of an int64 tensor would be float32.
+    """
     return value.to(torch.float64) if isinstance(value, Tensor) else value
 
 
@@ -152,6 +159,26 @@ def fit(value: Number, param: Tensor) -> Number:
     half precision. So only the other cases are cast.
     """
     return value.to(param.dtype) if isinstance(value, Tensor) and (value.dim() or not param.dim()) else value
+
+
+# The next two make one operation where the number is a float: on the tape of an eager loop every operation counts.
+
+
+def plus(x: Tensor, factor: Number, y: Tensor) -> Tensor:
+    """`x + factor * y`."""
+    return x + y * fit(factor, x) if isinstance(factor, Tensor) else torch.add(x, y, alpha=factor)
+
+
+def average(old: Tensor, new: Tensor, kept: Number) -> Tensor:
+    """`kept * old + (1 - kept) * new`: one step of an exponential moving average."""
+    if isinstance(kept, Tensor):
+        return old * fit(kept, old) + new * fit(1 - double(kept), old)
+    return torch.lerp(old, new, 1 - kept)
+
+
+def sqrt(value: Number) -> Number:
+    """Square root of a hyperparameter."""
+    return torch.sqrt(value) if isinstance(value, Tensor) else math.sqrt(value)
 
 
 def safe_sqrt(x: Tensor) -> Tensor:
@@ -176,20 +203,27 @@ def check_grads(grads: Params, params: Params) -> None:
             raise OptimizerMismatch(f"grads['{name}'] must have the parameter's shape {list(params[name].shape)}, got {list(grad.shape)}.")
 
 
-def like(value: Number, param: Tensor) -> Number:
-    """`value` in the dtype of `param` in every case, for `where`, which would take the wider dtype of a 0-dim tensor with a task axis."""
-    return value.to(param.dtype) if isinstance(value, Tensor) else value
+def like(value: Number, other: Number) -> Number:
+    """`value` in the dtype of `other` in every case, for `where`, which would take the wider dtype of a 0-dim tensor with a task axis."""
+    return value.to(other.dtype) if isinstance(value, Tensor) and isinstance(other, Tensor) else value
 
 
-def smaller(a: Tensor, b: Number) -> Tensor:
+def choose(condition: bool | Tensor, a: Number, b: Number) -> Any:
+    """`a` where the condition holds, else `b`; decided in Python where the condition is a bool."""
+    if isinstance(condition, Tensor):
+        return torch.where(condition, a, b)
+    return a if condition else b
+
+
+def smaller(a: Number, b: Number) -> Any:
     """The smaller of each element of `a` and `b`, in the dtype of `a`; where they are equal, the derivative is that of `a`."""
     # Not `clamp`, whose derivative where both are equal differs between versions of PyTorch. NaN in `a` stays.
-    return torch.where(a > b, like(b, a), a)
+    return choose(a > b, like(b, a), a)
 
 
-def larger(a: Tensor, b: Number) -> Tensor:
+def larger(a: Number, b: Number) -> Any:
     """The larger of each element of `a` and `b`, in the dtype of `a`; where they are equal, the derivative is that of `a`."""
-    return torch.where(a < b, like(b, a), a)
+    return choose(a < b, like(b, a), a)
 
 
 # --- checking hyperparameters when an optimiser is made

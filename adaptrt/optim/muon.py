@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adaptrt.errors import InvalidArgument, InvalidType, UnsupportedParameter
-from adaptrt.optim.base import Number, Optimizer, Value, check_flags, checked, double, entries, fit, larger
+from adaptrt.optim.base import Number, Optimizer, Value, average, check_flags, checked, double, entries, larger, plus
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 ADJUSTMENTS = (None, "original", "match_rms_adamw", "spectral_unclamped")
@@ -103,11 +103,11 @@ def muon(
         return MuonState(torch.zeros_like(p))
 
     def update(p: Tensor, g: Tensor, state: MuonState, h: Numbers) -> tuple[Tensor, MuonState]:
-        lr, mu, rest = double(h["lr"]), fit(h["momentum"], p), fit(1 - double(h["momentum"]), p)
-        buffer = state.momentum_buffer * mu + g * rest
-        u = g * rest + buffer * mu if nesterov else buffer
+        mu = h["momentum"]
+        buffer = average(state.momentum_buffer, g, mu)
+        u = average(buffer, g, mu) if nesterov else buffer
         x = _orthogonalise(u.to(ns_dtype), ns_coefficients, h["eps"], ns_steps)
-        return p - x.to(p.dtype) * fit(lr * _adjustment(adjust_lr_fn, *p.shape), p), MuonState(buffer)
+        return plus(p, -double(h["lr"]) * _adjustment(adjust_lr_fn, *p.shape), x.to(p.dtype)), MuonState(buffer)
 
     return per_parameter(hyper, init, update, scalar=("eps",), weight_decay=weight_decay, decoupled=True)
 

@@ -11,15 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Optimizer, Value, check_flags, checked, checked_moments, double, fit, safe_sqrt
+from adaptrt.optim.base import Count, Optimizer, Value, average, check_flags, checked, checked_moments, double, fit, plus, safe_sqrt
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
 class NAdamState(NamedTuple):
     """Of one parameter, with its shape and dtype unless noted."""
 
-    step: Tensor
-    """0-dim int64."""
+    step: Count
     mu_product: Tensor
     """0-dim float64: product of the momenta so far."""
     exp_avg: Tensor
@@ -85,15 +84,14 @@ def nadam(
     def update(p: Tensor, g: Tensor, state: NAdamState, h: Numbers) -> tuple[Tensor, NAdamState]:
         lr, beta1, beta2, psi = double(h["lr"]), double(h["beta1"]), double(h["beta2"]), double(h["momentum_decay"])
         step = state.step + 1
-        t = step.to(torch.float64)
+        t = double(step)
         mu = beta1 * (1 - 0.5 * 0.96 ** (t * psi))
         mu_next = beta1 * (1 - 0.5 * 0.96 ** ((t + 1) * psi))
         product = state.mu_product * mu
-        m = state.exp_avg * fit(beta1, p) + g * fit(1 - beta1, p)
-        v = state.exp_avg_sq * fit(beta2, p) + g * g * fit(1 - beta2, p)
+        m, v = average(state.exp_avg, g, beta1), average(state.exp_avg_sq, g * g, beta2)
         d = safe_sqrt(v / fit(1 - beta2**t, p)) + fit(h["eps"], p)
         of_gradient, of_mean = lr * (1 - mu) / (1 - product), lr * mu_next / (1 - product * mu_next)
-        p = p - g / d * fit(of_gradient, p) - m / d * fit(of_mean, p)
+        p = plus(plus(p, -of_gradient, g / d), -of_mean, m / d)
         return p, NAdamState(step, product, m, v)
 
     return per_parameter(

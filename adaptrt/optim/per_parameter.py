@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adaptrt import tree
 from adaptrt.errors import InvalidArgument, OptimizerMismatch
-from adaptrt.optim.base import Number, Optimizer, Params, Value, check_flags, check_grads, checked, double, fit, is_off, read
+from adaptrt.optim.base import Number, Optimizer, Params, Value, check_flags, check_grads, checked, double, fit, is_off, plus, read
 from adaptrt.optim.schedule import scheduled
 
 S = TypeVar("S")
@@ -54,13 +54,17 @@ def per_parameter(
         return forms[p.shape]
 
     def init_all(params: Params) -> dict[str, S]:
-        return {name: init(p) for name, p in params.items()}
+        state = {name: init(p) for name, p in params.items()}
+        for name, p in params.items():
+            forms.setdefault(p.shape, _form(state[name]))
+        return state
 
     def update_all(
         grads: Params, state: Mapping[str, S], params: Params, hyper: Mapping[str, Value]
     ) -> tuple[dict[str, Tensor], dict[str, S]]:
         check_grads(grads, params)
         new, after = dict(params), dict(state)
+        shared = {key: hyper[key] for key in keys if isinstance(hyper.get(key), float)}
         for name, grad in grads.items():
             if name not in state:
                 raise OptimizerMismatch(f"state has no entry for parameter '{name}', only for {sorted(state)}. Make it by init(params).")
@@ -71,7 +75,7 @@ def per_parameter(
                     f"The state of parameter '{name}' must be like init(params)'s, {_describe(init(p))}; got {_describe(old)}. It was made "
                     "for other parameters, by another optimiser or under other flags."
                 )
-            numbers = {key: read(hyper, key, name, p) for key in keys}
+            numbers = cast("Numbers", shared) if len(shared) == len(keys) else {key: read(hyper, key, name, p) for key in keys}
             for key in scalar:
                 number = numbers.get(key)
                 if isinstance(number, Tensor) and number.dim():
@@ -82,7 +86,7 @@ def per_parameter(
                 if decoupled:
                     p = p * fit(1 - double(numbers["lr"]) * decay, p)
                 else:
-                    g = g + p * fit(decay, p)
+                    g = plus(g, decay, p)
             new[name], after[name] = update(p, g, old, numbers)
         return new, after
 
@@ -93,8 +97,13 @@ def _describe(state: Any) -> str:
     return f"{type(state).__name__} of {tree.describe(state)}"
 
 
+_SCALAR = torch.Size(())
+
+
 def _form(state: Any) -> Any:
+    """Type and shapes of one parameter's state. A count may be an int or a tensor."""
     if not isinstance(state, tuple):
         return None
-    kind: Any = type(cast("object", state))
-    return kind, [field.shape if isinstance(field, Tensor) else None for field in cast("tuple[Any, ...]", state)]
+    fields = cast("tuple[Any, ...]", state)
+    kind: Any = type(fields)
+    return kind, [field.shape if isinstance(field, Tensor) else _SCALAR if isinstance(field, int) else None for field in fields]

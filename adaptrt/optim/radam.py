@@ -7,15 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Optimizer, Value, check_flags, checked_moments, double, fit, safe_sqrt
+from adaptrt.optim.base import Count, Optimizer, Value, average, check_flags, checked_moments, choose, double, fit, plus, safe_sqrt, sqrt
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
 class RAdamState(NamedTuple):
     """Of one parameter, with its shape and dtype unless noted."""
 
-    step: Tensor
-    """0-dim int64."""
+    step: Count
     exp_avg: Tensor
     exp_avg_sq: Tensor
 
@@ -74,20 +73,19 @@ def radam(
     def update(p: Tensor, g: Tensor, state: RAdamState, h: Numbers) -> tuple[Tensor, RAdamState]:
         lr, beta1, beta2 = double(h["lr"]), double(h["beta1"]), double(h["beta2"])
         step = state.step + 1
-        t = step.to(torch.float64)
-        m = state.exp_avg * fit(beta1, p) + g * fit(1 - beta1, p)
-        v = state.exp_avg_sq * fit(beta2, p) + g * g * fit(1 - beta2, p)
+        t = double(step)
+        m, v = average(state.exp_avg, g, beta1), average(state.exp_avg_sq, g * g, beta2)
         correction2 = 1 - beta2**t
-        # A tensor even where beta2 is a float: of two floats `where` makes the default dtype.
-        rho_inf = torch.zeros_like(t) + (2 / (1 - beta2) - 1)
+        # A tensor where the count is one, even if beta2 is a float: of two floats `where` makes the default dtype.
+        rho_inf = 0 * t + (2 / (1 - beta2) - 1)
         rho = rho_inf - 2 * t * beta2**t / correction2
         adaptive = rho > 5
         # Where it is not used, its square roots may have no value and no derivative: other arguments stand in there.
-        rho = torch.where(adaptive, rho, 6.0)
-        rho_inf = torch.where(adaptive, rho_inf, 6.0)
-        rect = torch.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
-        rate = fit(rect * torch.sqrt(correction2), p) / (safe_sqrt(torch.where(adaptive, v, 1.0)) + fit(h["eps"], p))
-        p = p - m * fit(lr / (1 - beta1**t), p) * torch.where(adaptive, rate, 1.0)
+        rho = choose(adaptive, rho, 6.0)
+        rho_inf = choose(adaptive, rho_inf, 6.0)
+        rect = sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))
+        rate = fit(rect * sqrt(correction2), p) / (safe_sqrt(choose(adaptive, v, torch.ones_like(v))) + fit(h["eps"], p))
+        p = plus(p, -lr / (1 - beta1**t), m * choose(adaptive, rate, 1.0))
         return p, RAdamState(step, m, v)
 
     return per_parameter(hyper, init, update, maximize, weight_decay=weight_decay, decoupled=decoupled_weight_decay)

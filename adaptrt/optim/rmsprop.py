@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Absent, Optimizer, Value, check_flags, checked, double, fit, is_off, safe_sqrt
+from adaptrt.optim.base import Absent, Optimizer, Value, average, check_flags, checked, fit, is_off, plus, safe_sqrt
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
@@ -77,15 +77,14 @@ def rmsprop(
         return RMSpropState(torch.zeros_like(p), torch.zeros_like(p) if with_momentum else (), torch.zeros_like(p) if centered else ())
 
     def update(p: Tensor, g: Tensor, state: RMSpropState, h: Numbers) -> tuple[Tensor, RMSpropState]:
-        kept, rest = fit(h["alpha"], p), fit(1 - double(h["alpha"]), p)
-        v, a, b = state.square_avg * kept + g * g * rest, state.grad_avg, state.momentum_buffer
+        v, a, b = average(state.square_avg, g * g, h["alpha"]), state.grad_avg, state.momentum_buffer
         spread = v
         if isinstance(a, Tensor):
-            a = a * kept + g * rest
+            a = average(a, g, h["alpha"])
             spread = torch.clamp(v - a * a, min=0.0)
         d = g / (safe_sqrt(spread) + fit(h["eps"], p))
         if isinstance(b, Tensor):
-            d = b = b * fit(h["momentum"], p) + d
-        return p - d * fit(h["lr"], p), RMSpropState(v, b, a)
+            d = b = plus(d, h["momentum"], b)
+        return plus(p, -h["lr"], d), RMSpropState(v, b, a)
 
     return per_parameter(hyper, init, update, maximize, weight_decay=weight_decay)

@@ -7,15 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Domain, Optimizer, Value, checked, entries, fit, larger, like, smaller
+from adaptrt.optim.base import Count, Domain, Optimizer, Value, checked, choose, entries, fit, larger, smaller
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
 class RpropState(NamedTuple):
     """Of one parameter, with its shape and dtype unless noted."""
 
-    step: Tensor
-    """0-dim int64. Only zero or not matters: the first step starts `step_size`."""
+    step: Count
+    """Only zero or not matters: the first step starts `step_size`."""
     prev: Tensor
     """The last gradient; zero where it had changed sign."""
     step_size: Tensor
@@ -72,7 +72,7 @@ def rprop(
 
     def update(p: Tensor, g: Tensor, state: RpropState, h: Numbers) -> tuple[Tensor, RpropState]:
         agreement = g * state.prev
-        size = torch.where(state.step == 0, like(h["lr"], p), state.step_size)
+        size = choose(state.step == 0, torch.zeros_like(p) + fit(h["lr"], p), state.step_size)
         grown = torch.where(agreement > 0, size * fit(h["eta_plus"], p), size)
         size = torch.where(agreement < 0, size * fit(h["eta_minus"], p), grown)
         size = smaller(larger(size, h["step_size_min"]), h["step_size_max"])

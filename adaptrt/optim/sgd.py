@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adaptrt.errors import InvalidArgument
-from adaptrt.optim.base import REAL, Absent, Optimizer, Value, check_flags, checked, double, fit, is_off
+from adaptrt.optim.base import REAL, Absent, Count, Optimizer, Value, check_flags, checked, choose, double, fit, is_off, plus
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
@@ -16,8 +16,8 @@ class SGDState(NamedTuple):
     """Of one parameter; both absent where momentum is off."""
 
     momentum_buffer: Tensor | Absent
-    step: Tensor | Absent
-    """0-dim int64. Only zero or not matters: the first step starts the buffer."""
+    step: Count | Absent
+    """Only zero or not matters: the first step starts the buffer."""
 
 
 def sgd(
@@ -77,12 +77,13 @@ def sgd(
         return SGDState(torch.zeros_like(p), torch.zeros((), dtype=torch.int64, device=p.device))
 
     def update(p: Tensor, g: Tensor, state: SGDState, h: Numbers) -> tuple[Tensor, SGDState]:
-        if isinstance(state.momentum_buffer, Tensor) and isinstance(state.step, Tensor):
-            mu, kept = fit(h["momentum"], p), fit(1 - double(h["dampening"]), p)
+        if isinstance(state.momentum_buffer, Tensor) and isinstance(state.step, Count):
             # Not a zero buffer plus (1 - dampening) * g: torch.optim.SGD starts the buffer with the undamped gradient.
-            buffer = torch.where(state.step == 0, g, state.momentum_buffer * mu + g * kept)
-            g = g + buffer * mu if nesterov else buffer
+            first = state.step == 0
+            later = g if first is True else plus(state.momentum_buffer * fit(h["momentum"], p), 1 - double(h["dampening"]), g)
+            buffer = choose(first, g, later)
+            g = plus(g, h["momentum"], buffer) if nesterov else buffer
             state = SGDState(buffer, state.step + 1)
-        return p - g * fit(h["lr"], p), state
+        return plus(p, -h["lr"], g), state
 
     return per_parameter(hyper, init, update, maximize, weight_decay=weight_decay)

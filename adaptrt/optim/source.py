@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
+from typing import Any
 
 import torch
 
@@ -12,6 +13,14 @@ from adaptrt.optim.base import Hyper, Optimizer, Params, State
 from adaptrt.optim.convert import SUPPORTED, convert, fingerprint, read_hyper, read_state
 
 _MAX_MADE = 16
+_registered: dict[type[torch.optim.Optimizer], Callable[[torch.optim.Optimizer, Params], Source]] = {}
+
+
+def register(kind: type[torch.optim.Optimizer], make: Callable[[Any, Params], Source] | None) -> None:
+    """Makes `source` read instances of exactly `kind` by `make`; None for what it does by itself."""
+    _registered.pop(kind, None)
+    if make is not None:
+        _registered[kind] = make
 
 
 class Source(abc.ABC):
@@ -102,6 +111,8 @@ def source(opt: object, params: Params) -> Source:
     if isinstance(opt, Optimizer):
         return PureSource(opt, params)
     if isinstance(opt, torch.optim.Optimizer):
+        if type(opt) in _registered:
+            return _registered[type(opt)](opt, params)
         return TorchSource(opt, params)
     raise InvalidType(
         f"opt must be an adaptrt.optim.Optimizer such as adaptrt.optim.sgd(lr=0.1), or an instance of torch.optim's "
