@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import abc
 import collections
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,10 +15,12 @@ import torch
 from torch import Tensor
 
 from adaptrt.errors import UnsupportedOptimizer
+from adaptrt.higher.registered import RegisteredSource
 from adaptrt.higher.utils import _recursive_map, copied, flatten
 from adaptrt.optim.base import Optimizer
 from adaptrt.optim.convert import of_entry
 from adaptrt.optim.families import FAMILIES, Group
+from adaptrt.optim.source import register
 
 Grads = Sequence[Tensor | None]
 Override = Mapping[str, Sequence[Any]]
@@ -96,7 +99,8 @@ class DifferentiableOptimizer(abc.ABC):
           params: step these in place of the handle's.
           override: as for the constructor; it stays in force.
           grad_callback: in place of the constructor's, for this step.
-          grad_scaler: what scaled the loss; the gradients are divided by its scale.
+          grad_scaler: what scaled the loss. The gradients are divided by its scale, and where one is not finite weights and state stay as
+            they are, as in `GradScaler.step`.
         Raises:
           ValueError: there are no weights to step, or an override's list has a wrong length.
         """
@@ -109,6 +113,10 @@ class DifferentiableOptimizer(abc.ABC):
             raise ValueError("step needs params: the optimiser has no patched module that holds fast weights")
         weights = list(params)
         grads = self._gradients(loss, weights, grad_scaler)
+        if grad_scaler is not None and not all(grad.isfinite().all() for grad in grads if grad is not None):
+            if self._fmodel is not None:
+                self._fmodel.update_params(weights)
+            return weights
         callback = grad_callback or self._grad_callback
         if callback is not None:
             grads = callback(grads)
@@ -192,11 +200,11 @@ def _cut(value: Any) -> Any:
 
 
 class _Built(NamedTuple):
-    """A group's settings as they stood, the pure optimiser made of them, and the states before a first step by the weight's index."""
+    """A group's settings as they stood, the pure optimiser made of them, and the type of one weight's state."""
 
     settings: dict[str, Any]
     optimizer: Optimizer
-    fresh: dict[str, Any]
+    state: Any
 
 
 class _OfFamily(DifferentiableOptimizer):
@@ -207,6 +215,14 @@ class _OfFamily(DifferentiableOptimizer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._built: list[_Built | None] = [None] * len(self.param_groups)
+        device: torch.device | None = kwargs.get("device")
+        for i, (group, states) in enumerate(zip(self._followed, self.state, strict=True)):
+            held = {str(j): torch.empty_like(group["params"][j], device=device) for j in states}
+            if held:
+                fresh = self._optimizer(i, group["params"]).optimizer.init(held)
+                for name, zeros in fresh.items():
+                    entry = states[int(name)]
+                    states[int(name)] = _entry(of_entry(entry, name, zeros), int(entry.get("step") or 0))
 
     def _update(self, grouped_grads: list[list[Tensor | None]], **kwargs: Any) -> None:
         del kwargs
@@ -215,14 +231,16 @@ class _OfFamily(DifferentiableOptimizer):
             present = {str(j): grad for j, grad in enumerate(grads) if grad is not None}
             if not present:
                 continue
-            built = self._optimizer(i, weights)
+            _, optimizer, state = self._optimizer(i, weights)
             params = {name: weights[int(name)] for name in present}
-            before = {name: of_entry(states.get(int(name)), name, built.fresh[name]) for name in present}
-            after, new = built.optimizer.update(present, before, params, built.optimizer.hyper)
+            before = optimizer.init({name: p for name, p in params.items() if not states.get(int(name))})
             for name in present:
-                j = int(name)
-                weights[j] = after[name]
-                states[j] = self._entry(states.get(j, {}), new[name])
+                entry = states.get(int(name))
+                before[name] = state(*[entry.get(key, ()) for key in state._fields]) if entry else _counting(before[name])
+            after, new = optimizer.update(present, before, params, optimizer.hyper)
+            for name in present:
+                weights[int(name)] = after[name]
+                states[int(name)] = _entry(new[name], states.get(int(name), {}).get("step", 0) + 1)
 
     def _optimizer(self, i: int, weights: Sequence[Tensor]) -> _Built:
         """The pure optimiser of a group, made anew when one of its settings is another object."""
@@ -232,7 +250,7 @@ class _OfFamily(DifferentiableOptimizer):
             params = {str(j): p.detach() for j, p in enumerate(weights)}
             readable = self._readable(settings, params)
             optimizer = FAMILIES[self.kind].build(Group("", readable, list(params), self._defaults))
-            built = self._built[i] = _Built(settings, optimizer, optimizer.init(params))
+            built = self._built[i] = _Built(settings, optimizer, type(optimizer.init({"": torch.empty(1, 1)})[""]))
         return built
 
     def _readable(self, settings: Mapping[str, Any], params: Mapping[str, Tensor]) -> dict[str, Any]:
@@ -249,19 +267,12 @@ class _OfFamily(DifferentiableOptimizer):
             for key, value in settings.items()
         }
 
-    def _entry(self, before: Mapping[str, Any], state: Any) -> dict[str, Any]:
-        """One parameter's state under the names of `torch.optim`, which counts the steps of all but SGD and Muon."""
-        entry = {key: value for key, value in state._asdict().items() if isinstance(value, Tensor)}
-        if self.kind is torch.optim.SGD:
-            entry.pop("step", None)
-        elif "step" not in entry and self.kind is not torch.optim.Muon:
-            entry["step"] = before.get("step", 0) + 1
-        return entry
-
     def _entry_for(self, entry: dict[str, Any], group: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
         entry = dict(entry)
         # PyTorch counts in floats of the default dtype, or float32 where that is narrower.
         dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        if self.kind in (torch.optim.SGD, torch.optim.Muon):  # which count no steps
+            entry.pop("step", None)
         for key in {"step", "mu_product"} & set(entry):
             entry[key] = torch.as_tensor(entry[key]).detach().to(dtype)
         if self.kind is torch.optim.ASGD:
@@ -270,6 +281,18 @@ class _OfFamily(DifferentiableOptimizer):
             entry["eta"] = lr / (1 + group["lambd"] * lr * n) ** group["alpha"]
             entry["mu"] = 1 / torch.clamp(n - group["t0"], min=1.0)
         return entry
+
+
+def _counting(state: Any) -> Any:
+    """One weight's state with its steps counted in Python, which spares the tape all that follows from the count alone."""
+    step = getattr(state, "step", None)
+    return state._replace(step=int(step)) if isinstance(step, Tensor) else state
+
+
+def _entry(state: Any, step: int) -> dict[str, Any]:
+    """One weight's state under the names of `torch.optim`, after so many steps."""
+    counted = {} if hasattr(state, "step") else {"step": step}
+    return counted | {key: value for key, value in _counting(state)._asdict().items() if isinstance(value, Tensor | int)}
 
 
 class DifferentiableSGD(_OfFamily):
@@ -369,8 +392,13 @@ _registered: dict[type[torch.optim.Optimizer], type[DifferentiableOptimizer]] = 
 
 
 def register_optim(optim_type: type[torch.optim.Optimizer], diff_optim_type: type[DifferentiableOptimizer]) -> None:
-    """Makes `diff_optim_type` the differentiable version of `optim_type`."""
+    """Makes `diff_optim_type` the differentiable version of `optim_type`, on the tape and in `compile_unroll`."""
     _registered[optim_type] = diff_optim_type
+    if issubclass(diff_optim_type, _OfFamily) and diff_optim_type._update is _OfFamily._update:
+        FAMILIES[optim_type] = FAMILIES[diff_optim_type.kind]
+        register(optim_type, None)
+    else:
+        register(optim_type, functools.partial(RegisteredSource, diff_optim_type))
 
 
 def get_diff_optim(
