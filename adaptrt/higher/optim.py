@@ -122,14 +122,11 @@ class DifferentiableOptimizer(abc.ABC):
             grads = callback(grads)
         for group, members in zip(self.param_groups, self._members, strict=True):
             group["params"] = [weights[i] for i in members]
-        self._update([[grads[i] for i in members] for members in self._members])
+        with torch.set_grad_enabled(self._track_higher_grads and torch.is_grad_enabled()):
+            self._update([[grads[i] for i in members] for members in self._members])
         for group, members in zip(self.param_groups, self._members, strict=True):
             for i, p in zip(members, group["params"], strict=True):
                 weights[i] = p if self._track_higher_grads else p.detach().requires_grad_(weights[i].requires_grad)
-        if not self._track_higher_grads:
-            self.state = [
-                collections.defaultdict(dict, {i: _recursive_map(entry, _cut) for i, entry in states.items()}) for states in self.state
-            ]
         if self._fmodel is not None:
             self._fmodel.update_params(weights)
         return weights
@@ -149,7 +146,8 @@ class DifferentiableOptimizer(abc.ABC):
         for group, states in zip(opt.param_groups, self.state, strict=True):
             for i, entry in states.items():
                 p = group["params"][i]
-                opt.state[p] = _recursive_map(self._entry_for(entry, group, p), lambda x: copied(_cut(x)) if isinstance(x, Tensor) else x)
+                entry = self._entry_for(entry, group, p)
+                opt.state[p] = _recursive_map(entry, lambda x: copied(x.detach()) if isinstance(x, Tensor) else x)
 
     def _entry_for(self, entry: dict[str, Any], group: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
         """One parameter's state as the real optimiser keeps it."""
@@ -193,10 +191,6 @@ def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
 
 def _own(value: Any, device: torch.device | None) -> Any:
     return _recursive_map(value, lambda leaf: copied(leaf, device) if isinstance(leaf, Tensor) else leaf)
-
-
-def _cut(value: Any) -> Any:
-    return value.detach() if isinstance(value, Tensor) else value
 
 
 class _Built(NamedTuple):
