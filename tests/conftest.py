@@ -1,6 +1,8 @@
-"""What all tests share: `--full`, which runs products of tables that the default run only covers in part."""
+"""What all tests share: their seed, the fixture `double`, and `--full`, which runs whole products of tables."""
 
 from __future__ import annotations
+
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -19,6 +21,15 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(autouse=True)
 def _same_numbers_in_every_run() -> None:  # pyright: ignore[reportUnusedFunction]
     torch.manual_seed(0)
+
+
+@pytest.fixture
+def double() -> Iterator[None]:
+    """New floating-point tensors are float64."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -4,22 +4,33 @@
 holds the fast weights as they are at that moment, and keeps them: whatever looks at its modules later, as checkpointing does when it
 computes activations again, finds the weights of its own time. What a forward pass leaves in attributes is taken over by the handle.
 
-Known limits: a method other than `forward` that checkpoints parts of the model, called on the handle, finds the latest weights.
+A handle of `DistributedDataParallel` sends nothing until `backward()` comes to the model's own parameters.
+
+Known limits: a method other than `forward` that checkpoints parts of the model, called on the handle, finds the latest weights. What is
+reached other than by attributes, lists, tuples, dicts, sets and bound methods (a function that encloses a part, a weak reference, a
+parameter in a list) is the model's own, with the model's weights; for a `forward` of that kind `monkeypatch` raises.
+DistributedDataParallel rearranges its buckets, together with the other processes, at the first forward pass after the first backward pass,
+also where that is a handle's.
 """
 
 from __future__ import annotations
 
+import functools
+import types
 import warnings
+import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
+from adaptrt import tree
 from adaptrt.functional import shadow
 from adaptrt.higher.utils import copied, get_func_params
 
-_OWN = frozenset({"_parameters", "_modules", "_fast"})
+_OWN = frozenset({"_parameters", "_modules", "_fast", "_number", "forward"})
 """Attributes of a handle that are not its twin's."""
 
 
@@ -30,12 +41,19 @@ class FastWeights:
         self.versions: list[list[Tensor]] | None = None
         self.track = True
         index = {id(p): i for i, p in enumerate(model.parameters())}
-        self.modules = list(handle.modules())
+        self.num_params = len(index)
+        # Weakly: the handle has these weights, and what holds them goes with it rather than at the next garbage collection.
+        self.modules = [weakref.ref(part) for part in handle.modules()]
         # For each module the name of each of its parameters, and which fast weight it is. Shared weights have one.
         self.places = [[(name, index[id(p)]) for name, p in part._parameters.items() if p is not None] for part in model.modules()]
         self.classes = [type(part) for part in model.modules()]
-        self.number = {id(part): i for i, part in enumerate(self.modules)}
         self.twins: list[nn.Module] | None = None
+
+    def adopt(self, handle: nn.Module) -> None:
+        """Makes the weights those of a copied handle."""
+        for part in handle.modules():
+            if isinstance(part, Patched):
+                self.modules[part._number] = weakref.ref(part)
 
     @property
     def latest(self) -> list[Tensor] | None:
@@ -44,6 +62,13 @@ class FastWeights:
     def put(self, values: Iterable[Tensor]) -> None:
         """Makes `values` the latest: one more version where versions are tracked, else in place of the only one."""
         values = list(values)
+        if len(values) < self.num_params:
+            raise IndexError(
+                f"params has {len(values)} tensors: give one for each of the module's {self.num_params} parameters, in their order"
+            )
+        for value in values:
+            if not isinstance(value, Tensor):
+                raise TypeError(f"params must be tensors, in the order of the module's parameters; got a {type(value).__name__}")
         if self.versions is None or self.track:
             self.versions = [*(self.versions or []), values]
         else:
@@ -56,32 +81,47 @@ class FastWeights:
         latest = self.latest
         if latest is None:
             return
-        for part, places in zip(self.modules, self.places, strict=True):
-            _hold(part, {name: latest[i] for name, i in places})
+        for reference, places in zip(self.modules, self.places, strict=True):
+            part = reference()
+            if part is not None:
+                _hold(part, {name: latest[i] for name, i in places})
 
     def twin_of(self, part: nn.Module) -> nn.Module:
         """The module that runs in place of a handle's part."""
         if self.twins is None:
             self.twins = self._make_twins()
-        return self.twins[self.number[id(part)]]
+        return self.twins[vars(part)["_number"]]
 
     def _make_twins(self) -> list[nn.Module]:
         latest = self.latest
         if latest is None:
             raise ValueError("params must be given: the patched module does not hold fast weights of its own")
         twins: list[nn.Module] = [object.__new__(kind) for kind in self.classes]
-        for part, twin, places in zip(self.modules, twins, self.places, strict=True):
+
+        def twin_of(child: nn.Module | None) -> nn.Module | None:
+            return twins[vars(child)["_number"]] if isinstance(child, Patched) and child._fast is self else child
+
+        for reference, twin, places in zip(self.modules, twins, self.places, strict=True):
+            part = reference()
+            if part is None:
+                continue
             own = vars(twin)
             own.update(vars(part))
-            del own["_fast"]
+            del own["_fast"], own["_number"]
             own["_parameters"] = dict(part._parameters)
-            own["_modules"] = {name: child if child is None else twins[self.number[id(child)]] for name, child in part._modules.items()}
+            forward = own.get("forward")
+            if isinstance(forward, types.MethodType) and isinstance(forward.__self__, Patched):
+                own["forward"] = types.MethodType(forward.__func__, twin_of(forward.__self__))
+            own["_modules"] = {name: twin_of(child) for name, child in part._modules.items()}
             _hold(twin, {name: latest[i] for name, i in places})
         return twins
 
     def take_over(self) -> None:
         """Copies what a forward pass has set on the twins to the handle."""
-        for part, twin in zip(self.modules, self.twins or (), strict=False):
+        for reference, twin in zip(self.modules, self.twins or (), strict=False):
+            part = reference()
+            if part is None:
+                continue
             own = vars(part)
             for name, value in vars(twin).items():
                 if own.get(name) is not value and name not in _OWN and name != "_flat_weights":
@@ -98,37 +138,67 @@ def _hold(module: nn.Module, values: dict[str, Tensor]) -> None:
 class Patched(nn.Module):
     """What every module of a handle is, besides an instance of its original's class."""
 
-    _fast: FastWeights
+    _fast: FastWeights | None = None
+    """None for what a handle's own methods make of its class: a slice of a `Sequential` holds parts of the handle, but is none."""
+    _number: int
 
     def __call__(self, *args: Any, params: Iterable[Tensor] | None = None, **kwargs: Any) -> Any:
         """What the module returns for these arguments under the latest fast weights, or under `params`, which become the latest."""
-        fast = self._fast
+        if self._fast is None:
+            return super().__call__(*args, **kwargs)
+        return self._run(lambda twin: twin(*args, **kwargs), self._fast, params)
+
+    def forward(self, *args: Any, params: Iterable[Tensor] | None = None, **kwargs: Any) -> Any:
+        """As a call, without the module's own hooks."""
+        if self._fast is None:
+            return super().forward(*args, **kwargs)
+        return self._run(lambda twin: twin.forward(*args, **kwargs), self._fast, params)
+
+    def _run(self, run: Callable[[Any], Any], fast: FastWeights, params: Iterable[Tensor] | None) -> Any:
         if params is not None:
             fast.put(params)
             fast.show()
-        twin = fast.twin_of(self)
         try:
-            return twin(*args, **kwargs)
+            return run(fast.twin_of(self))
         finally:
             fast.take_over()
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name not in self.__dict__.get("_parameters", ()):
+        fast = self._fast
+        if fast is None or name not in self.__dict__.get("_parameters", ()):
             super().__setattr__(name, value)
-            self._fast.twins = None
+            self._changed()
             return
         if not isinstance(value, Tensor):
             raise TypeError(f"a fast weight must be a tensor, got {torch.typename(value)} for '{name}'")
-        fast = self._fast
         if fast.latest is None:
-            raise ValueError(f"'{name}' cannot be assigned: the patched module does not hold fast weights of its own")
-        index = dict(fast.places[fast.number[id(self)]])[name]
+            raise ValueError(
+                f"'{name}' cannot be assigned: the patched module does not hold fast weights of its own; call update_params first"
+            )
+        index = dict(fast.places[self._number])[name]
         fast.put([value if i == index else old for i, old in enumerate(fast.latest)])
         fast.show()
+
+    def __delattr__(self, name: str) -> None:
+        super().__delattr__(name)
+        self._changed()
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        super().add_module(name, module)
+        self._changed()
+
+    def _changed(self) -> None:
+        if self._fast is not None:
+            self._fast.twins = None
 
 
 class FunctionalModule(Patched):
     """The root of a handle: it has the fast weights."""
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if self._fast is not None:
+            self._fast.adopt(self)
 
     def parameters(self, recurse: bool = True, time: int | None = None) -> Iterator[Any]:
         """The fast weights, in the order of the model's parameters.
@@ -138,32 +208,45 @@ class FunctionalModule(Patched):
           time: how many updates after the beginning; None for the latest.
         Raises:
           ValueError: there are none, or an earlier version while `track_higher_grads` is off.
+          IndexError: there were fewer updates.
         """
+        if self._fast is None:
+            return super().parameters(recurse)
         versions = self._fast.versions
         if versions is None:
-            raise ValueError("the patched module does not hold fast weights of its own")
+            raise ValueError("the patched module does not hold fast weights of its own; call update_params first")
         if not recurse:
             warnings.warn("parameters(recurse=False) of a patched module returns the fast weights of all modules", stacklevel=2)
         if not self.track_higher_grads and time not in (None, -1, 0):
-            raise ValueError("only the latest fast weights are kept while track_higher_grads is off")
+            raise ValueError(f"time={time}: only the latest fast weights are kept while track_higher_grads is off; leave time out")
+        if time is not None and not -len(versions) <= time < len(versions):
+            raise IndexError(f"time={time}: there were {len(versions) - 1} updates of the fast weights; give a time from 0 to that")
         return iter(versions[-1 if time is None else time])
 
     @property
     def init_fast_params(self) -> list[Tensor]:
         """The fast weights of the beginning."""
-        if not self.track_higher_grads or self._fast.versions is None:
-            raise ValueError("the initial fast weights are kept while track_higher_grads is on only")
-        return self._fast.versions[0]
+        if not self.track_higher_grads:
+            raise ValueError("init_fast_params are kept only while track_higher_grads is on")
+        if self._held.versions is None:
+            raise ValueError("the patched module does not hold fast weights of its own; call update_params first")
+        return self._held.versions[0]
+
+    @property
+    def _held(self) -> FastWeights:
+        if self._fast is None:
+            raise ValueError("a slice of a patched module has no fast weights of its own; use the patched module")
+        return self._fast
 
     @property
     def fast_params(self) -> list[Tensor] | None:
         """The latest fast weights. Assigning a list of tensors makes them the latest."""
-        return self._fast.latest
+        return self._held.latest
 
     @fast_params.setter
     def fast_params(self, value: Iterable[Tensor]) -> None:
-        self._fast.put(value)
-        self._fast.show()
+        self._held.put(value)
+        self._held.show()
 
     def update_params(self, params: Iterable[Tensor]) -> None:
         """Makes `params` the latest fast weights."""
@@ -172,13 +255,13 @@ class FunctionalModule(Patched):
     @property
     def track_higher_grads(self) -> bool:
         """Whether earlier fast weights are kept, so that gradients can reach them."""
-        return self._fast.track
+        return self._held.track
 
     @track_higher_grads.setter
     def track_higher_grads(self, value: bool) -> None:
         if not isinstance(value, bool):
-            raise ValueError(f"track_higher_grads must be a bool, got {type(value).__name__}")
-        self._fast.track = value
+            raise ValueError(f"track_higher_grads must be a bool, got {type(value).__name__}; give True or False")
+        self._held.track = value
 
 
 def make_functional(module: nn.Module, encapsulator: Callable[[Any, nn.Module], None] | None = None) -> Any:
@@ -188,20 +271,87 @@ def make_functional(module: nn.Module, encapsulator: Callable[[Any, nn.Module], 
       module: left as it is; its tensors are shared until an update replaces them.
       encapsulator: called with the handle and the module before the handle is returned.
     Raises:
-      ValueError: the module is a handle already.
+      TypeError: it is no `nn.Module`, or a part of it is a script.
+      ValueError: it is a handle already, its gradients are reduced by a static graph, or a part's own `forward` holds on to the module.
     """
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"module must be a torch.nn.Module, got {torch.typename(module)}")
     if any(isinstance(part, Patched) for part in module.modules()):
         raise ValueError("the module, or a part of it, is patched already; patch the original")
+    _check_parts(list(module.modules()))
     handle = shadow(module)
     fast = FastWeights(module, handle)
-    for part in fast.modules:
+    for number, part in enumerate(list(handle.modules())):
+        # What torch.compile made runs the original, and its gradients have no derivative in AOTAutograd.
+        vars(part)["_compiled_call_impl"] = None
+        if _is_compiled(part):
+            vars(part)["forward"] = types.MethodType(_uncompiled, part)
+        if isinstance(part, DistributedDataParallel):
+            _keep_to_itself(part)
         base = FunctionalModule if part is handle else Patched
-        kind = type(part)
-        vars(part)["_fast"] = fast
+        kind: Any = type(part)
+        vars(part).update(_fast=fast, _number=number)
         part.__class__ = type(f"Functional{kind.__name__}", (base, kind), {"__module__": kind.__module__})
     if encapsulator is not None:
         encapsulator(handle, module)
     return handle
+
+
+def _check_parts(parts: list[nn.Module]) -> None:
+    """Raises for parts that would go on with the original's weights."""
+    known = {id(part) for part in parts}
+    for part in parts:
+        if isinstance(part, torch.jit.ScriptModule):
+            raise TypeError(
+                f"a script ({torch.typename(part)}) cannot run on other weights than its own; patch the module it was made from"
+            )
+        for held in () if _is_compiled(part) else _held_by(vars(part).get("forward")):
+            if id(held) in known:
+                raise ValueError(
+                    f"forward of a {type(part).__name__} was replaced by a function that holds on to a {type(held).__name__}, and would "
+                    "run on its weights; make it a method, types.MethodType(function, module), that finds everything in self"
+                )
+
+
+def _held_by(function: Any) -> list[Any]:
+    """What a function has enclosed, a partial one its arguments too; for bound methods what they are bound to."""
+    cells = getattr(function, "__closure__", None) or ()
+    found = [cell.cell_contents for cell in cells if cell != types.CellType()]  # an empty one raises
+    if isinstance(function, functools.partial):
+        found += [function.func, *function.args, *function.keywords.values()]
+    return [getattr(held, "__self__", held) for held in found]
+
+
+def _is_compiled(part: nn.Module) -> bool:
+    """Whether `torch.compile` made the module; Dynamo, which takes seconds to import, stays away where it is not used."""
+    return type(part).__module__.startswith("torch._dynamo") and "_orig_mod" in part._modules
+
+
+def _uncompiled(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    module: Any = self._modules["_orig_mod"]
+    return module(*args, **kwargs)
+
+
+def _keep_to_itself(part: DistributedDataParallel) -> None:
+    """Lets forward passes and inner steps send nothing to other processes, so that each process may take as many as it likes.
+
+    The hooks that reduce gradients are on the module's own parameters: `backward()` runs them when it gets there.
+    """
+    if part.static_graph:
+        raise ValueError(
+            "DistributedDataParallel(static_graph=True) reduces gradients after the first backward pass, which is that of an inner step; "
+            "wrap the model with static_graph=False"
+        )
+    part.broadcast_buffers = False
+    part.register_forward_hook(_outlive)
+
+
+def _outlive(module: nn.Module, args: Any, output: Any) -> None:
+    """Keeps a twin while the graph of its output lives: with `find_unused_parameters` the way back asks for it by a weak reference."""
+    del args
+    for leaf in tree.leaves(output):
+        if isinstance(leaf, Tensor) and leaf.grad_fn is not None:
+            leaf.grad_fn.register_prehook(lambda grads, module=module: None)
 
 
 def buffer_sync(module: nn.Module, fmodule: nn.Module, device: torch.device | None = None) -> None:
@@ -246,6 +396,10 @@ def monkeypatch(
         buffer_sync(original, handle, device)
         if copy_initial_weights:
             handle.update_params(get_func_params(original, device))
+            for part in handle.modules():
+                if isinstance(part, DistributedDataParallel):
+                    # No gradient comes to the module's own parameters; their hooks must not wait for one from this forward pass.
+                    part.require_backward_grad_sync = False
         else:
             handle.update_params([p.clone() if device is None else p.clone().to(device) for p in original.parameters()])
 
