@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeAlias
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 Tensors: TypeAlias = Mapping[str, Tensor]
@@ -141,6 +142,17 @@ def evaluate(loop: Loop, params: Tensors, buffers: Tensors, batch: Sequence[Any]
     return loop.loss(output, *batch[1:]), buffers
 
 
+class WeightNorm(TorchFunctionMode):
+    """`g * v / |v|`, the norm over all axes but one, in place of `torch._weight_norm`."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch._weight_norm:  # pyright: ignore[reportPrivateImportUsage]
+            return func(*args, **(kwargs or {}))
+        v, g, dim = args
+        axes = [axis for axis in range(v.dim()) if axis != dim % v.dim()] if dim != -1 else list(range(v.dim()))
+        return g * v / v.square().sum(axes, keepdim=True).sqrt()
+
+
 def call(model: nn.Module, params: Tensors, buffers: Tensors, inputs: Any) -> tuple[Any, dict[str, Tensor]]:
     """The model's output under these parameters and buffers, and the buffers afterwards."""
     values = {**params, **{name: value.clone() for name, value in buffers.items()}}
@@ -149,6 +161,7 @@ def call(model: nn.Module, params: Tensors, buffers: Tensors, inputs: Any) -> tu
         for name, tensor in (*part.named_parameters(path, recurse=False), *part.named_buffers(path, recurse=False)):
             values[name] = values[first.setdefault(id(tensor), name)]  # a tied tensor goes by its first name
     args, kwargs = ((), inputs) if isinstance(inputs, dict) else (inputs if isinstance(inputs, tuple) else (inputs,), {})
-    with sdpa_kernel(SDPBackend.MATH):  # the only attention kernel with a second derivative
+    # The only attention kernel with a second derivative; and PyTorch's weight norm, whose second derivative is wrong.
+    with sdpa_kernel(SDPBackend.MATH), WeightNorm():
         output = torch.func.functional_call(model, values, args, kwargs, tie_weights=False)
     return output, {name: values[name] for name in buffers}

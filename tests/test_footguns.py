@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.utils import parametrizations
 
 import adaptrt
-from adaptrt import FirstOrder, Replay, Unrolled, compile_unroll, optim
+from adaptrt import FirstOrder, Replay, Unrolled, compile_unroll, higher, optim
 from adaptrt.errors import NotDifferentiable, NotTraceable, UnsupportedParameter, UnsupportedRandomness
 from adaptrt.graph.capture import capture
 from adaptrt.graph.ir import Graph
@@ -831,3 +832,35 @@ def test_inductor_keeps_the_memory_layout_of_weights() -> None:
     batch = torch.randn(4, 1, 6, 6), torch.tensor([0, 1, 2, 0])
     adapted = compile_unroll(model, optim.sgd(lr=LR), 1, adjoint=FirstOrder(), backend="inductor").adapt(batch)
     assert {name: p.stride() for name, p in adapted.params.items()} == {name: p.stride() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("wrap", [parametrizations.weight_norm, nn.utils.weight_norm], ids=["parametrization", "hook"])
+@pytest.mark.parametrize("on_the_tape", [False, True], ids=["program", "tape"])
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*deprecated:FutureWarning")
+def test_weight_norm_has_the_right_second_derivative(wrap: Callable[..., nn.Module], on_the_tape: bool) -> None:
+    """PyTorch differentiates the gradient of `torch._weight_norm` as if the norms in it did not depend on `v`."""
+    torch.manual_seed(0)
+    model = nn.Sequential(wrap(nn.Linear(3, 4)), nn.Tanh(), wrap(nn.Linear(4, 2), dim=1)).double()
+    support, query = (tuple(torch.randn(5, size, dtype=torch.float64) for size in (3, 2)) for _ in range(2))
+    opt = torch.optim.SGD(model.parameters(), lr=0.3)
+    unroll = compile_unroll(model, opt, 2, loss=F.mse_loss, adjoint=Replay(), backend="eager")
+
+    def value() -> Tensor:
+        if not on_the_tape:
+            return unroll(support, query)
+        with higher.innerloop_ctx(model, opt, copy_initial_weights=False) as (fmodel, diffopt):
+            for _ in range(2):
+                diffopt.step(F.mse_loss(fmodel(support[0]), support[1]))
+            return F.mse_loss(fmodel(query[0]), query[1])
+
+    params = list(model.parameters())
+    grads = torch.autograd.grad(value(), params)
+    directions = [torch.randn_like(p) for p in params]
+    values: list[float] = []
+    for step in (1e-5, -2e-5):
+        with torch.no_grad():
+            for p, direction in zip(params, directions, strict=True):
+                p.add_(direction, alpha=step)
+        values.append(float(value().detach()))
+    found = sum(float((grad * direction).sum()) for grad, direction in zip(grads, directions, strict=True))
+    assert found == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-6)

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
 
+from tests import naive
 from tests.higher_cases import assert_same, batch, make, ours, over_both, quietly, theirs
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -68,7 +69,8 @@ def by_hand(net: nn.Module, use: Callable[[Any, Tensor], Tensor]) -> list[Tensor
     params = {name: p.clone() for name, p in start.items()}
 
     def loss() -> Tensor:
-        return F.mse_loss(torch.func.functional_call(whole, params, (X,)), Y)
+        with naive.WeightNorm():
+            return F.mse_loss(torch.func.functional_call(whole, params, (X,)), Y)
 
     for _ in range(STEPS):
         grads = torch.autograd.grad(loss(), list(params.values()), create_graph=True, materialize_grads=True)

@@ -1,14 +1,16 @@
-"""The README's code runs as it stands, block after block, as a reader would paste it."""
+"""The code of the README and of docs/higher.md runs as it stands, block after block, as a reader would paste it."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 README = Path(__file__).parents[1] / "README.md"
+HIGHER = README.parent / "docs" / "higher.md"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -23,14 +25,25 @@ def test_blocks_are_found() -> None:
 
 @pytest.mark.slow
 def test_readme_runs(capsys: pytest.CaptureFixture[str]) -> None:
-    blocks = python_blocks(README.read_text())
+    run_blocks(README)
+    assert "adjoint" in capsys.readouterr().out
+
+
+def test_migration_page_runs() -> None:
+    names = run_blocks(HIGHER)
+    assert isinstance(names["diffopt"], names["DifferentiableSignDescent"])
+
+
+def run_blocks(page: Path) -> dict[str, Any]:
+    """The names that the page's blocks define."""
+    blocks = python_blocks(page.read_text())
     assert len(blocks) >= 2
-    namespace: dict[str, object] = {"__name__": "readme"}
+    namespace: dict[str, Any] = {"__name__": "readme"}
     with torch.random.fork_rng(devices=[]):
         for line, source in blocks:
-            # The line numbers of a traceback are those of the README.
-            exec(compile("\n" * line + source, str(README), "exec"), namespace)
-    assert "adjoint" in capsys.readouterr().out
+            # The line numbers of a traceback are those of the page.
+            exec(compile("\n" * line + source, str(page), "exec"), namespace)
+    return namespace
 
 
 def test_links_lead_somewhere() -> None:

@@ -26,6 +26,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.weight_norm import WeightNorm
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptrt import tree
@@ -39,6 +42,7 @@ from adaptrt.graph.passes.standard import STANDARD
 from adaptrt.tree import Spec, Tree
 
 aten = torch.ops.aten
+_WEIGHT_NORM: Any = torch._weight_norm  # pyright: ignore[reportPrivateImportUsage]
 _PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.mv.default, aten.dot.default}
 
 
@@ -128,9 +132,32 @@ def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[None]:
         # The transformer layer's inference kernel ignores dropout and has no gradient.
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
+        stack.enter_context(WeightNormByFormula())
         stack.enter_context(mode)
         stack.enter_context(_use_lazy_graph_module(True))
         yield
+
+
+class WeightNormByFormula(TorchFunctionMode):
+    """Computes `torch._weight_norm`, behind both of PyTorch's weight norms, by its formula.
+
+    The operation's gradient takes the norms as constants of `v`, so that its derivative is wrong (2.11 to 2.15).
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        del types
+        return (_weight_norm if func is _WEIGHT_NORM else func)(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
+
+
+def has_weight_norm(model: torch.nn.Module) -> bool:
+    """Whether a module's weight is computed by `torch._weight_norm`."""
+    parts: list[Any] = list(model.modules())
+    hooks: list[Any] = [hook for part in parts for hook in part._forward_pre_hooks.values()]
+    return any(isinstance(held, _WeightNorm | WeightNorm) for held in (*parts, *hooks))
 
 
 def _outputs(module: fx.GraphModule) -> Sequence[fx.Node]:

@@ -20,6 +20,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adaptrt import tree
 from adaptrt.functional import shadow
+from adaptrt.graph.capture import WeightNormByFormula, has_weight_norm
 from adaptrt.higher.utils import copied, get_func_params
 
 _OWN = frozenset({"_parameters", "_modules", "_fast", "_number", "forward"})
@@ -40,6 +42,7 @@ class FastWeights:
     def __init__(self, model: nn.Module, handle: nn.Module) -> None:
         self.versions: list[list[Tensor]] | None = None
         self.track = True
+        self.calling: Callable[[], AbstractContextManager[Any]] = WeightNormByFormula if has_weight_norm(model) else nullcontext
         index = {id(p): i for i, p in enumerate(model.parameters())}
         self.num_params = len(index)
         # Weakly: the handle has these weights, and what holds them goes with it rather than at the next garbage collection.
@@ -159,7 +162,8 @@ class Patched(nn.Module):
             fast.put(params)
             fast.show()
         try:
-            return run(fast.twin_of(self))
+            with fast.calling():
+                return run(fast.twin_of(self))
         finally:
             fast.take_over()
 

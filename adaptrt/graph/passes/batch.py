@@ -34,8 +34,6 @@ _WITHOUT_BATCHING_RULE = (
     aten._native_batch_norm_legit,
     aten._native_batch_norm_legit_no_training,
     aten.native_batch_norm_backward,
-    aten._weight_norm_interface,
-    aten._weight_norm_interface_backward,
     aten.fill,
 )
 
