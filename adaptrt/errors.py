@@ -55,8 +55,8 @@ class OptimizerMismatch(InvalidArgument):
     """The optimiser holds parameters or state that do not belong to the model."""
 
 
-class UnsupportedOptimizer(InvalidType):
-    """The optimiser is of a class, or uses a feature, that has no pure counterpart here."""
+class UnsupportedOptimizer(InvalidType, ValueError):
+    """The optimiser is of a class, or uses a feature, that has no pure counterpart here. Also a ValueError, which `higher` raises."""
 
 
 class NotTraceable(AdaptrtError, RuntimeError):

@@ -59,6 +59,7 @@ class DifferentiableOptimizer(abc.ABC):
     ) -> None:
         del kwargs
         index = {id(p): i for i, p in enumerate(reference_params)}
+        self._num_params = len(index)
         self.param_groups: list[dict[str, Any]] = []
         self.state: list[dict[int, dict[str, Any]]] = []
         self._members: list[list[int]] = []
@@ -112,6 +113,10 @@ class DifferentiableOptimizer(abc.ABC):
         if params is None:
             raise ValueError("step needs params: the optimiser has no patched module that holds fast weights")
         weights = list(params)
+        if len(weights) < self._num_params:
+            raise IndexError(f"params has {len(weights)} tensors: give one for each of the {self._num_params} reference parameters")
+        if not isinstance(loss, Tensor):
+            raise TypeError(f"loss must be a tensor, got a {type(loss).__name__}")
         grads = self._gradients(loss, weights, grad_scaler)
         if grad_scaler is not None and not all(grad.isfinite().all() for grad in grads if grad is not None):
             if self._fmodel is not None:
@@ -120,6 +125,10 @@ class DifferentiableOptimizer(abc.ABC):
         callback = grad_callback or self._grad_callback
         if callback is not None:
             grads = callback(grads)
+            if not isinstance(grads, Sequence):
+                raise TypeError(f"grad_callback must return the gradients, as many as it is given; got a {type(grads).__name__}")
+            if len(grads) < len(weights):
+                raise IndexError(f"grad_callback must return as many gradients as it is given, {len(weights)}; got {len(grads)}")
         for group, members in zip(self.param_groups, self._members, strict=True):
             group["params"] = [weights[i] for i in members]
         with torch.set_grad_enabled(self._track_higher_grads and torch.is_grad_enabled()):
@@ -155,10 +164,11 @@ class DifferentiableOptimizer(abc.ABC):
         return entry
 
     def _gradients(self, loss: Tensor, weights: list[Tensor], scaler: torch.amp.GradScaler | None) -> Grads:
-        wanted = [p for p in weights if p.requires_grad]
+        # Something in any case: a loss that requires no grad is an error also where all weights are frozen.
+        wanted = [p for p in weights if p.requires_grad] or [torch.zeros((), requires_grad=True)]
         on_tape = self._track_higher_grads and not self._first_order
         keep = on_tape or self._track_higher_grads
-        found = torch.autograd.grad(loss, wanted, create_graph=on_tape, retain_graph=keep, allow_unused=True) if wanted else ()
+        found = torch.autograd.grad(loss, wanted, create_graph=on_tape, retain_graph=keep, allow_unused=True)
         if scaler is not None:
             scale = scaler.get_scale()
             found = tuple([grad if grad is None else grad / scale for grad in found])
@@ -167,13 +177,9 @@ class DifferentiableOptimizer(abc.ABC):
 
     def _override(self, override: Override | None) -> None:
         for key, values in (override or {}).items():
-            if len(values) not in (1, len(self.param_groups)):
-                raise ValueError(
-                    f"override of '{key}' has {len(values)} values: give one, or one for each of {len(self.param_groups)} groups"
-                )
             self._overridden.add(key)
-            for i, group in enumerate(self.param_groups):
-                group[key] = values[0 if len(values) == 1 else i]
+            for group, value in zip(self.param_groups, _by_group(key, values, len(self.param_groups)), strict=True):
+                group[key] = value
 
     def _follow(self) -> None:
         """Takes over what has changed in the groups of the original since the last step, as schedulers change it."""
@@ -183,6 +189,15 @@ class DifferentiableOptimizer(abc.ABC):
                 if key not in self._overridden and value is not self._seen[i].get(key):
                     group[key] = value
             self._seen[i] = now
+
+
+def _by_group(key: str, values: Any, num_groups: int) -> list[Any]:
+    """A value for each group from an entry of an override."""
+    if not isinstance(values, Sequence):
+        raise TypeError(f"override of '{key}' must be a list of one value for all groups or one for each, got a {type(values).__name__}")
+    if len(values) not in (1, num_groups):
+        raise ValueError(f"override of '{key}' has {len(values)} values: give one, or one for each of {num_groups} groups")
+    return list(values) * (num_groups if len(values) == 1 else 1)
 
 
 def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,19 +237,17 @@ class _OfFamily(DifferentiableOptimizer):
         del kwargs
         for i, (group, states, grads) in enumerate(zip(self.param_groups, self.state, grouped_grads, strict=True)):
             weights = group["params"]
-            present = {str(j): grad for j, grad in enumerate(grads) if grad is not None}
-            if not present:
-                continue
             _, optimizer, state = self._optimizer(i, weights)
-            params = {name: weights[int(name)] for name in present}
-            before = optimizer.init({name: p for name, p in params.items() if not states.get(int(name))})
-            for name in present:
-                entry = states.get(int(name))
-                before[name] = state(*[entry.get(key, ()) for key in state._fields]) if entry else _counting(before[name])
-            after, new = optimizer.update(present, before, params, optimizer.hyper)
-            for name in present:
-                weights[int(name)] = after[name]
-                states[int(name)] = _entry(new[name], states.get(int(name), {}).get("step", 0) + 1)
+            # One by one, so that a weight's old state is free before the next one's is made.
+            for j, grad in enumerate(grads):
+                if grad is None:
+                    continue
+                name, entry = str(j), states.get(j)
+                params = {name: weights[j]}
+                before = state(*[entry.get(key, ()) for key in state._fields]) if entry else _counting(optimizer.init(params)[name])
+                after, new = optimizer.update({name: grad}, {name: before}, params, optimizer.hyper)
+                weights[j] = after[name]
+                states[j] = _entry(new[name], entry.get("step", 0) + 1 if entry else 1)
 
     def _optimizer(self, i: int, weights: Sequence[Tensor]) -> _Built:
         """The pure optimiser of a group, made anew when one of its settings is another object."""
@@ -452,6 +465,8 @@ def create_diff_optim(
 
 
 def _version_of(kind: type[torch.optim.Optimizer]) -> type[DifferentiableOptimizer]:
+    if not isinstance(kind, type):
+        raise UnsupportedOptimizer(f"opt_type must be a class, got an instance of {type(kind).__name__}; use get_diff_optim for that")
     if kind not in _registered:
         known = ", ".join(known.__name__ for known in _registered)
         raise UnsupportedOptimizer(f"{kind.__name__} has no differentiable version; there are those of {known}. Add one by register_optim.")
@@ -483,26 +498,22 @@ def apply_trainable_opt_params(opt: torch.optim.Optimizer, override: Override) -
       ValueError: a list of a wrong length, or a number for a nest of them.
     """
     for key, values in override.items():
-        if len(values) not in (1, len(opt.param_groups)):
-            raise ValueError(f"override of '{key}' has {len(values)} values: give one, or one for each of {len(opt.param_groups)} groups")
-        for i, group in enumerate(opt.param_groups):
-            group[key] = _written(values[0 if len(values) == 1 else i], group[key])
+        for group, value in zip(opt.param_groups, _by_group(key, values, len(opt.param_groups)), strict=True):
+            group[key] = _written(key, value, group[key])
 
 
-def _written(value: Any, target: Any) -> Any:
+def _written(key: str, value: Any, target: Any) -> Any:
     if isinstance(target, Tensor):
         return torch.as_tensor(value).detach().to(target).clone()
     if isinstance(target, Mapping):
-        return {key: _written(value[key], entry) for key, entry in target.items()}
+        return {name: _written(key, value[name], entry) for name, entry in target.items()}
     if isinstance(target, list | tuple):
         if not isinstance(value, list | tuple) or len(value) != len(target):
-            raise ValueError(f"expected {len(target)} numbers in place of {target}, got {value}")
-        return type(target)([_written(new, old) for new, old in zip(value, target, strict=True)])
-    if isinstance(value, Tensor):
-        return type(target)(value.item())
-    if isinstance(value, list | tuple | Mapping):
-        raise ValueError(f"expected a number in place of {target}, got {value}")
-    return type(target)(value)
+            raise ValueError(f"override of '{key}': expected {len(target)} numbers in place of {target}, got {value}")
+        return type(target)([_written(key, new, old) for new, old in zip(value, target, strict=True)])
+    if isinstance(value, list | tuple | Mapping) or (isinstance(value, Tensor) and value.numel() != 1):
+        raise ValueError(f"override of '{key}': expected a number in place of {target}, got {value}")
+    return type(target)(value.item() if isinstance(value, Tensor) else value)
 
 
 def _get_mask_closure(mask: Tensor) -> Callable[[Tensor], Tensor]:

@@ -66,7 +66,8 @@ def adadelta(
     def update(p: Tensor, g: Tensor, state: AdadeltaState, h: Numbers) -> tuple[Tensor, AdadeltaState]:
         eps = fit(h["eps"], p)
         v = average(state.square_avg, g * g, h["rho"])
-        d = safe_sqrt(state.acc_delta + eps) / safe_sqrt(v + eps) * g
+        root = torch.sqrt if isinstance(eps, float) and eps > 0 else safe_sqrt  # of nothing that is zero
+        d = root(state.acc_delta + eps) / root(v + eps) * g
         return plus(p, -h["lr"], d), AdadeltaState(v, average(state.acc_delta, d * d, h["rho"]))
 
     return per_parameter(hyper, init, update, maximize, weight_decay=weight_decay)

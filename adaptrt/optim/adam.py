@@ -113,8 +113,7 @@ def _adam(
         t = double(step)
         # Root and eps are both times the root's correction, which makes it a factor of the rate.
         correction = sqrt(1 - beta2**t)
-        root = safe_sqrt(largest if isinstance(largest, Tensor) else v)
-        d = m / (root + fit(double(h["eps"]) * correction, p))
+        d = m / (safe_sqrt(largest if isinstance(largest, Tensor) else v) + fit(double(h["eps"]) * correction, p))
         return plus(p, -lr * correction / (1 - beta1**t), d), AdamState(step, m, v, largest)
 
     return per_parameter(hyper, init, update, maximize, weight_decay=weight_decay, decoupled=decoupled)
