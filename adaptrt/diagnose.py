@@ -81,7 +81,9 @@ def updating() -> AbstractContextManager[None]:
     """
 
     def other(error: str) -> AdaptrtError:
-        return InvalidArgument(f"the optimiser's update fails: {error}\n  Try it on the model's parameters outside the unroll.")
+        return InvalidArgument(
+            f"the optimiser's update fails: {error}\n  Hyperparameters and counts are tensors here: write `p - lr * g`, not `alpha=lr`."
+        )
 
     return _tracing("the optimiser", "make the value a number when the optimiser is built", other)
 

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from adaptrt.errors import OptimizerMismatch
 from tests.higher_cases import CASES, MODELS, STEPS, assert_same, batch, loss_of, make, ours, over_both, quietly, theirs
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -317,3 +318,86 @@ def test_hooks_and_what_forward_leaves_behind() -> None:
     first: Any = fmodel[0]
     assert first.calls == 2 and first.seen is x and net[0].calls == 0
     torch.testing.assert_close(out, net(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "key", "values"),
+    [
+        (torch.optim.SGD, {"momentum": 0.9, "dampening": 0.5}, "momentum", (0.9, 0.9, 0.0, 0.0, 0.9)),
+        (torch.optim.SGD, {"momentum": 0.0, "dampening": 0.5}, "momentum", (0.0, 0.9, 0.9, 0.0, 0.9)),
+        (torch.optim.Adam, {"amsgrad": True}, "amsgrad", (True, True, False, False, True)),
+        (torch.optim.RMSprop, {"centered": True}, "centered", (True, False, False, True, True)),
+    ],
+)
+@pytest.mark.parametrize("by_override", [False, True], ids=["in the group", "by override"])
+def test_terms_are_turned_off_and_on(kind: Any, settings: dict[str, Any], key: str, values: tuple[Any, ...], by_override: bool) -> None:
+    """State of a term that is off waits, as with the real optimiser."""
+    net, real = make("mlp"), make("mlp")
+    opt, real_opt = kind(net.parameters(), lr=0.05, **settings), kind(real.parameters(), lr=0.05, **settings)
+    with ours.innerloop_ctx(net, opt) as (fmodel, diffopt):
+        for step, value in enumerate(values):
+            if not by_override:
+                opt.param_groups[0][key] = value
+            diffopt.step(loss_of(fmodel, step), override={key: [value]} if by_override else None)
+            real_opt.param_groups[0][key] = value
+            real_opt.zero_grad()
+            loss_of(real, step).backward()
+            real_opt.step()
+        assert_same([p.detach() for p in fmodel.parameters()], [p.detach() for p in real.parameters()], 1e-12)
+    opt = torch.optim.Adam(net.parameters())
+    with ours.innerloop_ctx(net, opt) as (fmodel, diffopt):
+        diffopt.step(loss_of(fmodel, 0))
+        with pytest.raises(OptimizerMismatch, match="no 'max_exp_avg_sq'"):
+            diffopt.step(loss_of(fmodel, 1), override={"amsgrad": [True]})
+
+
+def test_numbers_in_a_list_may_be_replaced_in_place() -> None:
+    def run(package: Any, betas: Any) -> list[Tensor]:
+        net = make("mlp")
+        with package.innerloop_ctx(net, torch.optim.Adam(net.parameters(), lr=0.1, eps=1e-30)) as (fmodel, diffopt):
+            diffopt.param_groups[0]["betas"] = betas
+            diffopt.step(loss_of(fmodel, 0))
+            betas[0] = 0.1
+            diffopt.step(loss_of(fmodel, 1))
+            return [p.detach() for p in fmodel.parameters()]
+
+    assert_same(run(ours, [0.9, 0.99]), quietly(lambda: run(theirs, [0.9, 0.99])))
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.RMSprop, torch.optim.Adadelta, torch.optim.NAdam, torch.optim.Adamax])
+def test_gradients_may_be_of_a_wider_type(kind: Any) -> None:
+    net = make("mlp").float()
+    x, y = (value.float() for value in batch(1))
+    found: list[list[Tensor]] = []
+    for callback in (lambda grads: [g.double() for g in grads], None):
+        with ours.innerloop_ctx(net, kind(net.parameters(), lr=0.01)) as (fmodel, diffopt):
+            diffopt.step(F.mse_loss(fmodel(x), y), grad_callback=callback)
+            found.append([p.detach() for p in fmodel.parameters()])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, check_dtype=False)
+
+
+class Differentiating(ours.optim.DifferentiableOptimizer):
+    """Its step needs a derivative of its own."""
+
+    def _update(self, grouped_grads: Any, **kwargs: Any) -> None:
+        for i, (group, grads) in enumerate(zip(self.param_groups, grouped_grads, strict=True)):
+            for j, (p, g) in enumerate(zip(group["params"], grads, strict=True)):
+                curve = torch.autograd.grad((g * p.sin()).sum(), p)[0]
+                self.state[i][j]["curve"] = curve + 0 * p
+                group["params"][j] = p - group["lr"] * curve
+
+
+class Curved(torch.optim.SGD): ...
+
+
+def test_an_update_may_differentiate_without_tracking(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ours.optim._registered, Curved, Differentiating)
+    net = make("mlp")
+    with ours.innerloop_ctx(net, Curved(net.parameters(), lr=0.1), track_higher_grads=False) as (fmodel, diffopt):
+        before = [p.detach() for p in fmodel.parameters()]
+        diffopt.step(loss_of(fmodel, 0))
+        assert all(not torch.equal(a, b) for a, b in zip(before, fmodel.parameters(), strict=True))
+        assert all(
+            p.is_leaf and not entry["curve"].requires_grad for p, entry in zip(fmodel.parameters(), diffopt.state[0].values(), strict=True)
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from adaptrt import Adjoint, Replay, Unrolled, compile_unroll, higher
 from adaptrt.errors import DataDependentControlFlow, NotTraceable, OptimizerMismatch, UnsupportedOptimizer
 from adaptrt.higher.optim import DifferentiableOptimizer, DifferentiableSGD
-from adaptrt.optim import source
+from adaptrt.optim import families, source
 
 K = 4
 
@@ -99,7 +99,7 @@ over_kinds = pytest.mark.parametrize("kind", SETTINGS, ids=lambda kind: kind.__n
 
 @pytest.fixture(autouse=True, scope="module")
 def _registered() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
-    tape, programs = dict(higher.optim._registered), dict(source._registered)
+    tape, programs, aliases = dict(higher.optim._registered), dict(source._registered), dict(families.ALIASES)
     for kind, version in VERSIONS.items():
         higher.register_optim(kind, version)
     yield
@@ -107,6 +107,8 @@ def _registered() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
     higher.optim._registered.update(tape)
     source._registered.clear()
     source._registered.update(programs)
+    families.ALIASES.clear()
+    families.ALIASES.update(aliases)
 
 
 def make_net() -> nn.Sequential:
@@ -288,3 +290,250 @@ def test_a_class_registered_with_a_version_of_ours() -> None:
     higher.register_optim(OurSGD, DifferentiableSGD)
     unroll = compile_unroll(net, opt, K, loss=F.mse_loss, backend="eager")
     assert_near(meta_gradients(unroll(support, query), net), meta_gradients(on_the_tape(net, opt, support, query)[0], net))
+
+
+# --- what an `_update` may do, and what is refused
+
+
+class Odd(Own): ...
+
+
+Update = Callable[[Any, Any, int, int, Tensor, Tensor, Any], Tensor]
+"""(version, group, its index, the parameter's index, parameter, gradient, state) -> new parameter."""
+
+
+def decays_in_place(self: Any, group: Any, i: int, j: int, p: Tensor, g: Tensor, state: Any) -> Tensor:
+    g.add_(0.3 * p)
+    state["past"] = 0.5 * state["past"] + g if state else g * 1.0
+    return p - group["lr"] * state["past"]
+
+
+def keeps_the_gradient(self: Any, group: Any, i: int, j: int, p: Tensor, g: Tensor, state: Any) -> Tensor:
+    state["past"] = state.get("past", 0.0 * g)
+    state["past"].add_(g)
+    return p - group["lr"] * state["past"]
+
+
+def asks_for_the_type(self: Any, group: Any, i: int, j: int, p: Tensor, g: Tensor, state: Any) -> Tensor:
+    return p - group["lr"] * g if isinstance(group["lr"], float) else p - 2 * group["lr"] * g
+
+
+def compares_settings(self: Any, group: Any, i: int, j: int, p: Tensor, g: Tensor, state: Any) -> Tensor:
+    return p - (group["lr"] if group["lr"] < group["other"] else group["other"]) * g
+
+
+def remembers_the_first_rate(self: Any, group: Any, i: int, j: int, p: Tensor, g: Tensor, state: Any) -> Tensor:
+    state.setdefault("first", group["lr"])
+    state["norm"] = 0.9 * state.get("norm", 0.0) + g.norm()
+    return p - state["first"] * g / (1 + state["norm"])
+
+
+def keeps_a_nest(self: Any, group: Any, i: int, j: int, p: Tensor, g: Tensor, state: Any) -> Tensor:
+    state["nest"] = [state["nest"][1] if state else 0 * g, {"g": g}["g"], None, "name", True]
+    return p - group["lr"] * (g + 0.5 * state["nest"][0])
+
+
+def writes_a_setting(self: Any, group: Any, i: int, j: int, p: Tensor, g: Tensor, state: Any) -> Tensor:
+    group["lr"] = group["lr"] * 0.5
+    return p - group["lr"] * g
+
+
+def writes_a_new_setting(self: Any, group: Any, i: int, j: int, p: Tensor, g: Tensor, state: Any) -> Tensor:
+    group["k"] = group.get("k", 0) + 1
+    return p - group["lr"] / group["k"] * g
+
+
+def writes_an_attribute(self: Any, group: Any, i: int, j: int, p: Tensor, g: Tensor, state: Any) -> Tensor:
+    self.t = getattr(self, "t", 0) + 1
+    return p - group["lr"] / self.t * g
+
+
+def grows_an_attribute(self: Any, group: Any, i: int, j: int, p: Tensor, g: Tensor, state: Any) -> Tensor:
+    self.past.append(1)
+    return p - group["lr"] / len(self.past) * g
+
+
+def keeps_shared_state(self: Any, group: Any, i: int, j: int, p: Tensor, g: Tensor, state: Any) -> Tensor:
+    shared = self.state[i]["shared"]
+    shared["t"] = shared.get("t", 0) + 1
+    return p - group["lr"] / shared["t"] * g
+
+
+def keeps_an_object(self: Any, group: Any, i: int, j: int, p: Tensor, g: Tensor, state: Any) -> Tensor:
+    state["held"] = object()
+    return p - group["lr"] * g
+
+
+def changes_its_dtype(self: Any, group: Any, i: int, j: int, p: Tensor, g: Tensor, state: Any) -> Tensor:
+    state["mask"] = state["mask"] * 0.5 if state else g > 0
+    return p - group["lr"] * g
+
+
+def draws(self: Any, group: Any, i: int, j: int, p: Tensor, g: Tensor, state: Any) -> Tensor:
+    return p - group["lr"] * g * torch.rand(())
+
+
+def made_with(update: Update) -> type[DifferentiableOptimizer]:
+    class Version(DifferentiableOptimizer):
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            self.past: list[int] = []
+
+        def _update(self, grouped_grads: Any, **kwargs: Any) -> None:
+            for i, (group, grads) in enumerate(zip(self.param_groups, grouped_grads, strict=True)):
+                for j, (p, g) in enumerate(zip(group["params"], grads, strict=True)):
+                    if g is not None:
+                        group["params"][j] = update(self, group, i, j, p, g, self.state[i][j])
+
+    return Version
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize(
+    "update", [decays_in_place, keeps_the_gradient, asks_for_the_type, compares_settings, remembers_the_first_rate, keeps_a_nest]
+)
+def test_update_may(update: Update, dtype: torch.dtype) -> None:
+    higher.register_optim(Odd, made_with(update))
+    net = make_net().to(dtype)
+    net.register_parameter("scale", nn.Parameter(torch.ones((), dtype=dtype)))  # no loss uses it
+    support, query = ([value.to(dtype) for value in batch(seed)] for seed in (1, 2))
+    opt = Odd(net.parameters(), lr=0.1, other=0.05)
+    unroll = compile_unroll(net, opt, K, loss=F.mse_loss, backend="eager")
+    for other in (0.05, 0.2):
+        opt.param_groups[0]["other"] = other
+        loss, wanted = unroll(support, query), on_the_tape(net, opt, support, query)[0]
+        grads = [torch.autograd.grad(value, list(net.parameters()), allow_unused=True, materialize_grads=True) for value in (loss, wanted)]
+        tolerance = 1e-10 if dtype == torch.float64 else 1e-5
+        for a, b in zip((loss, *grads[0]), (wanted, *grads[1]), strict=True):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("update", "says"),
+    [
+        (writes_a_setting, "writes to a setting"),
+        (writes_a_new_setting, "writes to a setting"),
+        (writes_an_attribute, r"writes to self\.t"),
+        (grows_an_attribute, r"writes to self\.past"),
+        (keeps_shared_state, "under 'shared'"),
+        (keeps_an_object, "keeps a object in the state"),
+        (changes_its_dtype, "dtypes"),
+        (draws, "random"),
+    ],
+)
+def test_update_may_not(update: Update, says: str) -> None:
+    """What the tape runs and a program would get wrong."""
+    higher.register_optim(Odd, made_with(update))
+    net = make_net()
+    on_the_tape(net, Odd(net.parameters()), batch(1), batch(2))
+    state = torch.get_rng_state()
+    with pytest.raises(NotTraceable, match=says):
+        compile_unroll(net, Odd(net.parameters()), K, loss=F.mse_loss, backend="eager")
+    assert torch.equal(state, torch.get_rng_state())
+
+
+def test_learned_settings_have_no_type_to_ask_for() -> None:
+    higher.register_optim(Odd, made_with(asks_for_the_type))
+    net = make_net()
+    with pytest.raises(NotTraceable, match="type of the setting 'lr'"):
+        compile_unroll(net, Odd(net.parameters(), lr=torch.tensor(0.1, requires_grad=True)), K, loss=F.mse_loss, backend="eager")
+
+
+class Doubled(DiffMomentumLike):
+    def step(self, loss: Tensor, *args: Any, **kwargs: Any) -> list[Tensor]:
+        return super().step(2 * loss, *args, **kwargs)
+
+
+class Called(DiffMomentumLike):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, grad_callback=lambda grads: [2 * g for g in grads], **kwargs)
+
+
+@pytest.mark.parametrize(("version", "says"), [(Doubled, "overrides step"), (Called, "sets a grad_callback")])
+def test_what_a_program_would_not_run_is_refused(version: type[DifferentiableOptimizer], says: str) -> None:
+    higher.register_optim(Odd, version)
+    net = make_net()
+    with pytest.raises(UnsupportedOptimizer, match=says):
+        compile_unroll(net, Odd(net.parameters(), **SETTINGS[MomentumLike]), K)
+
+
+class Scaled(DifferentiableOptimizer):
+    """What `__init__` reads is looked at, too."""
+
+    def __init__(self, other: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(other, *args, **kwargs)
+        self.rates = [group["lr"] * other.scale for group in self.param_groups]
+
+    def _update(self, grouped_grads: Any, **kwargs: Any) -> None:
+        for group, rate, grads in zip(self.param_groups, self.rates, grouped_grads, strict=True):
+            group["params"][:] = [p - rate * g for p, g in zip(group["params"], grads, strict=True)]
+
+
+def test_attributes_of_the_instance_are_read_as_they_stand() -> None:
+    higher.register_optim(Odd, Scaled)
+    net = make_net()
+    opt: Any = Odd(net.parameters(), lr=0.1)
+    opt.scale = 1.0
+    unroll = compile_unroll(net, opt, K, loss=F.mse_loss, backend="eager")
+    for lr, scale in ((0.1, 1.0), (0.2, 1.0), (0.2, 3.0)):
+        opt.param_groups[0]["lr"], opt.scale = lr, scale
+        assert_near([unroll(batch(1), batch(2)).detach()], [on_the_tape(net, opt, batch(1), batch(2))[0].detach()])
+
+
+class Clipped(DifferentiableSGD):
+    """A version of ours, with something before it."""
+
+    def _update(self, grouped_grads: Any, **kwargs: Any) -> None:
+        super()._update([[None if g is None else g.clamp(-0.1, 0.1) for g in grads] for grads in grouped_grads], **kwargs)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_a_version_of_ours_may_be_extended(momentum: float) -> None:
+    higher.register_optim(OurSGD, Clipped)
+    net = make_net()
+    opt = OurSGD(net.parameters(), lr=0.1, momentum=momentum, dampening=0.5)
+    unroll = compile_unroll(net, opt, K, loss=F.mse_loss, backend="eager")
+    for lr in (0.1, 0.3):
+        opt.param_groups[0]["lr"] = lr
+        wanted = on_the_tape(net, opt, batch(1), batch(2))[0]
+        assert_near(meta_gradients(unroll(batch(1), batch(2)), net), meta_gradients(wanted, net))
+    assert len(unroll.explain().programs) == 1
+
+
+class Half(nn.Module):
+    """Uses one of its two layers, or both."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.a, self.b = nn.Linear(3, 2).double(), nn.Linear(3, 2).double()
+        self.both = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.a(x) + self.b(x) if self.both else self.a(x)
+
+
+def test_a_parameter_may_begin_later() -> None:
+    """Going on from a result whose loss did not use it."""
+    net = Half()
+    opt = MomentumLike(net.parameters(), **SETTINGS[MomentumLike])
+    support = batch(1)
+    adapted = compile_unroll(net, opt, 2, loss=F.mse_loss, backend="eager").adapt(support)
+    with higher.innerloop_ctx(net, opt, copy_initial_weights=False) as (fmodel, diffopt):
+        for both in (False, False, True, True):
+            fmodel.both = both
+            diffopt.step(F.mse_loss(fmodel(support[0]), support[1]))
+        wanted = list(fmodel.parameters())
+    net.both = True
+    adapted = compile_unroll(net, opt, 2, loss=F.mse_loss, backend="eager").adapt(support, start=adapted)
+    assert_near([value.detach() for value in adapted.params.values()], [value.detach() for value in wanted])
+
+
+def test_registering_anew_replaces() -> None:
+    net = make_net()
+    opt = OurSGD(net.parameters(), lr=0.1)
+    found: list[Tensor] = []
+    for version in (DifferentiableSGD, Clipped, DifferentiableSGD):
+        higher.register_optim(OurSGD, version)
+        found.append(compile_unroll(net, opt, K, loss=F.mse_loss, backend="eager")(batch(1), batch(2)).detach())
+    assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])

@@ -16,6 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from adaptrt import optim, tree
 from adaptrt.errors import InvalidArgument, InvalidType, OptimizerMismatch, UnsupportedParameter
 from adaptrt.optim.base import Hyper, Optimizer, State, is_off, safe_sqrt
+from adaptrt.optim.convert import convert
 from tests.optimizers import (
     ADAFACTOR,
     ASGD,
@@ -830,3 +831,34 @@ def test_hyperparameters_that_have_no_value_for_each_element(family: Family) -> 
 def test_muon_takes_matrices_only(shape: tuple[int, ...]) -> None:
     with pytest.raises(UnsupportedParameter, match=r"muon is for matrices, got a parameter of shape .*partition"):
         optim.muon().init({"w": torch.zeros(shape)})
+
+
+def as_double(value: float) -> Tensor:
+    return torch.tensor(value, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.NAdam, torch.optim.RMSprop, torch.optim.Adadelta])
+@pytest.mark.parametrize("wrap", [float, as_double], ids=["floats", "tensors"])
+def test_squares_that_overflow_make_no_nan(kind: Any, wrap: Callable[[float], Any]) -> None:
+    """As in PyTorch: an infinite second moment, and a step of zero."""
+    w = torch.ones(2, requires_grad=True)
+    opt = kind([w], lr=0.1)
+    pure = convert(opt, {"w": w})
+    hyper = {key: wrap(value) for key, value in pure.hyper.items()}
+    params, state = {"w": w.detach().clone()}, pure.init({"w": w})
+    for _ in range(3):
+        w.grad = torch.tensor([1e25, 0.5])
+        opt.step()
+        params, state = pure.update({"w": torch.tensor([1e25, 0.5])}, state, params, hyper)
+    torch.testing.assert_close(params["w"], w.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("wrap", [float, as_double], ids=["floats", "tensors"])
+def test_eps_does_not_vanish_in_half_precision(wrap: Callable[[float], Any]) -> None:
+    w = torch.ones(3, dtype=torch.float16, requires_grad=True)
+    opt = torch.optim.Adam([w], lr=0.1, eps=1e-6)
+    pure = convert(opt, {"w": w})
+    w.grad = torch.tensor([1e-4, 1e-3, 0.0], dtype=torch.float16)
+    params, _ = pure.update({"w": w.grad}, pure.init({"w": w}), {"w": w.detach()}, {key: wrap(value) for key, value in pure.hyper.items()})
+    opt.step()
+    torch.testing.assert_close(params["w"], w.detach(), rtol=0.02, atol=0.02)

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor
 
 from adaptrt.errors import UnsupportedOptimizer
-from adaptrt.higher.registered import RegisteredSource
-from adaptrt.higher.utils import _recursive_map, copied, flatten
+from adaptrt.higher.registered import RegisteredSource, number_or_zero
+from adaptrt.higher.utils import _recursive_map, copied, flatten, settings_of
 from adaptrt.optim.base import Optimizer
 from adaptrt.optim.convert import of_entry
-from adaptrt.optim.families import FAMILIES, Group
+from adaptrt.optim.families import ALIASES, FAMILIES, Group
+from adaptrt.optim.sgd import SGDState
 from adaptrt.optim.source import register
 
 Grads = Sequence[Tensor | None]
@@ -76,7 +77,7 @@ class DifferentiableOptimizer(abc.ABC):
         self._kind = type(other)
         self._defaults = other.defaults
         self._followed = other.param_groups
-        self._seen = [_settings(group) for group in other.param_groups]
+        self._seen = [settings_of(group) for group in other.param_groups]
         self._overridden: set[str] = set()
         self._fmodel = fmodel
         self._grad_callback = grad_callback
@@ -117,6 +118,8 @@ class DifferentiableOptimizer(abc.ABC):
             raise IndexError(f"params has {len(weights)} tensors: give one for each of the {self._num_params} reference parameters")
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss must be a tensor, got a {type(loss).__name__}")
+        for group, members in zip(self.param_groups, self._members, strict=True):
+            group["params"] = [weights[i] for i in members]
         grads = self._gradients(loss, weights, grad_scaler)
         if grad_scaler is not None and not all(grad.isfinite().all() for grad in grads if grad is not None):
             if self._fmodel is not None:
@@ -129,13 +132,13 @@ class DifferentiableOptimizer(abc.ABC):
                 raise TypeError(f"grad_callback must return the gradients, as many as it is given; got a {type(grads).__name__}")
             if len(grads) < len(weights):
                 raise IndexError(f"grad_callback must return as many gradients as it is given, {len(weights)}; got {len(grads)}")
-        for group, members in zip(self.param_groups, self._members, strict=True):
-            group["params"] = [weights[i] for i in members]
-        with torch.set_grad_enabled(self._track_higher_grads and torch.is_grad_enabled()):
-            self._update([[grads[i] for i in members] for members in self._members])
+        self._update([[grads[i] for i in members] for members in self._members])
         for group, members in zip(self.param_groups, self._members, strict=True):
             for i, p in zip(members, group["params"], strict=True):
                 weights[i] = p if self._track_higher_grads else p.detach().requires_grad_(weights[i].requires_grad)
+        if not self._track_higher_grads:
+            for states in self.state:
+                states.update({i: _recursive_map(entry, _detached) for i, entry in states.items()})
         if self._fmodel is not None:
             self._fmodel.update_params(weights)
         return weights
@@ -167,8 +170,7 @@ class DifferentiableOptimizer(abc.ABC):
         # Something in any case: a loss that requires no grad is an error also where all weights are frozen.
         wanted = [p for p in weights if p.requires_grad] or [torch.zeros((), requires_grad=True)]
         on_tape = self._track_higher_grads and not self._first_order
-        keep = on_tape or self._track_higher_grads
-        found = torch.autograd.grad(loss, wanted, create_graph=on_tape, retain_graph=keep, allow_unused=True)
+        found = torch.autograd.grad(loss, wanted, create_graph=on_tape, retain_graph=self._track_higher_grads, allow_unused=True)
         if scaler is not None:
             scale = scaler.get_scale()
             found = tuple([grad if grad is None else grad / scale for grad in found])
@@ -184,7 +186,7 @@ class DifferentiableOptimizer(abc.ABC):
     def _follow(self) -> None:
         """Takes over what has changed in the groups of the original since the last step, as schedulers change it."""
         for i, (original, group) in enumerate(zip(self._followed, self.param_groups, strict=False)):
-            now = _settings(original)
+            now = settings_of(original)
             for key, value in now.items():
                 if key not in self._overridden and value is not self._seen[i].get(key):
                     group[key] = value
@@ -200,8 +202,8 @@ def _by_group(key: str, values: Any, num_groups: int) -> list[Any]:
     return list(values) * (num_groups if len(values) == 1 else 1)
 
 
-def _settings(group: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in group.items() if key != "params"}
+def _detached(value: Any) -> Any:
+    return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
 
 
 def _own(value: Any, device: torch.device | None) -> Any:
@@ -209,11 +211,12 @@ def _own(value: Any, device: torch.device | None) -> Any:
 
 
 class _Built(NamedTuple):
-    """A group's settings as they stood, the pure optimiser made of them, and the type of one weight's state."""
+    """A group's settings as they stood, the pure optimiser made of them, and by a weight's number of axes what its state is made of."""
 
     settings: dict[str, Any]
     optimizer: Optimizer
-    state: Any
+    fields: dict[int, tuple[Any, list[str | None]]]
+    """The state's type, and the names of its fields; None for one that is not in use."""
 
 
 class _OfFamily(DifferentiableOptimizer):
@@ -231,48 +234,41 @@ class _OfFamily(DifferentiableOptimizer):
                 fresh = self._optimizer(i, group["params"]).optimizer.init(held)
                 for name, zeros in fresh.items():
                     entry = states[int(name)]
-                    states[int(name)] = _entry(of_entry(entry, name, zeros), int(entry.get("step") or 0))
+                    states[int(name)] = _entry(of_entry(entry, name, zeros), entry.get("step") or 0)
+                    if "step" in states[int(name)]:  # counted in Python, which spares the tape all that follows from the count alone
+                        states[int(name)]["step"] = int(states[int(name)]["step"])
 
     def _update(self, grouped_grads: list[list[Tensor | None]], **kwargs: Any) -> None:
         del kwargs
-        for i, (group, states, grads) in enumerate(zip(self.param_groups, self.state, grouped_grads, strict=True)):
-            weights = group["params"]
-            _, optimizer, state = self._optimizer(i, weights)
-            # One by one, so that a weight's old state is free before the next one's is made.
-            for j, grad in enumerate(grads):
-                if grad is None:
-                    continue
-                name, entry = str(j), states.get(j)
-                params = {name: weights[j]}
-                before = state(*[entry.get(key, ()) for key in state._fields]) if entry else _counting(optimizer.init(params)[name])
-                after, new = optimizer.update({name: grad}, {name: before}, params, optimizer.hyper)
-                weights[j] = after[name]
-                states[j] = _entry(new[name], entry.get("step", 0) + 1 if entry else 1)
+        with torch.set_grad_enabled(self._track_higher_grads and torch.is_grad_enabled()):
+            for i, (group, states, grads) in enumerate(zip(self.param_groups, self.state, grouped_grads, strict=True)):
+                weights = group["params"]
+                built = self._optimizer(i, weights)
+                # One by one, so that a weight's old state is free before the next one's is made.
+                for j, grad in enumerate(grads):
+                    if grad is None:
+                        continue
+                    name, entry = str(j), states.get(j) or {}
+                    before = {name: _state(built, entry, name, weights[j])}
+                    after, new = built.optimizer.update({name: grad}, before, {name: weights[j]}, built.optimizer.hyper)
+                    weights[j] = after[name]
+                    states[j] = {**entry, **_entry(new[name], entry.get("step", 0) + 1)}
 
     def _optimizer(self, i: int, weights: Sequence[Tensor]) -> _Built:
         """The pure optimiser of a group, made anew when one of its settings is another object."""
-        settings = _settings(self.param_groups[i])
-        built = self._built[i]
-        if built is None or any(built.settings.get(key) is not value for key, value in settings.items()):
-            params = {str(j): p.detach() for j, p in enumerate(weights)}
-            readable = self._readable(settings, params)
-            optimizer = FAMILIES[self.kind].build(Group("", readable, list(params), self._defaults))
-            built = self._built[i] = _Built(settings, optimizer, type(optimizer.init({"": torch.empty(1, 1)})[""]))
-        return built
-
-    def _readable(self, settings: Mapping[str, Any], params: Mapping[str, Tensor]) -> dict[str, Any]:
-        """Settings with tensors as flags made bools, and tensors of several elements given to each parameter."""
         flags = FAMILIES[self.kind].flags
-
-        def spread(value: Any) -> Any:
-            if isinstance(value, Tensor) and value.numel() != 1:
-                return {name: value.expand_as(p) for name, p in params.items()}
-            return value
-
-        return {
-            key: bool(value) if key in flags and isinstance(value, Tensor) else _recursive_map(value, spread)
-            for key, value in settings.items()
+        settings = {
+            key: bool(value) if key in flags and isinstance(value, Tensor) else tuple(value) if isinstance(value, list) else value
+            for key, value in _recursive_map(settings_of(self.param_groups[i]), number_or_zero).items()
         }
+        built = self._built[i]
+        if built is None or not all(_is_same(built.settings.get(key), value) for key, value in settings.items()):
+            params = {str(j): p.detach() for j, p in enumerate(weights)}
+            group = Group(
+                "", {key: _recursive_map(value, _spread(params)) for key, value in settings.items()}, list(params), self._defaults
+            )
+            built = self._built[i] = _Built(settings, FAMILIES[self.kind].build(group), {})
+        return built
 
     def _entry_for(self, entry: dict[str, Any], group: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
         entry = dict(entry)
@@ -290,16 +286,46 @@ class _OfFamily(DifferentiableOptimizer):
         return entry
 
 
-def _counting(state: Any) -> Any:
-    """One weight's state with its steps counted in Python, which spares the tape all that follows from the count alone."""
-    step = getattr(state, "step", None)
-    return state._replace(step=int(step)) if isinstance(step, Tensor) else state
+def _is_same(a: Any, b: Any) -> bool:
+    """Whether two settings are the same objects."""
+    return a is b or (isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) and all(map(_is_same, a, b)))
 
 
-def _entry(state: Any, step: int) -> dict[str, Any]:
+def _spread(params: Mapping[str, Tensor]) -> Callable[[Any], Any]:
+    """Gives a tensor of several elements to each parameter."""
+
+    def spread(value: Any) -> Any:
+        if isinstance(value, Tensor) and value.numel() != 1:
+            return {name: value.expand_as(p) for name, p in params.items()}
+        return value
+
+    return spread
+
+
+def _state(built: _Built, entry: Mapping[str, Any], name: str, weight: Tensor) -> Any:
+    """One weight's state as the pure optimiser takes it. What belongs to a flag that is off now stays behind in `entry`."""
+    if not entry:
+        return _counting(built.optimizer.init({name: weight})[name])
+    if weight.dim() not in built.fields:
+        like = built.optimizer.init({"": torch.empty((1,) * weight.dim())})[""]
+        used = [None if isinstance(zero, tuple) else key for key, zero in zip(like._fields, like, strict=True)]
+        built.fields[weight.dim()] = type(like), used
+    kind, used = built.fields[weight.dim()]
+    if all(key is None or key in entry for key in used):
+        return kind(*[() if key is None else entry[key] for key in used])
+    zeros = _counting(built.optimizer.init({name: weight})[name])  # a flag was turned on
+    return zeros if kind is SGDState else of_entry(entry, name, zeros)
+
+
+def _counting(fresh: Any) -> Any:
+    """A state before the first step with its steps counted in Python."""
+    return fresh._replace(step=0) if isinstance(getattr(fresh, "step", None), Tensor) else fresh
+
+
+def _entry(state: Any, step: Any) -> dict[str, Any]:
     """One weight's state under the names of `torch.optim`, after so many steps."""
     counted = {} if hasattr(state, "step") else {"step": step}
-    return counted | {key: value for key, value in _counting(state)._asdict().items() if isinstance(value, Tensor | int)}
+    return counted | {key: value for key, value in state._asdict().items() if isinstance(value, Tensor | int)}
 
 
 class DifferentiableSGD(_OfFamily):
@@ -401,11 +427,13 @@ _registered: dict[type[torch.optim.Optimizer], type[DifferentiableOptimizer]] = 
 def register_optim(optim_type: type[torch.optim.Optimizer], diff_optim_type: type[DifferentiableOptimizer]) -> None:
     """Makes `diff_optim_type` the differentiable version of `optim_type`, on the tape and in `compile_unroll`."""
     _registered[optim_type] = diff_optim_type
-    if issubclass(diff_optim_type, _OfFamily) and diff_optim_type._update is _OfFamily._update:
-        FAMILIES[optim_type] = FAMILIES[diff_optim_type.kind]
-        register(optim_type, None)
-    else:
+    ALIASES.pop(optim_type, None)
+    register(optim_type, None)
+    kind = next((made.kind for made in _BUILT_IN if made is diff_optim_type), None)
+    if kind is None:
         register(optim_type, functools.partial(RegisteredSource, diff_optim_type))
+    elif kind is not optim_type:
+        ALIASES[optim_type] = kind
 
 
 def get_diff_optim(
@@ -483,7 +511,7 @@ def get_trainable_opt_params(opt: torch.optim.Optimizer, device: torch.device | 
         return (value if value.is_floating_point() else value.to(torch.get_default_dtype())).requires_grad_()
 
     for group in opt.param_groups:
-        for key, value in _settings(group).items():
+        for key, value in settings_of(group).items():
             leaves = flatten(value)
             numbers = bool(leaves) and all(isinstance(x, int | float | Tensor) and not isinstance(x, bool) for x in leaves)
             if numbers and (family is None or key in family.numbers):

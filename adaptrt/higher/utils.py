@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -41,10 +42,18 @@ def copied(value: Tensor, device: torch.device | None = None, safe_copy: bool = 
 
 def _recursive_map(target: Any, map_fn: Callable[[Any], Any]) -> Any:
     """The nest `target` with `map_fn` applied to each leaf."""
-    if isinstance(target, dict):
-        return type(target)({key: _recursive_map(value, map_fn) for key, value in target.items()})
-    if isinstance(target, tuple) and hasattr(target, "_fields"):
-        return type(target)(*(_recursive_map(value, map_fn) for value in target))
-    if isinstance(target, list | tuple | set):
-        return type(target)([_recursive_map(value, map_fn) for value in target])
+    kind = type(target)  # not isinstance: a leaf may answer for another class
+    if issubclass(kind, dict):
+        mapped = copy.copy(target)  # which keeps what a defaultdict makes
+        mapped.update({key: _recursive_map(value, map_fn) for key, value in target.items()})
+        return mapped
+    if issubclass(kind, tuple) and hasattr(kind, "_fields"):
+        return kind(*(_recursive_map(value, map_fn) for value in target))
+    if issubclass(kind, list | tuple | set):
+        return kind([_recursive_map(value, map_fn) for value in target])
     return map_fn(target)
+
+
+def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
+    """A parameter group without its parameters."""
+    return {key: value for key, value in group.items() if key != "params"}

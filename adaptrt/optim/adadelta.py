@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Domain, Optimizer, Value, average, checked, fit, plus, safe_sqrt
+from adaptrt.optim.base import Domain, Optimizer, Value, average_square, checked, fit, plus, safe_sqrt
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
@@ -65,9 +65,9 @@ def adadelta(
 
     def update(p: Tensor, g: Tensor, state: AdadeltaState, h: Numbers) -> tuple[Tensor, AdadeltaState]:
         eps = fit(h["eps"], p)
-        v = average(state.square_avg, g * g, h["rho"])
+        v = average_square(state.square_avg, g, h["rho"])
         root = torch.sqrt if isinstance(eps, float) and eps > 0 else safe_sqrt  # of nothing that is zero
         d = root(state.acc_delta + eps) / root(v + eps) * g
-        return plus(p, -h["lr"], d), AdadeltaState(v, average(state.acc_delta, d * d, h["rho"]))
+        return plus(p, -h["lr"], d), AdadeltaState(v, average_square(state.acc_delta, d, h["rho"]))
 
     return per_parameter(hyper, init, update, maximize, weight_decay=weight_decay)

@@ -7,7 +7,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Absent, Count, Optimizer, Value, average, check_flags, checked_moments, double, fit, plus, safe_sqrt, sqrt
+from adaptrt.optim.base import (
+    Absent,
+    Count,
+    Optimizer,
+    Value,
+    average,
+    average_square,
+    check_flags,
+    checked_moments,
+    double,
+    fit,
+    plus,
+    safe_sqrt,
+    sqrt,
+)
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
@@ -108,12 +122,11 @@ def _adam(
     def update(p: Tensor, g: Tensor, state: AdamState, h: Numbers) -> tuple[Tensor, AdamState]:
         lr, beta1, beta2 = double(h["lr"]), double(h["beta1"]), double(h["beta2"])
         step = state.step + 1
-        m, v = average(state.exp_avg, g, beta1), average(state.exp_avg_sq, g * g, beta2)
+        m, v = average(state.exp_avg, g, beta1), average_square(state.exp_avg_sq, g, beta2)
         largest = torch.maximum(state.max_exp_avg_sq, v) if isinstance(state.max_exp_avg_sq, Tensor) else ()
         t = double(step)
-        # Root and eps are both times the root's correction, which makes it a factor of the rate.
-        correction = sqrt(1 - beta2**t)
-        d = m / (safe_sqrt(largest if isinstance(largest, Tensor) else v) + fit(double(h["eps"]) * correction, p))
-        return plus(p, -lr * correction / (1 - beta1**t), d), AdamState(step, m, v, largest)
+        # In one expression, so that each operand is free before the next is made.
+        d = m / (safe_sqrt(largest if isinstance(largest, Tensor) else v) / fit(sqrt(1 - beta2**t), p) + fit(h["eps"], p))
+        return plus(p, -lr / (1 - beta1**t), d), AdamState(step, m, v, largest)
 
     return per_parameter(hyper, init, update, maximize, weight_decay=weight_decay, decoupled=decoupled)

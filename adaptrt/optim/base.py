@@ -161,7 +161,7 @@ def fit(value: Number, param: Tensor) -> Number:
     return value.to(param.dtype) if isinstance(value, Tensor) and (value.dim() or not param.dim()) else value
 
 
-# The next two make one operation where the number is a float: on the tape of an eager loop every operation counts.
+# The next three make fewer operations where the number is a float: on the tape of an eager loop every operation counts.
 
 
 def plus(x: Tensor, factor: Number, y: Tensor) -> Tensor:
@@ -171,9 +171,16 @@ def plus(x: Tensor, factor: Number, y: Tensor) -> Tensor:
 
 def average(old: Tensor, new: Tensor, kept: Number) -> Tensor:
     """`kept * old + (1 - kept) * new`: one step of an exponential moving average."""
-    if isinstance(kept, Tensor):
+    if isinstance(kept, Tensor) or old.dtype != new.dtype:
         return old * fit(kept, old) + new * fit(1 - double(kept), old)
     return torch.lerp(old, new, 1 - kept)
+
+
+def average_square(old: Tensor, new: Tensor, kept: Number) -> Tensor:
+    """`kept * old + (1 - kept) * new * new`. Not by `lerp`, which makes NaN of two infinities, and squares overflow."""
+    if isinstance(kept, Tensor):
+        return old * fit(kept, old) + new * new * fit(1 - double(kept), old)
+    return torch.addcmul(old * kept, new, new, value=1 - kept)
 
 
 def sqrt(value: Number) -> Number:

@@ -20,7 +20,7 @@ from torch import Tensor
 from adaptrt import tree
 from adaptrt.errors import OptimizerMismatch, UnsupportedOptimizer
 from adaptrt.optim.base import Hyper, Optimizer, Params, Schedule, State
-from adaptrt.optim.families import FAMILIES, Family, Group
+from adaptrt.optim.families import ALIASES, FAMILIES, Family, Group
 from adaptrt.optim.lbfgs import LBFGSState
 from adaptrt.optim.schedule import ScheduledState
 from adaptrt.optim.sgd import SGDState
@@ -105,7 +105,7 @@ def fingerprint(opt: torch.optim.Optimizer, params: Params) -> Hashable:
 
 
 def _family(opt: torch.optim.Optimizer) -> Family:
-    family = FAMILIES.get(type(opt))
+    family = FAMILIES.get(ALIASES.get(type(opt), type(opt)))
     if family is None:
         raise UnsupportedOptimizer(
             f"opt must be an instance of exactly one of {', '.join(SUPPORTED)} from torch.optim, got {type(opt).__module__}."

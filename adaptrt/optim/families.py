@@ -127,6 +127,8 @@ def _adam_or_adamw(decoupled_weight_decay: bool, **settings: Any) -> Optimizer:
 
 _MOMENTS = ("lr", "betas", "eps", "weight_decay")
 _ADAM = Family("adam", _adam_or_adamw, _MOMENTS, ("amsgrad", "maximize"), _decoupled)
+ALIASES: dict[type[torch.optim.Optimizer], type[torch.optim.Optimizer]] = {}
+"""Classes that step as one of those does, registered by the user."""
 FAMILIES: dict[type[torch.optim.Optimizer], Family] = {
     torch.optim.SGD: Family("sgd", sgd, ("lr", "momentum", "dampening", "weight_decay"), adjust=_nesterov),
     torch.optim.Adam: _ADAM,

@@ -11,7 +11,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Count, Optimizer, Value, average, check_flags, checked, checked_moments, double, fit, plus, safe_sqrt
+from adaptrt.optim.base import (
+    Count,
+    Optimizer,
+    Value,
+    average,
+    average_square,
+    check_flags,
+    checked,
+    checked_moments,
+    double,
+    fit,
+    plus,
+    safe_sqrt,
+)
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
@@ -88,7 +101,7 @@ def nadam(
         mu = beta1 * (1 - 0.5 * 0.96 ** (t * psi))
         mu_next = beta1 * (1 - 0.5 * 0.96 ** ((t + 1) * psi))
         product = state.mu_product * mu
-        m, v = average(state.exp_avg, g, beta1), average(state.exp_avg_sq, g * g, beta2)
+        m, v = average(state.exp_avg, g, beta1), average_square(state.exp_avg_sq, g, beta2)
         d = safe_sqrt(v / fit(1 - beta2**t, p)) + fit(h["eps"], p)
         of_gradient, of_mean = lr * (1 - mu) / (1 - product), lr * mu_next / (1 - product * mu_next)
         p = plus(plus(p, -of_gradient, g / d), -of_mean, m / d)

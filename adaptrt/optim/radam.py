@@ -7,7 +7,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Count, Optimizer, Value, average, check_flags, checked_moments, choose, double, fit, plus, safe_sqrt, sqrt
+from adaptrt.optim.base import (
+    Count,
+    Optimizer,
+    Value,
+    average,
+    average_square,
+    check_flags,
+    checked_moments,
+    choose,
+    double,
+    fit,
+    plus,
+    safe_sqrt,
+    sqrt,
+)
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
@@ -74,7 +88,7 @@ def radam(
         lr, beta1, beta2 = double(h["lr"]), double(h["beta1"]), double(h["beta2"])
         step = state.step + 1
         t = double(step)
-        m, v = average(state.exp_avg, g, beta1), average(state.exp_avg_sq, g * g, beta2)
+        m, v = average(state.exp_avg, g, beta1), average_square(state.exp_avg_sq, g, beta2)
         correction2 = 1 - beta2**t
         # A tensor where the count is one, even if beta2 is a float: of two floats `where` makes the default dtype.
         rho_inf = 0 * t + (2 / (1 - beta2) - 1)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Absent, Optimizer, Value, average, check_flags, checked, fit, is_off, plus, safe_sqrt
+from adaptrt.optim.base import Absent, Optimizer, Value, average, average_square, check_flags, checked, fit, is_off, plus, safe_sqrt
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
@@ -77,7 +77,7 @@ def rmsprop(
         return RMSpropState(torch.zeros_like(p), torch.zeros_like(p) if with_momentum else (), torch.zeros_like(p) if centered else ())
 
     def update(p: Tensor, g: Tensor, state: RMSpropState, h: Numbers) -> tuple[Tensor, RMSpropState]:
-        v, a, b = average(state.square_avg, g * g, h["alpha"]), state.grad_avg, state.momentum_buffer
+        v, a, b = average_square(state.square_avg, g, h["alpha"]), state.grad_avg, state.momentum_buffer
         spread = v
         if isinstance(a, Tensor):
             a = average(a, g, h["alpha"])
