@@ -9,7 +9,7 @@ import abc
 import collections
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -244,30 +244,29 @@ class _OfFamily(DifferentiableOptimizer):
             for i, (group, states, grads) in enumerate(zip(self.param_groups, self.state, grouped_grads, strict=True)):
                 weights = group["params"]
                 built = self._optimizer(i, weights)
-                # One by one, so that a weight's old state is free before the next one's is made.
-                for j, grad in enumerate(grads):
-                    if grad is None:
-                        continue
-                    name, entry = str(j), states.get(j) or {}
-                    before = {name: _state(built, entry, name, weights[j])}
-                    after, new = built.optimizer.update({name: grad}, before, {name: weights[j]}, built.optimizer.hyper)
-                    weights[j] = after[name]
-                    states[j] = {**entry, **_entry(new[name], entry.get("step", 0) + 1)}
+                members = [j for j, grad in enumerate(grads) if grad is not None]
+                # Where the tape does not hold it anyway, a weight's old state shall be free before the next one's is made.
+                for together in [members] if self._track_higher_grads else [[j] for j in members]:
+                    _step(built, weights, states, grads, together)
 
     def _optimizer(self, i: int, weights: Sequence[Tensor]) -> _Built:
         """The pure optimiser of a group, made anew when one of its settings is another object."""
+        given, built = self.param_groups[i], self._built[i]
+        if built is not None and all(built.settings.get(key) is value for key, value in given.items() if key != "params"):
+            return built
         flags = FAMILIES[self.kind].flags
-        settings = {
-            key: bool(value) if key in flags and isinstance(value, Tensor) else tuple(value) if isinstance(value, list) else value
-            for key, value in _recursive_map(settings_of(self.param_groups[i]), number_or_zero).items()
+        settings = settings_of(given)
+        params = {str(j): p.detach() for j, p in enumerate(weights)}
+        readable = {
+            key: bool(value) if key in flags and isinstance(value, Tensor) else _recursive_map(value, _readable(params))
+            for key, value in settings.items()
         }
-        built = self._built[i]
-        if built is None or not all(_is_same(built.settings.get(key), value) for key, value in settings.items()):
-            params = {str(j): p.detach() for j, p in enumerate(weights)}
-            group = Group(
-                "", {key: _recursive_map(value, _spread(params)) for key, value in settings.items()}, list(params), self._defaults
-            )
-            built = self._built[i] = _Built(settings, FAMILIES[self.kind].build(group), {})
+        # What may change and stay the same object is no reason to believe that it did not.
+        settings = {
+            key: value for key, value in settings.items() if not (isinstance(value, list) or (key in flags and isinstance(value, Tensor)))
+        }
+        optimizer = FAMILIES[self.kind].build(Group("", readable, list(params), self._defaults))
+        built = self._built[i] = _Built(settings, optimizer, {})
         return built
 
     def _entry_for(self, entry: dict[str, Any], group: Mapping[str, Any], param: Tensor) -> dict[str, Any]:
@@ -286,20 +285,26 @@ class _OfFamily(DifferentiableOptimizer):
         return entry
 
 
-def _is_same(a: Any, b: Any) -> bool:
-    """Whether two settings are the same objects."""
-    return a is b or (isinstance(a, tuple) and isinstance(b, tuple) and len(a) == len(b) and all(map(_is_same, a, b)))
+def _step(built: _Built, weights: list[Tensor], states: dict[int, dict[str, Any]], grads: Grads, members: Sequence[int]) -> None:
+    """Replaces some of a group's weights and their states."""
+    params = {str(j): weights[j] for j in members}
+    before = {str(j): _state(built, states.get(j) or {}, str(j), weights[j]) for j in members}
+    after, new = built.optimizer.update({str(j): cast("Tensor", grads[j]) for j in members}, before, params, built.optimizer.hyper)
+    for j in members:
+        weights[j], entry = after[str(j)], states.get(j) or {}
+        states[j] = {**entry, **_entry(new[str(j)], entry.get("step", 0) + 1)}
 
 
-def _spread(params: Mapping[str, Tensor]) -> Callable[[Any], Any]:
-    """Gives a tensor of several elements to each parameter."""
+def _readable(params: Mapping[str, Tensor]) -> Callable[[Any], Any]:
+    """A number as `Family.build` takes it: a tensor of several elements is given to each parameter."""
 
-    def spread(value: Any) -> Any:
-        if isinstance(value, Tensor) and value.numel() != 1:
-            return {name: value.expand_as(p) for name, p in params.items()}
-        return value
+    def readable(leaf: Any) -> Any:
+        leaf = number_or_zero(leaf)
+        if isinstance(leaf, Tensor) and leaf.numel() != 1:
+            return {name: leaf.expand_as(p) for name, p in params.items()}
+        return leaf
 
-    return spread
+    return readable
 
 
 def _state(built: _Built, entry: Mapping[str, Any], name: str, weight: Tensor) -> Any:
@@ -311,10 +316,11 @@ def _state(built: _Built, entry: Mapping[str, Any], name: str, weight: Tensor) -
         used = [None if isinstance(zero, tuple) else key for key, zero in zip(like._fields, like, strict=True)]
         built.fields[weight.dim()] = type(like), used
     kind, used = built.fields[weight.dim()]
-    if all(key is None or key in entry for key in used):
+    try:
         return kind(*[() if key is None else entry[key] for key in used])
-    zeros = _counting(built.optimizer.init({name: weight})[name])  # a flag was turned on
-    return zeros if kind is SGDState else of_entry(entry, name, zeros)
+    except KeyError:  # a flag was turned on
+        zeros = _counting(built.optimizer.init({name: weight})[name])
+        return zeros if kind is SGDState else of_entry(entry, name, zeros)
 
 
 def _counting(fresh: Any) -> Any:
@@ -324,8 +330,9 @@ def _counting(fresh: Any) -> Any:
 
 def _entry(state: Any, step: Any) -> dict[str, Any]:
     """One weight's state under the names of `torch.optim`, after so many steps."""
-    counted = {} if hasattr(state, "step") else {"step": step}
-    return counted | {key: value for key, value in state._asdict().items() if isinstance(value, Tensor | int)}
+    entry = {key: value for key, value in zip(state._fields, state, strict=True) if type(value) is not tuple}
+    entry.setdefault("step", step)
+    return entry
 
 
 class DifferentiableSGD(_OfFamily):
