@@ -33,6 +33,10 @@ def double() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("cuda"):
+                item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
     if config.getoption("--full"):
         return
     left_out = [item for item in items if item.get_closest_marker("full")]

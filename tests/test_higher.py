@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from adaptrt.errors import OptimizerMismatch
@@ -401,3 +403,145 @@ def test_an_update_may_differentiate_without_tracking(monkeypatch: pytest.Monkey
         assert all(
             p.is_leaf and not entry["curve"].requires_grad for p, entry in zip(fmodel.parameters(), diffopt.state[0].values(), strict=True)
         )
+
+
+class Attentive(nn.Module):
+    """PyTorch's layer, and its function."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.TransformerEncoderLayer(4, 2, 6, dropout=0.0, batch_first=True)
+        self.heads = nn.Linear(4, 12)
+        self.last = nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x.reshape(2, 3, 3) @ torch.eye(3, 4, device=x.device))
+        q, k, v = self.heads(h).unsqueeze(1).chunk(3, -1)
+        return self.last(F.scaled_dot_product_attention(q, k, v).reshape(6, 4))
+
+
+def second_order(package: Any, net: nn.Module, device: str = "cpu") -> list[Tensor]:
+    net = net.to(device)
+    x, y = (value.to(device) for value in batch(1))
+    with package.innerloop_ctx(net, torch.optim.SGD(net.parameters(), lr=0.1), copy_initial_weights=False) as (fmodel, diffopt):
+        for _ in range(2):
+            diffopt.step(F.mse_loss(fmodel(x), y))
+        return list(torch.autograd.grad(F.mse_loss(fmodel(x), y), list(net.parameters())))
+
+
+def test_attention_needs_no_flags() -> None:
+    torch.manual_seed(1)
+    net = Attentive()
+    found = second_order(ours, net)
+    with pytest.raises(RuntimeError, match="not implemented"):
+        quietly(lambda: second_order(theirs, net))
+    with sdpa_kernel(SDPBackend.MATH):
+        assert_same(found, quietly(lambda: second_order(theirs, net)))
+    assert torch.backends.cuda.flash_sdp_enabled()
+
+
+@pytest.mark.cuda
+def test_recurrent_networks_need_no_flags() -> None:
+    torch.manual_seed(1)
+    net = make("lstm")
+    wanted = second_order(ours, net)
+    assert_same([grad.cpu() for grad in second_order(ours, net, "cuda")], wanted)
+    assert torch.backends.cudnn.enabled
+
+
+def after_real_steps(kind: Any, settings: dict[str, Any], start: Sequence[Tensor], steps: int = 3) -> float:
+    """The query loss after steps of the real optimiser from these weights."""
+    net = make("mlp")
+    with torch.no_grad():
+        for p, value in zip(net.parameters(), start, strict=True):
+            p.copy_(value)
+    plain(net, kind(net.parameters(), **settings), steps)
+    return float(loss_of(net, 9).detach())
+
+
+COMPLETE: dict[str, tuple[Any, dict[str, Any], str, int | None]] = {
+    "adam beta1": (torch.optim.Adam, {"lr": 0.1, "betas": (0.6, 0.7), "eps": 0.01}, "betas", 0),
+    "adam beta2": (torch.optim.Adam, {"lr": 0.1, "betas": (0.6, 0.7), "eps": 0.01}, "betas", 1),
+    "adamax beta2": (torch.optim.Adamax, {"lr": 0.1, "betas": (0.6, 0.7), "eps": 0.01}, "betas", 1),
+    "rmsprop alpha": (torch.optim.RMSprop, {"lr": 0.05, "alpha": 0.7, "eps": 0.01, "centered": True, "momentum": 0.3}, "alpha", None),
+    "rprop eta plus": (torch.optim.Rprop, {"lr": 0.01, "etas": (0.4, 1.3)}, "etas", 1),
+    "asgd lambd": (torch.optim.ASGD, {"lr": 0.1, "lambd": 0.2}, "lambd", None),
+    "adagrad lr_decay": (torch.optim.Adagrad, {"lr": 0.1, "lr_decay": 0.2}, "lr_decay", None),
+}
+
+
+@pytest.mark.parametrize("name", COMPLETE)
+def test_gradients_and_hypergradients_are_those_of_the_real_optimiser(name: str) -> None:
+    """Against finite differences of it."""
+    kind, settings, key, position = COMPLETE[name]
+    net = make("mlp")
+    start = [p.detach().clone() for p in net.parameters()]
+    number = settings[key] if position is None else settings[key][position]
+    learned = torch.tensor(number, requires_grad=True)
+
+    def with_number(value: Any) -> Any:
+        return value if position is None else tuple(value if i == position else old for i, old in enumerate(settings[key]))
+
+    opt = kind(net.parameters(), **settings)
+    with ours.innerloop_ctx(net, opt, copy_initial_weights=False, override={key: [with_number(learned)]}) as (fmodel, diffopt):
+        for step in range(3):
+            diffopt.step(loss_of(fmodel, step))
+        loss = loss_of(fmodel, 9)
+        found = torch.autograd.grad(loss, [learned, *net.parameters()])
+    assert float(loss.detach()) == pytest.approx(after_real_steps(kind, settings, start), rel=1e-12)
+    h = 1e-6
+    of_number = [after_real_steps(kind, {**settings, key: with_number(number + sign * h)}, start) for sign in (1, -1)]
+    assert float(found[0]) == pytest.approx((of_number[0] - of_number[1]) / (2 * h), rel=1e-5)
+    assert abs(float(found[0])) > 1e-6
+    directions = [torch.randn_like(p) for p in start]
+    moved = [after_real_steps(kind, settings, [p + sign * h * d for p, d in zip(start, directions, strict=True)]) for sign in (1, -1)]
+    along = sum(float((g * d).sum()) for g, d in zip(found[1:], directions, strict=True))
+    assert along == pytest.approx((moved[0] - moved[1]) / (2 * h), rel=1e-5)
+
+
+def test_the_original_leaves_part_of_a_hypergradient_out() -> None:
+    """That of Adam's beta2, whose bias correction goes through `math.sqrt`. Weights and losses are the same."""
+
+    def run(package: Any) -> tuple[Tensor, Tensor]:
+        net = make("mlp")
+        beta2 = torch.tensor(0.7, requires_grad=True)
+        opt = torch.optim.Adam(net.parameters(), lr=0.1, eps=1e-30)
+        with package.innerloop_ctx(net, opt, override={"betas": [(0.6, beta2)]}) as (fmodel, diffopt):
+            for step in range(3):
+                diffopt.step(loss_of(fmodel, step))
+            loss = loss_of(fmodel, 9)
+            return loss.detach(), torch.autograd.grad(loss, beta2)[0]
+
+    mine, original = run(ours), quietly(lambda: run(theirs))
+    assert_same(mine[:1], original[:1])
+    assert abs(float(mine[1] / original[1]) - 1) > 0.01
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [
+        (torch.optim.SGD, {"foreach": True, "maximize": True}),
+        (torch.optim.Adam, {"capturable": True, "differentiable": True, "maximize": True}),
+        (torch.optim.AdamW, {"fused": True}),
+        (torch.optim.RMSprop, {"foreach": False, "capturable": True, "maximize": True}),
+        (torch.optim.Rprop, {"maximize": True}),
+    ],
+)
+def test_flags_of_newer_versions(kind: Any, settings: dict[str, Any]) -> None:
+    """`maximize` ascends; the others choose an implementation."""
+    net, real = make("mlp"), make("mlp")
+    of_real = {key: value for key, value in settings.items() if key == "maximize"}
+    with ours.innerloop_ctx(net, kind(net.parameters(), lr=0.01, **settings)) as (fmodel, diffopt):
+        for step in range(STEPS):
+            diffopt.step(loss_of(fmodel, step))
+        wanted = plain(real, kind(real.parameters(), lr=0.01, **of_real), STEPS)
+        assert_same([p.detach() for p in fmodel.parameters()], wanted, 1e-12)
+
+
+def test_buffers_of_a_module_used_twice_stay_one() -> None:
+    norm = nn.BatchNorm1d(3)
+    net: Any = nn.Sequential(norm, nn.Sequential(norm), nn.Linear(3, 2))
+    fmodel = ours.monkeypatch(net)
+    fmodel(batch(1)[0])
+    assert fmodel[0].running_mean is fmodel[1][0].running_mean and fmodel[0].num_batches_tracked == 2
+    assert norm.num_batches_tracked == 0

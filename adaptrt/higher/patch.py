@@ -9,8 +9,9 @@ A handle of `DistributedDataParallel` sends nothing until `backward()` comes to 
 Known limits: a method other than `forward` that checkpoints parts of the model, called on the handle, finds the latest weights. What is
 reached other than by attributes, lists, tuples, dicts, sets and bound methods (a function that encloses a part, a weak reference, a
 parameter in a list) is the model's own, with the model's weights; for a `forward` of that kind `monkeypatch` raises.
-DistributedDataParallel rearranges its buckets, together with the other processes, at the first forward pass after the first backward pass,
-also where that is a handle's.
+Attention in a checkpointed part is computed again where `backward()` is called, with the kernels that are allowed there: call it within
+`sdpa_kernel(SDPBackend.MATH)`. DistributedDataParallel rearranges its buckets, together with the other processes, at the first forward pass
+after the first backward pass, also where that is a handle's.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -36,13 +37,38 @@ _OWN = frozenset({"_parameters", "_modules", "_fast", "_number", "forward"})
 """Attributes of a handle that are not its twin's."""
 
 
+_ATTENTION = (
+    (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp, True),
+    (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp, False),
+    (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp, False),
+    (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp, False),
+)
+
+
+class _MathAttention:
+    """`sdpa_kernel(SDPBackend.MATH)` in a quarter of its time: it is entered at every call of a handle."""
+
+    def __enter__(self) -> None:
+        self._before = [enabled() for enabled, _, _ in _ATTENTION]
+        for _, enable, on in _ATTENTION:
+            enable(on)
+
+    def __exit__(self, *raised: object) -> None:
+        for (_, enable, _), on in zip(_ATTENTION, self._before, strict=True):
+            enable(on)
+
+
 class FastWeights:
     """The fast weights of one handle: every version of them, where in the module tree they go, and the twin that holds the last ones."""
 
     def __init__(self, model: nn.Module, handle: nn.Module) -> None:
         self.versions: list[list[Tensor]] | None = None
         self.track = True
-        self.calling: Callable[[], AbstractContextManager[Any]] = WeightNormByFormula if has_weight_norm(model) else nullcontext
+        self._settings: list[Callable[[], AbstractContextManager[Any]]] = [_MathAttention]
+        if has_weight_norm(model):
+            self._settings.append(WeightNormByFormula)
+        if any(isinstance(part, nn.RNNBase) and next(part.parameters()).is_cuda for part in model.modules()):
+            self._settings.append(functools.partial(torch.backends.cudnn.flags, enabled=False))
         index = {id(p): i for i, p in enumerate(model.parameters())}
         self.num_params = len(index)
         # Weakly: the handle has these weights, and what holds them goes with it rather than at the next garbage collection.
@@ -78,6 +104,17 @@ class FastWeights:
             self.versions[0] = values
             del self.versions[1:]
         self.twins = None
+
+    def differentiable_twice(self) -> AbstractContextManager[Any]:
+        """In which attention, recurrent networks and weight norms have a derivative of their gradient, where one is needed."""
+        if not (self.track and torch.is_grad_enabled()):
+            return nullcontext()
+        if len(self._settings) == 1:
+            return self._settings[0]()
+        stack = ExitStack()
+        for setting in self._settings:
+            stack.enter_context(setting())
+        return stack
 
     def show(self) -> None:
         """Lets the handle's modules show the latest as their parameters."""
@@ -162,7 +199,7 @@ class Patched(nn.Module):
             fast.put(params)
             fast.show()
         try:
-            with fast.calling():
+            with fast.differentiable_twice():
                 return run(fast.twin_of(self))
         finally:
             fast.take_over()
