@@ -45,8 +45,8 @@ def schedule(fn: Callable[..., Any], **numbers: Any) -> Schedule:
       >>> state = opt.init(params)
       >>> for _ in range(3):
       ...     params, state = opt.update(grads, state, params, opt.hyper)
-      >>> params["w"]
-      tensor(-1.7500, grad_fn=<SubBackward0>)
+      >>> params["w"].detach()
+      tensor(-1.7500)
     """
     if not callable(fn) or not isinstance(fn, Hashable):  # pyright: ignore[reportUnnecessaryIsInstance]
         raise InvalidType(f"schedule takes a hashable function of the step, got {type(fn).__name__}.")
