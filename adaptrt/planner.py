@@ -81,7 +81,9 @@ class Planner:
                 self._cache_size,
             )
 
-        return self.supports.get_or_make((self._reader.structure(), _key((batch, carry, fixed)), carry_has_tasks), make)
+        # The trees of carry and fixed follow from the reader's structure; what remains of them are shapes and dtypes.
+        key = self._reader.structure(), _key(batch), _kinds((carry, fixed)), carry_has_tasks
+        return self.supports.get_or_make(key, make)
 
     def query(
         self, plan: SupportPlan, batch: Batch, carry: Carry, fixed: Fixed, carry_has_tasks: bool, num_tasks: int | None, warm: bool
@@ -138,8 +140,11 @@ class Planner:
 
 
 def _key(part: Tree) -> Hashable:
-    values, structure = tree.flatten(part)
-    return structure, tuple([(value.shape, value.dtype) for value in values])
+    return tree.flatten(part)[1], _kinds(part)
+
+
+def _kinds(part: Tree) -> Hashable:
+    return tuple([(value.shape, value.dtype) for value in tree.leaves(part)])
 
 
 def _shapes(part: Tree) -> tuple[str, ...]:

@@ -36,7 +36,7 @@ class Program:
       graph: what was compiled.
       run: the backend's callable.
       constants: read at each call, so that a plain tensor attribute of the model is used as it stands.
-      strides: of each input, constants included: contiguous.
+      expected: of each input, constants included: shape, dtype, device and (contiguous) strides.
       backend: the backend's name.
       capture_s, compile_s: seconds spent on each.
     """
@@ -44,7 +44,7 @@ class Program:
     graph: Graph
     run: Runner
     constants: tuple[Constant, ...]
-    strides: tuple[tuple[int, ...], ...]
+    expected: tuple[tuple[tuple[int, ...], torch.dtype, torch.device, tuple[int, ...]], ...]
     backend: str
     capture_s: float
     compile_s: float
@@ -56,16 +56,15 @@ class Program:
           ShapeChanged: an argument differs in shape, dtype or device from what was captured.
         """
         values: list[Tensor] = [*tree.leaves(args), *[read() for read in self.constants]]
-        entries = self.graph.signature.inputs
-        if len(values) != len(entries):
-            raise ShapeChanged(f"the program takes {len(entries)} tensors, got {len(values)}")
-        for index, (value, entry) in enumerate(zip(values, entries, strict=True)):
-            spec = entry.spec
-            if tuple(value.shape) != spec.shape or value.dtype != spec.dtype or value.device != spec.device:
-                raise ShapeChanged(f"{entry.name} was traced as {spec}, got {Spec.of(value)} on {value.device}")
-            if value.stride() != self.strides[index]:
+        if len(values) != len(self.expected):
+            raise ShapeChanged(f"the program takes {len(self.expected)} tensors, got {len(values)}")
+        for index, (value, (shape, dtype, device, strides)) in enumerate(zip(values, self.expected, strict=True)):
+            if value.shape != shape or value.dtype != dtype or value.device != device:
+                entry = self.graph.signature.inputs[index]
+                raise ShapeChanged(f"{entry.name} was traced as {entry.spec}, got {Spec.of(value)} on {value.device}")
+            if value.stride() != strides:
                 # An axis of length 1 may have any stride in what PyTorch calls contiguous; compiled kernels check it.
-                values[index] = value.contiguous().as_strided(spec.shape, self.strides[index])
+                values[index] = value.contiguous().as_strided(shape, strides)
         with torch.no_grad(), autocast_off():
             return tree.unflatten(self.graph.result, self.run(values))
 
@@ -170,8 +169,9 @@ class ProgramSet:
         captured = time.perf_counter()
         run = self._backend.compile(graph)
         constants = tuple(constant_reader(value, self._modules) for value in graph.constants)
-        strides = tuple(entry.spec.strides for entry in graph.signature.inputs)
-        return Program(graph, run, constants, strides, self._backend.name, captured - began, time.perf_counter() - captured)
+        specs = [entry.spec for entry in graph.signature.inputs]
+        expected = tuple([(spec.shape, spec.dtype, spec.device, spec.strides) for spec in specs])
+        return Program(graph, run, constants, expected, self._backend.name, captured - began, time.perf_counter() - captured)
 
 
 def _sum_nothing(graph: Graph) -> list[bool]:

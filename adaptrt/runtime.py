@@ -6,6 +6,7 @@ compiled for one set of shapes each. Python numbers in the model's attributes ar
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -326,10 +327,14 @@ class CompiledUnroll:
     ) -> tuple[Problem, tuple[Tensor, ...]]:
         """The problem, and the leaves that the caller differentiates."""
         wanted: list[Tensor] = []
+        differentiable = torch.is_grad_enabled()
 
         def marks(part: Tree) -> tuple[bool, ...]:
-            flags = tuple([torch.is_grad_enabled() and value.requires_grad for value in tree.leaves(part)])
-            wanted.extend(value for value, flag in zip(tree.leaves(part), flags, strict=True) if flag)
+            leaves = tree.leaves(part)
+            if not differentiable:
+                return (False,) * len(leaves)
+            flags = tuple([leaf.requires_grad for leaf in leaves])
+            wanted.extend(itertools.compress(leaves, flags))
             return flags
 
         start = marks(carry)

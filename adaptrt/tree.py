@@ -7,6 +7,7 @@ static: part of the structure, never a leaf. A `Structure` is hashable, so it ca
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -69,22 +70,33 @@ class Structure:
 _LEAF = Structure("leaf")
 
 
-def _open(value: Tree) -> tuple[str, Any, tuple[Any, ...], Sequence[Tree]]:
-    """A container as kind, type, keys and children; kind is "leaf" or "static" for what is none."""
-    if isinstance(value, Tensor | Spec):
-        return "leaf", None, (), ()
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        keys = tuple(field.name for field in dataclasses.fields(value))
-        return "dataclass", type(value), keys, [getattr(value, key) for key in keys]
-    if isinstance(value, Mapping):
+@functools.lru_cache(maxsize=1024)  # looked up for every node of every tree of a call
+def _kind_of(cls: type) -> tuple[str, tuple[str, ...]]:
+    """What instances of a class are in a tree, and the names of their fields if the class has some."""
+    if issubclass(cls, Tensor | Spec):
+        return "leaf", ()
+    if dataclasses.is_dataclass(cls):
+        return "dataclass", tuple([field.name for field in dataclasses.fields(cls)])
+    if issubclass(cls, Mapping):
+        return "mapping", ()
+    if issubclass(cls, tuple) and hasattr(cls, "_fields"):
+        return "named", tuple(cast(Any, cls)._fields)
+    return ("sequence", ()) if issubclass(cls, tuple | list) else ("static", ())
+
+
+def _children(value: Tree) -> tuple[str, tuple[Any, ...], Iterable[Tree]]:
+    """Kind, keys and children of a node; a leaf and a static value have none."""
+    kind, fields = _kind_of(type(value))
+    if kind == "mapping":
         mapping = cast(Mapping[Any, Tree], value)
-        return "mapping", type(mapping), tuple(mapping), list(mapping.values())
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return "named", type(value), tuple(cast(Any, value)._fields), cast(Sequence[Tree], value)
-    if isinstance(value, tuple | list):
-        children = cast(Sequence[Tree], value)
-        return "sequence", type(children), tuple(range(len(children))), children
-    return "static", value, (), ()
+        return kind, tuple(mapping), mapping.values()
+    if kind == "named":
+        return kind, fields, cast(Sequence[Tree], value)
+    if kind == "sequence":
+        return kind, tuple(range(len(value))), cast(Sequence[Tree], value)
+    if kind == "dataclass":
+        return kind, fields, [getattr(value, field) for field in fields]
+    return kind, (), ()
 
 
 def flatten(tree: Tree) -> tuple[list[Any], Structure]:
@@ -94,20 +106,35 @@ def flatten(tree: Tree) -> tuple[list[Any], Structure]:
 
 
 def _flatten_into(tree: Tree, leaves: list[Any]) -> Structure:
-    kind, payload, keys, children = _open(tree)
+    kind, keys, children = _children(tree)
     if kind == "leaf":
         leaves.append(tree)
         return _LEAF
     if kind == "static":
         return Structure(kind, tree, (type(tree), repr(tree) if isinstance(tree, float) else None))
-    return Structure(kind, payload, keys, tuple([_flatten_into(child, leaves) for child in children]))
+    return Structure(kind, type(tree), keys, tuple([_flatten_into(child, leaves) for child in children]))
 
 
 def leaves(tree: Tree) -> list[Any]:
     """The leaves of `tree`, depth first."""
     found: list[Any] = []
-    _flatten_into(tree, found)
+    _collect(tree, found)
     return found
+
+
+def _collect(tree: Tree, found: list[Any]) -> None:
+    kind = _kind_of(type(tree))[0]
+    if kind == "leaf":
+        found.append(tree)
+    elif kind == "mapping":
+        for child in tree.values():
+            _collect(child, found)
+    elif kind == "named" or kind == "sequence":
+        for child in tree:
+            _collect(child, found)
+    elif kind == "dataclass":
+        for child in _children(tree)[2]:
+            _collect(child, found)
 
 
 def unflatten(structure: Structure, values: Iterable[Any]) -> Tree:
@@ -146,7 +173,7 @@ def paths(tree: Tree, root: str = "") -> list[str]:
     >>> paths({"weight": torch.zeros(2), "moments": [torch.zeros(1)]}, root="state")
     ['state.weight', 'state.moments.0']
     """
-    kind, _, keys, children = _open(tree)
+    kind, keys, children = _children(tree)
     if kind == "leaf":
         return [root or "value"]
     join = f"{root}." if root else ""

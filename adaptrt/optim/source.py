@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Hashable
-from typing import Any
+import operator
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 
@@ -77,28 +78,68 @@ class TorchSource(Source):
         self._opt = opt
         self._params = params
         self._made: dict[Hashable, tuple[Optimizer, State]] = {}
+        self._read: _Read | None = None
         self._current()
 
     def structure(self) -> Hashable:
-        return fingerprint(self._opt, self._params)
+        return self._now().structure
 
     def optimizer(self) -> Optimizer:
         return self._current()[0]
 
     def hyper(self) -> Hyper:
-        return read_hyper(self._opt, self._params)
+        return self._now().hyper
 
     def state(self) -> State:
         return read_state(self._opt, self._params) if self._opt.state else self._current()[1]
 
     def _current(self) -> tuple[Optimizer, State]:
-        key = self.structure(), _kinds(self._params)
+        key = self._now().structure, _kinds(self._params)
         if key not in self._made:
             if len(self._made) >= _MAX_MADE:
                 self._made = {}
             optimizer = convert(self._opt, self._params)
             self._made[key] = optimizer, _initial(optimizer, self._params)
         return self._made[key]
+
+    def _now(self) -> _Read:
+        """What the groups say, read anew if they hold other objects than at the last call."""
+        groups = self._opt.param_groups
+        read = self._read
+        if read is None or not _hold(groups, read.held):
+            held = (
+                None
+                if any(isinstance(value, list | Mapping) for group in groups for key, value in group.items() if key != "params")
+                else [([*group.values()], [*group["params"]]) for group in groups]
+            )
+            read = self._read = _Read(held, fingerprint(self._opt, self._params), read_hyper(self._opt, self._params))
+        return read
+
+
+class _Read(NamedTuple):
+    """Groups as they were read.
+
+    Attributes:
+      held: for each group its values and its parameters; None where a value may change and stay the same object.
+      structure, hyper: what follows from them.
+    """
+
+    held: Sequence[tuple[list[Any], list[Any]]] | None
+    structure: Hashable
+    hyper: Hyper
+
+
+def _hold(groups: Sequence[Mapping[str, Any]], held: Sequence[tuple[list[Any], list[Any]]] | None) -> bool:
+    """Whether the groups hold these very objects."""
+    if held is None or len(groups) != len(held):
+        return False
+    return all(
+        len(group) == len(values)
+        and all(map(operator.is_, group.values(), values))
+        and len(group["params"]) == len(params)
+        and all(map(operator.is_, group["params"], params))
+        for group, (values, params) in zip(groups, held, strict=True)
+    )
 
 
 def source(opt: object, params: Params) -> Source:
