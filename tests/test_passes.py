@@ -27,6 +27,7 @@ from adaptrt.graph.noise import Noise, draw
 from adaptrt.graph.passes.base import Pass, apply, copy_module
 from adaptrt.graph.passes.batch import batch
 from adaptrt.graph.passes.functionalise import functionalise
+from adaptrt.graph.passes.inline_small_matmuls import inline_small_matmuls
 from adaptrt.graph.passes.lift_noise import lift_noise, record_noise
 from adaptrt.graph.passes.merge_duplicates import merge_duplicates
 from adaptrt.graph.passes.operations import is_mutable, is_random
@@ -36,6 +37,7 @@ from adaptrt.graph.passes.retrace import retrace
 from adaptrt.graph.passes.standard import STANDARD
 from adaptrt.graph.verify import verify
 from adaptrt.tree import Spec
+from benchmarks.small_matmuls import medians_s
 
 aten = torch.ops.aten
 Function = Callable[..., Any]
@@ -812,3 +814,38 @@ def test_verify_lints() -> None:
 def test_verify_passes_good_graphs(fn: Function) -> None:
     graph = capture(fn, *arguments())
     assert verify(graph) is graph
+
+
+# --- small matrix products
+
+
+def products(a: Tensor, b: Tensor, c: Tensor, big: Tensor, stack: Tensor, half: Tensor) -> tuple[Tensor, ...]:
+    return (
+        a @ b,
+        torch.addmm(c, a, b),
+        torch.addmm(c, a, b, beta=0.5, alpha=-2.0),
+        torch.addmm(torch.full_like(c, float("nan")), a, b, beta=0),
+        torch.bmm(stack, stack.mT),
+        torch.baddbmm(stack.mT.sum(1, keepdim=True), stack, stack.mT, alpha=3.0),
+        big @ big,
+        half @ half.mT,
+    )
+
+
+def test_inline_small_matmuls() -> None:
+    shapes = [(3, 4), (4, 5), (5,), (64, 64), (6, 3, 4)]
+    values = [*[torch.randn(shape, dtype=torch.float64) for shape in shapes], torch.randn(3, 4).bfloat16()]
+    graph = capture(products, *values)
+    inlined = apply([inline_small_matmuls], graph)
+    wanted = graph.run(*values)
+    for found, value in zip(inlined.run(*values), wanted, strict=True):
+        torch.testing.assert_close(found, value, rtol=1e-13, atol=1e-13)
+    left = [node for node in inlined.module.graph.nodes if node.op == "call_function" and "mm" in str(node.target)]
+    assert [node.meta["val"].dtype for node in left] == [torch.float64, torch.bfloat16] and left[0].meta["val"].shape == (64, 64)
+    assert inlined.history[-1].name == "inline_small_matmuls" and inlined.num_nodes > graph.num_nodes
+
+
+@pytest.mark.slow
+def test_inlined_products_are_faster() -> None:
+    library, loops = medians_s(None, 10, 16)
+    assert loops < library

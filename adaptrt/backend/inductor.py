@@ -24,6 +24,7 @@ from adaptrt.backend.base import Backend, Runner
 from adaptrt.errors import CompilerUnavailable
 from adaptrt.graph.ir import Graph, autocast_off
 from adaptrt.graph.passes.base import Pass, apply
+from adaptrt.graph.passes.inline_small_matmuls import inline_small_matmuls
 from adaptrt.graph.passes.merge_duplicates import merge_duplicates
 from adaptrt.graph.passes.own_outputs import own_outputs
 from adaptrt.graph.passes.remove_identities import remove_identities
@@ -53,7 +54,7 @@ def _keep_strides(module: torch.fx.GraphModule) -> None:
     end.meta["original_output_strides"] = [value.stride() for value in values]
 
 
-PASSES = (Pass("decompose for Inductor", _decompose), remove_identities, merge_duplicates, own_outputs)
+PASSES = (inline_small_matmuls, Pass("decompose for Inductor", _decompose), remove_identities, merge_duplicates, own_outputs)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,0 +1,66 @@
+"""Where loops are faster than a matrix library: the limit of `graph/passes/inline_small_matmuls.py`.
+
+    python benchmarks/small_matmuls.py
+
+Times a chain of products with what a layer does between them, compiled by Inductor with the pass and without, over sizes; by turns in one
+process on one thread, medians. A row is a product [M, K] x [K, N], or T of them at once.
+"""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+if __name__ == "__main__":  # run as a script
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+from adaptrt.backend import Inductor
+from adaptrt.backend.base import Runner
+from adaptrt.graph.capture import capture
+from adaptrt.graph.passes import inline_small_matmuls as limit
+
+LENGTH = 4
+CALLS = 300
+SIZES = [(10, 16), (10, 32), (10, 40), (16, 40), (32, 32), (10, 64), (16, 64), (25, 64), (64, 64), (10, 128), (32, 128)]
+
+
+def chain(x: Tensor, *weights: Tensor) -> Tensor:
+    for weight in weights:
+        x = torch.relu(x @ weight) + x
+    return x
+
+
+def medians_s(tasks: int | None, m: int, k: int) -> list[float]:
+    """Seconds of one call with the library and with loops."""
+    lead = () if tasks is None else (tasks,)
+    values = [torch.randn(*lead, m, k), *[torch.randn(*lead, k, k) / k**0.5 for _ in range(LENGTH)]]
+    before, runs = (limit.MAX_TOTAL, limit.MAX_EACH), list[Runner]()
+    for limit.MAX_TOTAL, limit.MAX_EACH in ((-1, -1), (1 << 40, 0)):
+        runs.append(Inductor().compile(capture(chain, *values)))
+    limit.MAX_TOTAL, limit.MAX_EACH = before
+    torch.testing.assert_close(runs[0](list(values))[0], runs[1](list(values))[0], rtol=1e-4, atol=1e-4)
+    times: list[list[float]] = [[], []]
+    for _ in range(CALLS):
+        for run, into in zip(runs, times, strict=True):
+            started = time.perf_counter()
+            run(list(values))
+            into.append(time.perf_counter() - started)
+    return [statistics.median(column[20:]) for column in times]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    print("| T | M × K × N | products | library | loops | × |\n|---|---|---|---|---|---|")
+    for tasks in (None, 32):
+        for m, k in SIZES:
+            library, loops = medians_s(tasks, m, k)
+            cells = f"{m} × {k} × {k}", str(m * k * k), f"{1e6 * library:.0f} µs", f"{1e6 * loops:.0f} µs", f"{library / loops:.2f}"
+            print(f"| {tasks or '—'} | {' | '.join(cells)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
