@@ -117,26 +117,50 @@ def shadow(module: nn.Module) -> nn.Module:
     """
     copies: dict[int, nn.Module] = {id(part): object.__new__(type(part)) for part in module.modules()}
 
-    def copied(value: Any) -> Any:
-        if id(value) in copies and isinstance(value, nn.Module):
-            return copies[id(value)]
-        if isinstance(value, types.MethodType) and id(value.__self__) in copies:
-            return types.MethodType(value.__func__, copies[id(value.__self__)])
-        if type(value) is tuple:
-            return tuple(copied(held) for held in value)
-        if isinstance(value, dict | list | set):
-            # Modules keep a dozen ordered dicts each, on which copy.copy takes ten times as long.
-            twin = value.copy() if type(value) in (dict, collections.OrderedDict) else copy.copy(value)
-            if isinstance(twin, dict):
-                for key, held in twin.items():
-                    twin[key] = copied(held)
-            elif isinstance(twin, list):
-                twin[:] = [copied(held) for held in twin]
-            return twin
-        return value
-
     for part in module.modules():
-        copies[id(part)].__dict__.update({name: copied(value) for name, value in vars(part).items()})
+        copies[id(part)].__dict__.update({name: remapped(value, copies) for name, value in vars(part).items()})
     root = copies[id(module)]
     copies.clear()  # `copied` refers to itself, and would hold them until the next garbage collection
     return root
+
+
+def remapped(value: Any, parts: Mapping[int, nn.Module]) -> Any:
+    """`value` with the modules in it replaced by those that `parts` has for their ids; containers are copied, methods bound anew."""
+    if isinstance(value, nn.Module):
+        return parts.get(id(value), value)
+    if isinstance(value, types.MethodType) and id(value.__self__) in parts:
+        return types.MethodType(value.__func__, parts[id(value.__self__)])
+    if isinstance(value, tuple):
+        held = [remapped(entry, parts) for entry in value]
+        return type(value)(*held) if hasattr(value, "_fields") else tuple(held) if type(value) is tuple else value
+    if isinstance(value, dict):
+        # Modules keep a dozen ordered dicts each, on which copy.copy takes ten times as long.
+        twin = value.copy() if type(value) in (dict, collections.OrderedDict) else copy.copy(value)
+        for key, entry in twin.items():
+            twin[key] = remapped(entry, parts)
+        return twin
+    if isinstance(value, list | set | frozenset | collections.deque):
+        held = [remapped(entry, parts) for entry in value]
+        if type(value) in (list, set, frozenset):
+            return type(value)(held)
+        twin = copy.copy(value)
+        if isinstance(twin, list):
+            twin[:] = held
+        elif isinstance(twin, collections.deque):
+            twin.clear()
+            twin.extend(held)
+        return twin
+    return value
+
+
+def refers(value: Any, parts: Mapping[int, nn.Module]) -> bool:
+    """Whether `remapped` would replace something."""
+    if isinstance(value, nn.Module):
+        return id(value) in parts
+    if isinstance(value, types.MethodType):
+        return id(value.__self__) in parts
+    if isinstance(value, dict):
+        return any(refers(entry, parts) for entry in value.values())
+    if isinstance(value, list | tuple | set | frozenset | collections.deque):
+        return any(refers(entry, parts) for entry in value)
+    return False

@@ -7,13 +7,14 @@ import copy
 import functools
 import types
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune, spectral_norm
+from torch.utils.checkpoint import checkpoint
 
 from tests import naive
 from tests.higher_cases import assert_same, batch, make, ours, over_both, quietly, theirs
@@ -516,3 +517,148 @@ def test_hooks_put_on_a_handle_stay_there() -> None:
     handle.remove()
     fmodel(X)
     assert seen["call"] == 1 and not net[0]._forward_hooks
+
+
+# --- what forward leaves in attributes, while weights change
+
+
+class Caching(nn.Module):
+    """Keeps references to its parts that it makes while it runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not hasattr(self, "order"):
+            self.order = [self.a, self.b]
+            self.table = {"first": (self.a,)}
+        return self.order[1](torch.tanh(self.table["first"][0](x)))
+
+
+class CachingMethods(Caching):
+    run: Any = None
+
+    def helper(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(self.a(x)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.run is None:
+            self.run = self.helper
+        return self.run(x)
+
+
+class Appending(Caching):
+    def __init__(self) -> None:
+        super().__init__()
+        self.order: list[nn.Module] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.order:
+            self.order += [self.a, self.b]
+        return self.order[1](torch.tanh(self.order[0](x)))
+
+
+class HookingItself(Caching):
+    hooked = False
+
+    def double(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+        return output + self.b.bias.sum()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.hooked:
+            self.a.register_forward_hook(self.double)
+            self.hooked = True
+        return self.b(torch.tanh(self.a(x)))
+
+
+class Choosing(Caching):
+    """Another submodule under a name, by turns."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.others = nn.ModuleList([nn.Linear(3, 4), nn.Linear(3, 4)])
+        self.active, self.calls = self.others[0], 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.calls == 1:
+            self.active = self.others[1]
+        self.calls += 1
+        return self.b(torch.tanh(self.active(x)))
+
+
+class Priming(Caching):
+    def __init__(self) -> None:
+        super().__init__()
+        self.primed = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        factor = 1.0
+        if hasattr(self, "primed"):
+            del self.primed
+        else:
+            factor = 2.0
+        return factor * self.b(torch.tanh(self.a(x)))
+
+
+@pytest.mark.parametrize("kind", [Caching, CachingMethods, Appending, HookingItself, Choosing, Priming])
+def test_what_forward_changes_stays_changed(kind: Any) -> None:
+    """Against the model itself under a real optimiser."""
+    torch.manual_seed(1)
+    net = kind()
+    real = copy.deepcopy(net)
+    opt, real_opt = torch.optim.SGD(net.parameters(), lr=0.1), torch.optim.SGD(real.parameters(), lr=0.1)
+    with ours.innerloop_ctx(net, opt, copy_initial_weights=False) as (fmodel, diffopt):
+        for _ in range(STEPS):
+            diffopt.step(F.mse_loss(fmodel(X), Y))
+            real_opt.zero_grad()
+            F.mse_loss(real(X), Y).backward()
+            real_opt.step()
+        assert_same([p.detach() for p in fmodel.parameters()], [p.detach() for p in real.parameters()], 1e-12)
+        assert_same([fmodel(X).detach()], [real(X).detach()], 1e-12)
+    assert set(vars(net)) == set(vars(kind())) and len(net.a._forward_hooks) == 0
+
+
+class Checkpointed(nn.Module):
+    """Parts in a list, and a bound method, computed again on the way back."""
+
+    def __init__(self, on: bool) -> None:
+        super().__init__()
+        self.on, self.a, self.b = on, nn.Linear(3, 4), nn.Linear(4, 2)
+        self.parts = [self.a]
+        self.method = self.last
+
+    def last(self, x: Tensor) -> Tensor:
+        return self.b(torch.tanh(x))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for part in (*self.parts, self.method):
+            x = cast(Tensor, checkpoint(part, x, use_reentrant=False) if self.on else part(x))
+        return x
+
+
+def test_checkpointed_parts_that_are_referred_to() -> None:
+    found: list[list[Tensor]] = []
+    for on in (False, True):
+        torch.manual_seed(1)
+        net = Checkpointed(on)
+        with ours.innerloop_ctx(net, torch.optim.SGD(net.parameters(), lr=0.5), copy_initial_weights=False) as (fmodel, diffopt):
+            for _ in range(STEPS):
+                diffopt.step(F.mse_loss(fmodel(X), Y))
+            found.append(list(torch.autograd.grad(F.mse_loss(fmodel(X), Y), list(net.parameters()))))
+    assert_same(found[1], found[0], 1e-12)
+
+
+def test_attributes_set_on_the_handle_during_a_call() -> None:
+    class Counting(nn.Linear):
+        calls = 0
+
+        def forward(self, input: Tensor) -> Tensor:
+            self.calls += 1
+            return super().forward(input)
+
+    fmodel: Any = ours.monkeypatch(nn.Sequential(Counting(3, 2)))
+    fmodel.register_forward_hook(lambda module, args, output: setattr(fmodel, "feature", output))
+    for _ in range(3):
+        out = fmodel(X)
+    assert fmodel[0].calls == 3 and fmodel.feature is out

@@ -16,24 +16,26 @@ after the first backward pass, also where that is a handle's.
 
 from __future__ import annotations
 
+import collections
 import functools
 import types
 import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from adaptrt import tree
-from adaptrt.functional import shadow
+from adaptrt.functional import refers, remapped, shadow
 from adaptrt.graph.capture import WeightNormByFormula, has_weight_norm
 from adaptrt.higher.utils import copied, get_func_params
 
-_OWN = frozenset({"_parameters", "_modules", "_fast", "_number", "forward"})
+_CONTAINERS = frozenset({list, dict, set, collections.OrderedDict, collections.deque})
+_APART = frozenset({"_parameters", "_modules", "_fast", "_number"})
 """Attributes of a handle that are not its twin's."""
 
 
@@ -76,7 +78,9 @@ class FastWeights:
         # For each module the name of each of its parameters, and which fast weight it is. Shared weights have one.
         self.places = [[(name, index[id(p)]) for name, p in part._parameters.items() if p is not None] for part in model.modules()]
         self.classes = [type(part) for part in model.modules()]
-        self.twins: list[nn.Module] | None = None
+        self.twins: Twins | None = None
+        self.links: list[list[str]] | None = None
+        """For each module the names of its attributes that refer to others."""
 
     def adopt(self, handle: nn.Module) -> None:
         """Makes the weights those of a copied handle."""
@@ -126,46 +130,80 @@ class FastWeights:
             if part is not None:
                 _hold(part, {name: latest[i] for name, i in places})
 
-    def twin_of(self, part: nn.Module) -> nn.Module:
-        """The module that runs in place of a handle's part."""
+    def running(self) -> Twins:
+        """What runs in place of the handle, with the latest weights."""
         if self.twins is None:
             self.twins = self._make_twins()
-        return self.twins[vars(part)["_number"]]
+        return self.twins
 
-    def _make_twins(self) -> list[nn.Module]:
+    def _make_twins(self) -> Twins:
         latest = self.latest
         if latest is None:
             raise ValueError("params must be given: the patched module does not hold fast weights of its own")
         twins: list[nn.Module] = [object.__new__(kind) for kind in self.classes]
-
-        def twin_of(child: nn.Module | None) -> nn.Module | None:
-            return twins[vars(child)["_number"]] if isinstance(child, Patched) and child._fast is self else child
-
-        for reference, twin, places in zip(self.modules, twins, self.places, strict=True):
-            part = reference()
+        parts = [reference() for reference in self.modules]
+        of_part = {id(part): twin for part, twin in zip(parts, twins, strict=True) if part is not None}
+        if self.links is None:
+            self.links = [
+                [] if part is None else [name for name, value in vars(part).items() if name not in _APART and refers(value, of_part)]
+                for part in parts
+            ]
+        for part, twin, places, links in zip(parts, twins, self.places, self.links, strict=True):
             if part is None:
                 continue
             own = vars(twin)
             own.update(vars(part))
             del own["_fast"], own["_number"]
             own["_parameters"] = dict(part._parameters)
-            forward = own.get("forward")
-            if isinstance(forward, types.MethodType) and isinstance(forward.__self__, Patched):
-                own["forward"] = types.MethodType(forward.__func__, twin_of(forward.__self__))
-            own["_modules"] = {name: twin_of(child) for name, child in part._modules.items()}
+            own["_modules"] = {name: None if child is None else of_part.get(id(child), child) for name, child in part._modules.items()}
+            for name in links:
+                own[name] = remapped(own[name], of_part)
             _hold(twin, {name: latest[i] for name, i in places})
-        return twins
+        return Twins(twins, [dict(vars(twin)) for twin in twins], [dict(vars(twin).get("_modules", ())) for twin in twins])
 
-    def take_over(self) -> None:
-        """Copies what a forward pass has set on the twins to the handle."""
-        for reference, twin in zip(self.modules, self.twins or (), strict=False):
-            part = reference()
+    def take_over(self, twins: Twins) -> None:
+        """Lets the handle have what a forward pass has set, changed or deleted on the twins."""
+        parts = [reference() for reference in self.modules]
+        of_twin = {id(twin): part for part, twin in zip(parts, twins.modules, strict=True) if part is not None}
+        changed = False
+        for part, twin, given, modules in zip(parts, *twins, strict=True):
             if part is None:
                 continue
-            own = vars(part)
-            for name, value in vars(twin).items():
-                if own.get(name) is not value and name not in _OWN and name != "_flat_weights":
-                    own[name] = value
+            own, now = vars(part), vars(twin)
+            for name, value in now.items():
+                if name in _APART or name == "_flat_weights":
+                    continue
+                new = given.get(name, self) is not value
+                # A container may have been written to.
+                if new or (type(value) in _CONTAINERS and value and own.get(name) is value and refers(value, of_twin)):
+                    own[name] = remapped(value, of_twin) if refers(value, of_twin) else value
+                    given[name], changed = value, True
+            for name in [name for name in given if name not in now]:
+                own.pop(name, None)
+                del given[name]
+                changed = True
+            if now["_modules"] != modules:
+                for name in {**modules, **now["_modules"]}:
+                    if name not in now["_modules"]:
+                        part._modules.pop(name, None)
+                    elif now["_modules"][name] is not modules.get(name, self):
+                        child = now["_modules"][name]
+                        part._modules[name] = child if child is None else of_twin.get(id(child), child)
+                modules.clear()
+                modules.update(now["_modules"])
+                changed = True
+        if changed:
+            self.links = None
+            if self.twins is not twins:
+                self.twins = None
+
+
+class Twins(NamedTuple):
+    """What runs in place of a handle's modules, and their attributes and submodules when they were made."""
+
+    modules: list[nn.Module]
+    given: list[dict[str, Any]]
+    submodules: list[dict[str, nn.Module | None]]
 
 
 def _hold(module: nn.Module, values: dict[str, Tensor]) -> None:
@@ -198,11 +236,12 @@ class Patched(nn.Module):
         if params is not None:
             fast.put(params)
             fast.show()
+        twins = fast.running()
         try:
             with fast.differentiable_twice():
-                return run(fast.twin_of(self))
+                return run(twins.modules[self._number])
         finally:
-            fast.take_over()
+            fast.take_over(twins)
 
     def __setattr__(self, name: str, value: Any) -> None:
         fast = self._fast
@@ -230,7 +269,7 @@ class Patched(nn.Module):
 
     def _changed(self) -> None:
         if self._fast is not None:
-            self._fast.twins = None
+            self._fast.twins = self._fast.links = None
 
 
 class FunctionalModule(Patched):

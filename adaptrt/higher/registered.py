@@ -144,14 +144,16 @@ class _Built:
             new, after = self._run(grads, params, hyper, {name: entry for name, entry in entries.items() if tree.leaves(entry)})
             return new, RegisteredState(counts, {**entries, **_conformed(entries, after)})
         begun = {name: entry for name, entry in entries.items() if name in self._started}
-        first_new, first = self._run(grads, params, hyper, begun)
-        first = {**entries, **_conformed(entries, first)}
         is_first = {name: count == 0 for name, count in state.num_updates.items()}
+        # Where a branch is not taken it must be finite and have finite derivatives, or its part of the gradient, 0 * inf, is NaN: the first
+        # step is given ones then, at which no square root or quotient is at its end, and the later one what the first step would leave.
+        safe = {name: torch.where(is_first[name], grad, torch.ones_like(grad)) for name, grad in grads.items()}
+        first_new, first = self._run(safe, params, hyper, begun)
+        first = {**entries, **_conformed(entries, first)}
 
         def chosen(name: str, a: Any, b: Any) -> Any:
             return tree.map_leaves(functools.partial(torch.where, is_first[name]), a, b)
 
-        # Not from the zeros of the beginning, at which a later step's arithmetic may have no value or no derivative.
         later_new, later = self._run(grads, params, hyper, {name: chosen(name, first[name], entry) for name, entry in entries.items()})
         later = {**entries, **_conformed(entries, later)}
         new = {name: chosen(name, first_new[name], later_new[name]) for name in params}
