@@ -7,6 +7,7 @@ import copy
 import functools
 import types
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, cast
 
 import pytest
@@ -562,12 +563,12 @@ class Appending(Caching):
 class HookingItself(Caching):
     hooked = False
 
-    def double(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    def add_bias(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
         return output + self.b.bias.sum()
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.hooked:
-            self.a.register_forward_hook(self.double)
+            self.a.register_forward_hook(self.add_bias)
             self.hooked = True
         return self.b(torch.tanh(self.a(x)))
 
@@ -659,6 +660,44 @@ def test_attributes_set_on_the_handle_during_a_call() -> None:
 
     fmodel: Any = ours.monkeypatch(nn.Sequential(Counting(3, 2)))
     fmodel.register_forward_hook(lambda module, args, output: setattr(fmodel, "feature", output))
-    for _ in range(3):
-        out = fmodel(X)
-    assert fmodel[0].calls == 3 and fmodel.feature is out
+    seen = [fmodel(X) for _ in range(3)]
+    assert fmodel[0].calls == 3 and fmodel.feature is seen[-1]
+
+
+def test_changes_that_go_past_attributes_are_seen() -> None:
+    torch.manual_seed(1)
+    fmodel: Any = ours.monkeypatch(nn.Sequential(nn.Linear(3, 2), nn.Dropout(0.9), nn.ModuleList([nn.Tanh()])))
+    before = fmodel[:2](X)
+    fmodel.eval()
+    x = fmodel[0](X)
+    assert not torch.equal(before, x) and torch.equal(fmodel[1](x), x)
+    del fmodel[2][0]
+    assert len(fmodel[2]) == 0
+    fmodel[0].register_parameter("extra", nn.Parameter(torch.ones(2)))
+    assert torch.equal(fmodel[0](X), x)
+
+
+class Private(nn.Linear):
+    """Names that ours must not take."""
+
+    _fast = False
+
+    def _run(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self._run(input) * (2.0 if self._fast else 1.0)
+
+
+def test_private_names_of_a_model_are_its_own() -> None:
+    net = Private(3, 2).double()
+    net._fast = True
+    torch.testing.assert_close(ours.monkeypatch(net)(X), net(X))
+
+
+def test_kernels_of_attention_are_put_back_after_threads() -> None:
+    handles = [ours.monkeypatch(make("mlp")) for _ in range(4)]
+    before = torch.backends.cuda.flash_sdp_enabled()
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda i: [handles[i](X) for _ in range(50)], range(4)))
+    assert before and torch.backends.cuda.flash_sdp_enabled() == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -353,6 +354,16 @@ def grows_an_attribute(self: Any, group: Any, i: int, j: int, p: Tensor, g: Tens
     return p - group["lr"] / len(self.past) * g
 
 
+def counts_in_a_tensor(self: Any, group: Any, i: int, j: int, p: Tensor, g: Tensor, state: Any) -> Tensor:
+    self.count += 1
+    return p - group["lr"] / self.count * g
+
+
+def keeps_a_window(self: Any, group: Any, i: int, j: int, p: Tensor, g: Tensor, state: Any) -> Tensor:
+    self.window.append(1)
+    return p - group["lr"] / len(self.window) * g
+
+
 def keeps_shared_state(self: Any, group: Any, i: int, j: int, p: Tensor, g: Tensor, state: Any) -> Tensor:
     shared = self.state[i]["shared"]
     shared["t"] = shared.get("t", 0) + 1
@@ -378,6 +389,7 @@ def made_with(update: Update) -> type[DifferentiableOptimizer]:
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             self.past: list[int] = []
+            self.count, self.window = torch.zeros(()), deque[int](maxlen=3)
 
         def _update(self, grouped_grads: Any, **kwargs: Any) -> None:
             for i, (group, grads) in enumerate(zip(self.param_groups, grouped_grads, strict=True)):
@@ -415,6 +427,8 @@ def test_update_may(update: Update, dtype: torch.dtype) -> None:
         (writes_a_new_setting, "writes to a setting"),
         (writes_an_attribute, r"writes to self\.t"),
         (grows_an_attribute, r"writes to self\.past"),
+        (counts_in_a_tensor, r"writes to self\.count"),
+        (keeps_a_window, r"writes to self\.window"),
         (keeps_shared_state, "under 'shared'"),
         (keeps_an_object, "keeps a object in the state"),
         (changes_its_dtype, "dtypes"),

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import collections
 import functools
+import threading
 import types
 import warnings
 import weakref
@@ -35,7 +36,7 @@ from adaptrt.graph.capture import WeightNormByFormula, has_weight_norm
 from adaptrt.higher.utils import copied, get_func_params
 
 _CONTAINERS = frozenset({list, dict, set, collections.OrderedDict, collections.deque})
-_APART = frozenset({"_parameters", "_modules", "_fast", "_number"})
+_APART = frozenset({"_parameters", "_modules", "_adaptrt_fast", "_adaptrt_number"})
 """Attributes of a handle that are not its twin's."""
 
 
@@ -48,16 +49,31 @@ _ATTENTION = (
 
 
 class _MathAttention:
-    """`sdpa_kernel(SDPBackend.MATH)` in a quarter of its time: it is entered at every call of a handle."""
+    """`sdpa_kernel(SDPBackend.MATH)` in a quarter of its time: it is entered at every call of a handle.
+
+    The setting is the process's, so of several threads the first one in makes it and the last one out takes it back.
+    """
+
+    _lock = threading.Lock()
+    _inside = 0
+    _before: tuple[bool, ...] = ()
 
     def __enter__(self) -> None:
-        self._before = [enabled() for enabled, _, _ in _ATTENTION]
-        for _, enable, on in _ATTENTION:
-            enable(on)
+        shared = _MathAttention
+        with shared._lock:
+            if not shared._inside:
+                shared._before = tuple([enabled() for enabled, _, _ in _ATTENTION])
+                for _, enable, on in _ATTENTION:
+                    enable(on)
+            shared._inside += 1
 
     def __exit__(self, *raised: object) -> None:
-        for (_, enable, _), on in zip(_ATTENTION, self._before, strict=True):
-            enable(on)
+        shared = _MathAttention
+        with shared._lock:
+            shared._inside -= 1
+            if not shared._inside:
+                for (_, enable, _), on in zip(_ATTENTION, shared._before, strict=True):
+                    enable(on)
 
 
 class FastWeights:
@@ -86,7 +102,7 @@ class FastWeights:
         """Makes the weights those of a copied handle."""
         for part in handle.modules():
             if isinstance(part, Patched):
-                self.modules[part._number] = weakref.ref(part)
+                self.modules[part._adaptrt_number] = weakref.ref(part)
 
     @property
     def latest(self) -> list[Tensor] | None:
@@ -132,9 +148,25 @@ class FastWeights:
 
     def running(self) -> Twins:
         """What runs in place of the handle, with the latest weights."""
-        if self.twins is None:
+        if self.twins is None or self._forms() != self.twins.forms:
+            self.links = None
             self.twins = self._make_twins()
         return self.twins
+
+    def _forms(self) -> list[Any]:
+        """What of a module may change without its `__setattr__`: submodules, the number of its parameters, its mode."""
+        parts = [reference() for reference in self.modules]
+        # Weakly, as the handle's modules are held.
+        return [
+            None
+            if part is None
+            else (
+                {name: None if child is None else weakref.ref(child) for name, child in part._modules.items()},
+                len(part._parameters),
+                part.training,
+            )
+            for part in parts
+        ]
 
     def _make_twins(self) -> Twins:
         latest = self.latest
@@ -153,20 +185,20 @@ class FastWeights:
                 continue
             own = vars(twin)
             own.update(vars(part))
-            del own["_fast"], own["_number"]
+            del own["_adaptrt_fast"], own["_adaptrt_number"]
             own["_parameters"] = dict(part._parameters)
             own["_modules"] = {name: None if child is None else of_part.get(id(child), child) for name, child in part._modules.items()}
             for name in links:
                 own[name] = remapped(own[name], of_part)
             _hold(twin, {name: latest[i] for name, i in places})
-        return Twins(twins, [dict(vars(twin)) for twin in twins], [dict(vars(twin).get("_modules", ())) for twin in twins])
+        return Twins(twins, [dict(vars(twin)) for twin in twins], [dict(vars(twin).get("_modules", ())) for twin in twins], self._forms())
 
     def take_over(self, twins: Twins) -> None:
         """Lets the handle have what a forward pass has set, changed or deleted on the twins."""
         parts = [reference() for reference in self.modules]
         of_twin = {id(twin): part for part, twin in zip(parts, twins.modules, strict=True) if part is not None}
         changed = False
-        for part, twin, given, modules in zip(parts, *twins, strict=True):
+        for part, twin, given, modules in zip(parts, twins.modules, twins.given, twins.submodules, strict=True):
             if part is None:
                 continue
             own, now = vars(part), vars(twin)
@@ -199,11 +231,12 @@ class FastWeights:
 
 
 class Twins(NamedTuple):
-    """What runs in place of a handle's modules, and their attributes and submodules when they were made."""
+    """What runs in place of a handle's modules, their attributes and submodules when they were made, and what the handle was like."""
 
     modules: list[nn.Module]
     given: list[dict[str, Any]]
     submodules: list[dict[str, nn.Module | None]]
+    forms: list[Any]
 
 
 def _hold(module: nn.Module, values: dict[str, Tensor]) -> None:
@@ -216,38 +249,38 @@ def _hold(module: nn.Module, values: dict[str, Tensor]) -> None:
 class Patched(nn.Module):
     """What every module of a handle is, besides an instance of its original's class."""
 
-    _fast: FastWeights | None = None
+    _adaptrt_fast: FastWeights | None = None
     """None for what a handle's own methods make of its class: a slice of a `Sequential` holds parts of the handle, but is none."""
-    _number: int
+    _adaptrt_number: int
 
     def __call__(self, *args: Any, params: Iterable[Tensor] | None = None, **kwargs: Any) -> Any:
         """What the module returns for these arguments under the latest fast weights, or under `params`, which become the latest."""
-        if self._fast is None:
+        if self._adaptrt_fast is None:
             return super().__call__(*args, **kwargs)
-        return self._run(lambda twin: twin(*args, **kwargs), self._fast, params)
+        return self._adaptrt_run(lambda twin: twin(*args, **kwargs), self._adaptrt_fast, params)
 
     def forward(self, *args: Any, params: Iterable[Tensor] | None = None, **kwargs: Any) -> Any:
         """As a call, without the module's own hooks."""
-        if self._fast is None:
+        if self._adaptrt_fast is None:
             return super().forward(*args, **kwargs)
-        return self._run(lambda twin: twin.forward(*args, **kwargs), self._fast, params)
+        return self._adaptrt_run(lambda twin: twin.forward(*args, **kwargs), self._adaptrt_fast, params)
 
-    def _run(self, run: Callable[[Any], Any], fast: FastWeights, params: Iterable[Tensor] | None) -> Any:
+    def _adaptrt_run(self, run: Callable[[Any], Any], fast: FastWeights, params: Iterable[Tensor] | None) -> Any:
         if params is not None:
             fast.put(params)
             fast.show()
         twins = fast.running()
         try:
             with fast.differentiable_twice():
-                return run(twins.modules[self._number])
+                return run(twins.modules[self._adaptrt_number])
         finally:
             fast.take_over(twins)
 
     def __setattr__(self, name: str, value: Any) -> None:
-        fast = self._fast
+        fast = self._adaptrt_fast
         if fast is None or name not in self.__dict__.get("_parameters", ()):
             super().__setattr__(name, value)
-            self._changed()
+            self._adaptrt_changed()
             return
         if not isinstance(value, Tensor):
             raise TypeError(f"a fast weight must be a tensor, got {torch.typename(value)} for '{name}'")
@@ -255,21 +288,21 @@ class Patched(nn.Module):
             raise ValueError(
                 f"'{name}' cannot be assigned: the patched module does not hold fast weights of its own; call update_params first"
             )
-        index = dict(fast.places[self._number])[name]
+        index = dict(fast.places[self._adaptrt_number])[name]
         fast.put([value if i == index else old for i, old in enumerate(fast.latest)])
         fast.show()
 
     def __delattr__(self, name: str) -> None:
         super().__delattr__(name)
-        self._changed()
+        self._adaptrt_changed()
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         super().add_module(name, module)
-        self._changed()
+        self._adaptrt_changed()
 
-    def _changed(self) -> None:
-        if self._fast is not None:
-            self._fast.twins = self._fast.links = None
+    def _adaptrt_changed(self) -> None:
+        if self._adaptrt_fast is not None:
+            self._adaptrt_fast.twins = self._adaptrt_fast.links = None
 
 
 class FunctionalModule(Patched):
@@ -277,8 +310,8 @@ class FunctionalModule(Patched):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if self._fast is not None:
-            self._fast.adopt(self)
+        if self._adaptrt_fast is not None:
+            self._adaptrt_fast.adopt(self)
 
     def parameters(self, recurse: bool = True, time: int | None = None) -> Iterator[Any]:
         """The fast weights, in the order of the model's parameters.
@@ -290,9 +323,9 @@ class FunctionalModule(Patched):
           ValueError: there are none, or an earlier version while `track_higher_grads` is off.
           IndexError: there were fewer updates.
         """
-        if self._fast is None:
+        if self._adaptrt_fast is None:
             return super().parameters(recurse)
-        versions = self._fast.versions
+        versions = self._adaptrt_fast.versions
         if versions is None:
             raise ValueError("the patched module does not hold fast weights of its own; call update_params first")
         if not recurse:
@@ -314,9 +347,9 @@ class FunctionalModule(Patched):
 
     @property
     def _held(self) -> FastWeights:
-        if self._fast is None:
+        if self._adaptrt_fast is None:
             raise ValueError("a slice of a patched module has no fast weights of its own; use the patched module")
-        return self._fast
+        return self._adaptrt_fast
 
     @property
     def fast_params(self) -> list[Tensor] | None:
@@ -370,7 +403,7 @@ def make_functional(module: nn.Module, encapsulator: Callable[[Any, nn.Module], 
             _keep_to_itself(part)
         base = FunctionalModule if part is handle else Patched
         kind: Any = type(part)
-        vars(part).update(_fast=fast, _number=number)
+        vars(part).update(_adaptrt_fast=fast, _adaptrt_number=number)
         part.__class__ = type(f"Functional{kind.__name__}", (base, kind), {"__module__": kind.__module__})
     if encapsulator is not None:
         encapsulator(handle, module)

@@ -224,16 +224,29 @@ def _snapshot(version: Any) -> dict[str, Any]:
 
 
 def _content(value: Any) -> Any:
+    """A nest's form and its leaves, tensors with the count of writes to them."""
     leaves: list[Any] = []
-    structure = _recursive_map(value, lambda leaf: leaves.append(leaf) or len(leaves))
-    return structure, leaves
+
+    def note(leaf: Any) -> int:
+        if type(leaf) is collections.deque:
+            return sum(note(entry) for entry in leaf)
+        leaves.append((leaf, leaf._version if type(leaf) is not _Watched and isinstance(leaf, Tensor) else 0))
+        return len(leaves)
+
+    return _recursive_map(value, note), leaves
 
 
 def _check_writes(version: Any, before: dict[str, Any], names: Sequence[Sequence[str]]) -> None:
     after = _snapshot(version)
     for name in {**before, **after}:
         old, new = before.get(name), after.get(name)
-        same = old is not None and new is not None and old[0] == new[0] and all(map(operator.is_, old[1], new[1]))
+        same = (
+            old is not None
+            and new is not None
+            and old[0] == new[0]
+            and len(old[1]) == len(new[1])
+            and all(a is b and x == y for (a, x), (b, y) in zip(old[1], new[1], strict=True))
+        )
         if not same:
             what = "a setting" if name == "param_groups" else f"self.{name}"
             raise NotTraceable(f"_update writes to {what}, which is not carried from step to step. Keep it in self.state[group][index]")
@@ -340,12 +353,14 @@ def _constants(opt: torch.optim.Optimizer) -> Any:
     def attribute(leaf: Any) -> Any:
         return ("tensor", id(leaf)) if isinstance(leaf, Tensor) else (type(leaf), leaf)
 
-    own = {
-        name: value
-        for name, value in vars(opt).items()
-        if not (name.startswith("_") or name in ("state", "param_groups") or callable(value))
-    }
+    own = {name: value for name, value in vars(opt).items() if name not in _attributes_of_any()}
     return [_recursive_map(settings_of(group), constant) for group in opt.param_groups], _recursive_map(own, attribute)
+
+
+@functools.cache
+def _attributes_of_any() -> frozenset[str]:
+    """Attributes that every optimiser has, and those that a scheduler puts there."""
+    return frozenset(vars(torch.optim.SGD([torch.zeros((), requires_grad=True)], lr=0.1))) | {"step", "_opt_called"}
 
 
 class _Place(NamedTuple):
