@@ -18,11 +18,13 @@ from __future__ import annotations
 
 import collections
 import functools
+import itertools
+import operator
 import threading
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, NamedTuple
 
@@ -36,6 +38,7 @@ from adaptrt.graph.capture import WeightNormByFormula, has_weight_norm
 from adaptrt.higher.utils import copied, get_func_params
 
 _CONTAINERS = frozenset({list, dict, set, collections.OrderedDict, collections.deque})
+_SIMPLE = frozenset({bool, int, float, str, type(None)})
 _APART = frozenset({"_parameters", "_modules", "_adaptrt_fast", "_adaptrt_number"})
 """Attributes of a handle that are not its twin's."""
 
@@ -95,8 +98,9 @@ class FastWeights:
         self.places = [[(name, index[id(p)]) for name, p in part._parameters.items() if p is not None] for part in model.modules()]
         self.classes = [type(part) for part in model.modules()]
         self.twins: Twins | None = None
-        self.links: list[list[str]] | None = None
-        """For each module the names of its attributes that refer to others."""
+        self.forms: list[Any] = []
+        self.links: list[tuple[list[str], list[str]]] | None = None
+        """For each module the names of its attributes that refer to others, and of those that are containers."""
 
     def adopt(self, handle: nn.Module) -> None:
         """Makes the weights those of a copied handle."""
@@ -148,24 +152,20 @@ class FastWeights:
 
     def running(self) -> Twins:
         """What runs in place of the handle, with the latest weights."""
-        if self.twins is None or self._forms() != self.twins.forms:
-            self.links = None
+        forms = self._forms()
+        if forms != self.forms:
+            self.forms, self.links, self.twins = forms, None, None
+        if self.twins is None:
             self.twins = self._make_twins()
         return self.twins
 
     def _forms(self) -> list[Any]:
         """What of a module may change without its `__setattr__`: submodules, the number of its parameters, its mode."""
-        parts = [reference() for reference in self.modules]
-        # Weakly, as the handle's modules are held.
+        # By ids, as the handle's modules are not to be held.
         return [
-            None
-            if part is None
-            else (
-                {name: None if child is None else weakref.ref(child) for name, child in part._modules.items()},
-                len(part._parameters),
-                part.training,
-            )
-            for part in parts
+            (tuple(map(id, part._modules.values())), len(part._parameters), part.training)
+            for reference in self.modules
+            if (part := reference()) is not None
         ]
 
     def _make_twins(self) -> Twins:
@@ -176,11 +176,8 @@ class FastWeights:
         parts = [reference() for reference in self.modules]
         of_part = {id(part): twin for part, twin in zip(parts, twins, strict=True) if part is not None}
         if self.links is None:
-            self.links = [
-                [] if part is None else [name for name, value in vars(part).items() if name not in _APART and refers(value, of_part)]
-                for part in parts
-            ]
-        for part, twin, places, links in zip(parts, twins, self.places, self.links, strict=True):
+            self.links = [_links({} if part is None else vars(part), of_part) for part in parts]
+        for part, twin, places, (links, _) in zip(parts, twins, self.places, self.links, strict=True):
             if part is None:
                 continue
             own = vars(twin)
@@ -191,23 +188,28 @@ class FastWeights:
             for name in links:
                 own[name] = remapped(own[name], of_part)
             _hold(twin, {name: latest[i] for name, i in places})
-        return Twins(twins, [dict(vars(twin)) for twin in twins], [dict(vars(twin).get("_modules", ())) for twin in twins], self._forms())
+        given = [dict(vars(twin)) for twin in twins]
+        containers = [[(name, own[name]) for name in names] for own, (_, names) in zip(given, self.links, strict=True)]
+        return Twins(twins, given, containers, [dict(own.get("_modules", ())) for own in given])
 
     def take_over(self, twins: Twins) -> None:
         """Lets the handle have what a forward pass has set, changed or deleted on the twins."""
+        if twins.untouched():
+            return
         parts = [reference() for reference in self.modules]
         of_twin = {id(twin): part for part, twin in zip(parts, twins.modules, strict=True) if part is not None}
         changed = False
-        for part, twin, given, modules in zip(parts, twins.modules, twins.given, twins.submodules, strict=True):
+        for part, twin, given, containers, modules in zip(parts, *twins, strict=True):
             if part is None:
                 continue
             own, now = vars(part), vars(twin)
+            for name, value in containers:  # which may have been written to
+                if value and refers(value, of_twin) and own.get(name) is value:
+                    own[name], changed = remapped(value, of_twin), True
+            if len(now) == len(given) and all(map(operator.is_, now.values(), given.values())) and now["_modules"] == modules:
+                continue
             for name, value in now.items():
-                if name in _APART or name == "_flat_weights":
-                    continue
-                new = given.get(name, self) is not value
-                # A container may have been written to.
-                if new or (type(value) in _CONTAINERS and value and own.get(name) is value and refers(value, of_twin)):
+                if name not in _APART and name != "_flat_weights" and given.get(name, self) is not value:
                     own[name] = remapped(value, of_twin) if refers(value, of_twin) else value
                     given[name], changed = value, True
             for name in [name for name in given if name not in now]:
@@ -231,12 +233,42 @@ class FastWeights:
 
 
 class Twins(NamedTuple):
-    """What runs in place of a handle's modules, their attributes and submodules when they were made, and what the handle was like."""
+    """What runs in place of a handle's modules; their attributes, those that are containers, and their submodules when they were made."""
 
     modules: list[nn.Module]
     given: list[dict[str, Any]]
+    containers: list[list[tuple[str, Any]]]
     submodules: list[dict[str, nn.Module | None]]
-    forms: list[Any]
+
+    def untouched(self) -> bool:
+        """Whether a forward pass certainly left nothing behind: nearly always, so it is asked at once for all."""
+        own = [vars(twin) for twin in self.modules]
+        return (
+            list(map(len, own)) == list(map(len, self.given))
+            and all(map(operator.is_, _values(own), _values(self.given)))
+            and [now.get("_modules", {}) for now in own] == self.submodules
+            and not any(value for entries in self.containers for _, value in entries)
+        )
+
+
+def _values(mappings: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
+    return itertools.chain.from_iterable([mapping.values() for mapping in mappings])
+
+
+def _links(own: Mapping[str, Any], parts: Mapping[int, nn.Module]) -> tuple[list[str], list[str]]:
+    links: list[str] = []
+    containers: list[str] = []
+    for name, value in own.items():
+        kind = type(value)
+        if kind in _SIMPLE or name in _APART:
+            continue
+        if kind in _CONTAINERS:
+            containers.append(name)
+            if not value:
+                continue
+        if refers(value, parts):
+            links.append(name)
+    return links, containers
 
 
 def _hold(module: nn.Module, values: dict[str, Tensor]) -> None:
@@ -363,7 +395,8 @@ class FunctionalModule(Patched):
 
     def update_params(self, params: Iterable[Tensor]) -> None:
         """Makes `params` the latest fast weights."""
-        self.fast_params = params
+        self._held.put(params)
+        self._held.show()
 
     @property
     def track_higher_grads(self) -> bool:
