@@ -160,7 +160,8 @@ def main() -> None:
     report = f"""# The eager tape, `adaptrt.higher` beside `higher` 0.2.1
 
 Command: `{shlex.join(["python", "benchmarks/higher_tape.py", *sys.argv[1:]])}`. torch {torch.__version__}, CPU, one thread, float32,
-k = {NUM_STEPS} steps, query loss and its backward pass. Medians, by turns in one process; × is the median of the ratios of neighbouring calls, ours over theirs; the bar is 1.0. Difference: of loss and meta-gradients in float64, checked before anything is timed.
+k = {NUM_STEPS} steps, query loss and its backward pass. Medians, by turns in one process; × is the median of the ratios of
+neighbouring calls, ours over theirs; the bar is 1.0. Difference: of loss and meta-gradients in float64, checked before anything is timed.
 
 """
     report += "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
