@@ -116,12 +116,9 @@ def shadow(module: nn.Module) -> nn.Module:
     copy.
     """
     copies: dict[int, nn.Module] = {id(part): object.__new__(type(part)) for part in module.modules()}
-
     for part in module.modules():
         copies[id(part)].__dict__.update({name: remapped(value, copies) for name, value in vars(part).items()})
-    root = copies[id(module)]
-    copies.clear()  # `copied` refers to itself, and would hold them until the next garbage collection
-    return root
+    return copies[id(module)]
 
 
 def remapped(value: Any, parts: Mapping[int, nn.Module]) -> Any:

@@ -15,6 +15,7 @@ from adaptrt import optim, tree
 from adaptrt.errors import InvalidArgument, InvalidType, OptimizerMismatch, UnsupportedOptimizer
 from adaptrt.optim.base import Optimizer
 from adaptrt.optim.convert import SUPPORTED, convert, fingerprint, read_hyper, read_state
+from adaptrt.optim.source import TorchSource
 from tests.optimizers import (
     CASES,
     FAMILIES,
@@ -456,3 +457,19 @@ def test_numbers_outside_their_domain(family: Family) -> None:
         for function in functions:
             with pytest.raises(error, match=message):
                 function(opt, params)
+
+
+def test_what_changes_in_place_is_read_anew() -> None:
+    """A source reads groups once for the objects in them; a flag as a tensor, or numbers in a list, may change and stay the same object."""
+    w = torch.zeros(2, requires_grad=True)
+    opt = torch.optim.Adam([w])
+    flag, betas = torch.tensor(False), [0.9, 0.99]
+    opt.param_groups[0]["maximize"] = flag
+    read = TorchSource(opt, {"w": w})
+    structure = read.structure()
+    flag.fill_(True)
+    assert read.structure() != structure
+    opt.param_groups[0].update(maximize=True, betas=betas)
+    assert read.hyper()["beta1"] == 0.9
+    betas[0] = 0.5
+    assert read.hyper()["beta1"] == 0.5

@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 import operator
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 
@@ -107,11 +107,8 @@ class TorchSource(Source):
         groups = self._opt.param_groups
         read = self._read
         if read is None or not _hold(groups, read.held):
-            held = (
-                None
-                if any(isinstance(value, list | Mapping) for group in groups for key, value in group.items() if key != "params")
-                else [([*group.values()], [*group["params"]]) for group in groups]
-            )
+            fixed = all(_is_fixed(value) for group in groups for key, value in group.items() if key != "params")
+            held = [([*group.values()], [*group["params"]]) for group in groups] if fixed else None
             read = self._read = _Read(held, fingerprint(self._opt, self._params), read_hyper(self._opt, self._params))
         return read
 
@@ -127,6 +124,15 @@ class _Read(NamedTuple):
     held: Sequence[tuple[list[Any], list[Any]]] | None
     structure: Hashable
     hyper: Hyper
+
+
+def _is_fixed(value: Any) -> bool:
+    """Whether the same object surely says the same; a floating-point tensor is an input, whose value is not read here."""
+    if isinstance(value, tuple):
+        return all(map(_is_fixed, cast("tuple[Any, ...]", value)))
+    if isinstance(value, torch.Tensor):
+        return value.is_floating_point()
+    return value is None or isinstance(value, bool | int | float | str)
 
 
 def _hold(groups: Sequence[Mapping[str, Any]], held: Sequence[tuple[list[Any], list[Any]]] | None) -> bool:
