@@ -8,6 +8,7 @@ Inductor is imported by the functions that use it: importing it takes seconds, a
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import shutil
@@ -18,7 +19,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from adaptrt.backend.base import Backend, Runner
 from adaptrt.errors import CompilerUnavailable
@@ -54,12 +57,19 @@ def _keep_strides(module: torch.fx.GraphModule) -> None:
     end.meta["original_output_strides"] = [value.stride() for value in values]
 
 
+_CACHE_TAG = "adaptrt 1"
+"""Part of the key under which Inductor keeps a compiled graph on disk. The key knows the graph and Inductor's settings, not what this file
+changes in Inductor: a change of that needs a new tag."""
+
 PASSES = (inline_small_matmuls, Pass("decompose for Inductor", _decompose), remove_identities, merge_duplicates, own_outputs)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Inductor(Backend):
-    """Inductor, with the settings that the process has in `torch._inductor.config`."""
+    """Inductor, with the settings that the process has in `torch._inductor.config`.
+
+    What it compiles is kept in Inductor's cache on disk, so that another process has it in a fraction of the time.
+    """
 
     name = "inductor"
 
@@ -75,9 +85,14 @@ class Inductor(Backend):
 
             graph = apply(PASSES, graph)
             _keep_strides(graph.module)
-            mode = FakeTensorMode()
+            # Inductor keeps what it compiled on disk only where a tracing context with a shape environment is.
+            mode = FakeTensorMode(shape_env=ShapeEnv())
             inputs = fake_tensors(mode, [entry.spec for entry in graph.signature.inputs])
-            with torch.inference_mode(False), torch.no_grad(), autocast_off(), config.patch(_WORKAROUNDS), mode:
+            with contextlib.ExitStack() as stack:
+                for context in (torch.inference_mode(False), torch.no_grad(), autocast_off(), mode, tracing(TracingContext(mode))):
+                    stack.enter_context(context)
+                stack.enter_context(config.patch(_WORKAROUNDS))
+                stack.enter_context(torch.compiler.config.patch(cache_key_tag=_CACHE_TAG))
                 compiled = compile_fx_inner(graph.module, inputs)
 
         def run(values: list[Tensor]) -> Sequence[Tensor]:
