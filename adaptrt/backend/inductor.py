@@ -16,6 +16,7 @@ import sysconfig
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -83,6 +84,7 @@ class Inductor(Backend):
             if _KEPT not in lowerings:
                 make_fallback(_KEPT, warn=False, override_decomp=True)
 
+            cache_config: Any = torch.compiler.config
             graph = apply(PASSES, graph)
             _keep_strides(graph.module)
             # Inductor keeps what it compiled on disk only where a tracing context with a shape environment is.
@@ -92,7 +94,7 @@ class Inductor(Backend):
                 for context in (torch.inference_mode(False), torch.no_grad(), autocast_off(), mode, tracing(TracingContext(mode))):
                     stack.enter_context(context)
                 stack.enter_context(config.patch(_WORKAROUNDS))
-                stack.enter_context(torch.compiler.config.patch(cache_key_tag=_CACHE_TAG))
+                stack.enter_context(cache_config.patch(cache_key_tag=_CACHE_TAG))
                 compiled = compile_fx_inner(graph.module, inputs)
 
         def run(values: list[Tensor]) -> Sequence[Tensor]:
