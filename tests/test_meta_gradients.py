@@ -271,7 +271,9 @@ def compiled_product() -> list[Any]:
 
 @pytest.mark.parametrize("cell", compiled_product())
 def test_inductor(cell: Cell, drawn: Drawn, pytestconfig: pytest.Config) -> None:
-    check(cell, "inductor", drawn, through_adapt=cell.adjoint != "unrolled" or bool(pytestconfig.getoption("--full")))
+    # The programs that Unrolled has for `adapt` alone take Inductor longer than those of the meta-gradient: not in every cell.
+    through_adapt = cell.adjoint != "unrolled" or (bool(pytestconfig.getoption("--full")) and cell in covering())
+    check(cell, "inductor", drawn, through_adapt=through_adapt)
 
 
 @pytest.mark.parametrize("cell", [Cell("mlp", "amsgrad", "replay", False), Cell("conv-bn-train", "sgd", "replay", False)], ids=str)
