@@ -287,12 +287,14 @@ class _OfFamily(DifferentiableOptimizer):
 
 def _step(built: _Built, weights: list[Tensor], states: dict[int, dict[str, Any]], grads: Grads, members: Sequence[int]) -> None:
     """Replaces some of a group's weights and their states."""
-    params = {str(j): weights[j] for j in members}
-    before = {str(j): _state(built, states.get(j) or {}, str(j), weights[j]) for j in members}
-    after, new = built.optimizer.update({str(j): cast("Tensor", grads[j]) for j in members}, before, params, built.optimizer.hyper)
-    for j in members:
-        weights[j], entry = after[str(j)], states.get(j) or {}
-        states[j] = {**entry, **_entry(new[str(j)], entry.get("step", 0) + 1)}
+    named = [(j, str(j), weights[j], states.get(j) or {}) for j in members]
+    params = {name: weight for _, name, weight, _ in named}
+    before = {name: _state(built, entry, name, weight) for _, name, weight, entry in named}
+    given = {name: cast("Tensor", grads[j]) for j, name, _, _ in named}
+    after, new = built.optimizer.update(given, before, params, built.optimizer.hyper)
+    for j, name, _, entry in named:
+        weights[j] = after[name]
+        states[j] = {**entry, **_entry(new[name], entry.get("step", 0) + 1)}
 
 
 def _readable(params: Mapping[str, Tensor]) -> Callable[[Any], Any]:

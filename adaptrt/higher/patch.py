@@ -24,7 +24,7 @@ import threading
 import types
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from typing import Any, NamedTuple
 
@@ -96,11 +96,11 @@ class FastWeights:
         self.modules = [weakref.ref(part) for part in handle.modules()]
         # For each module the name of each of its parameters, and which fast weight it is. Shared weights have one.
         self.places = [[(name, index[id(p)]) for name, p in part._parameters.items() if p is not None] for part in model.modules()]
+        self.owners = [number for number, places in enumerate(self.places) if places]
         self.classes = [type(part) for part in model.modules()]
         self.twins: Twins | None = None
         self.forms: list[Any] = []
-        self.links: list[tuple[list[str], list[str]]] | None = None
-        """For each module the names of its attributes that refer to others, and of those that are containers."""
+        self.links: list[_Links] | None = None
 
     def adopt(self, handle: nn.Module) -> None:
         """Makes the weights those of a copied handle."""
@@ -119,9 +119,8 @@ class FastWeights:
             raise IndexError(
                 f"params has {len(values)} tensors: give one for each of the module's {self.num_params} parameters, in their order"
             )
-        for value in values:
-            if not isinstance(value, Tensor):
-                raise TypeError(f"params must be tensors, in the order of the module's parameters; got a {type(value).__name__}")
+        if strange := [type(value).__name__ for value in values if not isinstance(value, Tensor)]:
+            raise TypeError(f"params must be tensors, in the order of the module's parameters; got a {strange[0]}")
         if self.versions is None or self.track:
             self.versions = [*(self.versions or []), values]
         else:
@@ -145,10 +144,10 @@ class FastWeights:
         latest = self.latest
         if latest is None:
             return
-        for reference, places in zip(self.modules, self.places, strict=True):
-            part = reference()
+        for number in self.owners:
+            part = self.modules[number]()
             if part is not None:
-                _hold(part, {name: latest[i] for name, i in places})
+                _hold(part, self.places[number], latest)
 
     def running(self) -> Twins:
         """What runs in place of the handle, with the latest weights."""
@@ -177,20 +176,23 @@ class FastWeights:
         of_part = {id(part): twin for part, twin in zip(parts, twins, strict=True) if part is not None}
         if self.links is None:
             self.links = [_links({} if part is None else vars(part), of_part) for part in parts]
-        for part, twin, places, (links, _) in zip(parts, twins, self.places, self.links, strict=True):
+        attributes = list(map(vars, twins))
+        for part, own, links in zip(parts, attributes, self.links, strict=True):
             if part is None:
                 continue
-            own = vars(twin)
             own.update(vars(part))
             del own["_adaptrt_fast"], own["_adaptrt_number"]
-            own["_parameters"] = dict(part._parameters)
+            own["_parameters"] = own["_parameters"].copy()
             own["_modules"] = {name: None if child is None else of_part.get(id(child), child) for name, child in part._modules.items()}
-            for name in links:
+            for name in links.names:
                 own[name] = remapped(own[name], of_part)
-            _hold(twin, {name: latest[i] for name, i in places})
-        given = [dict(vars(twin)) for twin in twins]
-        containers = [[(name, own[name]) for name in names] for own, (_, names) in zip(given, self.links, strict=True)]
-        return Twins(twins, given, containers, [dict(own.get("_modules", ())) for own in given])
+        for number in self.owners:
+            if parts[number] is not None:
+                _hold(twins[number], self.places[number], latest)
+        containers = [links.containers_of(own) for own, links in zip(attributes, self.links, strict=True)]
+        children = [own.get("_modules", {}) for own in attributes]
+        given, submodules = [own.copy() for own in attributes], [held.copy() for held in children]
+        return Twins(twins, attributes, given, self.links, containers, children, submodules)
 
     def take_over(self, twins: Twins) -> None:
         """Lets the handle have what a forward pass has set, changed or deleted on the twins."""
@@ -199,11 +201,13 @@ class FastWeights:
         parts = [reference() for reference in self.modules]
         of_twin = {id(twin): part for part, twin in zip(parts, twins.modules, strict=True) if part is not None}
         changed = False
-        for part, twin, given, containers, modules in zip(parts, *twins, strict=True):
+        for part, now, given, links, containers, modules in zip(
+            parts, twins.attributes, twins.given, twins.links, twins.containers, twins.submodules, strict=True
+        ):
             if part is None:
                 continue
-            own, now = vars(part), vars(twin)
-            for name, value in containers:  # which may have been written to
+            own = vars(part)
+            for name, value in zip(links.containers, containers, strict=True):  # which may have been written to
                 if value and refers(value, of_twin) and own.get(name) is value:
                     own[name], changed = remapped(value, of_twin), True
             if len(now) == len(given) and all(map(operator.is_, now.values(), given.values())) and now["_modules"] == modules:
@@ -233,29 +237,48 @@ class FastWeights:
 
 
 class Twins(NamedTuple):
-    """What runs in place of a handle's modules; their attributes, those that are containers, and their submodules when they were made."""
+    """What runs in place of a handle's modules, and what of them may change.
+
+    Attributes:
+      modules: the twins.
+      attributes, given: their attributes, as they are, and as they were made.
+      links: which of them refer to others, and which are containers.
+      containers: the latter.
+      children, submodules: the modules in them, as they are, and as they were made.
+    """
 
     modules: list[nn.Module]
+    attributes: list[dict[str, Any]]
     given: list[dict[str, Any]]
-    containers: list[list[tuple[str, Any]]]
+    links: list[_Links]
+    containers: list[tuple[Any, ...]]
+    children: list[dict[str, nn.Module | None]]
     submodules: list[dict[str, nn.Module | None]]
 
     def untouched(self) -> bool:
         """Whether a forward pass certainly left nothing behind: nearly always, so it is asked at once for all."""
-        own = [vars(twin) for twin in self.modules]
         return (
-            list(map(len, own)) == list(map(len, self.given))
-            and all(map(operator.is_, _values(own), _values(self.given)))
-            and [now.get("_modules", {}) for now in own] == self.submodules
-            and not any(value for entries in self.containers for _, value in entries)
+            list(map(len, self.attributes)) == list(map(len, self.given))
+            and all(map(operator.is_, _values(self.attributes), _values(self.given)))
+            and self.children == self.submodules
+            and not any(map(any, self.containers))
         )
 
 
-def _values(mappings: Iterable[Mapping[str, Any]]) -> Iterator[Any]:
-    return itertools.chain.from_iterable([mapping.values() for mapping in mappings])
+def _values(mappings: Iterable[dict[str, Any]]) -> Iterator[Any]:
+    return itertools.chain.from_iterable(map(dict.values, mappings))
 
 
-def _links(own: Mapping[str, Any], parts: Mapping[int, nn.Module]) -> tuple[list[str], list[str]]:
+class _Links(NamedTuple):
+    """Of a module the names of the attributes that refer to others, and of those that are containers."""
+
+    names: list[str]
+    containers: list[str]
+    containers_of: Callable[[dict[str, Any]], tuple[Any, ...]]
+    """The latter themselves, from the attributes."""
+
+
+def _links(own: Mapping[str, Any], parts: Mapping[int, nn.Module]) -> _Links:
     links: list[str] = []
     containers: list[str] = []
     for name, value in own.items():
@@ -268,14 +291,19 @@ def _links(own: Mapping[str, Any], parts: Mapping[int, nn.Module]) -> tuple[list
                 continue
         if refers(value, parts):
             links.append(name)
-    return links, containers
+    if len(containers) < 2:  # of which itemgetter makes no tuple
+        return _Links(links, containers, lambda own: tuple([own[name] for name in containers]))
+    return _Links(links, containers, operator.itemgetter(*containers))
 
 
-def _hold(module: nn.Module, values: dict[str, Tensor]) -> None:
-    module._parameters.update(values)  # type: ignore[arg-type]
-    names = vars(module).get("_flat_weights_names")
+def _hold(module: nn.Module, places: Iterable[tuple[str, int]], values: Sequence[Tensor]) -> None:
+    own = vars(module)
+    held: dict[str, Any] = own["_parameters"]
+    for name, i in places:
+        held[name] = values[i]
+    names = own.get("_flat_weights_names")
     if names is not None:  # recurrent modules keep their weights in a list as well
-        vars(module)["_flat_weights"] = [getattr(module, name, None) for name in names]
+        own["_flat_weights"] = [getattr(module, name, None) for name in names]
 
 
 class Patched(nn.Module):
