@@ -7,13 +7,15 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 # One file to a worker: a file's tests share the programs that they compile.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 DEMO_ARGS ?=
+BENCH_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check format clean
+.PHONY: help demo test bench bench-quick check format clean
 
 help:
 	@echo "make demo    meta-train and adapt on real handwriting, about 4 minutes (DEMO_ARGS='--minutes 1' for less)"
 	@echo "make test    run all tests (PYTEST_ARGS='-k name' for some)"
+	@echo "make bench   adaptrt and its peers on all workloads (BENCH_ARGS='-k sine' for some); bench-quick: 3 minutes"
 	@echo "make check   formatting, lint, types, import layers"
 	@echo "make format  apply formatting and the lint fixes that are safe"
 	@echo "make clean   remove $(VENV) and caches"
@@ -23,6 +25,20 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(BIN)/python -m pytest --benchmark-disable $(PYTEST_ARGS)
+
+# The report's tables go to the screen, JSON, tables and plot to build/.
+BENCH = $(BIN)/python -m pytest -o python_files='bench_*.py' -o filterwarnings=default -q --show-capture=no benchmarks/suite --benchmark-json=build/$@.json
+REPORT = $(BIN)/python -m benchmarks.suite.report build/$@.json --command 'make $@'
+
+bench: $(VENV)/.bench $(VENV)/.demo
+	@mkdir -p build
+	$(BENCH) $(BENCH_ARGS)
+	$(REPORT)
+
+bench-quick: $(VENV)/.bench $(VENV)/.demo
+	@mkdir -p build
+	$(BENCH) -k 'test_latency and (sine or adapters)' --share 0.3 $(BENCH_ARGS)
+	$(REPORT)
 
 check: $(VENV)/.test $(VENV)/.dev
 	$(BIN)/ruff format --check .

@@ -1,0 +1,123 @@
+"""A contest: numbers are compared with the oracle first, then all contestants are timed by turns in one process."""
+
+from __future__ import annotations
+
+import gc
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from benchmarks.suite.contestants import ENTRANTS, Contestant, first_calls, loop
+from benchmarks.suite.workloads import Workload
+
+QUANTITIES = ("adapt", "predict", "meta")
+TOLERANCE, TIMES_EAGER = 1e-5, 20.0
+"""An error in float32 may be as large as the one, or as so many times that of the eager loop in float32."""
+TOLERANCE_IN_FLOAT64 = 1e-8
+"""Where it is larger, the contestant must be this near in float64: then it computes the same, and rounding has turned some ReLU."""
+
+
+class Result(NamedTuple):
+    """What one contestant did on one quantity.
+
+    Attributes:
+      error: largest difference from the oracle in float64 in an array, relative to the array's largest element.
+      compile_s: seconds of the first call.
+      times_s: of every call, in the order in which they were made; calls of the same index are neighbours.
+    """
+
+    error: float
+    compile_s: float
+    times_s: Sequence[float]
+
+
+class WrongNumbers(RuntimeError):
+    """A contestant differs from the oracle; nothing is timed."""
+
+
+def error(found: Sequence[Any], expected: Sequence[Tensor]) -> float:
+    """As in `Result.error`.
+
+    >>> error([torch.tensor([1.0, 4.0])], [torch.tensor([1.0, 5.0])])
+    0.2
+    """
+    tensors = [value if isinstance(value, Tensor) else torch.from_numpy(np.array(value)) for value in found]
+    return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(tensors, expected, strict=True))
+
+
+def by_turns(calls: Mapping[str, Callable[[], Any]], count: int, warm_up: int) -> dict[str, list[float]]:
+    """Seconds of each call, `count` of each, one of each at a time; the garbage collector rests meanwhile."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    gc.collect()
+    gc.disable()
+    try:
+        for index in range(count + warm_up):
+            for name, call in calls.items():
+                began = time.perf_counter()
+                call()
+                if index >= warm_up:
+                    times[name].append(time.perf_counter() - began)
+    finally:
+        gc.enable()
+    return times
+
+
+def enter(workload: Workload, names: Sequence[str]) -> tuple[dict[str, Contestant], dict[str, str]]:
+    """The contestants, compiled, and for those that stay away the reason."""
+    absent = {name: reason for name in names if (reason := ENTRANTS[name].reason_against(workload))}
+    here = {name: first_calls(ENTRANTS[name].make(workload, torch.float32)) for name in names if name not in absent}
+    return here, absent
+
+
+def contest(
+    workload: Workload, names: Sequence[str], quantities: Sequence[str] = QUANTITIES, share: float = 1.0
+) -> dict[str, dict[str, Result]]:
+    """Results by quantity and contestant.
+
+    Args:
+      workload: on what.
+      names: keys of `ENTRANTS`.
+      quantities: which to measure.
+      share: of the workload's number of calls.
+    Raises:
+      WrongNumbers: a contestant's error is too large.
+    """
+    here, _ = enter(workload, names)
+    count = max(3, round(share * workload.calls))
+    results: dict[str, dict[str, Result]] = {}
+    errors = check(workload, here, quantities)
+    for quantity in quantities:
+        times = by_turns({name: entrant.calls[quantity] for name, entrant in here.items()}, count, max(1, count // 10))
+        results[quantity] = {name: Result(errors[quantity][name], here[name].compile_s[quantity], times[name]) for name in here}
+    return results
+
+
+def check(workload: Workload, here: Mapping[str, Contestant], quantities: Sequence[str]) -> dict[str, dict[str, float]]:
+    """The error of each contestant by quantity.
+
+    Raises:
+      WrongNumbers: one is too large.
+    """
+    eager, oracle = loop(workload), loop(workload, torch.float64)
+    errors: dict[str, dict[str, float]] = {quantity: {} for quantity in quantities}
+    for name, contestant in here.items():
+        entrant = ENTRANTS[name]
+        own = entrant.oracle(workload)
+        suspect: list[str] = []
+        for quantity in quantities:
+            found = error(contestant.calls[quantity](), own[quantity]())
+            errors[quantity][name] = found
+            if not found <= max(TOLERANCE, TIMES_EAGER * error(eager[quantity](), oracle[quantity]())):
+                suspect.append(quantity)
+        exact = entrant.make(workload, torch.float64) if suspect else {}
+        for quantity in suspect:
+            found = error(exact[quantity](), own[quantity]())
+            if not found <= TOLERANCE_IN_FLOAT64:
+                raise WrongNumbers(
+                    f"{workload.name}, {quantity}: {name} is off by {errors[quantity][name]:.1e} in float32 and {found:.1e} in float64"
+                )
+    return errors

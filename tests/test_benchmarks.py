@@ -1,0 +1,70 @@
+"""The benchmark suite: contestants compute the same before they are timed, and reports say what was measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.suite import contest as contests
+from benchmarks.suite.contest import WrongNumbers, by_turns, contest
+from benchmarks.suite.contestants import ENTRANTS, Entrant, loop
+from benchmarks.suite.playback import Playback
+from benchmarks.suite.report import bars_table, by_key, latency_table
+from benchmarks.suite.workloads import WORKLOADS
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # importing `higher`
+WITHOUT_COMPILER = ("eager loop", "torch.func", "higher", "adaptrt, eager backend")
+
+
+@pytest.mark.parametrize("workload", ["sine", "sine-tasks", "adapters", "lstm"])
+def test_contestants_agree_with_the_oracle(workload: str) -> None:
+    found = contest(WORKLOADS[workload]._replace(calls=3), WITHOUT_COMPILER)
+    names = set(WITHOUT_COMPILER) - ({"higher"} if workload == "sine-tasks" else set())
+    assert {quantity: set(results) for quantity, results in found.items()} == dict.fromkeys(("adapt", "predict", "meta"), names)
+    for result in (result for results in found.values() for result in results.values()):
+        assert result.error < 1e-5
+        assert len(result.times_s) == 3 and min(result.times_s) > 0
+
+
+def test_adam_has_two_forms() -> None:
+    workload = WORKLOADS["adapters"]._replace(optimizer="adam", numbers={"lr": 0.01, "eps": 0.01}, calls=3)
+    contest(workload, ("eager loop", "higher", "adaptrt, eager backend"), ("meta",))
+
+
+def test_what_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(workload: Any, dtype: torch.dtype) -> Any:
+        return loop(workload._replace(numbers={"lr": 1.001 * workload.numbers["lr"]}), dtype)
+
+    monkeypatch.setitem(ENTRANTS, "other", Entrant(other))
+    monkeypatch.setattr(contests, "by_turns", lambda *args: pytest.fail("it was timed"))
+    with pytest.raises(WrongNumbers, match=r"adapters, meta: other is off by .*e-0\d in float32"):
+        contest(WORKLOADS["adapters"], ("eager loop", "other"), ("meta",))
+
+
+def test_turns() -> None:
+    order: list[str] = []
+    times = by_turns({name: lambda name=name: order.append(name) for name in "ab"}, count=2, warm_up=1)
+    assert order == list("ababab")
+    assert {name: len(seconds) for name, seconds in times.items()} == {"a": 2, "b": 2}
+
+
+def test_playback() -> None:
+    clock = Playback()
+    clock.load([0.5, 0.25])
+    looks = [clock() for _ in range(4)]
+    assert [looks[1] - looks[0], looks[3] - looks[2]] == [0.5, 0.25]
+
+
+def test_tables() -> None:
+    def row(name: str, median: float, **longer: float) -> dict[str, Any]:
+        info = {"workload": "sine", "quantity": "adapt", "contestant": name, "error": 2e-7, "first_call_s": 1.0, "times_longer": longer}
+        return {"extra_info": info, "stats": {"median": median}}
+
+    rows = by_key([row("adaptrt", 2e-5, **{"eager loop": 26.0, "JAX jit + optax": 1.2}), row("eager loop", 5.2e-4, adaptrt=0.04)])
+    assert "| eager loop | 520 µs | 26.00 |" in latency_table("sine", rows)
+    assert bars_table(rows).splitlines()[2:] == [
+        "| sine | adapt | eager loop | 25 | 26.00 | reached |",
+        "| sine | adapt | JAX jit + optax | 1.5 | 1.20 | **missed** |",
+    ]
