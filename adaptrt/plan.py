@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adaptrt import diagnose, tree
 from adaptrt.adjoint.auto import choose
-from adaptrt.adjoint.base import Adjoint
+from adaptrt.adjoint.base import Adjoint, Problem
 from adaptrt.functional import refuse_state, watch_attributes
 from adaptrt.graph.capture import capture, record_operations
 from adaptrt.graph.indices import IndexBound, index_bounds
@@ -51,6 +51,7 @@ class SupportPlan:
     Attributes:
       carry: for each leaf of the carry whether a gradient flows through it from step to step; through running statistics none does.
       shapes: the data in words.
+      problems: by which leaves the caller differentiates.
     """
 
     step: Step
@@ -61,6 +62,7 @@ class SupportPlan:
     carry: tuple[bool, ...]
     shapes: tuple[str, ...]
     queries: Cache[QueryPlan]
+    problems: Cache[Problem]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -200,7 +202,9 @@ def plan_support(
         reason = "asked for"
     floating = [tree.Spec.of(leaf).dtype.is_floating_point for leaf in tree.leaves((carry.params, carry.opt_state))]
     programs = make_programs(step, _explained(step, found.noise, carry, fixed, batch))
-    return SupportPlan(step, adjoint, reason, found, programs, (*floating, *found.live_buffers), shapes, Cache(cache_size))
+    return SupportPlan(
+        step, adjoint, reason, found, programs, (*floating, *found.live_buffers), shapes, Cache(cache_size), Cache(cache_size)
+    )
 
 
 def plan_query(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
-from torch import nn
+from torch import Tensor, nn
 
 from adaptrt import tree
 from adaptrt.adjoint import Adjoint
@@ -12,7 +12,7 @@ from adaptrt.backend import Backend
 from adaptrt.errors import ShapeChanged
 from adaptrt.plan import Cache, Explain, MakePrograms, PredictionPlan, QueryPlan, SupportPlan, plan_prediction, plan_query, plan_support
 from adaptrt.program import ProgramSet, without_leading_axis
-from adaptrt.reader import Reader
+from adaptrt.reader import Reader, Start
 from adaptrt.step import Batch, Carry, Fixed, Step
 from adaptrt.tree import Tree
 
@@ -53,14 +53,13 @@ class Planner:
         self.supports: Cache[SupportPlan] = Cache(cache_size)
         self.predictions: Cache[PredictionPlan] = Cache(cache_size)
 
-    def support(self, batch: Batch, carry: Carry, fixed: Fixed, carry_has_tasks: bool, num_tasks: int | None, warm: bool) -> SupportPlan:
+    def support(self, batch: Batch, start: Start, num_tasks: int | None, warm: bool) -> SupportPlan:
         """The plan for adapting on data like `batch`.
 
         Args:
           batch: with all its axes.
-          carry, fixed: what the call starts from.
-          carry_has_tasks: whether `carry` has the task axis.
-          num_tasks: its length, None without one.
+          start: what the call starts from.
+          num_tasks: length of the task axis, None without one.
           warm: whether a plan may be made under `must_be_warm`.
         Raises:
           ShapeChanged: there is none, and none may be made; and what `plan_support` raises.
@@ -73,32 +72,30 @@ class Planner:
                 self._reader.step,
                 self._adjoint,
                 self._k,
-                _one(carry, carry_has_tasks),
-                tree.specs(fixed),
+                _one(start.carry, start.has_tasks),
+                tree.specs(start.fixed),
                 _one(one, True) if self._per_step else one,
                 _shapes(batch),
-                self._programs(num_tasks, carry_has_tasks, None),
+                self._programs(num_tasks, start.has_tasks, None),
                 self._cache_size,
             )
 
         # The trees of carry and fixed follow from the reader's structure; what remains of them are shapes and dtypes.
-        key = self._reader.structure(), _key(batch), _kinds((carry, fixed)), carry_has_tasks
+        key = self._reader.structure(), _key(batch), _kinds(start.carry_leaves), _kinds(start.fixed_leaves), start.has_tasks
         return self.supports.get_or_make(key, make)
 
-    def query(
-        self, plan: SupportPlan, batch: Batch, carry: Carry, fixed: Fixed, carry_has_tasks: bool, num_tasks: int | None, warm: bool
-    ) -> QueryPlan:
+    def query(self, plan: SupportPlan, batch: Batch, start: Start, num_tasks: int | None, warm: bool) -> QueryPlan:
         """The plan for evaluating data like `batch` after `plan`. Arguments and errors as for `support`."""
 
         def make() -> QueryPlan:
             self._require_warm("query", batch, [known.shapes for known in plan.queries.entries()], warm)
             return plan_query(
                 plan,
-                _one(carry, carry_has_tasks),
-                tree.specs(fixed),
+                _one(start.carry, start.has_tasks),
+                tree.specs(start.fixed),
                 _one(batch, num_tasks is not None),
                 _shapes(batch),
-                self._programs(num_tasks, carry_has_tasks, plan.programs),
+                self._programs(num_tasks, start.has_tasks, plan.programs),
                 num_tasks,
             )
 
@@ -140,11 +137,12 @@ class Planner:
 
 
 def _key(part: Tree) -> Hashable:
-    return tree.flatten(part)[1], _kinds(part)
+    leaves, structure = tree.flatten(part)
+    return structure, _kinds(leaves)
 
 
-def _kinds(part: Tree) -> Hashable:
-    return tuple([(value.shape, value.dtype) for value in tree.leaves(part)])
+def _kinds(leaves: Sequence[Tensor]) -> Hashable:
+    return tuple([(value.shape, value.dtype) for value in leaves])
 
 
 def _shapes(part: Tree) -> tuple[str, ...]:

@@ -37,6 +37,7 @@ class Program:
       run: the backend's callable.
       constants: read at each call, so that a plain tensor attribute of the model is used as it stands.
       expected: of each input, constants included: shape, dtype, device and (contiguous) strides.
+      leaves_of, result_of: arguments to tensors, and tensors to what the captured function returned.
       backend: the backend's name.
       capture_s, compile_s: seconds spent on each.
     """
@@ -45,19 +46,21 @@ class Program:
     run: Runner
     constants: tuple[Constant, ...]
     expected: tuple[tuple[tuple[int, ...], torch.dtype, torch.device, tuple[int, ...]], ...]
+    leaves_of: Callable[[Tree], list[Tensor]]
+    result_of: Callable[[Sequence[Tensor]], Tree]
     backend: str
     capture_s: float
     compile_s: float
 
     def __call__(self, *args: Tree) -> Tree:
-        """Runs the program on arguments of the captured shapes; records nothing for autograd.
+        """Runs the program on arguments of the captured structure and shapes; records nothing for autograd.
 
         Raises:
           ShapeChanged: an argument differs in shape, dtype or device from what was captured.
         """
-        values: list[Tensor] = [*tree.leaves(args), *[read() for read in self.constants]]
-        if len(values) != len(self.expected):
-            raise ShapeChanged(f"the program takes {len(self.expected)} tensors, got {len(values)}")
+        values = self.leaves_of(args)
+        for read in self.constants:
+            values.append(read())
         for index, (value, (shape, dtype, device, strides)) in enumerate(zip(values, self.expected, strict=True)):
             if value.shape != shape or value.dtype != dtype or value.device != device:
                 entry = self.graph.signature.inputs[index]
@@ -66,7 +69,7 @@ class Program:
                 # An axis of length 1 may have any stride in what PyTorch calls contiguous; compiled kernels check it.
                 values[index] = value.contiguous().as_strided(shape, strides)
         with torch.no_grad(), autocast_off():
-            return tree.unflatten(self.graph.result, self.run(values))
+            return self.result_of(self.run(values))
 
 
 def _roles(kind: str, example: Tree) -> list[Role]:
@@ -171,7 +174,9 @@ class ProgramSet:
         constants = tuple(constant_reader(value, self._modules) for value in graph.constants)
         specs = [entry.spec for entry in graph.signature.inputs]
         expected = tuple([(spec.shape, spec.dtype, spec.device, spec.strides) for spec in specs])
-        return Program(graph, run, constants, expected, self._backend.name, captured - began, time.perf_counter() - captured)
+        compile_s = time.perf_counter() - captured
+        leaves_of, result_of = tree.leaves_by(graph.arguments), tree.unflatten_by(graph.result)
+        return Program(graph, run, constants, expected, leaves_of, result_of, self._backend.name, captured - began, compile_s)
 
 
 def _sum_nothing(graph: Graph) -> list[bool]:

@@ -4,16 +4,33 @@ from __future__ import annotations
 
 import fnmatch
 from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from adaptrt import tree
 from adaptrt.errors import DeviceMismatch, InvalidType, NothingToAdapt, OptimizerMismatch
 from adaptrt.functional import canonical_names
 from adaptrt.optim import Schedule
 from adaptrt.optim.source import Source
 from adaptrt.step import LOSS_BUFFER, Carry, Fixed, LossFunction, Step
+
+
+class Start(NamedTuple):
+    """Where a call starts.
+
+    Attributes:
+      carry, fixed: what steps change, and what they share.
+      carry_leaves, fixed_leaves: the tensors in them.
+      has_tasks: whether the carry has a task axis already, because it comes from an earlier adaptation.
+    """
+
+    carry: Carry
+    fixed: Fixed
+    carry_leaves: list[Tensor]
+    fixed_leaves: list[Tensor]
+    has_tasks: bool = False
 
 
 class Reader:
@@ -43,11 +60,21 @@ class Reader:
             self._buffers |= {LOSS_BUFFER + name: place for name, place in _places(loss, dict(loss.named_buffers())).items()}
             self._modules += list(loss.modules())
         self._numbers: dict[float, Tensor] = {}
+        self._state: tuple[Any, list[Tensor]] = None, []
 
-    def read(self) -> tuple[Carry, Fixed]:
-        """Where an adaptation starts, and what all its steps share."""
-        carry = Carry(_read(self._adapted), self._source.state(), _read(self._buffers))
-        return carry, Fixed(_read(self._frozen), _read(self._loss_params), self._tensors(self._source.hyper()))
+    def read(self) -> Start:
+        """Where an adaptation starts: from model and optimiser as they stand."""
+        params, state, buffers = _read(self._adapted), self._source.state(), _read(self._buffers)
+        frozen, loss_params, hyper = _read(self._frozen), _read(self._loss_params), self._tensors(self._source.hyper())
+        known = self._state
+        if known[0] is not state:  # most often it is one that never changes
+            known = self._state = state, tree.leaves(state)
+        return Start(
+            Carry(params, state, buffers),
+            Fixed(frozen, loss_params, hyper),
+            [*params.values(), *known[1], *buffers.values()],
+            [*frozen.values(), *loss_params.values(), *tree.leaves(hyper)],
+        )
 
     def state_dict(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The model's state dict with these parameters and buffers, given by their first names, detached; the rest as it stands."""

@@ -6,7 +6,6 @@ compiled for one set of shapes each. Python numbers in the model's attributes ar
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -30,8 +29,8 @@ from adaptrt.optim.source import Source, source
 from adaptrt.plan import SupportPlan
 from adaptrt.planner import Planner
 from adaptrt.program import without_leading_axis
-from adaptrt.reader import Reader, Select, adapted_names
-from adaptrt.step import Batch, Carry, Fixed, LossFunction, as_call
+from adaptrt.reader import Reader, Select, Start, adapted_names
+from adaptrt.step import Batch, Fixed, LossFunction, as_call
 from adaptrt.tree import Tree
 from adaptrt.unroll import batch_of_step, unroll
 
@@ -247,14 +246,14 @@ class CompiledUnroll:
 
     def _adapt(self, support: Any, start: Adapted | None, generator: torch.Generator | None, warm: bool) -> Adapted:
         batch, num_tasks = self._support(support)
-        carry, fixed, has_tasks = self._state(start, num_tasks)
-        plan = self._planner.support(batch, carry, fixed, has_tasks, num_tasks, warm)
+        begin = self._start(start, num_tasks)
+        plan = self._planner.support(batch, begin, num_tasks, warm)
         self._check_values("support", batch, plan.probe.bounds)
-        problem, inputs = self._problem(plan, has_tasks, carry, fixed, batch, None)
+        problem, inputs = self._problem(plan, begin, batch, None)
         with restored_on_error(plan.probe.noise, generator):
-            task = Task(carry, fixed, batch, self._step_noise(plan, generator, num_tasks))
+            task = Task(begin.carry, begin.fixed, batch, self._step_noise(plan, generator, num_tasks))
             carry, losses = autograd.adapt(Call(plan, None, problem, task, None, num_tasks, inputs))
-        return Adapted(self, carry, losses, fixed, num_tasks)
+        return Adapted(self, carry, losses, begin.fixed, num_tasks)
 
     def _meta_loss(self, support: Any, query: Any, start: Adapted | None, generator: torch.Generator | None, warm: bool) -> Tensor:
         batch, num_tasks = self._support(support)
@@ -262,14 +261,14 @@ class CompiledUnroll:
         check.batch_sizes("query", query, int(self._task_axis))
         if num_tasks is not None:
             check.leading_axis("query", query, 0, num_tasks, "tasks")
-        carry, fixed, has_tasks = self._state(start, num_tasks)
-        plan = self._planner.support(batch, carry, fixed, has_tasks, num_tasks, warm)
-        query_plan = self._planner.query(plan, query, carry, fixed, has_tasks, num_tasks, warm)
+        begin = self._start(start, num_tasks)
+        plan = self._planner.support(batch, begin, num_tasks, warm)
+        query_plan = self._planner.query(plan, query, begin, num_tasks, warm)
         self._check_values("support", batch, plan.probe.bounds)
         self._check_values("query", query, query_plan.probe.bounds)
-        problem, inputs = self._problem(plan, has_tasks, carry, fixed, batch, query)
+        problem, inputs = self._problem(plan, begin, batch, query)
         with restored_on_error((*plan.probe.noise, *query_plan.probe.noise), generator):
-            task = Task(carry, fixed, batch, self._step_noise(plan, generator, num_tasks))
+            task = Task(begin.carry, begin.fixed, batch, self._step_noise(plan, generator, num_tasks))
             asked = Query(query, draw(query_plan.probe.noise, generator, num_tasks))
             return autograd.meta_loss(Call(plan, query_plan, problem, task, asked, num_tasks, inputs))
 
@@ -295,11 +294,11 @@ class CompiledUnroll:
         check.batch_sizes("support", batch, int(self._task_axis) + int(self._settings.per_step))
         return batch, num_tasks
 
-    def _state(self, start: Adapted | None, num_tasks: int | None) -> tuple[Carry, Fixed, bool]:
-        """Where to start, what is shared, and whether the former has a task axis."""
-        carry, fixed = self._reader.read()
+    def _start(self, start: Adapted | None, num_tasks: int | None) -> Start:
+        """Where to start: from the model and optimiser as they stand, or from an earlier result."""
+        begin = self._reader.read()
         if start is None:
-            return carry, fixed, False
+            return begin
         if not isinstance(start, Adapted):
             raise InvalidType(f"start must be what adapt() returned, got {type(start).__name__}")
         if start.num_tasks is not None and start.num_tasks != num_tasks:
@@ -308,10 +307,10 @@ class CompiledUnroll:
                 f"with support of {start.num_tasks} tasks"
             )
         held = tree.map_leaves(without_leading_axis, start.carry) if start.num_tasks is not None else tree.specs(start.carry)
-        wanted = tree.specs(carry)
+        wanted = tree.specs(begin.carry)
         if tree.flatten(held) != tree.flatten(wanted):
             raise OptimizerMismatch(f"start was adapted with another model or optimiser: {tree.difference(wanted, held)}")
-        return start.carry, fixed, start.num_tasks is not None
+        return begin._replace(carry=start.carry, carry_leaves=tree.leaves(start.carry), has_tasks=start.num_tasks is not None)
 
     def _check_values(self, name: str, batch: Batch, bounds: Sequence[IndexBound]) -> None:
         check.indices(name, batch, bounds)
@@ -322,35 +321,39 @@ class CompiledUnroll:
         num_updates = self._settings.k * plan.step.optimizer.updates_per_step
         return tuple([draw(plan.probe.noise, generator, num_tasks) for _ in range(num_updates)])
 
-    def _problem(
-        self, plan: SupportPlan, carry_has_tasks: bool, carry: Carry, fixed: Fixed, batch: Batch, query: Batch | None
-    ) -> tuple[Problem, tuple[Tensor, ...]]:
+    def _problem(self, plan: SupportPlan, begin: Start, batch: Batch, query: Batch | None) -> tuple[Problem, tuple[Tensor, ...]]:
         """The problem, and the leaves that the caller differentiates."""
-        wanted: list[Tensor] = []
-        differentiable = torch.is_grad_enabled()
+        groups = begin.carry_leaves, begin.fixed_leaves, tree.leaves(batch), tree.leaves(query)
+        if torch.is_grad_enabled():
+            marks = tuple([tuple([leaf.requires_grad for leaf in leaves]) for leaves in groups])
+            wanted = tuple([leaf for leaves in groups for leaf in leaves if leaf.requires_grad])
+        else:
+            marks, wanted = tuple([(False,) * len(leaves) for leaves in groups]), ()
+        key = marks, begin.has_tasks
+        found = plan.problems.get(key)
+        return found or plan.problems.get_or_make(key, lambda: self._make_problem(plan, begin.has_tasks, *marks)), wanted
 
-        def marks(part: Tree) -> tuple[bool, ...]:
-            leaves = tree.leaves(part)
-            if not differentiable:
-                return (False,) * len(leaves)
-            flags = tuple([leaf.requires_grad for leaf in leaves])
-            wanted.extend(itertools.compress(leaves, flags))
-            return flags
-
-        start = marks(carry)
-        problem = Problem(
+    def _make_problem(
+        self,
+        plan: SupportPlan,
+        start_has_task_axis: bool,
+        start: tuple[bool, ...],
+        fixed: tuple[bool, ...],
+        support: tuple[bool, ...],
+        query: tuple[bool, ...],
+    ) -> Problem:
+        return Problem(
             step=plan.step,
             unroll=unroll,
             batch_of_step=batch_of_step,
             k=self._settings.k,
             per_step=self._settings.per_step,
             start=start,
-            fixed=marks(fixed),
-            support=marks(batch),
-            query=marks(query),
+            fixed=fixed,
+            support=support,
+            query=query,
             carry=tuple([flows or asked for flows, asked in zip(plan.carry, start, strict=True)]),
             task_axis=self._task_axis,
-            start_has_task_axis=carry_has_tasks,
+            start_has_task_axis=start_has_task_axis,
             updates_per_step=plan.step.optimizer.updates_per_step,
         )
-        return problem, tuple(wanted)

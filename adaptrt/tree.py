@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -126,14 +127,19 @@ def _collect(tree: Tree, found: list[Any]) -> None:
     kind = _kind_of(type(tree))[0]
     if kind == "leaf":
         found.append(tree)
-    elif kind == "mapping":
-        for child in tree.values():
-            _collect(child, found)
+        return
+    if kind == "mapping":
+        children = tree.values()
     elif kind == "named" or kind == "sequence":
-        for child in tree:
-            _collect(child, found)
+        children = tree
     elif kind == "dataclass":
-        for child in _children(tree)[2]:
+        children = _children(tree)[2]
+    else:
+        return
+    for child in children:
+        if isinstance(child, Tensor):
+            found.append(child)
+        elif type(child) is not tuple or child:  # what an optimiser's state lacks is an empty tuple
             _collect(child, found)
 
 
@@ -159,6 +165,72 @@ def _build(structure: Structure, values: Iterator[Any]) -> Tree:
         return structure.payload(*children)
     items = dict(zip(structure.keys, children, strict=True))
     return structure.payload(**items) if structure.kind == "dataclass" else structure.payload(items)
+
+
+def leaves_by(structure: Structure) -> Callable[[Tree], list[Any]]:
+    """`leaves` for trees of one structure, as code that looks at these places and no others: several times faster.
+
+    What it returns raises KeyError, IndexError, AttributeError or TypeError for a tree that lacks one of them.
+
+    >>> leaves_by(flatten({"a": torch.zeros(2), "b": (torch.ones(1), None)})[1])(
+    ...     {"a": "x", "b": ("y", None)}
+    ... )
+    ['x', 'y']
+    """
+    places: list[str] = []
+    constants: dict[str, Any] = {}
+
+    def visit(node: Structure, at: str) -> None:
+        if node.kind == "leaf":
+            places.append(at)
+        for index, child in enumerate(node.children):
+            key = node.keys[index]
+            if node.kind == "dataclass":
+                visit(child, f"{at}.{key}")
+            else:
+                visit(child, f"{at}[{_constant(key, constants) if node.kind == 'mapping' else index}]")
+
+    visit(structure, "tree")
+    return eval(f"lambda tree: [{', '.join(places)}]", constants)
+
+
+def unflatten_by(structure: Structure) -> Callable[[Sequence[Any]], Tree]:
+    """`unflatten` for one structure, as code that makes its containers: several times faster. It takes a value for each leaf.
+
+    >>> unflatten_by(flatten({"a": torch.zeros(2), "b": (torch.ones(1), None)})[1])(["x", "y"])
+    {'a': 'x', 'b': ('y', None)}
+    """
+    constants: dict[str, Any] = {}
+    count = itertools.count()
+
+    def made(node: Structure) -> str:
+        if node.kind == "leaf":
+            return f"values[{next(count)}]"
+        if node.kind == "static":
+            return _constant(node.payload, constants)
+        children = [made(child) for child in node.children]
+        kind = _constant(node.payload, constants)
+        if node.kind == "sequence":
+            listed = f"[{', '.join(children)}]"
+            return listed if node.payload is list else f"{kind}({listed})"
+        if node.kind == "named":
+            return f"{kind}({', '.join(children)})"
+        if node.kind == "dataclass":
+            return f"{kind}({', '.join(f'{key}={child}' for key, child in zip(node.keys, children, strict=True))})"
+        items = f"{{{', '.join(f'{_constant(key, constants)}: {child}' for key, child in zip(node.keys, children, strict=True))}}}"
+        return items if node.payload is dict else f"{kind}({items})"
+
+    source = made(structure)
+    return eval(f"lambda values: {source}", constants)
+
+
+def _constant(value: Any, constants: dict[str, Any]) -> str:
+    """An expression for `value`."""
+    if type(value) in (str, int):
+        return repr(value)
+    name = f"c{len(constants)}"
+    constants[name] = value
+    return name
 
 
 def map_leaves(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:

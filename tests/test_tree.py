@@ -130,6 +130,23 @@ def test_leaves_come_depth_first(value: Any) -> None:
 
 @quick
 @given(TREES)
+def test_code_for_a_structure_does_the_same(value: Any) -> None:
+    found, structure = tree.flatten(value)
+    assert list(map(id, tree.leaves_by(structure)(value))) == list(map(id, found))
+    assert same(value, tree.unflatten_by(structure)(found))
+
+
+def test_code_for_a_structure_goes_by_keys_and_misses_none() -> None:
+    a, b = torch.zeros(1), torch.ones(2)
+    leaves_of = tree.leaves_by(tree.flatten({"a": a, 1.5: (b, None)})[1])
+    assert leaves_of({1.5: (b, None), "a": a}) == [a, b]
+    for wrong in ({"a": a}, {"a": a, 1.5: ()}, [a, b], None):
+        with pytest.raises((KeyError, IndexError, TypeError)):
+            leaves_of(wrong)
+
+
+@quick
+@given(TREES)
 def test_paths_are_one_a_leaf_and_unique(value: Any) -> None:
     for root in ("", "root"):
         paths = tree.paths(value, root)
