@@ -259,6 +259,19 @@ def test_schedulers_step_inside_the_loop() -> None:
     assert rates == pytest.approx([0.4, 0.2, 0.1])
 
 
+@pytest.mark.parametrize("package", [theirs, ours], ids=["theirs", "ours"])
+def test_masked_gradients(package: Any) -> None:
+    """Where the mask is true a gradient is zero, and so is the gradient of that."""
+    mask = torch.tensor([True, False, False])
+    x = torch.tensor([1.0, 2.0, 3.0], requires_grad=True)
+    y = x * 1.0
+    y.register_hook(package.optim._get_mask_closure(mask))
+    (grad,) = torch.autograd.grad((y**3).sum(), x, create_graph=True)
+    assert_same([grad.detach()], [torch.tensor([0.0, 12.0, 27.0])])
+    (second,) = torch.autograd.grad(grad.sum(), x)
+    assert_same([second], [torch.tensor([0.0, 12.0, 18.0])])
+
+
 def test_first_order() -> None:
     net = make("mlp")
     with ours.innerloop_ctx(net, torch.optim.SGD(net.parameters(), lr=0.1), copy_initial_weights=False, first_order=True) as (

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from adaptrt import Adjoint, Replay, Unrolled, compile_unroll, higher
 from adaptrt.errors import DataDependentControlFlow, NotTraceable, OptimizerMismatch, UnsupportedOptimizer
 from adaptrt.higher.optim import DifferentiableOptimizer, DifferentiableSGD
+from adaptrt.higher.registered import _MAX_BUILT, RegisteredSource
 from adaptrt.optim import families, source
 
 K = 4
@@ -195,6 +196,38 @@ def test_state_of_the_instance_is_where_it_starts(kind: type[Own]) -> None:
     assert_near(list(half.adapt(support, start=half.adapt(support)).params.values()), weights)
 
 
+@pytest.mark.parametrize("kind", [AdamLike, MomentumLike], ids=["adam", "momentum"])
+def test_state_that_the_instance_gets_and_loses_later_is_seen(kind: type[Own]) -> None:
+    net = make_net()
+    opt = grouped(net, kind)
+    support, query = batch(1), batch(2)
+    unroll = compile_unroll(net, opt, K, loss=F.mse_loss, backend="eager")
+    seen: list[float] = []
+    for held in (False, True, False):
+        for p in net.parameters() if held else ():
+            zeros, ones = torch.zeros_like(p), torch.ones_like(p)
+            opt.state[p] = {"step": 3, "exp_avg": ones, "exp_avg_sq": ones} if kind is AdamLike else {"momentum_buffer": zeros}
+        if not held:
+            opt.state.clear()
+        wanted = on_the_tape(net, opt, support, query)[0]
+        assert_near(meta_gradients(unroll(support, query), net), meta_gradients(wanted, net))
+        seen.append(float(wanted.detach()))
+    assert seen[0] == seen[2] != seen[1]
+
+
+def test_programs_for_settings_long_gone_are_forgotten() -> None:
+    net = make_net()
+    opt = grouped(net, MomentumLike, label=0)
+    unroll = compile_unroll(net, opt, 1, loss=F.mse_loss, backend="eager")
+    for label in range(40):  # no number: a constant that is looked at
+        for group in opt.param_groups:
+            group["label"] = str(label)
+        unroll._settings.source.structure()
+    assert isinstance(unroll._settings.source, RegisteredSource)
+    assert len(unroll._settings.source._built) == _MAX_BUILT
+    assert torch.isfinite(unroll(batch(1), batch(2)))
+
+
 @pytest.mark.parametrize("key", ["lr", "eps", "weight_decay"])
 def test_settings_are_learned(key: str) -> None:
     net = make_net()
@@ -275,6 +308,9 @@ def test_what_cannot_be_a_program_is_refused_by_name() -> None:
     unroll = compile_unroll(net, opt, K, loss=F.mse_loss, backend="eager")
     opt.state[next(net.parameters())] = {"buffer": torch.zeros(4, 3)}
     with pytest.raises(OptimizerMismatch, match="momentum_buffer"):
+        unroll(support, query)
+    opt.state[next(net.parameters())] = {"momentum_buffer": torch.zeros(3)}  # it would be broadcast
+    with pytest.raises(OptimizerMismatch, match=r"momentum_buffer: float\d\d\[4, 3\] expected, got float\d\d\[3\]"):
         unroll(support, query)
 
 
@@ -380,6 +416,11 @@ def changes_its_dtype(self: Any, group: Any, i: int, j: int, p: Tensor, g: Tenso
     return p - group["lr"] * g
 
 
+def changes_its_shape(self: Any, group: Any, i: int, j: int, p: Tensor, g: Tensor, state: Any) -> Tensor:
+    state["mean"] = g.mean() if "mean" not in state else state["mean"].unsqueeze(0)
+    return p - group["lr"] * g
+
+
 def draws(self: Any, group: Any, i: int, j: int, p: Tensor, g: Tensor, state: Any) -> Tensor:
     return p - group["lr"] * g * torch.rand(())
 
@@ -432,6 +473,7 @@ def test_update_may(update: Update, dtype: torch.dtype) -> None:
         (keeps_shared_state, "under 'shared'"),
         (keeps_an_object, "keeps a object in the state"),
         (changes_its_dtype, "dtypes"),
+        (changes_its_shape, r"mean: float\d\d\[\] expected, got float\d\d\[1\]"),
         (draws, "random"),
     ],
 )
@@ -463,7 +505,15 @@ class Called(DiffMomentumLike):
         super().__init__(*args, grad_callback=lambda grads: [2 * g for g in grads], **kwargs)
 
 
-@pytest.mark.parametrize(("version", "says"), [(Doubled, "overrides step"), (Called, "sets a grad_callback")])
+class FirstOrderOnly(DiffMomentumLike):
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, first_order=True, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("version", "says"),
+    [(Doubled, "overrides step"), (Called, "sets a grad_callback"), (FirstOrderOnly, "sets a grad_callback or first_order")],
+)
 def test_what_a_program_would_not_run_is_refused(version: type[DifferentiableOptimizer], says: str) -> None:
     higher.register_optim(Odd, version)
     net = make_net()

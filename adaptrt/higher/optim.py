@@ -440,7 +440,7 @@ def register_optim(optim_type: type[torch.optim.Optimizer], diff_optim_type: typ
     register(optim_type, None)
     kind = next((made.kind for made in _BUILT_IN if made is diff_optim_type), None)
     if kind is None:
-        register(optim_type, functools.partial(RegisteredSource, diff_optim_type))
+        register(optim_type, functools.partial(RegisteredSource, DifferentiableOptimizer, diff_optim_type))
     elif kind is not optim_type:
         ALIASES[optim_type] = kind
 

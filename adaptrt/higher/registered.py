@@ -32,7 +32,7 @@ from adaptrt.errors import NotTraceable, OptimizerMismatch, UnsupportedOptimizer
 from adaptrt.graph.passes.lift_noise import forbid_noise
 from adaptrt.higher.utils import _recursive_map, flatten, settings_of
 from adaptrt.optim.base import Hyper, Optimizer, Params, State
-from adaptrt.optim.source import Source
+from adaptrt.optim.source import Source, kinds_of
 
 Groups = Sequence[Mapping[str, Any]]
 Entries = dict[str, Any]
@@ -53,15 +53,16 @@ class RegisteredSource(Source):
     """An instance of a registered class, read as it stands at every call.
 
     Args:
-      version: its differentiable version, a `DifferentiableOptimizer`.
+      base: `DifferentiableOptimizer`, which stands above this file.
+      version: its differentiable version, a subclass.
       opt: the instance; left alone.
       params: those that adapt, by name.
     Raises:
       UnsupportedOptimizer: the version differs in more than `_update`.
     """
 
-    def __init__(self, version: Any, opt: torch.optim.Optimizer, params: Params) -> None:
-        _check_version(version, type(opt))
+    def __init__(self, base: Any, version: Any, opt: torch.optim.Optimizer, params: Params) -> None:
+        _check_version(version, base, type(opt))
         self._version = version
         self._opt = opt
         self._params = params
@@ -123,7 +124,7 @@ class _Built:
 
     def initial(self, params: Params) -> RegisteredState:
         """`init(params)`, made once for each kind of parameters."""
-        kinds = tuple([(p.dtype, p.device) for p in params.values()])
+        kinds = kinds_of(params)
         if kinds not in self._fresh:
             with torch.inference_mode(False), torch.no_grad(), updating(), forbid_noise():
                 self._fresh[kinds] = self._init(params)
@@ -202,8 +203,7 @@ class _Built:
         return groups
 
 
-def _check_version(version: Any, kind: type[torch.optim.Optimizer]) -> None:
-    base = next(base for base in version.__mro__ if base.__name__ == "DifferentiableOptimizer")
+def _check_version(version: Any, base: Any, kind: type[torch.optim.Optimizer]) -> None:
     ours = {name for name, value in vars(base).items() if callable(value) and not name.startswith("__")} - {"_update", "write_state"}
     other = sorted(name for name in ours - {"_entry_for"} if getattr(version, name) is not getattr(base, name))
     if other:

@@ -65,7 +65,7 @@ class PureSource(Source):
     def state(self) -> State:
         if not self._optimizer.init_is_constant:
             return self._optimizer.init(self._params)
-        kinds = _kinds(self._params)
+        kinds = kinds_of(self._params)
         if self._initial[0] != kinds:  # model.float(), model.to(device)
             self._initial = kinds, _initial(self._optimizer, self._params)
         return self._initial[1]
@@ -94,7 +94,7 @@ class TorchSource(Source):
         return read_state(self._opt, self._params) if self._opt.state else self._current()[1]
 
     def _current(self) -> tuple[Optimizer, State]:
-        key = self._now().structure, _kinds(self._params)
+        key = self._now().structure, kinds_of(self._params)
         if key not in self._made:
             if len(self._made) >= _MAX_MADE:
                 self._made = {}
@@ -167,7 +167,8 @@ def source(opt: object, params: Params) -> Source:
     )
 
 
-def _kinds(params: Params) -> Hashable:
+def kinds_of(params: Params) -> Hashable:
+    """Dtypes and devices: what an initial state depends on besides shapes, which stay."""
     return tuple([(value.dtype, value.device) for value in params.values()])
 
 
