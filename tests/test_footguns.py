@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations
 import adaptrt
 from adaptrt import FirstOrder, Replay, Unrolled, compile_unroll, higher, optim
 from adaptrt.errors import NotDifferentiable, NotTraceable, UnsupportedParameter, UnsupportedRandomness
-from adaptrt.graph.capture import capture
+from adaptrt.graph.capture import capture, weight_norm
 from adaptrt.graph.ir import Graph
 from adaptrt.tree import Spec
 from tests import naive
@@ -832,6 +832,21 @@ def test_inductor_keeps_the_memory_layout_of_weights() -> None:
     batch = torch.randn(4, 1, 6, 6), torch.tensor([0, 1, 2, 0])
     adapted = compile_unroll(model, optim.sgd(lr=LR), 1, adjoint=FirstOrder(), backend="inductor").adapt(batch)
     assert {name: p.stride() for name, p in adapted.params.items()} == {name: p.stride() for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_weight_norm_by_its_formula_is_as_accurate_as_the_operation(dtype: torch.dtype) -> None:
+    """Which rounds once in half precision."""
+    torch.manual_seed(0)
+    v, g = torch.randn(64, 64).to(dtype), (torch.rand(64, 1) + 0.5).to(dtype)
+    exact = v.double() * (g.double() / v.double().norm(dim=1, keepdim=True))
+
+    def error(value: Tensor) -> float:
+        assert value.dtype is dtype
+        return float(((value.double() - exact) / exact).abs().max())
+
+    by_operation, by_formula = error(torch._weight_norm(v, g, 0)), error(weight_norm(v, g, 0))  # pyright: ignore[reportPrivateImportUsage]
+    assert by_formula <= max(by_operation, 4 * torch.finfo(torch.float32).eps)
 
 
 @pytest.mark.parametrize("wrap", [parametrizations.weight_norm, nn.utils.weight_norm], ids=["parametrization", "hook"])

@@ -299,12 +299,15 @@ class Checkpointed(nn.Module):
         return self.last(hidden)
 
 
-def test_checkpointing() -> None:
-    """Activations computed again on the way back are those of the weights of that time."""
+@pytest.mark.parametrize("wrap", [None, nn.utils.parametrizations.weight_norm, nn.utils.weight_norm], ids=["plain", "norm", "norm by hook"])
+def test_checkpointing(wrap: Any) -> None:
+    """Activations computed again on the way back are those of the weights of that time, also where a weight norm makes the weights."""
 
     def run(on: bool) -> list[Tensor]:
         torch.manual_seed(1)
         net = Checkpointed(on)
+        if wrap is not None:
+            quietly(lambda: [wrap(net.body[0]), wrap(net.body[2], dim=1)])
         with ours.innerloop_ctx(net, torch.optim.SGD(net.parameters(), lr=0.5), copy_initial_weights=False) as (fmodel, diffopt):
             for step in range(3):
                 diffopt.step(loss_of(fmodel, step))

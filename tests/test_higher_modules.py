@@ -395,6 +395,19 @@ def test_state_dicts(package: Any) -> None:
     assert all(p is not q for p, q in zip(fmodel.parameters(), net.parameters(), strict=True))
 
 
+def test_a_state_dict_that_is_assigned_is_one_version() -> None:
+    net: Any = make("nested")
+    fmodel: Any = ours.monkeypatch(net)
+    for part, prefix in ((fmodel, ""), (fmodel[0], "0.")):
+        before = list(fmodel.parameters())
+        state = {name.removeprefix(prefix): 2 * value for name, value in fmodel.state_dict().items() if name.startswith(prefix)}
+        times = len(list(fmodel._adaptrt_fast.versions))
+        part.load_state_dict(state, assign=True)
+        assert len(fmodel._adaptrt_fast.versions) == times + 1
+        assert all(p is q for p, q in zip(fmodel.parameters(time=times - 1), before, strict=True))
+        assert_same(list(part.state_dict().values()), list(state.values()), 0.0)
+
+
 def test_a_copied_handle_is_independent() -> None:
     """At which the original fails."""
     fmodel = ours.monkeypatch(make("shared"))

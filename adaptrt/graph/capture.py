@@ -26,8 +26,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.utils.parametrizations import _WeightNorm
-from torch.nn.utils.weight_norm import WeightNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -132,32 +130,29 @@ def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[None]:
         # The transformer layer's inference kernel ignores dropout and has no gradient.
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
-        stack.enter_context(WeightNormByFormula())
+        stack.enter_context(_WeightNormByFormula())
         stack.enter_context(mode)
         stack.enter_context(_use_lazy_graph_module(True))
         yield
 
 
-class WeightNormByFormula(TorchFunctionMode):
-    """Computes `torch._weight_norm`, behind both of PyTorch's weight norms, by its formula.
-
-    The operation's gradient takes the norms as constants of `v`, so that its derivative is wrong (2.11 to 2.15).
-    """
+class _WeightNormByFormula(TorchFunctionMode):
+    """Computes `torch._weight_norm`, behind both of PyTorch's weight norms, by its formula."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
-        return (_weight_norm if func is _WEIGHT_NORM else func)(*args, **(kwargs or {}))
+        return (weight_norm if func is _WEIGHT_NORM else func)(*args, **(kwargs or {}))
 
 
-def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
-    return v * (g / torch.norm_except_dim(v, 2, dim))
+def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """`torch._weight_norm` by its formula, `g * v / |v|` with the norm over all axes but `dim`.
 
-
-def has_weight_norm(model: torch.nn.Module) -> bool:
-    """Whether a module's weight is computed by `torch._weight_norm`."""
-    parts: list[Any] = list(model.modules())
-    hooks: list[Any] = [hook for part in parts for hook in part._forward_pre_hooks.values()]
-    return any(isinstance(held, _WeightNorm | WeightNorm) for held in (*parts, *hooks))
+    The operation's gradient takes the norms as constants of `v`, so that its derivative is wrong (2.11 to 2.15). Like the operation, this
+    rounds once where `v` is of half precision.
+    """
+    wide = torch.promote_types(v.dtype, torch.float32)
+    direction, length = v.to(wide), g.to(wide)
+    return (direction * (length / torch.norm_except_dim(direction, 2, dim))).to(v.dtype)
 
 
 def _outputs(module: fx.GraphModule) -> Sequence[fx.Node]:

@@ -31,10 +31,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.nn.utils.parametrizations import _WeightNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from adaptrt import tree
 from adaptrt.functional import refers, remapped, shadow
-from adaptrt.graph.capture import WeightNormByFormula, has_weight_norm
+from adaptrt.graph.capture import weight_norm
 from adaptrt.higher.utils import copied, get_func_params
 
 _CONTAINERS = frozenset({list, dict, set, collections.OrderedDict, collections.deque})
@@ -86,8 +88,6 @@ class FastWeights:
         self.versions: list[list[Tensor]] | None = None
         self.track = True
         self._settings: list[Callable[[], AbstractContextManager[Any]]] = [_MathAttention]
-        if has_weight_norm(model):
-            self._settings.append(WeightNormByFormula)
         if any(isinstance(part, nn.RNNBase) and next(part.parameters()).is_cuda for part in model.modules()):
             self._settings.append(functools.partial(torch.backends.cudnn.flags, enabled=False))
         index = {id(p): i for i, p in enumerate(model.parameters())}
@@ -129,7 +129,7 @@ class FastWeights:
         self.twins = None
 
     def differentiable_twice(self) -> AbstractContextManager[Any]:
-        """In which attention, recurrent networks and weight norms have a derivative of their gradient, where one is needed."""
+        """In which attention and recurrent networks have a derivative of their gradient, where one is needed."""
         if not (self.track and torch.is_grad_enabled()):
             return nullcontext()
         if len(self._settings) == 1:
@@ -213,7 +213,7 @@ class FastWeights:
             if len(now) == len(given) and all(map(operator.is_, now.values(), given.values())) and now["_modules"] == modules:
                 continue
             for name, value in now.items():
-                if name not in _APART and name != "_flat_weights" and given.get(name, self) is not value:
+                if name not in _APART and given.get(name, self) is not value:
                     own[name] = remapped(value, of_twin) if refers(value, of_twin) else value
                     given[name], changed = value, True
             for name in [name for name in given if name not in now]:
@@ -356,6 +356,15 @@ class Patched(nn.Module):
         super().__delattr__(name)
         self._adaptrt_changed()
 
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As of any module; tensors that are assigned are together one version of the fast weights."""
+        fast = self._adaptrt_fast
+        before = 0 if fast is None or fast.versions is None else len(fast.versions)
+        keys = super().load_state_dict(state_dict, strict, assign)
+        if fast is not None and fast.versions is not None:
+            del fast.versions[before:-1]
+        return keys
+
     def add_module(self, name: str, module: nn.Module | None) -> None:
         super().add_module(name, module)
         self._adaptrt_changed()
@@ -462,6 +471,12 @@ def make_functional(module: nn.Module, encapsulator: Callable[[Any, nn.Module], 
             vars(part)["forward"] = types.MethodType(_uncompiled, part)
         if isinstance(part, DistributedDataParallel):
             _keep_to_itself(part)
+        if isinstance(part, _WeightNorm):
+            vars(part)["forward"] = types.MethodType(_normed, part)
+        hooks: dict[int, Any] = part._forward_pre_hooks
+        for key, hook in hooks.items():
+            if type(hook) is WeightNorm:
+                hooks[key] = _WeightNormByFormula(hook.name, hook.dim)
         base = FunctionalModule if part is handle else Patched
         kind: Any = type(part)
         vars(part).update(_adaptrt_fast=fast, _adaptrt_number=number)
@@ -469,6 +484,17 @@ def make_functional(module: nn.Module, encapsulator: Callable[[Any, nn.Module], 
     if encapsulator is not None:
         encapsulator(handle, module)
     return handle
+
+
+def _normed(self: Any, weight_g: Tensor, weight_v: Tensor) -> Tensor:
+    return weight_norm(weight_v, weight_g, self.dim)
+
+
+class _WeightNormByFormula(WeightNorm):
+    """The hook with a right second derivative."""
+
+    def compute_weight(self, module: nn.Module) -> Tensor:
+        return weight_norm(getattr(module, f"{self.name}_v"), getattr(module, f"{self.name}_g"), self.dim)
 
 
 def _check_parts(parts: list[nn.Module]) -> None:
