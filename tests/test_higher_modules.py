@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.utils import parametrizations, prune, spectral_norm
+from torch.nn.utils import parametrizations, parametrize, prune, spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 from tests import naive
@@ -422,6 +422,53 @@ def test_a_copied_handle_is_independent() -> None:
     del fmodel
     twin.update_params([0 * p for p in twin.fast_params])
     assert not twin(X).any()
+
+
+def test_a_copy_after_a_step_has_the_same_graph_behind_it() -> None:
+    net = make("batch norm")
+    opt = torch.optim.SGD(net.parameters(), lr=0.1)
+    with ours.innerloop_ctx(net, opt, copy_initial_weights=False) as (fmodel, diffopt):
+        diffopt.step(loss_of(fmodel, call))
+        twin = copy.deepcopy(fmodel)
+        losses = [loss_of(handle, call) for handle in (fmodel, twin)]
+        mine, other = (torch.autograd.grad(loss, list(net.parameters()), retain_graph=True) for loss in losses)
+        assert_same(mine, other, 0.0)
+        again = ours.get_diff_optim(opt, net.parameters(), fmodel=twin)
+        again.step(losses[1])
+        assert len(list(twin.parameters(time=2))) == len(list(net.parameters()))
+        with pytest.raises(IndexError):
+            fmodel.parameters(time=2)
+        assert twin[1].running_mean is not fmodel[1].running_mean
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layer: parametrize.register_parametrization(layer, "weight", nn.Tanh()),
+        lambda layer: quietly(lambda: nn.utils.weight_norm(layer)),
+        lambda layer: delattr(layer, "weight"),
+    ],
+    ids=["parametrization", "weight norm", "deletion"],
+)
+@pytest.mark.parametrize(
+    "then", [lambda handle: handle(X), lambda handle: handle.update_params(handle.fast_params)], ids=["call", "update"]
+)
+def test_a_parameter_of_a_handle_may_not_go(change: Any, then: Any) -> None:
+    """It would go on as if nothing had happened."""
+    fmodel: Any = ours.monkeypatch(make("mlp"))
+    fmodel(X)
+    change(fmodel[0])
+    with pytest.raises(ValueError, match="'weight' is no parameter of the patched module's Linear any more"):
+        then(fmodel)
+
+
+@pytest.mark.parametrize("copied", [lambda handle: copy.copy(handle), lambda handle: copy.deepcopy(handle[0])], ids=["copy", "of a part"])
+def test_copies_that_would_share_weights_are_refused(copied: Any) -> None:
+    fmodel: Any = ours.monkeypatch(make("mlp"))
+    before = fmodel(X)
+    with pytest.raises(TypeError, match="copy"):
+        copied(fmodel)
+    assert_same([fmodel(X)], [before], 0.0)
 
 
 def test_parts_are_added_and_replaced() -> None:

@@ -17,6 +17,7 @@ after the first backward pass, also where that is a handle's.
 from __future__ import annotations
 
 import collections
+import copy
 import functools
 import itertools
 import operator
@@ -108,6 +109,15 @@ class FastWeights:
             if isinstance(part, Patched):
                 self.modules[part._adaptrt_number] = weakref.ref(part)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> FastWeights:
+        """A copy whose weights have the same graph behind them; `adopt` tells it its modules."""
+        made = memo[id(self)] = object.__new__(FastWeights)
+        for values in self.versions or ():
+            memo.update({id(value): value.clone() for value in values if not value.is_leaf})
+        vars(made).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name not in ("twins", "links")})
+        made.twins = made.links = None
+        return made
+
     @property
     def latest(self) -> list[Tensor] | None:
         return None if self.versions is None else self.versions[-1]
@@ -146,13 +156,21 @@ class FastWeights:
             return
         for number in self.owners:
             part = self.modules[number]()
-            if part is not None:
-                _hold(part, self.places[number], latest)
+            if part is None:
+                continue
+            for name, _ in self.places[number]:
+                if name not in part._parameters:
+                    raise ValueError(
+                        f"'{name}' is no parameter of the patched module's {self.classes[number].__name__} any more. Delete parameters and "
+                        "register or remove parametrizations, on the original before it is patched"
+                    )
+            _hold(part, self.places[number], latest)
 
     def running(self) -> Twins:
         """What runs in place of the handle, with the latest weights."""
         forms = self._forms()
         if forms != self.forms:
+            self.show()
             self.forms, self.links, self.twins = forms, None, None
         if self.twins is None:
             self.twins = self._make_twins()
@@ -356,6 +374,16 @@ class Patched(nn.Module):
         super().__delattr__(name)
         self._adaptrt_changed()
 
+    def __copy__(self) -> Any:
+        raise TypeError("copy.copy of a patched module would share its fast weights and take over their places; use copy.deepcopy")
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        if self._adaptrt_fast is not None and id(self._adaptrt_fast) not in memo:
+            raise TypeError("a part of a patched module has no weights of its own to copy; copy the patched module, or the original's part")
+        made = memo[id(self)] = object.__new__(type(self))
+        made.__setstate__(copy.deepcopy(vars(self), memo))
+        return made
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """As of any module; tensors that are assigned are together one version of the fast weights."""
         fast = self._adaptrt_fast
@@ -376,6 +404,10 @@ class Patched(nn.Module):
 
 class FunctionalModule(Patched):
     """The root of a handle: it has the fast weights."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        copy.deepcopy(self._adaptrt_fast, memo)
+        return super().__deepcopy__(memo)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
