@@ -169,6 +169,11 @@ class CompiledUnroll:
         tasks = ", over tasks" if self._task_axis else ""
         return f"CompiledUnroll({type(self._settings.model).__name__}, k={self._settings.k}, backend={self._settings.backend.name}{tasks})"
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model was when the unroll was made, and where data has to be."""
+        return self._settings.device
+
     def adapt(self, support: Any, *, start: Adapted | None = None, generator: torch.Generator | None = None) -> Adapted:
         """Adapts the model to a support batch.
 
