@@ -65,7 +65,7 @@ class UnrollBenchmark:
         Args:
           call: without arguments, for example `lambda: unroll.adapt(support)`.
           unroll: whose programs are watched, and whose device is waited for. With tasks that is the result of `vmap()`.
-          calls: how many are timed, at least 1; for a p99 that is not the maximum, more than 100.
+          calls: how many are timed, at least 1; for a p99 that is not the maximum, at least 100.
           warm_up: how many come before, which may compile.
           p50_s, p99_s: seconds that the median, and 99% of the calls, may take; None for no limit.
         """

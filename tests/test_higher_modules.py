@@ -353,15 +353,38 @@ def enclosing_method(net: Any) -> Callable[[Tensor], Tensor]:
     return types.MethodType(lambda self, x: 2 * original(x), net)
 
 
+def twice_decorated(net: Any) -> Callable[[Tensor], Tensor]:
+    def doubling(function: Any) -> Any:
+        @functools.wraps(function)
+        def run(x: Tensor) -> Any:
+            return 2 * function(x)
+
+        return run
+
+    return doubling(doubling(net.forward))
+
+
+def with_a_default(net: Any) -> Callable[[Tensor], Tensor]:
+    return lambda x, original=net.forward: 2 * original(x)
+
+
+def enclosing_a_list(net: Any) -> Callable[[Tensor], Tensor]:
+    layers = {"all": [net]}
+    return lambda x: F.linear(x, layers["all"][0].weight)
+
+
 @pytest.mark.parametrize(
     "replace",
     [
         enclosing,
         enclosing_method,
+        twice_decorated,
+        with_a_default,
+        enclosing_a_list,
         lambda net: functools.partial(net.forward),
         lambda net: functools.partial(lambda self, x: self.weight @ x, net),
     ],
-    ids=["closure", "method and closure", "partial method", "partial function"],
+    ids=["closure", "method and closure", "decorators", "default", "containers", "partial method", "partial function"],
 )
 def test_a_forward_that_holds_on_to_its_module_is_refused(replace: Callable[[Any], Any]) -> None:
     """The original runs it, on the module's weights: nothing is ever learned."""

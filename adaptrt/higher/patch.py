@@ -546,12 +546,32 @@ def _check_parts(parts: list[nn.Module]) -> None:
 
 
 def _held_by(function: Any) -> list[Any]:
-    """What a function has enclosed, a partial one its arguments too; for bound methods what they are bound to."""
-    cells = getattr(function, "__closure__", None) or ()
-    found = [cell.cell_contents for cell in cells if cell != types.CellType()]  # an empty one raises
-    if isinstance(function, functools.partial):
-        found += [function.func, *function.args, *function.keywords.values()]
-    return [getattr(held, "__self__", held) for held in found]
+    """What a function can reach by what it has enclosed, its defaults, what it wraps, and containers of these; not by globals.
+
+    Of a bound method what it is bound to counts only further in: the function given may well be bound to a module's own copy.
+    """
+    found: list[Any] = []
+    seen: set[int] = set()
+    left = [getattr(function, "__func__", function)]
+    while left:
+        value = left.pop()
+        if id(value) in seen:
+            continue
+        seen.add(id(value))
+        found.append(value)
+        if isinstance(value, types.MethodType):
+            left += [value.__self__, value.__func__]
+        elif isinstance(value, types.FunctionType):
+            cells = value.__closure__ or ()
+            left += [cell.cell_contents for cell in cells if cell != types.CellType()]  # an empty one raises
+            left += [*(value.__defaults__ or ()), *(value.__kwdefaults__ or {}).values(), *vars(value).values()]
+        elif isinstance(value, functools.partial):
+            left += [value.func, *value.args, *value.keywords.values()]
+        elif isinstance(value, list | tuple | set | frozenset):
+            left += value
+        elif isinstance(value, dict):
+            left += value.values()
+    return found
 
 
 def _is_compiled(part: nn.Module) -> bool:
