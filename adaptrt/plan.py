@@ -62,7 +62,7 @@ class SupportPlan:
     carry: tuple[bool, ...]
     shapes: tuple[str, ...]
     queries: Cache[QueryPlan]
-    problems: Cache[Problem]
+    problems: dict[Hashable, Problem] = dataclasses.field(default_factory=dict[Hashable, Problem])
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -202,9 +202,7 @@ def plan_support(
         reason = "asked for"
     floating = [tree.Spec.of(leaf).dtype.is_floating_point for leaf in tree.leaves((carry.params, carry.opt_state))]
     programs = make_programs(step, _explained(step, found.noise, carry, fixed, batch))
-    return SupportPlan(
-        step, adjoint, reason, found, programs, (*floating, *found.live_buffers), shapes, Cache(cache_size), Cache(cache_size)
-    )
+    return SupportPlan(step, adjoint, reason, found, programs, (*floating, *found.live_buffers), shapes, Cache(cache_size))
 
 
 def plan_query(

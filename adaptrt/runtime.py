@@ -130,6 +130,9 @@ def _backend(backend: Backend | str, device: torch.device) -> Backend:
     return Inductor()
 
 
+_MAX_PROBLEMS = 64
+
+
 class _Settings(NamedTuple):
     """What `compile_unroll` was asked for."""
 
@@ -334,9 +337,13 @@ class CompiledUnroll:
             wanted = tuple([leaf for leaves in groups for leaf in leaves if leaf.requires_grad])
         else:
             marks, wanted = tuple([(False,) * len(leaves) for leaves in groups]), ()
-        key = marks, begin.has_tasks
-        found = plan.problems.get(key)
-        return found or plan.problems.get_or_make(key, lambda: self._make_problem(plan, begin.has_tasks, *marks)), wanted
+        problem = plan.problems.get((marks, begin.has_tasks))
+        if problem is None:
+            problem = self._make_problem(plan, begin.has_tasks, *marks)
+            if len(plan.problems) >= _MAX_PROBLEMS:
+                plan.problems.clear()
+            plan.problems[marks, begin.has_tasks] = problem
+        return problem, wanted
 
     def _make_problem(
         self,
