@@ -978,11 +978,11 @@ def test_a_start_knows_its_leaves_in_their_order() -> None:
     """Gradients go back by that order."""
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     opt = torch.optim.Adam(model[0].parameters(), lr=0.1)
-    unroll = compile_unroll(model, opt, 2, loss=nn.BCEWithLogitsLoss(pos_weight=torch.ones(2)), backend="eager")
+    unroll = adaptrt.compile_unroll(model, opt, 2, loss=nn.BCEWithLogitsLoss(pos_weight=torch.ones(2)), backend="eager")
     for _ in range(2):
         start = unroll._reader.read()
         assert [list(map(id, leaves)) for leaves in (start.carry_leaves, start.fixed_leaves)] == [
-            list(map(id, tree.leaves(part))) for part in (start.carry, start.fixed)
+            list(map(id, adaptrt.tree.leaves(part))) for part in (start.carry, start.fixed)
         ]
         model(torch.randn(5, 3)).sum().backward()
         opt.step()  # which gives it a state
