@@ -456,6 +456,26 @@ def test_attention_needs_no_flags() -> None:
     assert torch.backends.cuda.flash_sdp_enabled()
 
 
+def test_recurrent_networks_run_without_cudnn_where_a_gradient_may_be_differentiated() -> None:
+    """On any device: a handle's weights may be elsewhere than the model's."""
+    seen: list[bool] = []
+
+    class Noting(nn.LSTM):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            seen.append(torch.backends.cudnn.enabled)
+            return super().forward(*args, **kwargs)
+
+    fmodel = ours.monkeypatch(Noting(3, 2))
+    x = torch.randn(4, 1, 3)
+    fmodel(x)
+    with torch.no_grad():
+        fmodel(x)
+    fmodel.track_higher_grads = False
+    fmodel(x)
+    assert seen == [False, True, True]
+    assert torch.backends.cudnn.enabled
+
+
 @pytest.mark.cuda
 def test_recurrent_networks_need_no_flags() -> None:
     torch.manual_seed(1)

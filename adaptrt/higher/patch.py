@@ -46,40 +46,46 @@ _APART = frozenset({"_parameters", "_modules", "_adaptrt_fast", "_adaptrt_number
 """Attributes of a handle that are not its twin's."""
 
 
-_ATTENTION = (
+class _Switches:
+    """Settings of the process's that are as wanted while a handle runs.
+
+    Of several threads the first one in makes them and the last one out takes them back. PyTorch's own context managers take four times as
+    long, and a handle enters one at every call.
+
+    Args:
+      rows: for each the function that reads it, the one that sets it, and the value wanted.
+    """
+
+    def __init__(self, *rows: tuple[Callable[[], bool], Callable[[bool], object], bool]) -> None:
+        self._rows = rows
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before: list[bool] = []
+
+    def __enter__(self) -> None:
+        with self._lock:
+            if not self._inside:
+                self._before = [read() for read, _, _ in self._rows]
+                for _, put, wanted in self._rows:
+                    put(wanted)
+            self._inside += 1
+
+    def __exit__(self, *raised: object) -> None:
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                for (_, put, _), before in zip(self._rows, self._before, strict=True):
+                    put(before)
+
+
+_MATH_ATTENTION = _Switches(
     (torch.backends.cuda.math_sdp_enabled, torch.backends.cuda.enable_math_sdp, True),
     (torch.backends.cuda.flash_sdp_enabled, torch.backends.cuda.enable_flash_sdp, False),
     (torch.backends.cuda.mem_efficient_sdp_enabled, torch.backends.cuda.enable_mem_efficient_sdp, False),
     (torch.backends.cuda.cudnn_sdp_enabled, torch.backends.cuda.enable_cudnn_sdp, False),
 )
-
-
-class _MathAttention:
-    """`sdpa_kernel(SDPBackend.MATH)` in a quarter of its time: it is entered at every call of a handle.
-
-    The setting is the process's, so of several threads the first one in makes it and the last one out takes it back.
-    """
-
-    _lock = threading.Lock()
-    _inside = 0
-    _before: tuple[bool, ...] = ()
-
-    def __enter__(self) -> None:
-        shared = _MathAttention
-        with shared._lock:
-            if not shared._inside:
-                shared._before = tuple([enabled() for enabled, _, _ in _ATTENTION])
-                for _, enable, on in _ATTENTION:
-                    enable(on)
-            shared._inside += 1
-
-    def __exit__(self, *raised: object) -> None:
-        shared = _MathAttention
-        with shared._lock:
-            shared._inside -= 1
-            if not shared._inside:
-                for (_, enable, _), on in zip(_ATTENTION, shared._before, strict=True):
-                    enable(on)
+_NO_CUDNN = _Switches((lambda: torch.backends.cudnn.enabled, functools.partial(setattr, torch.backends.cudnn, "enabled"), False))
+"""Its recurrent kernels have no second derivative. `torch.backends.cudnn.flags` would also write the setting of TF32."""
 
 
 class FastWeights:
@@ -88,9 +94,7 @@ class FastWeights:
     def __init__(self, model: nn.Module, handle: nn.Module) -> None:
         self.versions: list[list[Tensor]] | None = None
         self.track = True
-        self._settings: list[Callable[[], AbstractContextManager[Any]]] = [_MathAttention]
-        if any(isinstance(part, nn.RNNBase) and next(part.parameters()).is_cuda for part in model.modules()):
-            self._settings.append(functools.partial(torch.backends.cudnn.flags, enabled=False))
+        self._recurrent = any(isinstance(part, nn.RNNBase) for part in model.modules())
         index = {id(p): i for i, p in enumerate(model.parameters())}
         self.num_params = len(index)
         # Weakly: the handle has these weights, and what holds them goes with it rather than at the next garbage collection.
@@ -142,11 +146,11 @@ class FastWeights:
         """In which attention and recurrent networks have a derivative of their gradient, where one is needed."""
         if not (self.track and torch.is_grad_enabled()):
             return nullcontext()
-        if len(self._settings) == 1:
-            return self._settings[0]()
+        if not self._recurrent:
+            return _MATH_ATTENTION
         stack = ExitStack()
-        for setting in self._settings:
-            stack.enter_context(setting())
+        stack.enter_context(_MATH_ATTENTION)
+        stack.enter_context(_NO_CUDNN)
         return stack
 
     def show(self) -> None:
