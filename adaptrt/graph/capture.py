@@ -148,11 +148,12 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """`torch._weight_norm` by its formula, `g * v / |v|` with the norm over all axes but `dim`.
 
     The operation's gradient takes the norms as constants of `v`, so that its derivative is wrong (2.11 to 2.15). Like the operation, this
-    rounds once where `v` is of half precision.
+    rounds once in half precision.
     """
-    wide = torch.promote_types(v.dtype, torch.float32)
+    dtype = torch.promote_types(v.dtype, g.dtype)
+    wide = torch.promote_types(dtype, torch.float32)
     direction, length = v.to(wide), g.to(wide)
-    return (direction * (length / torch.norm_except_dim(direction, 2, dim))).to(v.dtype)
+    return (direction * (length / torch.norm_except_dim(direction, 2, dim))).to(dtype)
 
 
 def _outputs(module: fx.GraphModule) -> Sequence[fx.Node]:

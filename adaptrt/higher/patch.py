@@ -507,7 +507,7 @@ def make_functional(module: nn.Module, encapsulator: Callable[[Any, nn.Module], 
             vars(part)["forward"] = types.MethodType(_uncompiled, part)
         if isinstance(part, DistributedDataParallel):
             _keep_to_itself(part)
-        if isinstance(part, _WeightNorm):
+        if isinstance(part, _WeightNorm) and "forward" not in vars(part):
             vars(part)["forward"] = types.MethodType(_normed, part)
         hooks: dict[int, Any] = part._forward_pre_hooks
         for key, hook in hooks.items():
