@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import adaptrt
-from adaptrt import FirstOrder, Replay, Unrolled
+from adaptrt import FirstOrder, Replay, Unrolled, tree
 from adaptrt.backend import Backend, Eager
 from adaptrt.errors import ShapeChanged
 from adaptrt.graph.ir import Graph
@@ -982,7 +982,7 @@ def test_a_start_knows_its_leaves_in_their_order() -> None:
     for _ in range(2):
         start = unroll._reader.read()
         assert [list(map(id, leaves)) for leaves in (start.carry_leaves, start.fixed_leaves)] == [
-            list(map(id, adaptrt.tree.leaves(part))) for part in (start.carry, start.fixed)
+            list(map(id, tree.leaves(part))) for part in (start.carry, start.fixed)
         ]
         model(torch.randn(5, 3)).sum().backward()
         opt.step()  # which gives it a state
