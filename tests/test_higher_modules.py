@@ -418,17 +418,19 @@ def test_state_dicts(package: Any) -> None:
     assert all(p is not q for p, q in zip(fmodel.parameters(), net.parameters(), strict=True))
 
 
-def test_a_state_dict_that_is_assigned_is_one_version() -> None:
+@pytest.mark.parametrize("track", [True, False])
+def test_a_state_dict_that_is_assigned_is_one_update(track: bool) -> None:
     net: Any = make("nested")
-    fmodel: Any = ours.monkeypatch(net)
+    fmodel: Any = ours.monkeypatch(net, track_higher_grads=track)
     for part, prefix in ((fmodel, ""), (fmodel[0], "0.")):
-        before = list(fmodel.parameters())
+        before, times = list(fmodel.parameters()), len(fmodel._adaptrt_fast.versions)
         state = {name.removeprefix(prefix): 2 * value for name, value in fmodel.state_dict().items() if name.startswith(prefix)}
-        times = len(list(fmodel._adaptrt_fast.versions))
         part.load_state_dict(state, assign=True)
-        assert len(fmodel._adaptrt_fast.versions) == times + 1
-        assert all(p is q for p, q in zip(fmodel.parameters(time=times - 1), before, strict=True))
         assert_same(list(part.state_dict().values()), list(state.values()), 0.0)
+        assert len(fmodel._adaptrt_fast.versions) == times + track
+        assert not track or all(p is q for p, q in zip(fmodel.parameters(time=times - 1), before, strict=True))
+        assert all(p.requires_grad for p in fmodel.parameters())
+        assert all(grad is not None for grad in torch.autograd.grad(loss_of(fmodel, call), list(fmodel.parameters())))
 
 
 def test_a_copied_handle_is_independent() -> None:

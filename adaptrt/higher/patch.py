@@ -389,12 +389,16 @@ class Patched(nn.Module):
         return made
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As of any module; tensors that are assigned are together one version of the fast weights."""
+        """As of any module. Tensors that are assigned are together one update, of weights that require grad as before."""
         fast = self._adaptrt_fast
-        before = 0 if fast is None or fast.versions is None else len(fast.versions)
+        before = [] if fast is None else list(fast.versions or [])
         keys = super().load_state_dict(state_dict, strict, assign)
-        if fast is not None and fast.versions is not None:
-            del fast.versions[before:-1]
+        if fast is not None and before and fast.latest is not None and fast.latest is not before[-1]:
+            pairs = zip(fast.latest, before[-1], strict=True)
+            assigned = [new if new is old else new.detach().requires_grad_(old.requires_grad) for new, old in pairs]
+            fast.versions = before
+            fast.put(assigned)
+            fast.show()
         return keys
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
