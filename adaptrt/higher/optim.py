@@ -8,6 +8,7 @@ from __future__ import annotations
 import abc
 import collections
 import functools
+import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -77,7 +78,7 @@ class DifferentiableOptimizer(abc.ABC):
         self._kind = type(other)
         self._defaults = other.defaults
         self._followed = other.param_groups
-        self._seen = [settings_of(group) for group in other.param_groups]
+        self._seen = [dict(group) for group in other.param_groups]
         self._overridden: set[str] = set()
         self._fmodel = fmodel
         self._grad_callback = grad_callback
@@ -185,12 +186,14 @@ class DifferentiableOptimizer(abc.ABC):
 
     def _follow(self) -> None:
         """Takes over what has changed in the groups of the original since the last step, as schedulers change it."""
-        for i, (original, group) in enumerate(zip(self._followed, self.param_groups, strict=False)):
-            now = settings_of(original)
-            for key, value in now.items():
-                if key not in self._overridden and value is not self._seen[i].get(key):
+        for original, group, seen in zip(self._followed, self.param_groups, self._seen, strict=False):
+            if len(original) == len(seen) and all(map(operator.is_, original.values(), seen.values())):
+                continue
+            for key, value in settings_of(original).items():
+                if key not in self._overridden and value is not seen.get(key):
                     group[key] = value
-            self._seen[i] = now
+            seen.clear()
+            seen.update(original)
 
 
 def _by_group(key: str, values: Any, num_groups: int) -> list[Any]:
@@ -313,11 +316,12 @@ def _state(built: _Built, entry: Mapping[str, Any], name: str, weight: Tensor) -
     """One weight's state as the pure optimiser takes it. What belongs to a flag that is off now stays behind in `entry`."""
     if not entry:
         return _counting(built.optimizer.init({name: weight})[name])
-    if weight.dim() not in built.fields:
-        like = built.optimizer.init({"": torch.empty((1,) * weight.dim())})[""]
+    axes = weight.dim()
+    if axes not in built.fields:
+        like = built.optimizer.init({"": torch.empty((1,) * axes)})[""]
         used = [None if isinstance(zero, tuple) else key for key, zero in zip(like._fields, like, strict=True)]
-        built.fields[weight.dim()] = type(like), used
-    kind, used = built.fields[weight.dim()]
+        built.fields[axes] = type(like), used
+    kind, used = built.fields[axes]
     try:
         return kind(*[() if key is None else entry[key] for key in used])
     except KeyError:  # a flag was turned on
