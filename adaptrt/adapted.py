@@ -43,6 +43,10 @@ class Adapted:
         self.opt_state = carry.opt_state
         self.buffers = {name: value for name, value in carry.buffers.items() if not name.startswith(LOSS_BUFFER)}
 
+    def comes_from(self, owner: Owner) -> bool:
+        """Whether it is an adaptation of this unroll."""
+        return self._owner is owner
+
     def __call__(self, *args: Any, generator: torch.Generator | None = None, **kwargs: Any) -> Any:
         """What the adapted model returns for these arguments; differentiable outside `no_grad`.
 

@@ -63,7 +63,9 @@ def predict(
 ) -> Tree:
     """The model's output, differentiable if asked for and anything requires grad."""
     args = (carry, fixed, inputs, noise)
-    flags = tuple(tuple(differentiable and leaf.requires_grad for leaf in tree.leaves(arg)) for arg in args)
+    if not differentiable:
+        return plan.programs.program("predict", step.predict, _PREDICT)(*args)
+    flags = tuple(tuple(leaf.requires_grad for leaf in tree.leaves(arg)) for arg in args)
     if not any(map(any, flags)):
         return plan.programs.program("predict", step.predict, _PREDICT)(*args)
     result: list[Any] = []
@@ -130,7 +132,7 @@ class _MetaLoss(Function):
         weights = call.query_plan.weights
         losses, found = call.plan.adjoint.meta_loss_and_gradients(call.query_plan.programs, call.problem, call.task, call.query, weights)
         ctx.found, ctx.inputs = (*found.start, *found.fixed, *found.support, *found.query), inputs
-        return losses.mean()
+        return losses.mean() if losses.dim() else losses
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:

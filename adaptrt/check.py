@@ -176,7 +176,7 @@ def finite(name: str, batch: Batch) -> None:
     for kind, values in (("input", tree.leaves(batch.inputs)), ("target", tree.leaves(batch.target))):
         for index, value in enumerate(values):
             # A finite sum proves finite terms, at a fraction of the cost; the sum of finite terms may overflow.
-            if value.is_floating_point() and not math.isfinite(value.detach().sum().item()) and not bool(torch.isfinite(value).all()):
+            if value.is_floating_point() and not math.isfinite(value.sum().item()) and not bool(torch.isfinite(value).all()):
                 where = (~torch.isfinite(value)).nonzero()[0].tolist()
                 raise NonFiniteInput(
                     f'{name} {kind} {index} holds {value[tuple(where)].item()} at {where}; clean the data, or pass nonfinite="ignore"'
@@ -191,9 +191,9 @@ def indices(name: str, batch: Batch, bounds: Sequence[IndexBound]) -> None:
     """
     if not bounds:
         return
-    by_path = dict(zip(tree.paths(batch, "batch"), tree.leaves(batch), strict=True))
+    leaves = tree.leaves(batch)
     for bound in bounds:
-        values: Tensor = by_path[bound.name]
+        values: Tensor = leaves[bound.position]
         low, high = (int(extreme) for extreme in torch.aminmax(values))
         if low >= 0 and high < bound.size:
             continue

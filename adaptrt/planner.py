@@ -81,7 +81,7 @@ class Planner:
             )
 
         # The trees of carry and fixed follow from the reader's structure; what remains of them are shapes and dtypes.
-        key = self._reader.structure(), _key(batch), _kinds(start.carry_leaves), _kinds(start.fixed_leaves), start.has_tasks
+        key = start.structure, _key(batch), _kinds(start.carry_leaves), _kinds(start.fixed_leaves), start.has_tasks
         return self.supports.get_or_make(key, make)
 
     def query(self, plan: SupportPlan, batch: Batch, start: Start, num_tasks: int | None, warm: bool) -> QueryPlan:

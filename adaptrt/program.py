@@ -15,6 +15,7 @@ from adaptrt import tree
 from adaptrt.adjoint.base import Wrt, pull_back
 from adaptrt.backend import Backend
 from adaptrt.backend.base import Runner
+from adaptrt.backend.guards import Known
 from adaptrt.errors import NotTraceable, ShapeChanged, UnsupportedParameter
 from adaptrt.graph.capture import capture
 from adaptrt.graph.ir import Graph, Role, autocast_off
@@ -36,7 +37,8 @@ class Program:
       graph: what was compiled.
       run: the backend's callable.
       constants: read at each call, so that a plain tensor attribute of the model is used as it stands.
-      expected: of each input, constants included: shape, dtype, device and (contiguous) strides.
+      shapes, dtypes, devices, strides: what each input, constants included, has to be; contiguous.
+      known: inputs that were found to be so.
       leaves_of, result_of: arguments to tensors, and tensors to what the captured function returned.
       backend: the backend's name.
       capture_s, compile_s: seconds spent on each.
@@ -45,7 +47,11 @@ class Program:
     graph: Graph
     run: Runner
     constants: tuple[Constant, ...]
-    expected: tuple[tuple[tuple[int, ...], torch.dtype, torch.device, tuple[int, ...]], ...]
+    shapes: list[tuple[int, ...]]
+    dtypes: list[torch.dtype]
+    devices: list[torch.device]
+    strides: list[tuple[int, ...]]
+    known: Known
     leaves_of: Callable[[Tree], list[Tensor]]
     result_of: Callable[[Sequence[Tensor]], Tree]
     backend: str
@@ -61,15 +67,37 @@ class Program:
         values = self.leaves_of(args)
         for read in self.constants:
             values.append(read())
-        for index, (value, (shape, dtype, device, strides)) in enumerate(zip(values, self.expected, strict=True)):
-            if value.shape != shape or value.dtype != dtype or value.device != device:
-                entry = self.graph.signature.inputs[index]
-                raise ShapeChanged(f"{entry.name} was traced as {entry.spec}, got {Spec.of(value)} on {value.device}")
-            if value.stride() != strides:
-                # An axis of length 1 may have any stride in what PyTorch calls contiguous; compiled kernels check it.
-                values[index] = value.contiguous().as_strided(shape, strides)
-        with torch.no_grad(), autocast_off():
-            return self.result_of(self.run(values))
+        if values not in self.known:
+            values = self._checked(values)
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            with torch.no_grad(), autocast_off():
+                return self.result_of(self.run(values))
+        return self.result_of(self.run(values))
+
+    def _checked(self, values: list[Tensor]) -> list[Tensor]:
+        """The values, contiguous.
+
+        Raises:
+          ShapeChanged: one differs in shape, dtype or device from what was captured.
+        """
+        if (
+            [value.shape for value in values] != self.shapes
+            or [value.dtype for value in values] != self.dtypes
+            or [value.device for value in values] != self.devices
+        ):
+            raise ShapeChanged(self._difference(values))
+        if [value.stride() for value in values] != self.strides:
+            # An axis of length 1 may have any stride in what PyTorch calls contiguous; compiled kernels check it.
+            return [value.contiguous().as_strided(value.shape, strides) for value, strides in zip(values, self.strides, strict=True)]
+        self.known.add(values)
+        return values
+
+    def _difference(self, values: Sequence[Tensor]) -> str:
+        """The first input that is not what was captured, in words."""
+        for entry, value in zip(self.graph.signature.inputs, values, strict=True):
+            if Spec.of(value) != entry.spec:
+                return f"{entry.name} was traced as {entry.spec}, got {Spec.of(value)} on {value.device}"
+        raise AssertionError("every input is what was captured")
 
 
 def _roles(kind: str, example: Tree) -> list[Role]:
@@ -173,10 +201,23 @@ class ProgramSet:
         run = self._backend.compile(graph)
         constants = tuple(constant_reader(value, self._modules) for value in graph.constants)
         specs = [entry.spec for entry in graph.signature.inputs]
-        expected = tuple([(spec.shape, spec.dtype, spec.device, spec.strides) for spec in specs])
         compile_s = time.perf_counter() - captured
         leaves_of, result_of = tree.leaves_by(graph.arguments), tree.unflatten_by(graph.result)
-        return Program(graph, run, constants, expected, leaves_of, result_of, self._backend.name, captured - began, compile_s)
+        return Program(
+            graph,
+            run,
+            constants,
+            [spec.shape for spec in specs],
+            [spec.dtype for spec in specs],
+            [spec.device for spec in specs],
+            [spec.strides for spec in specs],
+            Known(),
+            leaves_of,
+            result_of,
+            self._backend.name,
+            captured - began,
+            compile_s,
+        )
 
 
 def _sum_nothing(graph: Graph) -> list[bool]:

@@ -23,6 +23,7 @@ class Start(NamedTuple):
     Attributes:
       carry, fixed: what steps change, and what they share.
       carry_leaves, fixed_leaves: the tensors in them.
+      structure: all that changes a step besides the shapes of its arguments.
       has_tasks: whether the carry has a task axis already, because it comes from an earlier adaptation.
     """
 
@@ -30,6 +31,7 @@ class Start(NamedTuple):
     fixed: Fixed
     carry_leaves: list[Tensor]
     fixed_leaves: list[Tensor]
+    structure: Hashable
     has_tasks: bool = False
 
 
@@ -52,20 +54,21 @@ class Reader:
         parameters = _places(model, dict(model.named_parameters()))
         self._adapted = {name: place for name, place in parameters.items() if name in adapted}
         self._frozen = {name: place for name, place in parameters.items() if name not in adapted}
-        self._buffers = _places(model, dict(model.named_buffers()))
+        self._buffers = _places(model, dict(model.named_buffers()), "_buffers")
         self._modules = list(model.modules())
         self._loss_params: dict[str, _Place] = {}
         if isinstance(loss, nn.Module):
             self._loss_params = _places(loss, dict(loss.named_parameters()))
-            self._buffers |= {LOSS_BUFFER + name: place for name, place in _places(loss, dict(loss.named_buffers())).items()}
+            self._buffers |= {LOSS_BUFFER + name: place for name, place in _places(loss, dict(loss.named_buffers()), "_buffers").items()}
             self._modules += list(loss.modules())
         self._numbers: dict[float, Tensor] = {}
         self._state: tuple[Any, list[Tensor]] = None, []
 
     def read(self) -> Start:
         """Where an adaptation starts: from model and optimiser as they stand."""
-        params, state, buffers = _read(self._adapted), self._source.state(), _read(self._buffers)
-        frozen, loss_params, hyper = _read(self._frozen), _read(self._loss_params), self._tensors(self._source.hyper())
+        structure, hyper, state = self._source.read()
+        params, buffers, frozen, loss_params = map(_read, (self._adapted, self._buffers, self._frozen, self._loss_params))
+        hyper = self._tensors(hyper)
         known = self._state
         if known[0] is not state:  # most often it is one that never changes
             known = self._state = state, tree.leaves(state)
@@ -74,6 +77,7 @@ class Reader:
             Fixed(frozen, loss_params, hyper),
             [*params.values(), *known[1], *buffers.values()],
             [*frozen.values(), *loss_params.values(), *tree.leaves(hyper)],
+            (self.mode(), structure),
         )
 
     def state_dict(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -87,10 +91,6 @@ class Reader:
     def mode(self) -> Hashable:
         """Train or eval mode of every module: constants of a program."""
         return tuple([module.training for module in self._modules])
-
-    def structure(self) -> Hashable:
-        """All that changes a step besides the shapes of its arguments."""
-        return self.mode(), self._source.structure()
 
     def step(self, detach_gradient: bool) -> Step:
         """The inner step of the current structure."""
@@ -121,21 +121,27 @@ class Reader:
         return number
 
 
-_Place = tuple[nn.Module, str]
+_Place = tuple[nn.Module, str, str]
+"""Module, the table of it that holds the tensor (`_parameters` or `_buffers`), and the name there."""
+
 _MAX_NUMBERS = 256
 
 
-def _places(root: nn.Module, named: Mapping[str, Tensor]) -> dict[str, _Place]:
-    """For each tensor the module and the attribute that hold it."""
+def _places(root: nn.Module, named: Mapping[str, Tensor], table: str = "_parameters") -> dict[str, _Place]:
+    """For each tensor where it is held."""
     found: dict[str, _Place] = {}
     for name in named:
         path, _, attribute = name.rpartition(".")
-        found[name] = root.get_submodule(path), attribute
+        found[name] = root.get_submodule(path), table, attribute
     return found
 
 
 def _read(places: Mapping[str, _Place]) -> dict[str, Tensor]:
-    return {name: getattr(module, attribute) for name, (module, attribute) in places.items()}
+    found: dict[str, Tensor] = {}
+    for name, (module, table, attribute) in places.items():
+        held = getattr(module, table).get(attribute)
+        found[name] = getattr(module, attribute) if held is None else held  # it was moved, as a parametrization does
+    return found
 
 
 Select = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None

@@ -6,7 +6,7 @@ compiled for one set of shapes each. Python numbers in the model's attributes ar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from adaptrt.adjoint import Adjoint
 from adaptrt.adjoint.base import Problem, Query, Task
 from adaptrt.autograd import Call
 from adaptrt.backend import Backend, Eager, Inductor
+from adaptrt.backend.guards import alike
 from adaptrt.backend.inductor import warn_if_missing
 from adaptrt.errors import InvalidArgument, InvalidType, OptimizerMismatch
 from adaptrt.explain import Explanation, explain
@@ -26,11 +27,11 @@ from adaptrt.graph.ir import Graph
 from adaptrt.graph.noise import draw, restored_on_error
 from adaptrt.optim import Optimizer
 from adaptrt.optim.source import Source, source
-from adaptrt.plan import SupportPlan
+from adaptrt.plan import PredictionPlan, QueryPlan, SupportPlan
 from adaptrt.planner import Planner
 from adaptrt.program import without_leading_axis
 from adaptrt.reader import Reader, Select, Start, adapted_names
-from adaptrt.step import Batch, Fixed, LossFunction, as_call
+from adaptrt.step import Batch, Carry, Fixed, LossFunction, Step, as_call
 from adaptrt.tree import Tree
 from adaptrt.unroll import batch_of_step, unroll
 
@@ -150,12 +151,51 @@ class _Settings(NamedTuple):
     device: torch.device
 
 
+class _Ready(NamedTuple):
+    """A checked call: what to run, on what; `inputs` are the leaves that the caller differentiates."""
+
+    begin: Start
+    support: Batch
+    query: Batch | None
+    plan: SupportPlan
+    query_plan: QueryPlan | None
+    problem: Problem
+    inputs: tuple[Tensor, ...]
+    num_tasks: int | None
+
+
+class _Recent(NamedTuple):
+    """What was found for the last call of its sort. It holds for any call of equal structure with tensors alike: nothing else matters."""
+
+    structure: Hashable
+    alike: Callable[..., bool]
+    plan: SupportPlan
+    query_plan: QueryPlan | None
+    problem: Problem
+    num_tasks: int | None
+
+
+class _RecentPrediction(NamedTuple):
+    """The same for predictions."""
+
+    structure: Hashable
+    alike: Callable[..., bool]
+    plan: PredictionPlan
+    step: Step
+
+
+def _is_pair(batch: Any) -> bool:
+    return type(batch) is tuple and len(batch) == 2 and isinstance(batch[0], Tensor) and isinstance(batch[1], Tensor)
+
+
 class CompiledUnroll:
     """k inner steps and their meta-gradient, as programs. Made by `compile_unroll`; safe to call from several threads."""
 
     def __init__(self, settings: _Settings, task_axis: bool = False) -> None:
         self._settings = settings
         self._task_axis = task_axis
+        self._recent: dict[tuple[bool, ...], _Recent] = {}
+        self._recent_predictions: dict[Hashable, _RecentPrediction] = {}
         self._reader = Reader(settings.model, settings.loss, settings.adapted, settings.source, settings.device)
         self._planner = Planner(
             self._reader,
@@ -253,45 +293,89 @@ class CompiledUnroll:
         return self._reader.state_dict({**adapted.fixed.params, **adapted.params, **adapted.buffers})
 
     def _adapt(self, support: Any, start: Adapted | None, generator: torch.Generator | None, warm: bool) -> Adapted:
-        batch, num_tasks = self._support(support)
-        begin = self._start(start, num_tasks)
-        plan = self._planner.support(batch, begin, num_tasks, warm)
-        self._check_values("support", batch, plan.probe.bounds)
-        problem, inputs = self._problem(plan, begin, batch, None)
+        ready = self._prepare(support, None, start, warm)
+        plan, begin, num_tasks = ready.plan, ready.begin, ready.num_tasks
+        self._check_values("support", ready.support, plan.probe.bounds)
         with restored_on_error(plan.probe.noise, generator):
-            task = Task(begin.carry, begin.fixed, batch, self._step_noise(plan, generator, num_tasks))
-            carry, losses = autograd.adapt(Call(plan, None, problem, task, None, num_tasks, inputs))
+            task = Task(begin.carry, begin.fixed, ready.support, self._step_noise(plan, generator, num_tasks))
+            carry, losses = autograd.adapt(Call(plan, None, ready.problem, task, None, num_tasks, ready.inputs))
         return Adapted(self, carry, losses, begin.fixed, num_tasks)
 
     def _meta_loss(self, support: Any, query: Any, start: Adapted | None, generator: torch.Generator | None, warm: bool) -> Tensor:
-        batch, num_tasks = self._support(support)
-        query = check.as_batch("query", query, self._settings.device)
-        check.batch_sizes("query", query, int(self._task_axis))
-        if num_tasks is not None:
-            check.leading_axis("query", query, 0, num_tasks, "tasks")
-        begin = self._start(start, num_tasks)
-        plan = self._planner.support(batch, begin, num_tasks, warm)
-        query_plan = self._planner.query(plan, query, begin, num_tasks, warm)
-        self._check_values("support", batch, plan.probe.bounds)
-        self._check_values("query", query, query_plan.probe.bounds)
-        problem, inputs = self._problem(plan, begin, batch, query)
+        ready = self._prepare(support, (query,), start, warm)
+        plan, query_plan, begin, num_tasks = ready.plan, ready.query_plan, ready.begin, ready.num_tasks
+        assert query_plan is not None and ready.query is not None
+        self._check_values("support", ready.support, plan.probe.bounds)
+        self._check_values("query", ready.query, query_plan.probe.bounds)
         with restored_on_error((*plan.probe.noise, *query_plan.probe.noise), generator):
-            task = Task(begin.carry, begin.fixed, batch, self._step_noise(plan, generator, num_tasks))
-            asked = Query(query, draw(query_plan.probe.noise, generator, num_tasks))
-            return autograd.meta_loss(Call(plan, query_plan, problem, task, asked, num_tasks, inputs))
+            task = Task(begin.carry, begin.fixed, ready.support, self._step_noise(plan, generator, num_tasks))
+            asked = Query(ready.query, draw(query_plan.probe.noise, generator, num_tasks))
+            return autograd.meta_loss(Call(plan, query_plan, ready.problem, task, asked, num_tasks, ready.inputs))
 
     def _predict(self, adapted: Adapted, inputs: Tree, generator: torch.Generator | None, warm: bool) -> Any:
-        batch = check.as_batch("input", (inputs,), self._settings.device)
-        if adapted.num_tasks is not None:
-            check.leading_axis("input", inputs, 0, adapted.num_tasks, "tasks")
-        step = self._reader.step(detach_gradient=False)
         # Neither the optimiser's state nor its hyperparameters matter here, so no program depends on their form.
-        carry, fixed = adapted.carry._replace(opt_state=()), Fixed(adapted.fixed.params, {}, {})
-        plan = self._planner.prediction(step, inputs, carry, fixed, adapted.num_tasks, warm)
-        self._check_values("input", batch, plan.bounds)
+        carry, fixed = Carry(adapted.carry.params, (), adapted.carry.buffers), Fixed(adapted.fixed.params, {}, {})
+        plan, step = self._prepare_prediction(adapted, carry, fixed, inputs, warm)
+        self._check_values("input", Batch(inputs, None), plan.bounds)
         with restored_on_error(plan.noise, generator):
             noise = draw(plan.noise, generator, adapted.num_tasks)
             return autograd.predict(plan, step, carry, fixed, inputs, noise, torch.is_grad_enabled())
+
+    def _prepare_prediction(self, adapted: Adapted, carry: Carry, fixed: Fixed, inputs: Tree, warm: bool) -> tuple[PredictionPlan, Step]:
+        """Checks the inputs and finds the plan, or takes both over as `_prepare` does."""
+        usual = not warm and adapted.comes_from(self) and type(inputs) is tuple and all([isinstance(value, Tensor) for value in inputs])
+        leaves = [*carry.params.values(), *carry.buffers.values(), *fixed.params.values(), *inputs] if usual else []
+        mode = torch.is_inference_mode_enabled(), torch.is_grad_enabled(), len(leaves), adapted.num_tasks is None
+        structure = self._reader.mode()
+        recent = self._recent_predictions.get(mode) if usual else None
+        if recent is not None and recent.structure == structure and recent.alike(*leaves):
+            return recent.plan, recent.step
+        check.as_batch("input", (inputs,), self._settings.device)
+        if adapted.num_tasks is not None:
+            check.leading_axis("input", inputs, 0, adapted.num_tasks, "tasks")
+        step = self._reader.step(detach_gradient=False)
+        plan = self._planner.prediction(step, inputs, carry, fixed, adapted.num_tasks, warm)
+        if usual:
+            self._recent_predictions[mode] = _RecentPrediction(structure, alike(leaves), plan, step)
+        return plan, step
+
+    def _prepare(self, support: Any, query: tuple[Any] | None, start: Adapted | None, warm: bool) -> _Ready:
+        """Checks a call's arguments and finds its plans; a call that is like the one before in all that matters takes over what that found.
+
+        Args:
+          query: the query batch, or None for a call without.
+        """
+        if start is not None or warm or not _is_pair(support) or not (query is None or _is_pair(query[0])):
+            return self._prepare_anew(support, query, start, warm)
+        begin = self._reader.read()
+        leaves = [*begin.carry_leaves, *begin.fixed_leaves, *support, *(query[0] if query is not None else ())]
+        differentiable = torch.is_grad_enabled()
+        mode = query is not None, differentiable, torch.is_inference_mode_enabled()
+        recent = self._recent.get(mode)
+        if recent is not None and recent.structure == begin.structure and recent.alike(*leaves):
+            inputs = tuple([leaf for leaf in leaves if leaf.requires_grad]) if differentiable else ()
+            asked = None if query is None else Batch(*query[0])
+            return _Ready(begin, Batch(*support), asked, recent.plan, recent.query_plan, recent.problem, inputs, recent.num_tasks)
+        ready = self._prepare_anew(support, query, start, warm)
+        self._recent[mode] = _Recent(begin.structure, alike(leaves), ready.plan, ready.query_plan, ready.problem, ready.num_tasks)
+        return ready
+
+    def _prepare_anew(self, support: Any, query: tuple[Any] | None, start: Adapted | None, warm: bool) -> _Ready:
+        batch, num_tasks = self._support(support)
+        asked = None if query is None else self._query(query[0], num_tasks)
+        begin = self._start(start, num_tasks)
+        plan = self._planner.support(batch, begin, num_tasks, warm)
+        query_plan = None if asked is None else self._planner.query(plan, asked, begin, num_tasks, warm)
+        problem, inputs = self._problem(plan, begin, batch, asked)
+        return _Ready(begin, batch, asked, plan, query_plan, problem, inputs, num_tasks)
+
+    def _query(self, query: Any, num_tasks: int | None) -> Batch:
+        """The checked query batch."""
+        batch = check.as_batch("query", query, self._settings.device)
+        check.batch_sizes("query", batch, int(self._task_axis))
+        if num_tasks is not None:
+            check.leading_axis("query", batch, 0, num_tasks, "tasks")
+        return batch
 
     def _support(self, support: Any) -> tuple[Batch, int | None]:
         """The checked support batch, and the number of tasks in it."""
@@ -327,6 +411,8 @@ class CompiledUnroll:
 
     def _step_noise(self, plan: SupportPlan, generator: torch.Generator | None, num_tasks: int | None) -> tuple[tuple[Tensor, ...], ...]:
         num_updates = self._settings.k * plan.step.optimizer.updates_per_step
+        if not plan.probe.noise:
+            return ((),) * num_updates
         return tuple([draw(plan.probe.noise, generator, num_tasks) for _ in range(num_updates)])
 
     def _problem(self, plan: SupportPlan, begin: Start, batch: Batch, query: Batch | None) -> tuple[Problem, tuple[Tensor, ...]]:

@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from adaptrt.backend.base import Backend, Runner
+from adaptrt.backend.recorded import record
 from adaptrt.errors import CompilerUnavailable
 from adaptrt.graph.ir import Graph, autocast_off
 from adaptrt.graph.passes.base import Pass, apply
@@ -93,14 +94,28 @@ class Inductor(Backend):
             with contextlib.ExitStack() as stack:
                 for context in (torch.inference_mode(False), torch.no_grad(), autocast_off(), mode, tracing(TracingContext(mode))):
                     stack.enter_context(context)
-                stack.enter_context(config.patch(_WORKAROUNDS))
+                stack.enter_context(config.patch(_WORKAROUNDS | _threads(graph)))
                 stack.enter_context(cache_config.patch(cache_key_tag=_CACHE_TAG))
                 compiled = compile_fx_inner(graph.module, inputs)
+
+        recorded = record(getattr(compiled, "current_callable", None), len(inputs))
+        if recorded is not None:
+            return recorded
 
         def run(values: list[Tensor]) -> Sequence[Tensor]:
             return compiled(values)
 
         return run
+
+
+_MAX_ELEMENTS_OF_ONE_THREAD = 1 << 14
+
+
+def _threads(graph: Graph) -> dict[str, int]:
+    """One thread for operations that are over before a second one has started; the process's setting otherwise."""
+    values = [node.meta.get("val") for node in graph.module.graph.nodes if node.op == "call_function"]
+    sizes = [value.numel() for value in values if isinstance(value, Tensor)]
+    return {"cpp.threads": 1} if sizes and sum(sizes) <= _MAX_ELEMENTS_OF_ONE_THREAD * len(sizes) else {}
 
 
 def warn_if_missing(device: torch.device) -> bool:

@@ -32,8 +32,12 @@ _VIEWS = {
 
 
 class IndexBound(NamedTuple):
-    """Input `name` holds integers in [0, size), or `ignore_index` where that is not None; `of` says what they count, in words."""
+    """Input `name` holds integers in [0, size), or `ignore_index` where that is not None; `of` says what they count, in words.
 
+    `position` counts the inputs of role DATA only.
+    """
+
+    position: int
     name: str
     size: int
     ignore_index: int | None
@@ -44,14 +48,15 @@ def index_bounds(graph: Graph) -> list[IndexBound]:
     """The inputs of role DATA that reach, directly or through views, a loss as its class labels, or an embedding or gather as its index."""
     nodes = list(graph.module.graph.nodes)
     inputs = zip((node for node in nodes if node.op == "placeholder"), graph.signature.inputs, strict=True)
-    names = {node: entry.name for node, entry in inputs if entry.role is Role.DATA}
+    data = [(node, entry.name) for node, entry in inputs if entry.role is Role.DATA]
+    places = {node: (position, name) for position, (node, name) in enumerate(data)}
     found: dict[IndexBound, None] = {}
     for node in nodes:
         for index, size, ignore_index, of in _uses(node):
             while isinstance(index, fx.Node) and index.target in _VIEWS:
                 index = index.args[0]
-            if isinstance(index, fx.Node) and index in names:
-                found[IndexBound(names[index], size, ignore_index, of)] = None
+            if isinstance(index, fx.Node) and index in places:
+                found[IndexBound(*places[index], size, ignore_index, of)] = None
     return list(found)
 
 

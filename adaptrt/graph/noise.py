@@ -63,13 +63,16 @@ def draw(noises: Sequence[Noise], generator: torch.Generator | None = None, num_
     return tuple(noise.draw(generator, num_tasks) for noise in noises)
 
 
-@contextlib.contextmanager
-def restored_on_error(noises: Sequence[Noise], generator: torch.Generator | None) -> Generator[None]:
+def restored_on_error(noises: Sequence[Noise], generator: torch.Generator | None) -> contextlib.AbstractContextManager[None]:
     """Puts the generator that `noises` are drawn from back to where it was if the block raises."""
-    if not noises:
-        yield
-        return
-    device = noises[0].spec.device
+    return _restored(noises[0].spec.device, generator) if noises else _NOTHING
+
+
+_NOTHING = contextlib.nullcontext()
+
+
+@contextlib.contextmanager
+def _restored(device: torch.device, generator: torch.Generator | None) -> Generator[None]:
     if generator is None:
         generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
     state = generator.get_state()

@@ -24,6 +24,14 @@ def register(kind: type[torch.optim.Optimizer], make: Callable[[Any, Params], So
         _registered[kind] = make
 
 
+class Reading(NamedTuple):
+    """An optimiser as it stands: what the methods of `Source` return."""
+
+    structure: Hashable
+    hyper: Hyper
+    state: State
+
+
 class Source(abc.ABC):
     """An optimiser for the parameters `params`, read anew at every call."""
 
@@ -42,6 +50,10 @@ class Source(abc.ABC):
     @abc.abstractmethod
     def state(self) -> State:
         """The state to start from; never written to."""
+
+    def read(self) -> Reading:
+        """All three at once."""
+        return Reading(self.structure(), self.hyper(), self.state())
 
 
 class PureSource(Source):
@@ -91,10 +103,15 @@ class TorchSource(Source):
         return self._now().hyper
 
     def state(self) -> State:
-        return read_state(self._opt, self._params) if self._opt.state else self._current()[1]
+        return self.read().state
 
-    def _current(self) -> tuple[Optimizer, State]:
-        key = self._now().structure, kinds_of(self._params)
+    def read(self) -> Reading:
+        now = self._now()
+        state = read_state(self._opt, self._params) if self._opt.state else self._current(now)[1]
+        return Reading(now.structure, now.hyper, state)
+
+    def _current(self, now: _Read | None = None) -> tuple[Optimizer, State]:
+        key = (now or self._now()).structure, kinds_of(self._params)
         if key not in self._made:
             if len(self._made) >= _MAX_MADE:
                 self._made = {}

@@ -14,6 +14,7 @@ from torch import Tensor
 from benchmarks.suite.contestants import ENTRANTS, Contestant, first_calls, loop
 from benchmarks.suite.workloads import Workload
 
+NUM_TURNS = 20
 QUANTITIES = ("adapt", "predict", "meta")
 TOLERANCE, TIMES_EAGER = 1e-5, 20.0
 """An error in float32 may be as large as the one, or as so many times that of the eager loop in float32."""
@@ -50,17 +51,23 @@ def error(found: Sequence[Any], expected: Sequence[Tensor]) -> float:
 
 
 def by_turns(calls: Mapping[str, Callable[[], Any]], count: int, warm_up: int) -> dict[str, list[float]]:
-    """Seconds of each call, `count` of each, one of each at a time; the garbage collector rests meanwhile."""
+    """Seconds of each call, `count` of each; the garbage collector rests meanwhile.
+
+    A turn is a twentieth of the calls. Where calls take microseconds it is several: as in a loop, the processor's caches then hold what the
+    contestant needs, and not what its rival has just left there.
+    """
     times: dict[str, list[float]] = {name: [] for name in calls}
+    turn = max(1, count // NUM_TURNS)
     gc.collect()
     gc.disable()
     try:
-        for index in range(count + warm_up):
+        for begin in range(-warm_up, count, turn):
             for name, call in calls.items():
-                began = time.perf_counter()
-                call()
-                if index >= warm_up:
-                    times[name].append(time.perf_counter() - began)
+                for index in range(begin, min(begin + turn, count)):
+                    began = time.perf_counter()
+                    call()
+                    if index >= 0:
+                        times[name].append(time.perf_counter() - began)
     finally:
         gc.enable()
     return times

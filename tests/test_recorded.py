@@ -1,0 +1,147 @@
+"""Programs recorded once and run again: the same numbers as Inductor's own wrapper, fresh results, safe from threads and modes."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from adaptrt.backend import Inductor, inductor, recorded
+from adaptrt.backend.base import Runner
+from adaptrt.graph.capture import capture
+
+Function = Callable[..., Any]
+
+
+def pointwise(x: Tensor, w: Tensor) -> Any:
+    return (x * w).sin(), x.sum(0) + w
+
+
+def small_products(x: Tensor, w: Tensor) -> Any:
+    hidden = torch.relu(x @ w)
+    return hidden @ w, hidden.mean()
+
+
+def library_products(x: Tensor, w: Tensor) -> Any:
+    hidden = torch.relu(x @ w) + 1
+    return torch.addmm(hidden, hidden, w, beta=0.5, alpha=2.0), torch.stack([hidden.sum(), hidden.mean()])
+
+
+def batched_products(x: Tensor, w: Tensor) -> Any:
+    return torch.tanh(x @ w @ w).sum(-1), x.transpose(1, 2) @ x
+
+
+def stacked(x: Tensor, w: Tensor) -> Any:
+    losses: list[Tensor] = []
+    for _ in range(4):
+        x = torch.tanh(x @ w)
+        losses.append((x * x).mean())
+    return torch.stack(losses), x
+
+
+def inputs_come_back(x: Tensor, w: Tensor) -> Any:
+    return x, w.reshape(-1), x + 1
+
+
+PROGRAMS: dict[str, tuple[Function, tuple[int, ...], tuple[int, ...]]] = {
+    "pointwise": (pointwise, (5, 4), (4,)),
+    "small products": (small_products, (5, 4), (4, 4)),
+    "library": (library_products, (64, 64), (64, 64)),
+    "batched library": (batched_products, (8, 20, 40), (8, 40, 40)),
+    "stacked": (stacked, (5, 4), (4, 4)),
+    "inputs come back": (inputs_come_back, (5, 4), (4, 4)),
+}
+
+
+def both(fn: Function, *values: Tensor, monkeypatch: pytest.MonkeyPatch) -> tuple[Runner, Runner]:
+    """The program as it is recorded, and as Inductor runs it."""
+    graph = capture(fn, *values)
+    found: list[Runner | None] = []
+
+    def spy(call: Any, num_inputs: int) -> Runner | None:
+        found.append(recorded.record(call, num_inputs))
+        return None
+
+    monkeypatch.setattr(inductor, "record", spy)
+    plain = Inductor().compile(graph)
+    [replayed] = found
+    assert replayed is not None, "the program was not recorded"
+    return replayed, plain
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_replayed_programs_give_the_same_numbers(name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    fn, *shapes = PROGRAMS[name]
+    values = [torch.randn(shape, dtype=dtype) for shape in shapes]
+    replayed, plain = both(fn, *values, monkeypatch=monkeypatch)
+    kept: list[tuple[Any, list[Tensor]]] = []
+    for _ in range(3):
+        values = [torch.randn(shape, dtype=dtype) for shape in shapes]
+        found, expected = replayed(list(values)), plain(list(values))
+        assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(found, expected, strict=True))
+        kept.append((found, [value.clone() for value in found]))
+        memory = {value.untyped_storage().data_ptr() for value in (*found, *values)}
+        assert len(memory) == len(found) + len(values), "every result has memory of its own"
+    # Later calls left the results of earlier ones alone.
+    assert all(torch.equal(a, b) for found, copies in kept for a, b in zip(found, copies, strict=True))
+
+
+def test_replayed_programs_run_in_threads_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    fn, *shapes = PROGRAMS["batched library"]
+    replayed, plain = both(fn, *[torch.randn(shape) for shape in shapes], monkeypatch=monkeypatch)
+    wrong: list[int] = []
+
+    def work(number: int) -> None:
+        generator = torch.Generator().manual_seed(number)
+        for _ in range(50):
+            values = [torch.randn(shape, generator=generator) for shape in shapes]
+            if not all(map(torch.equal, replayed(list(values)), plain(list(values)))):
+                wrong.append(number)
+
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_replayed_programs_run_in_and_out_of_inference_mode(monkeypatch: pytest.MonkeyPatch) -> None:
+    fn, *shapes = PROGRAMS["library"]
+    values = [torch.randn(shape) for shape in shapes]
+    replayed, plain = both(fn, *values, monkeypatch=monkeypatch)
+    with torch.inference_mode():
+        inside = replayed(list(values))
+    outside = replayed(list(values))
+    assert all(map(torch.equal, inside, plain(list(values)))) and all(map(torch.equal, outside, inside))
+    assert all(value.is_inference() for value in inside) and not any(value.is_inference() for value in outside)
+
+
+def test_a_program_with_other_operations_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = torch.randn(2, 3, 8, 8), torch.randn(4, 3, 3, 3)
+    with pytest.raises(AssertionError, match="not recorded"):
+        both(lambda x, w: torch.nn.functional.conv2d(x, w).relu(), x, w, monkeypatch=monkeypatch)
+
+
+def test_a_program_with_large_intermediates_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    fn, *shapes = PROGRAMS["library"]
+    monkeypatch.setattr(recorded, "MAX_KEPT_BYTES", 64 * 64 * 4 - 1)
+    with pytest.raises(AssertionError, match="not recorded"):
+        both(fn, *[torch.randn(shape) for shape in shapes], monkeypatch=monkeypatch)
+
+
+@pytest.mark.parametrize("line", ["b = aten.sin(a)", "b = torch.sin(a)", "b = a.sin()", "b = other(a)", "b = extern_kernels.convolution(a)"])
+def test_generated_code_that_is_not_known_is_not_recorded(line: str) -> None:
+    namespace: dict[str, Any] = {"torch": torch, "aten": torch.ops.aten, "other": torch.sin, "cpp_fused_0": torch.sin}
+    exec(f"def call(args):\n    a, = args\n    args.clear()\n    {line}\n    return (b,)", namespace)
+    assert recorded.record(namespace["call"], 1) is None
+
+
+def test_what_is_no_generated_function_is_not_recorded() -> None:
+    assert recorded.record(None, 1) is None
+    assert recorded.record(torch.sin, 1) is None
