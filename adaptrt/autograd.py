@@ -16,6 +16,7 @@ from torch.autograd import Function
 
 from adaptrt import tree
 from adaptrt.adjoint.base import Problem, Query, Task, Wrt
+from adaptrt.backend.engine import graph_is_kept
 from adaptrt.errors import NotDifferentiable
 from adaptrt.plan import PredictionPlan, QueryPlan, SupportPlan
 from adaptrt.step import Carry, Fixed, Step
@@ -136,8 +137,15 @@ class _MetaLoss(Function):
 
     @staticmethod
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        found = ctx.found
+        if found is None:
+            raise RuntimeError("backward() was called a second time on a meta-loss; pass retain_graph=True to the first call")
+        if not graph_is_kept():
+            ctx.found = None
+            if cotangent.device.type == "cpu" and cotangent.item() == 1.0:  # as in loss.backward()
+                return None, *found
         with torch.no_grad():
-            found = [value * cotangent for value in ctx.found]
+            found = [value * cotangent for value in found]
         return None, *_final(found, ctx.inputs)
 
 

@@ -16,6 +16,7 @@ from adaptrt.adjoint.auto import choose
 from adaptrt.adjoint.base import Adjoint, Problem
 from adaptrt.functional import refuse_state, watch_attributes
 from adaptrt.graph.capture import capture, record_operations
+from adaptrt.graph.cost import num_dependent, unchanged_inputs
 from adaptrt.graph.indices import IndexBound, index_bounds
 from adaptrt.graph.ir import Graph, Role
 from adaptrt.graph.noise import Noise
@@ -63,6 +64,11 @@ class SupportPlan:
     shapes: tuple[str, ...]
     queries: Cache[QueryPlan]
     problems: dict[Hashable, Problem] = dataclasses.field(default_factory=dict[Hashable, Problem])
+
+    @property
+    def checks_data(self) -> bool:
+        """Whether the programs themselves refuse NaN and infinity in the data."""
+        return self.adjoint.sees_all_data and self.programs.checks_data
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -174,6 +180,7 @@ def plan_support(
     step_of: Callable[[bool], Step],
     adjoint: Adjoint | None,
     k: int,
+    per_step: bool,
     carry: Carry,
     fixed: Fixed,
     batch: Batch,
@@ -187,6 +194,7 @@ def plan_support(
       step_of: the step with or without detached gradients.
       adjoint: None to choose by graph size.
       k: number of steps.
+      per_step: whether each has a batch of its own.
       carry, fixed, batch: specs of one task and one step.
       shapes: the support data in words.
       make_programs: makes the empty set of programs.
@@ -196,8 +204,12 @@ def plan_support(
     found = probe(step, "support", carry, fixed, batch)
     if adjoint is None:
         noise = tuple(entry.spec for entry in found.noise)
-        size = capture(step, carry, fixed, batch, noise).num_nodes
-        adjoint, reason = choose(size, k * step.optimizer.updates_per_step, next(iter(carry.params.values())).device)
+        graph = capture(step, carry, fixed, batch, noise)
+        num_carry, num_fixed, num_batch = (len(tree.leaves(part)) for part in (carry, fixed, batch))
+        changing = set(range(num_carry)) - unchanged_inputs(graph, num_carry)
+        changing |= set(range(num_carry + num_fixed + (0 if per_step else num_batch), num_carry + num_fixed + num_batch + len(noise)))
+        shared = graph.num_nodes - num_dependent(graph, changing)
+        adjoint, reason = choose(graph.num_nodes, shared, k * step.optimizer.updates_per_step, next(iter(carry.params.values())).device)
     else:
         reason = "asked for"
     floating = [tree.Spec.of(leaf).dtype.is_floating_point for leaf in tree.leaves((carry.params, carry.opt_state))]

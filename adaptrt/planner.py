@@ -29,6 +29,7 @@ class Planner:
       per_step: whether support has an axis of steps.
       cache_size: how many support shapes, query shapes for each, and prediction shapes to keep.
       must_be_warm: whether only `warm=True` may make a plan.
+      check_finite: whether NaN and infinity in data are refused; where a program can look at little cost, it does.
     """
 
     def __init__(
@@ -41,6 +42,7 @@ class Planner:
         per_step: bool,
         cache_size: int,
         must_be_warm: bool,
+        check_finite: bool,
     ) -> None:
         self._reader = reader
         self._modules = modules
@@ -50,6 +52,7 @@ class Planner:
         self._per_step = per_step
         self._cache_size = cache_size
         self._must_be_warm = must_be_warm
+        self._checks_data = check_finite and backend.fuses
         self.supports: Cache[SupportPlan] = Cache(cache_size)
         self.predictions: Cache[PredictionPlan] = Cache(cache_size)
 
@@ -72,6 +75,7 @@ class Planner:
                 self._reader.step,
                 self._adjoint,
                 self._k,
+                self._per_step,
                 _one(start.carry, start.has_tasks),
                 tree.specs(start.fixed),
                 _one(one, True) if self._per_step else one,
@@ -120,7 +124,16 @@ class Planner:
 
     def _programs(self, num_tasks: int | None, carry_has_tasks: bool, parent: ProgramSet | None) -> MakePrograms:
         def make(step: Step, explain_failure: Explain) -> ProgramSet:
-            return ProgramSet(self._backend, self._modules, num_tasks, carry_has_tasks, step.detach_gradient, explain_failure, parent)
+            return ProgramSet(
+                self._backend,
+                self._modules,
+                num_tasks,
+                carry_has_tasks,
+                step.detach_gradient,
+                explain_failure,
+                self._checks_data,
+                parent,
+            )
 
         return make
 

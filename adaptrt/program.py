@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,10 +17,11 @@ from adaptrt.adjoint.base import Wrt, pull_back
 from adaptrt.backend import Backend
 from adaptrt.backend.base import Runner
 from adaptrt.backend.guards import Known
-from adaptrt.errors import NotTraceable, ShapeChanged, UnsupportedParameter
+from adaptrt.errors import NonFiniteInput, NotTraceable, ShapeChanged, UnsupportedParameter
 from adaptrt.graph.capture import capture
 from adaptrt.graph.ir import Graph, Role, autocast_off
 from adaptrt.graph.passes.batch import batch
+from adaptrt.graph.passes.check_finite import check_finite
 from adaptrt.step import Carry, Fixed
 from adaptrt.tree import Spec, Tree
 
@@ -40,6 +42,7 @@ class Program:
       shapes, dtypes, devices, strides: what each input, constants included, has to be; contiguous.
       known: inputs that were found to be so.
       leaves_of, result_of: arguments to tensors, and tensors to what the captured function returned.
+      checks_data: whether the graph is one of `check_finite`.
       backend: the backend's name.
       capture_s, compile_s: seconds spent on each.
     """
@@ -54,6 +57,7 @@ class Program:
     known: Known
     leaves_of: Callable[[Tree], list[Tensor]]
     result_of: Callable[[Sequence[Tensor]], Tree]
+    checks_data: bool
     backend: str
     capture_s: float
     compile_s: float
@@ -63,6 +67,7 @@ class Program:
 
         Raises:
           ShapeChanged: an argument differs in shape, dtype or device from what was captured.
+          NonFiniteInput: data holds NaN or infinity, if the program looks.
         """
         values = self.leaves_of(args)
         for read in self.constants:
@@ -71,8 +76,15 @@ class Program:
             values = self._checked(values)
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
             with torch.no_grad(), autocast_off():
-                return self.result_of(self.run(values))
-        return self.result_of(self.run(values))
+                results = self.run(values)
+        else:
+            results = self.run(values)
+        if not self.checks_data:
+            return self.result_of(results)
+        result, largest = self.result_of(results)
+        if not math.isfinite(largest.item()):
+            raise NonFiniteInput("the data holds NaN or infinity")
+        return result
 
     def _checked(self, values: list[Tensor]) -> list[Tensor]:
         """The values, contiguous.
@@ -107,7 +119,8 @@ def _roles(kind: str, example: Tree) -> list[Role]:
     elif isinstance(example, Fixed):
         parts = ((example.params, Role.PARAM), (example.loss_params, Role.PARAM), (example.hyper, Role.HYPER))
     else:
-        parts = ((example, {"noise": Role.NOISE, "cotangent": Role.COTANGENT}.get(kind, Role.DATA)),)
+        roles = {"noise": Role.NOISE, "cotangent": Role.COTANGENT, "weights": Role.COTANGENT}
+        parts = ((example, roles.get(kind, Role.DATA)),)
     return [role for part, role in parts for _ in tree.leaves(part)]
 
 
@@ -124,6 +137,7 @@ class ProgramSet:
       start_has_task_axis: whether the first carry has it.
       fused_attention: whether attention may keep kernels without second derivative.
       explain_failure: runs a capture, and puts what goes wrong into the user's terms.
+      checks_data: whether programs that see all data of a call refuse NaN and infinity in it.
       parent: holds the programs that see no query data, for sets that differ in the query's shape only.
     """
 
@@ -135,8 +149,10 @@ class ProgramSet:
         start_has_task_axis: bool,
         fused_attention: bool,
         explain_failure: Callable[[Callable[[], Graph]], Graph],
+        checks_data: bool,
         parent: ProgramSet | None = None,
     ) -> None:
+        self.checks_data = checks_data
         self._backend = backend
         self._modules = modules
         self._num_tasks = num_tasks
@@ -159,7 +175,7 @@ class ProgramSet:
             ]
             return [False] * (graph.result.num_leaves - len(flags)) + flags
 
-        return self._lazy((name, wrt), pull_back(fn, wrt, value), (*arguments, "cotangent"), summed)
+        return self._lazy((name, wrt), pull_back(fn, wrt, value), (*arguments, "weights" if value else "cotangent"), summed)
 
     def named(self) -> list[tuple[str, Program]]:
         """The programs compiled so far, without those of the parent."""
@@ -193,10 +209,18 @@ class ProgramSet:
         examples = [tree.map_leaves(without_leading_axis, arg) if axis else tree.specs(arg) for arg, axis in zip(args, axes, strict=True)]
         roles = [_roles(kind, example) for kind, example in zip(arguments, examples, strict=True)]
         names = ["carry" if kind == "start" else kind for kind in arguments]
-        graph = self._explain_failure(lambda: capture(fn, *examples, roles=roles, names=names, fused_attention=self._fused_attention))
+        options = {"fused_attention": self._fused_attention, "for_fusion": self._backend.fuses}
+        graph = self._explain_failure(lambda: capture(fn, *examples, roles=roles, names=names, **options))
         if self._num_tasks is not None:
             batched = [axis for arg, axis in zip(args, axes, strict=True) for _ in tree.leaves(arg)]
             graph = batch(graph, batched, summed(graph), self._num_tasks)
+        checked: list[int] = []
+        if self.checks_data and "support" in arguments and arguments[-1] != "cotangent":
+            kinds = [kind for kind, arg in zip(arguments, args, strict=True) for _ in tree.leaves(arg)]
+            specs = [entry.spec for entry in graph.signature.inputs]
+            checked = [i for i, kind in enumerate(kinds) if kind in ("support", "query") and specs[i].dtype.is_floating_point]
+        if checked:
+            graph = check_finite(graph, checked)
         captured = time.perf_counter()
         run = self._backend.compile(graph)
         constants = tuple(constant_reader(value, self._modules) for value in graph.constants)
@@ -214,6 +238,7 @@ class ProgramSet:
             Known(),
             leaves_of,
             result_of,
+            bool(checked),
             self._backend.name,
             captured - began,
             compile_s,

@@ -20,7 +20,7 @@ from adaptrt.autograd import Call
 from adaptrt.backend import Backend, Eager, Inductor
 from adaptrt.backend.guards import alike
 from adaptrt.backend.inductor import warn_if_missing
-from adaptrt.errors import InvalidArgument, InvalidType, OptimizerMismatch
+from adaptrt.errors import InvalidArgument, InvalidType, NonFiniteInput, OptimizerMismatch
 from adaptrt.explain import Explanation, explain
 from adaptrt.graph.indices import IndexBound
 from adaptrt.graph.ir import Graph
@@ -206,6 +206,7 @@ class CompiledUnroll:
             settings.per_step,
             settings.cache_size,
             settings.must_be_warm,
+            settings.check_finite,
         )
 
     def __repr__(self) -> str:
@@ -295,22 +296,31 @@ class CompiledUnroll:
     def _adapt(self, support: Any, start: Adapted | None, generator: torch.Generator | None, warm: bool) -> Adapted:
         ready = self._prepare(support, None, start, warm)
         plan, begin, num_tasks = ready.plan, ready.begin, ready.num_tasks
-        self._check_values("support", ready.support, plan.probe.bounds)
+        self._check_values("support", ready.support, plan.probe.bounds, plan.checks_data)
         with restored_on_error(plan.probe.noise, generator):
             task = Task(begin.carry, begin.fixed, ready.support, self._step_noise(plan, generator, num_tasks))
-            carry, losses = autograd.adapt(Call(plan, None, ready.problem, task, None, num_tasks, ready.inputs))
+            try:
+                carry, losses = autograd.adapt(Call(plan, None, ready.problem, task, None, num_tasks, ready.inputs))
+            except NonFiniteInput:
+                check.finite("support", ready.support)  # says where
+                raise
         return Adapted(self, carry, losses, begin.fixed, num_tasks)
 
     def _meta_loss(self, support: Any, query: Any, start: Adapted | None, generator: torch.Generator | None, warm: bool) -> Tensor:
         ready = self._prepare(support, (query,), start, warm)
         plan, query_plan, begin, num_tasks = ready.plan, ready.query_plan, ready.begin, ready.num_tasks
         assert query_plan is not None and ready.query is not None
-        self._check_values("support", ready.support, plan.probe.bounds)
-        self._check_values("query", ready.query, query_plan.probe.bounds)
+        self._check_values("support", ready.support, plan.probe.bounds, plan.checks_data)
+        self._check_values("query", ready.query, query_plan.probe.bounds, plan.checks_data)
         with restored_on_error((*plan.probe.noise, *query_plan.probe.noise), generator):
             task = Task(begin.carry, begin.fixed, ready.support, self._step_noise(plan, generator, num_tasks))
             asked = Query(ready.query, draw(query_plan.probe.noise, generator, num_tasks))
-            return autograd.meta_loss(Call(plan, query_plan, ready.problem, task, asked, num_tasks, ready.inputs))
+            try:
+                return autograd.meta_loss(Call(plan, query_plan, ready.problem, task, asked, num_tasks, ready.inputs))
+            except NonFiniteInput:
+                check.finite("support", ready.support)
+                check.finite("query", ready.query)
+                raise
 
     def _predict(self, adapted: Adapted, inputs: Tree, generator: torch.Generator | None, warm: bool) -> Any:
         # Neither the optimiser's state nor its hyperparameters matter here, so no program depends on their form.
@@ -404,9 +414,9 @@ class CompiledUnroll:
             raise OptimizerMismatch(f"start was adapted with another model or optimiser: {tree.difference(wanted, held)}")
         return begin._replace(carry=start.carry, carry_leaves=tree.leaves(start.carry), has_tasks=start.num_tasks is not None)
 
-    def _check_values(self, name: str, batch: Batch, bounds: Sequence[IndexBound]) -> None:
+    def _check_values(self, name: str, batch: Batch, bounds: Sequence[IndexBound], program_looks: bool = False) -> None:
         check.indices(name, batch, bounds)
-        if self._settings.check_finite:
+        if self._settings.check_finite and not program_looks:
             check.finite(name, batch)
 
     def _step_noise(self, plan: SupportPlan, generator: torch.Generator | None, num_tasks: int | None) -> tuple[tuple[Tensor, ...], ...]:

@@ -13,16 +13,19 @@ MAX_UNROLLED_OPERATIONS = 400
 two cores, and the time grows faster than the graph."""
 
 
-def choose(num_operations: int, k: int, device: torch.device) -> tuple[Adjoint, str]:
+def choose(num_operations: int, num_shared: int, k: int, device: torch.device) -> tuple[Adjoint, str]:
     """An adjoint, and the reason in words.
 
     Args:
       num_operations: of one inner step, as captured.
+      num_shared: those of them that are the same in every step, such as a frozen backbone on a support batch that all share; one graph
+        holds them once.
       k: number of steps.
       device: where the model is.
     """
-    total = num_operations * k
-    size = f"{k} steps of {num_operations} operations are {total} on {device.type}"
+    own = num_operations - num_shared
+    total = own * k + num_shared
+    size = f"{k} steps of {own} operations{f' and {num_shared} that all share' if num_shared else ''} are {total} on {device.type}"
     if total <= MAX_UNROLLED_OPERATIONS:
         return Unrolled(), f"{size}, within the {MAX_UNROLLED_OPERATIONS} that compile well as one graph"
     return Replay(), f"{size}, above the {MAX_UNROLLED_OPERATIONS} that compile well as one graph"

@@ -109,6 +109,8 @@ class Adjoint(abc.ABC):
 
     detach_gradient: bool = False
     """Whether the inner gradients are constants to it."""
+    sees_all_data: bool = False
+    """Whether each of its programs, pullbacks of `adapt` aside, is given all of a call's data, and so can check it."""
 
     @abc.abstractmethod
     def adapt(self, programs: Programs, problem: Problem, task: Task, keep: bool) -> Adaptation:

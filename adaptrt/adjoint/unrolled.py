@@ -20,6 +20,8 @@ class Unrolled(Adjoint):
     steps: right for small models and small k. The pullback of `adapt` runs the steps again rather than keep activations between calls.
     """
 
+    sees_all_data = True
+
     def adapt(self, programs: Programs, problem: Problem, task: Task, keep: bool) -> Adaptation:
         del keep
         carry, losses = programs.program("adapt", _steps(problem), ("start", "fixed", "support", "noise"))(*task)

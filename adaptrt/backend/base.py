@@ -17,6 +17,8 @@ class Backend(abc.ABC):
     """Turns graphs into callables. Instances are immutable."""
 
     name: str
+    fuses: bool = False
+    """Whether small operations cost next to nothing beside others."""
 
     @abc.abstractmethod
     def compile(self, graph: Graph) -> Runner:

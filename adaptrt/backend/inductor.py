@@ -31,6 +31,7 @@ from adaptrt.graph.ir import Graph, autocast_off
 from adaptrt.graph.passes.base import Pass, apply
 from adaptrt.graph.passes.inline_small_matmuls import inline_small_matmuls
 from adaptrt.graph.passes.merge_duplicates import merge_duplicates
+from adaptrt.graph.passes.one_channel_last import one_channel_last
 from adaptrt.graph.passes.own_outputs import own_outputs
 from adaptrt.graph.passes.remove_identities import remove_identities
 from adaptrt.graph.passes.retrace import fake_tensors, retrace
@@ -63,7 +64,7 @@ _CACHE_TAG = "adaptrt 1"
 """Part of the key under which Inductor keeps a compiled graph on disk. The key knows the graph and Inductor's settings, not what this file
 changes in Inductor: a change of that needs a new tag."""
 
-PASSES = (inline_small_matmuls, Pass("decompose for Inductor", _decompose), remove_identities, merge_duplicates, own_outputs)
+PASSES = (inline_small_matmuls, Pass("decompose for Inductor", _decompose), remove_identities, merge_duplicates, one_channel_last, own_outputs)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -74,6 +75,7 @@ class Inductor(Backend):
     """
 
     name = "inductor"
+    fuses = True
 
     def compile(self, graph: Graph) -> Runner:
         with warnings.catch_warnings():

@@ -1,9 +1,9 @@
 """What an Inductor program does on the CPU, recorded once and run again without its Python.
 
-For a small model the Python code that Inductor generates around its kernels costs more than the kernels: it allocates every intermediate
-buffer at every call. Here that code runs once with placeholders for tensors, which shows all it does; if it allocates, makes views and calls
-kernels, and nothing else, a function is generated that calls the same kernels in the same order on intermediate buffers that it keeps.
-Calls of the matrix library count as kernels. Results are fresh at every call.
+For a small model the Python code that Inductor generates around its kernels costs more than the kernels: it allocates every buffer at
+every call. Here that code runs once with placeholders for tensors, which shows all it does; if it allocates, makes views and calls kernels,
+and nothing else, a function is generated that calls the same kernels in the same order on intermediate buffers that it keeps. Calls of the
+matrix library count as kernels. Results are fresh at every call.
 
 A program that does anything else (a convolution, an ATen operation) runs as Inductor made it, and so does one with large intermediates:
 there the kernels are what takes time, and keeping the buffers would cost memory between calls.

@@ -14,6 +14,7 @@ its arguments' shapes is captured for these shapes; no other thread may trace me
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
 import sys
 import threading
@@ -31,10 +32,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptrt import tree
 from adaptrt.errors import UnsupportedRandomness
-from adaptrt.graph.ir import Graph, Input, Output, Role, Signature, autocast_off
+from adaptrt.graph.ir import Graph, Input, Output, PassRecord, Role, Signature, autocast_off
 from adaptrt.graph.passes.base import apply
 from adaptrt.graph.passes.lift_noise import forbid_noise
 from adaptrt.graph.passes.operations import name_of
+from adaptrt.graph.passes.pool_as_maxima import PoolAsMaxima
 from adaptrt.graph.passes.retrace import fake_tensors
 from adaptrt.graph.passes.standard import STANDARD
 from adaptrt.tree import Spec, Tree
@@ -45,7 +47,12 @@ _PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm
 
 
 def capture(
-    fn: Callable[..., Tree], *examples: Tree, roles: Sequence[Role | Tree] = (), names: Sequence[str] = (), fused_attention: bool = False
+    fn: Callable[..., Tree],
+    *examples: Tree,
+    roles: Sequence[Role | Tree] = (),
+    names: Sequence[str] = (),
+    fused_attention: bool = False,
+    for_fusion: bool = False,
 ) -> Graph:
     """Captures `fn` at the shapes, dtypes and devices of `examples`.
 
@@ -56,6 +63,7 @@ def capture(
       roles: for each argument a role, or a tree of roles with a role at each leaf. DATA if left out.
       names: for each argument the name its inputs' names start with. `arg0`, `arg1`, ... if left out.
       fused_attention: keep fused attention kernels. They have no second derivative; otherwise attention is traced as matmul and softmax.
+      for_fusion: write what a compiler could not fuse with what surrounds it in terms of pointwise operations (`pool_as_maxima`).
     Raises:
       UnsupportedRandomness: a random operation outside `lift_noise`, or one that cannot be lifted.
       InvalidGraph: a defect of a pass.
@@ -64,8 +72,10 @@ def capture(
     result: list[tree.Structure] = []
     output_names: list[str] = []
 
+    pools = PoolAsMaxima()
+
     def flat(*inputs: Tensor) -> list[Tensor]:
-        with _EagerRules(), forbid_noise(), _deterministic():
+        with _EagerRules(), forbid_noise(), _deterministic(), pools if for_fusion else contextlib.nullcontext():
             returned = fn(*tree.unflatten(arguments, inputs))
         outputs, structure = tree.flatten(returned)
         result.append(structure)
@@ -85,6 +95,9 @@ def capture(
     inputs += [Input(f"const.{index}", Role.CONST, Spec.of(value)) for index, value in enumerate(constants)]
     outputs = [Output(name, Spec.of(node.meta["val"])) for name, node in zip(output_names, _outputs(module), strict=True)]
     graph = Graph(module, Signature(tuple(inputs), tuple(outputs)), constants, arguments, result[0])
+    if pools.num_written:
+        written = f"pool_as_maxima of {pools.num_written} pools"
+        graph = dataclasses.replace(graph, history=(PassRecord(written, graph.num_nodes, graph.num_nodes),))
     return apply(STANDARD, graph)
 
 

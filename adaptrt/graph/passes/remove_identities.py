@@ -1,12 +1,15 @@
 """Removes operations that return their argument, and operations that nothing uses.
 
 `detach` is one of them: a graph is never differentiated, so both autograd's and the user's detach have done their work when the gradient
-was traced. A `clone` stays if it changes the memory layout; `own_outputs` adds those that outputs need.
+was traced. A `clone` stays if it changes the memory layout; `own_outputs` adds those that outputs need. In eval mode
+batch normalisation returns its running statistics as they were.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import operator
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -18,18 +21,24 @@ aten = torch.ops.aten
 _IDENTITIES = {aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.clone.default}
 
 
-def _is_identity(node: fx.Node) -> bool:
+def _same(node: fx.Node) -> fx.Node | None:
+    """The argument that the operation returns."""
+    args: Any = node.args
     if node.target in _IDENTITIES:
-        before, after = node.args[0].meta["val"], node.meta["val"]  # type: ignore[union-attr]
-        return isinstance(before, Tensor) and before.stride() == after.stride()
-    return False
+        before, after = args[0].meta["val"], node.meta["val"]
+        return args[0] if isinstance(before, Tensor) and before.stride() == after.stride() else None
+    if node.target is operator.getitem and args[0].target is aten._native_batch_norm_legit_functional.default:
+        statistics, training = args[0].args[3:5], args[0].args[5]
+        return statistics[args[1] - 3] if args[1] >= 3 and not training else None
+    return None
 
 
 def _run(graph: Graph) -> Graph:
     module = copy_module(graph)
     for node in list(module.graph.nodes):
-        if _is_identity(node):
-            node.replace_all_uses_with(node.args[0])
+        same = _same(node)
+        if same is not None:
+            node.replace_all_uses_with(same)
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
     module.recompile()

@@ -1,0 +1,56 @@
+"""Makes a graph look at its own data: one more result says whether any of some inputs holds NaN or infinity.
+
+Looking from outside costs a call of a reduction for each tensor, more than a small program takes; inside, it is one more loop in a kernel.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import fx
+
+from adaptrt.graph.ir import Graph, Output, Signature
+from adaptrt.graph.passes.base import Pass, apply, copy_module
+from adaptrt.tree import Spec, Structure, flatten
+
+aten = torch.ops.aten
+
+
+def check_finite(graph: Graph, inputs: Sequence[int]) -> Graph:
+    """A graph that returns (what it returned, the largest magnitude in these inputs): the latter, float64, is finite if they are.
+
+    Args:
+      graph: any.
+      inputs: positions, one of a floating-point tensor at least; the others are left out.
+    """
+
+    def run(graph: Graph) -> Graph:
+        module = copy_module(graph)
+        nodes = list(module.graph.nodes)
+        placeholders, end = [node for node in nodes if node.op == "placeholder"], nodes[-1]
+
+        def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+            node = module.graph.call_function(target, args, kwargs)
+            node.meta["val"] = target(*[arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args], **kwargs)
+            return node
+
+        with module.graph.inserting_before(end):
+            largest: fx.Node | None = None
+            for index in inputs:
+                value = placeholders[index]
+                if value.meta["val"].is_floating_point():
+                    found = call(aten._to_copy.default, call(aten.amax.default, call(aten.abs.default, value)), dtype=torch.float64)
+                    largest = found if largest is None else call(aten.maximum.default, largest, found)
+            assert largest is not None, "something is to be checked"
+        end.args = ((*end.args[0], largest),)
+        outputs = (*graph.signature.outputs, Output("largest", Spec.of(largest.meta["val"])))
+        result = dataclasses.replace(_PAIR, children=(graph.result, _PAIR.children[1]))
+        return dataclasses.replace(graph, module=module, signature=Signature(graph.signature.inputs, outputs), result=result)
+
+    return apply([Pass("check_finite", run)], graph)
+
+
+_PAIR: Structure = flatten((torch.zeros(()), torch.zeros(())))[1]

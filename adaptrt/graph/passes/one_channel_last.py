@@ -1,0 +1,42 @@
+"""Gives images of one channel the strides of the channels-last layout, so that convolutions of them write their result in it.
+
+With one channel the two layouts are the same memory, and PyTorch takes the tensor for channels-first. Then the first convolution writes
+channels-first, all later ones channels-last, and what is between them transposes at every step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import fx
+
+from adaptrt.graph.ir import Graph
+from adaptrt.graph.passes.base import Pass, copy_module
+
+aten = torch.ops.aten
+_IMAGE = {aten.convolution.default: 0, aten.convolution_backward.default: 1}
+
+
+def _run(graph: Graph) -> Graph:
+    module = copy_module(graph)
+    renewed: dict[fx.Node, fx.Node] = {}
+    for node in list(module.graph.nodes):
+        position = _IMAGE.get(node.target)
+        if position is None:
+            continue
+        image = node.args[position]
+        value = image.meta["val"]
+        if value.dim() != 4 or value.shape[1] != 1 or not value.is_contiguous() or value.device.type != "cpu":
+            continue
+        if image not in renewed:
+            strides = [value.stride(0), 1, value.stride(2), value.stride(3)]
+            with module.graph.inserting_after(image):
+                renewed[image] = module.graph.call_function(aten.as_strided.default, (image, list(value.shape), strides))
+            renewed[image].meta["val"] = value.as_strided(value.shape, strides)
+        node.update_arg(position, renewed[image])
+    module.recompile()
+    return dataclasses.replace(graph, module=module)
+
+
+one_channel_last = Pass("one_channel_last", _run)

@@ -1,0 +1,127 @@
+"""Writes max-pooling over windows that do not overlap as maxima of strided slices, before it is differentiated.
+
+The operation finds indices, its gradient scatters to them and the gradient's gradient gathers from them; none of that fuses with what is
+around it. A choice between slices is a pointwise operation, and so are its derivatives, which keep to the element that the operation takes:
+the first of equal ones, and NaN before any number.
+"""
+
+# pyright: reportIncompatibleMethodOverride=false, reportPrivateUsage=false
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd import Function
+from torch.overrides import TorchFunctionMode
+
+MAX_WINDOW = 16
+"""Elements of a window. The choice is written out for each."""
+
+
+class PoolAsMaxima(TorchFunctionMode):
+    """While it is active `torch.nn.functional.max_pool2d` is written so where it can be; `num_written` counts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_written = 0
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+        del types
+        kwargs = kwargs or {}
+        if func in (F.max_pool2d, torch.max_pool2d):
+            window = _window(*args, **kwargs)
+            if window is not None:
+                self.num_written += 1
+                return _maximum(args[0] if args else kwargs["input"], *window)
+        return func(*args, **kwargs)
+
+
+def _window(
+    input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False, *rest: Any, **more: Any
+) -> tuple[int, int] | None:
+    """Height and width of the window, or None where it is not one that this file is for."""
+    height, width = _pair(kernel_size)
+    strides = _pair(stride) if stride else (height, width)
+    if strides != (height, width) or _pair(padding) != (0, 0) or _pair(dilation) != (1, 1) or ceil_mode or any(rest) or any(more.values()):
+        return None
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # a `torch.func` transform in the model, which these functions do not have
+        return None
+    if input.device.type != "cpu" or not input.is_floating_point() or input.dim() < 3 or not 1 < height * width <= MAX_WINDOW:
+        return None
+    return (height, width) if input.shape[-2] >= height and input.shape[-1] >= width else None
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    values = (value, value) if isinstance(value, int) else tuple(value)
+    return (values[0], values[-1])
+
+
+def _maximum(x: Tensor, height: int, width: int) -> Tensor:
+    return _Maximum.apply(x, height, width)  # type: ignore[return-value]
+
+
+# Given which place of each window is the largest, pooling is linear, and these are it and its transpose. Autograd by itself would add up
+# a padded gradient for each slice.
+
+
+class _Maximum(Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, height: int, width: int) -> Tensor:
+        slices = _slices(x, height, width)
+        found, place = slices[0], torch.zeros_like(slices[0])
+        for index, value in enumerate(slices[1:], 1):
+            later = (value > found) | (value != value)  # NaN is chosen
+            found, place = torch.where(later, value, found), torch.where(later, float(index), place)
+        ctx.save_for_backward(place)
+        ctx.form = x.shape, height, width
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _Spread.apply(gradient, *ctx.saved_tensors, *ctx.form), None, None
+
+
+class _Spread(Function):
+    """From windows to the elements that were chosen in them; zero elsewhere."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, place: Tensor, shape: torch.Size, height: int, width: int) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.form = height, width
+        indices = torch.arange(height * width, dtype=value.dtype, device=value.device).view(height, 1, width)
+        # [..., rows, height, columns, width]
+        chosen = place.unsqueeze(-1).unsqueeze(-3) == indices
+        spread = torch.where(chosen, value.unsqueeze(-1).unsqueeze(-3), 0.0).flatten(-2).flatten(-3, -2)
+        return F.pad(spread, (0, shape[-1] - spread.shape[-1], 0, shape[-2] - spread.shape[-2])) if spread.shape != shape else spread
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _Chosen.apply(gradient, *ctx.saved_tensors, *ctx.form), None, None, None, None
+
+
+class _Chosen(Function):
+    """From elements to windows: in each the one that was chosen."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, place: Tensor, height: int, width: int) -> Tensor:
+        ctx.save_for_backward(place)
+        ctx.form = x.shape, height, width
+        slices = _slices(x, height, width)
+        found = slices[0]
+        for index, value in enumerate(slices[1:], 1):
+            found = torch.where(place == float(index), value, found)
+        return found
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        return _Spread.apply(gradient, *ctx.saved_tensors, *ctx.form), None, None, None
+
+
+def _slices(x: Tensor, height: int, width: int) -> list[Tensor]:
+    """For each place in a window that element of all windows."""
+    rows, columns = x.shape[-2] // height * height, x.shape[-1] // width * width
+    return [x[..., i:rows:height, j:columns:width] for i in range(height) for j in range(width)]
