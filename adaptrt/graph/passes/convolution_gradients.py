@@ -1,0 +1,94 @@
+"""Convolutions' gradients, computed where they are used and in the way that is fast.
+
+Autograd asks `convolution_backward` for the gradients of image and weights at once; in the gradient of a gradient often one of them has no
+use, and it costs as much as the other. And the double backward of a convolution writes a weight gradient as a convolution of images by
+images, batch and channels exchanged: the same sums, in a shape that libraries are slow at and behind two copies.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from adaptrt.graph.ir import Graph
+from adaptrt.graph.passes.base import Pass, copy_module
+
+aten = torch.ops.aten
+
+
+def _narrow(graph: Graph) -> Graph:
+    module = copy_module(graph)
+    for node in module.graph.find_nodes(op="call_function", target=aten.convolution_backward.default):
+        used = {user.args[1] for user in node.users}
+        mask = [asked and index in used for index, asked in enumerate(node.args[-1])]
+        if mask != list(node.args[-1]) and all(user.target is operator.getitem for user in node.users):
+            node.args = (*node.args[:-1], mask)
+            node.meta["val"] = tuple(value if asked else None for value, asked in zip(node.meta["val"], mask, strict=True))
+    module.recompile()
+    return dataclasses.replace(graph, module=module)
+
+
+def _name_weight_gradients(graph: Graph) -> Graph:
+    module = copy_module(graph)
+    for node in module.graph.find_nodes(op="call_function", target=aten.convolution.default):
+        arguments = _as_weight_gradient(node)
+        if arguments is None:
+            continue
+        value: Tensor = node.meta["val"]
+        image, gradient, shape, rest = arguments
+        with module.graph.inserting_before(node):
+            # Of the weights themselves only the shape matters.
+            weights = _call(module, aten.full.default, shape, 0, dtype=value.dtype, device=value.device)
+            found = _call(module, aten.convolution_backward.default, gradient, image, weights, None, *rest, [False, True, False])
+            of_weights = _call(module, operator.getitem, found, 1)
+            renewed = _call(module, aten.transpose.int, of_weights, 0, 1)
+        node.replace_all_uses_with(renewed)
+        module.graph.erase_node(node)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return dataclasses.replace(graph, module=module)
+
+
+def _as_weight_gradient(node: fx.Node) -> tuple[fx.Node, fx.Node, list[int], tuple[Any, ...]] | None:
+    """Image, gradient, shape of the weights and the convolution's numbers, if `node` convolves exchanged images by exchanged images."""
+    image, weights, bias, stride, padding, dilation, transposed, output_padding, groups = node.args
+    if transposed or groups != 1 or bias is not None:
+        return None
+    images = _exchanged(image), _exchanged(weights)
+    if images[0] is None or images[1] is None:
+        return None
+    gradient: Any = images[1].meta["val"].shape
+    inputs, outputs, *kernel = node.meta["val"].shape  # of weights [outputs, inputs, *kernel], exchanged
+    size: Any = images[0].meta["val"].shape
+    # What strides and dilations were to the convolution, they are the other way about to this one.
+    expected = [
+        (length + 2 * pad - stretch * (taps - 1) - 1) // step + 1
+        for length, pad, stretch, taps, step in zip(size[2:], padding, stride, kernel, dilation, strict=True)  # type: ignore[arg-type]
+    ]
+    if list(gradient[2:]) != expected:
+        return None
+    return images[0], images[1], [outputs, inputs, *kernel], (dilation, padding, stride, False, output_padding, 1)
+
+
+def _exchanged(node: Any) -> fx.Node | None:
+    """What `node` is with its first two axes exchanged."""
+    if node.target is aten.transpose.int and sorted(axis % node.meta["val"].dim() for axis in node.args[1:]) == [0, 1]:
+        return node.args[0]
+    return None
+
+
+def _call(module: fx.GraphModule, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    node = module.graph.call_function(target, args, kwargs)
+    values = fx.node.map_arg((args, kwargs), lambda arg: arg.meta["val"])
+    mode = next((arg.meta["val"].fake_mode for arg in module.graph.nodes if isinstance(arg.meta.get("val"), Tensor)), None)
+    assert mode is not None, "a captured graph holds fake values"
+    with mode:
+        node.meta["val"] = target(*values[0], **values[1])
+    return node
+
+
+convolution_gradients = Pass("convolution_gradients", lambda graph: _narrow(_name_weight_gradients(graph)))
