@@ -2,7 +2,7 @@
 
 from adaptrt import errors, optim
 from adaptrt.adapted import Adapted
-from adaptrt.adjoint import Adjoint, FirstOrder, Replay, Unrolled
+from adaptrt.adjoint import Adjoint, FirstOrder, Replay, Stash, Unrolled
 from adaptrt.backend import Backend, Eager, Inductor
 from adaptrt.runtime import CompiledUnroll, compile_unroll
 from adaptrt.trace import trace
@@ -18,6 +18,7 @@ __all__ = [
     "FirstOrder",
     "Inductor",
     "Replay",
+    "Stash",
     "Unrolled",
     "compile_unroll",
     "errors",

@@ -21,6 +21,7 @@ from adaptrt.graph.indices import IndexBound, index_bounds
 from adaptrt.graph.ir import Graph, Role
 from adaptrt.graph.noise import Noise
 from adaptrt.graph.passes.lift_noise import record_noise
+from adaptrt.graph.passes.partition import num_bytes_to_keep
 from adaptrt.program import COMPILING, ProgramSet
 from adaptrt.step import Batch, Carry, Fixed, Step
 from adaptrt.tree import Spec, Tree
@@ -181,6 +182,7 @@ def plan_support(
     adjoint: Adjoint | None,
     k: int,
     per_step: bool,
+    num_tasks: int | None,
     carry: Carry,
     fixed: Fixed,
     batch: Batch,
@@ -195,6 +197,7 @@ def plan_support(
       adjoint: None to choose by graph size.
       k: number of steps.
       per_step: whether each has a batch of its own.
+      num_tasks: length of the task axis, None without one.
       carry, fixed, batch: specs of one task and one step.
       shapes: the support data in words.
       make_programs: makes the empty set of programs.
@@ -209,7 +212,9 @@ def plan_support(
         changing = set(range(num_carry)) - unchanged_inputs(graph, num_carry)
         changing |= set(range(num_carry + num_fixed + (0 if per_step else num_batch), num_carry + num_fixed + num_batch + len(noise)))
         shared = graph.num_nodes - num_dependent(graph, changing)
-        adjoint, reason = choose(graph.num_nodes, shared, k * step.optimizer.updates_per_step, next(iter(carry.params.values())).device)
+        num_updates = k * step.optimizer.updates_per_step
+        kept = num_bytes_to_keep(graph) * num_updates * (num_tasks or 1)
+        adjoint, reason = choose(graph.num_nodes, shared, num_updates, kept, next(iter(carry.params.values())).device)
     else:
         reason = "asked for"
     floating = [tree.Spec.of(leaf).dtype.is_floating_point for leaf in tree.leaves((carry.params, carry.opt_state))]

@@ -76,6 +76,7 @@ class Planner:
                 self._adjoint,
                 self._k,
                 self._per_step,
+                num_tasks,
                 _one(start.carry, start.has_tasks),
                 tree.specs(start.fixed),
                 _one(one, True) if self._per_step else one,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import threading
 import time
@@ -22,6 +23,7 @@ from adaptrt.graph.capture import capture
 from adaptrt.graph.ir import Graph, Role, autocast_off
 from adaptrt.graph.passes.batch import batch
 from adaptrt.graph.passes.check_finite import check_finite
+from adaptrt.graph.passes.partition import partition
 from adaptrt.step import Carry, Fixed
 from adaptrt.tree import Spec, Tree
 
@@ -99,8 +101,7 @@ class Program:
         ):
             raise ShapeChanged(self._difference(values))
         if [value.stride() for value in values] != self.strides:
-            # An axis of length 1 may have any stride in what PyTorch calls contiguous; compiled kernels check it.
-            return [value.contiguous().as_strided(value.shape, strides) for value, strides in zip(values, self.strides, strict=True)]
+            return [_with_strides(value, strides) for value, strides in zip(values, self.strides, strict=True)]
         self.known.add(values)
         return values
 
@@ -110,6 +111,15 @@ class Program:
             if Spec.of(value) != entry.spec:
                 return f"{entry.name} was traced as {entry.spec}, got {Spec.of(value)} on {value.device}"
         raise AssertionError("every input is what was captured")
+
+
+def _with_strides(value: Tensor, strides: tuple[int, ...]) -> Tensor:
+    if value.stride() == strides:
+        return value
+    # An axis of length 1 may have any stride in what PyTorch calls contiguous; compiled kernels check it.
+    if value.is_contiguous() and Spec.of(value).strides == strides:
+        return value.as_strided(value.shape, strides)
+    return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _roles(kind: str, example: Tree) -> list[Role]:
@@ -161,21 +171,65 @@ class ProgramSet:
         self._explain_failure = explain_failure
         self._parent = parent
         self._programs: dict[_Key, Program] = {}
+        self._second_halves: dict[_Key, Graph] = {}
 
     def program(self, name: str, fn: Callable[..., Any], arguments: Sequence[str]) -> Callable[..., Any]:
         return self._lazy((name, None), fn, arguments, _sum_nothing)
 
     def pullback(self, name: str, fn: Callable[..., Any], arguments: Sequence[str], wrt: Wrt, value: bool = False) -> Callable[..., Any]:
-        def summed(graph: Graph) -> list[bool]:
-            gradients = graph.result.children[1] if value else graph.result
-            flags = [
-                not self._has_task_axis(kind)
-                for kind, child in zip(arguments, gradients.children, strict=True)
-                for _ in range(child.num_leaves)
-            ]
-            return [False] * (graph.result.num_leaves - len(flags)) + flags
+        kinds = (*arguments, "weights" if value else "cotangent")
+        return self._lazy((name, wrt), pull_back(fn, wrt, value), kinds, functools.partial(self._summed, arguments))
 
-        return self._lazy((name, wrt), pull_back(fn, wrt, value), (*arguments, "weights" if value else "cotangent"), summed)
+    def stashed(
+        self, name: str, fn: Callable[..., Any], arguments: Sequence[str], wrt: Wrt
+    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        if self._parent is not None and "query" not in arguments:
+            return self._parent.stashed(name, fn, arguments, wrt)
+        forward, backward = (f"{name} with stash", wrt), (f"{name} pullback from stash", wrt)
+
+        def run_forward(*args: Tree) -> Any:
+            with COMPILING:
+                if forward not in self._programs:
+                    began = time.perf_counter()
+                    first, second = self._halves(fn, arguments, args, wrt)
+                    self._second_halves[backward] = second
+                    self._programs[forward] = self._finish(first, time.perf_counter() - began)
+            return self._programs[forward](*args)
+
+        def run_backward(*args: Tree) -> Any:
+            with COMPILING:
+                if backward not in self._programs:
+                    graph = self._second_halves[backward]
+                    kept = iter(tree.leaves(args[len(arguments)]))
+                    entries = [
+                        dataclasses.replace(entry, own_strides=next(kept).stride()) if entry.role is Role.KEPT else entry
+                        for entry in graph.signature.inputs
+                    ]
+                    signature = dataclasses.replace(graph.signature, inputs=tuple(entries))
+                    self._programs[backward] = self._finish(dataclasses.replace(graph, signature=signature), 0.0)
+                    del self._second_halves[backward]
+            return self._programs[backward](*args)
+
+        return self._programs.get(forward, run_forward), self._programs.get(backward, run_backward)
+
+    def _halves(self, fn: Callable[..., Any], arguments: Sequence[str], args: Sequence[Tree], wrt: Wrt) -> tuple[Graph, Graph]:
+        """The graphs before and after the stash."""
+        plain = self._capture(fn, arguments, args, _sum_nothing)
+        outputs = [entry.spec for entry in plain.signature.outputs]
+        cotangents = [spec for spec, flag in zip(outputs, wrt.result, strict=True) if flag]
+        summed = functools.partial(self._summed, arguments)
+        joint = self._capture(pull_back(fn, wrt, True), (*arguments, "cotangent"), (*args, cotangents), summed)
+        return partition(self._backend.lower(joint), len(outputs))
+
+    def _summed(self, arguments: Sequence[str], graph: Graph) -> list[bool]:
+        """Which results of a graph whose last are gradients are summed over tasks: gradients of what tasks share."""
+        gradients = graph.result.children[1] if len(graph.result.children) == 2 else graph.result
+        flags = [
+            not self._has_task_axis(kind)
+            for kind, child in zip(arguments, gradients.children, strict=True)
+            for _ in range(child.num_leaves)
+        ]
+        return [False] * (graph.result.num_leaves - len(flags)) + flags
 
     def named(self) -> list[tuple[str, Program]]:
         """The programs compiled so far, without those of the parent."""
@@ -205,15 +259,7 @@ class ProgramSet:
         self, fn: Callable[..., Any], arguments: Sequence[str], args: Sequence[Tree], summed: Callable[[Graph], list[bool]]
     ) -> Program:
         began = time.perf_counter()
-        axes = [self._has_task_axis(kind) for kind in arguments]
-        examples = [tree.map_leaves(without_leading_axis, arg) if axis else tree.specs(arg) for arg, axis in zip(args, axes, strict=True)]
-        roles = [_roles(kind, example) for kind, example in zip(arguments, examples, strict=True)]
-        names = ["carry" if kind == "start" else kind for kind in arguments]
-        options = {"fused_attention": self._fused_attention, "for_fusion": self._backend.fuses}
-        graph = self._explain_failure(lambda: capture(fn, *examples, roles=roles, names=names, **options))
-        if self._num_tasks is not None:
-            batched = [axis for arg, axis in zip(args, axes, strict=True) for _ in tree.leaves(arg)]
-            graph = batch(graph, batched, summed(graph), self._num_tasks)
+        graph = self._capture(fn, arguments, args, summed)
         checked: list[int] = []
         if self.checks_data and "support" in arguments and arguments[-1] != "cotangent":
             kinds = [kind for kind, arg in zip(arguments, args, strict=True) for _ in tree.leaves(arg)]
@@ -221,27 +267,44 @@ class ProgramSet:
             checked = [i for i, kind in enumerate(kinds) if kind in ("support", "query") and specs[i].dtype.is_floating_point]
         if checked:
             graph = check_finite(graph, checked)
-        captured = time.perf_counter()
+        return self._finish(graph, time.perf_counter() - began, bool(checked))
+
+    def _capture(
+        self, fn: Callable[..., Any], arguments: Sequence[str], args: Sequence[Tree], summed: Callable[[Graph], list[bool]]
+    ) -> Graph:
+        """The graph of `fn`, over tasks if there are some. The arguments are as in a call, with task axes."""
+        axes = [self._has_task_axis(kind) for kind in arguments]
+        examples = [tree.map_leaves(without_leading_axis, arg) if axis else tree.specs(arg) for arg, axis in zip(args, axes, strict=True)]
+        roles = [_roles(kind, example) for kind, example in zip(arguments, examples, strict=True)]
+        names = ["carry" if kind == "start" else kind for kind in arguments]
+        fused_attention, for_fusion = self._fused_attention, self._backend.fuses
+        graph = self._explain_failure(
+            lambda: capture(fn, *examples, roles=roles, names=names, fused_attention=fused_attention, for_fusion=for_fusion)
+        )
+        if self._num_tasks is None:
+            return graph
+        batched = [axis for arg, axis in zip(args, axes, strict=True) for _ in tree.leaves(arg)]
+        return batch(graph, batched, summed(graph), self._num_tasks)
+
+    def _finish(self, graph: Graph, capture_s: float, checks_data: bool = False) -> Program:
+        began = time.perf_counter()
         run = self._backend.compile(graph)
-        constants = tuple(constant_reader(value, self._modules) for value in graph.constants)
-        specs = [entry.spec for entry in graph.signature.inputs]
-        compile_s = time.perf_counter() - captured
-        leaves_of, result_of = tree.leaves_by(graph.arguments), tree.unflatten_by(graph.result)
+        inputs = graph.signature.inputs
         return Program(
             graph,
             run,
-            constants,
-            [spec.shape for spec in specs],
-            [spec.dtype for spec in specs],
-            [spec.device for spec in specs],
-            [spec.strides for spec in specs],
+            tuple(constant_reader(value, self._modules) for value in graph.constants),
+            [entry.spec.shape for entry in inputs],
+            [entry.spec.dtype for entry in inputs],
+            [entry.spec.device for entry in inputs],
+            [entry.strides for entry in inputs],
             Known(),
-            leaves_of,
-            result_of,
-            bool(checked),
+            tree.leaves_by(graph.arguments),
+            tree.unflatten_by(graph.result),
+            checks_data,
             self._backend.name,
-            captured - began,
-            compile_s,
+            capture_s,
+            time.perf_counter() - began,
         )
 
 

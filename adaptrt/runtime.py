@@ -67,7 +67,8 @@ def compile_unroll(
       params: which parameters adapt: a glob on their names, a list of globs, or a predicate of (name, parameter). Left out: all that
         require grad, and with a `torch.optim` instance only those it holds. The rest are used unchanged, and get meta-gradients through
         support and query losses if they require grad.
-      adjoint: `Unrolled()`, `Replay(every=n)`, `FirstOrder()`, or "auto" to choose by the size of the graph.
+      adjoint: `Unrolled()`, `Replay(every=n)`, `Stash()`, `FirstOrder()`, or "auto" to choose by the size of the graph and of what it would
+        keep.
       backend: "inductor", "eager", a `Backend`, or "auto": inductor where a compiler is found, with a warning where none is.
       per_step: support has a leading axis of length k, one batch for each step.
       on_new_shape: what data of a shape not seen before does: "compile", or "error" to allow what `warmup` has seen only.
@@ -101,7 +102,7 @@ def compile_unroll(
         raise InvalidType(f"loss must be a function, a module or None, got {type(loss).__name__}")
     if adjoint != "auto" and not isinstance(adjoint, Adjoint):
         kind = InvalidArgument if isinstance(adjoint, str) else InvalidType
-        raise kind(f"adjoint must be 'auto', Unrolled(), Replay(every=n) or FirstOrder(), got {adjoint!r}")
+        raise kind(f"adjoint must be 'auto', Unrolled(), Replay(every=n), Stash() or FirstOrder(), got {adjoint!r}")
     adapted = adapted_names(model, opt, params)
     check.shared_tensors(model, loss, adapted)
     return CompiledUnroll(

@@ -13,14 +13,14 @@ from torch import Generator, Tensor, nn
 from torch.autograd import gradcheck
 
 import adaptrt
-from adaptrt import Adapted, Adjoint, FirstOrder, Replay, Unrolled, compile_unroll, optim, tree
+from adaptrt import Adapted, Adjoint, FirstOrder, Replay, Stash, Unrolled, compile_unroll, optim, tree
 from adaptrt.step import as_call
 from tests import naive
 from tests.models import MODELS, normal, regress
 from tests.test_meta_gradients import differentiate, joined
 from tests.tolerances import assert_near
 
-EXACT: list[Adjoint] = [Unrolled(), Replay(), Replay(every=2)]
+EXACT: list[Adjoint] = [Unrolled(), Replay(), Replay(every=2), Stash()]
 over_exact = pytest.mark.parametrize("adjoint", EXACT, ids=str)
 over_adjoints = pytest.mark.parametrize("adjoint", [*EXACT, FirstOrder()], ids=str)
 over_tasks = pytest.mark.parametrize("tasks", [False, True], ids=["single", "vmap"])

@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn.utils import parametrizations
 
 import adaptrt
-from adaptrt import FirstOrder, Replay, Unrolled, compile_unroll, higher, optim
+from adaptrt import FirstOrder, Replay, Stash, Unrolled, compile_unroll, higher, optim
 from adaptrt.errors import NotDifferentiable, NotTraceable, UnsupportedParameter, UnsupportedRandomness
 from adaptrt.graph.capture import capture, weight_norm
 from adaptrt.graph.ir import Graph
@@ -26,7 +26,7 @@ from tests.models import MODELS, normal, regress
 from tests.test_meta_gradients import differentiate
 from tests.tolerances import META_GRADIENT, assert_near, relative_error
 
-over_adjoints = pytest.mark.parametrize("adjoint", [Unrolled(), Replay(), Replay(every=2)], ids=str)
+over_adjoints = pytest.mark.parametrize("adjoint", [Unrolled(), Replay(), Replay(every=2), Stash()], ids=str)
 LR = 0.1
 
 

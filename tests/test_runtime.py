@@ -412,7 +412,7 @@ def test_explain_counts_what_can_be_counted_by_hand() -> None:
         assert part in text
 
 
-@pytest.mark.parametrize(("k", "expected"), [(1, "Unrolled()"), (2, "Unrolled()"), (200, "Replay(every=1)")])
+@pytest.mark.parametrize(("k", "expected"), [(1, "Unrolled()"), (2, "Unrolled()"), (200, "Stash()")])
 def test_auto_chooses_by_size_and_says_why(k: int, expected: str) -> None:
     unroll = compiled(mlp(), k=k)
     with torch.no_grad():

@@ -6,6 +6,7 @@ import torch
 
 from adaptrt.adjoint.base import Adjoint
 from adaptrt.adjoint.replay import Replay
+from adaptrt.adjoint.stash import Stash
 from adaptrt.adjoint.unrolled import Unrolled
 
 MAX_UNROLLED_OPERATIONS = 400
@@ -13,7 +14,11 @@ MAX_UNROLLED_OPERATIONS = 400
 two cores, and the time grows faster than the graph."""
 
 
-def choose(num_operations: int, num_shared: int, k: int, device: torch.device) -> tuple[Adjoint, str]:
+MAX_KEPT_BYTES = 1_000_000_000
+"""Up to which the activations of all steps are kept rather than computed again."""
+
+
+def choose(num_operations: int, num_shared: int, k: int, num_kept_bytes: int, device: torch.device) -> tuple[Adjoint, str]:
     """An adjoint, and the reason in words.
 
     Args:
@@ -21,6 +26,7 @@ def choose(num_operations: int, num_shared: int, k: int, device: torch.device) -
       num_shared: those of them that are the same in every step, such as a frozen backbone on a support batch that all share; one graph
         holds them once.
       k: number of steps.
+      num_kept_bytes: about what the pullbacks of all steps need of their activations.
       device: where the model is.
     """
     own = num_operations - num_shared
@@ -28,4 +34,8 @@ def choose(num_operations: int, num_shared: int, k: int, device: torch.device) -
     size = f"{k} steps of {own} operations{f' and {num_shared} that all share' if num_shared else ''} are {total} on {device.type}"
     if total <= MAX_UNROLLED_OPERATIONS:
         return Unrolled(), f"{size}, within the {MAX_UNROLLED_OPERATIONS} that compile well as one graph"
-    return Replay(), f"{size}, above the {MAX_UNROLLED_OPERATIONS} that compile well as one graph"
+    size += f", above the {MAX_UNROLLED_OPERATIONS} that compile well as one graph"
+    kept = f"what the way back needs of them is about {num_kept_bytes / 1e6:.3g} MB"
+    if num_kept_bytes <= MAX_KEPT_BYTES:
+        return Stash(), f"{size}; {kept}, within {MAX_KEPT_BYTES / 1e6:.3g} MB"
+    return Replay(), f"{size}; {kept}, above {MAX_KEPT_BYTES / 1e6:.3g} MB"

@@ -32,6 +32,12 @@ class Programs(Protocol):
 
     def program(self, name: str, fn: Callable[..., Any], arguments: Sequence[str]) -> Callable[..., Any]: ...
 
+    def stashed(
+        self, name: str, fn: Callable[..., Any], arguments: Sequence[str], wrt: Wrt
+    ) -> tuple[Callable[..., Any], Callable[..., Any]]:
+        """(*args) -> (outputs, stash), and (*args, stash, cotangents) -> gradients, as `pullback` but with nothing expensive done twice."""
+        ...
+
     def pullback(self, name: str, fn: Callable[..., Any], arguments: Sequence[str], wrt: Wrt, value: bool = False) -> Callable[..., Any]:
         """(*args, cotangents) -> gradients, or (outputs, gradients) if `value`; gradients of what tasks share are summed over them."""
         ...

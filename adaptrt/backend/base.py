@@ -10,7 +10,8 @@ from torch import Tensor
 from adaptrt.graph.ir import Graph
 
 Runner = Callable[[list[Tensor]], Sequence[Tensor]]
-"""Takes every input of a graph in order, constants included, and may empty the list. Contiguous tensors only. Safe to call from threads."""
+"""Takes every input of a graph in order, with the strides of its signature, constants included, and may empty the list. Safe to call from
+threads."""
 
 
 class Backend(abc.ABC):
@@ -19,6 +20,10 @@ class Backend(abc.ABC):
     name: str
     fuses: bool = False
     """Whether small operations cost next to nothing beside others."""
+
+    def lower(self, graph: Graph) -> Graph:
+        """The graph in the operations that `compile` would put in the place of its own, for what has to know which they are."""
+        return graph
 
     @abc.abstractmethod
     def compile(self, graph: Graph) -> Runner:

@@ -34,7 +34,7 @@ from adaptrt.graph.passes.merge_duplicates import merge_duplicates
 from adaptrt.graph.passes.one_channel_last import one_channel_last
 from adaptrt.graph.passes.own_outputs import own_outputs
 from adaptrt.graph.passes.remove_identities import remove_identities
-from adaptrt.graph.passes.retrace import fake_tensors, retrace
+from adaptrt.graph.passes.retrace import fake_inputs, retrace
 
 _KEPT = torch.ops.aten.embedding_dense_backward.default
 """Left to ATen. Decomposed, the gradient of an embedding is a scatter into a buffer, and the CPU code of 2.13 fuses with it what reads that
@@ -48,23 +48,24 @@ def _decompose(graph: Graph) -> Graph:
     return retrace(graph, torch.func.functionalize, table)
 
 
-def _keep_strides(module: torch.fx.GraphModule) -> None:
-    """Asks for results in the memory layout that eager code gives them.
+def _keep_strides(module: torch.fx.GraphModule, num_results: int) -> None:
+    """Asks for the first `num_results` results in the memory layout that eager code gives them; the rest only a next program sees.
 
     Inductor chooses another where it is faster for a convolution. Such weights make eager code that follows compute in another layout, in
     which it draws other random numbers, and are copied when they are the next program's input.
     """
     end = module.graph.output_node()
     values = [value.meta["val"] for value in end.args[0]]  # type: ignore[union-attr]
-    end.meta["user_visible_output_idxs"] = list(range(len(values)))
+    end.meta["user_visible_output_idxs"] = list(range(num_results))
     end.meta["original_output_strides"] = [value.stride() for value in values]
 
 
-_CACHE_TAG = "adaptrt 1"
+_CACHE_TAG = "adaptrt 2"
 """Part of the key under which Inductor keeps a compiled graph on disk. The key knows the graph and Inductor's settings, not what this file
 changes in Inductor: a change of that needs a new tag."""
 
-PASSES = (inline_small_matmuls, Pass("decompose for Inductor", _decompose), remove_identities, merge_duplicates, one_channel_last, own_outputs)
+LOWERING = (inline_small_matmuls, Pass("decompose for Inductor", _decompose), remove_identities, merge_duplicates)
+PASSES = (*LOWERING, one_channel_last, own_outputs)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -76,6 +77,9 @@ class Inductor(Backend):
 
     name = "inductor"
     fuses = True
+
+    def lower(self, graph: Graph) -> Graph:
+        return apply(LOWERING, graph)
 
     def compile(self, graph: Graph) -> Runner:
         with warnings.catch_warnings():
@@ -89,15 +93,16 @@ class Inductor(Backend):
 
             cache_config: Any = torch.compiler.config
             graph = apply(PASSES, graph)
-            _keep_strides(graph.module)
+            num_results = sum(not output.kept for output in graph.signature.outputs)
+            _keep_strides(graph.module, num_results)
             # Inductor keeps what it compiled on disk only where a tracing context with a shape environment is.
             mode = FakeTensorMode(shape_env=ShapeEnv())
-            inputs = fake_tensors(mode, [entry.spec for entry in graph.signature.inputs])
+            inputs = fake_inputs(mode, graph.signature.inputs)
             with contextlib.ExitStack() as stack:
                 for context in (torch.inference_mode(False), torch.no_grad(), autocast_off(), mode, tracing(TracingContext(mode))):
                     stack.enter_context(context)
                 stack.enter_context(config.patch(_WORKAROUNDS | _threads(graph)))
-                stack.enter_context(cache_config.patch(cache_key_tag=_CACHE_TAG))
+                stack.enter_context(cache_config.patch(cache_key_tag=f"{_CACHE_TAG}, {num_results} results"))
                 compiled = compile_fx_inner(graph.module, inputs)
 
         recorded = record(getattr(compiled, "current_callable", None), len(inputs))

@@ -40,24 +40,31 @@ class Role(enum.Enum):
     NOISE = "noise"
     DATA = "data"
     COTANGENT = "cotangent"
+    KEPT = "kept"
     CONST = "const"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Input:
-    """One input: its dotted name, its role and the tensor it takes."""
+    """One input: its dotted name, its role and the tensor it takes, which is contiguous unless `strides` says otherwise."""
 
     name: str
     role: Role
     spec: Spec
+    own_strides: tuple[int, ...] | None = None
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return self.spec.strides if self.own_strides is None else self.own_strides
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Output:
-    """One output: its dotted name and the tensor it gives."""
+    """One output: its dotted name and the tensor it gives; one that is `kept` for another program may have any strides."""
 
     name: str
     spec: Spec
+    kept: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -41,7 +41,14 @@ class PoolAsMaxima(TorchFunctionMode):
 
 
 def _window(
-    input: Tensor, kernel_size: Any, stride: Any = None, padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False, *rest: Any, **more: Any
+    input: Tensor,
+    kernel_size: Any,
+    stride: Any = None,
+    padding: Any = 0,
+    dilation: Any = 1,
+    ceil_mode: bool = False,
+    *rest: Any,
+    **more: Any,
 ) -> tuple[int, int] | None:
     """Height and width of the window, or None where it is not one that this file is for."""
     height, width = _pair(kernel_size)

@@ -14,7 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from adaptrt.graph.ir import Graph, Input, Output, Signature, autocast_off
+from adaptrt.graph.ir import Graph, Input, Signature, autocast_off
 from adaptrt.tree import Spec
 
 
@@ -23,6 +23,12 @@ def fake_tensors(mode: FakeTensorMode, specs: Sequence[Spec]) -> list[Tensor]:
     # An inference tensor could not require grad.
     with torch.inference_mode(False), mode:
         return [torch.empty(spec.shape, dtype=spec.dtype, device=spec.device) for spec in specs]
+
+
+def fake_inputs(mode: FakeTensorMode, inputs: Sequence[Input]) -> list[Tensor]:
+    """A fake tensor for each input, with its strides."""
+    with torch.inference_mode(False), mode:
+        return [torch.empty_strided(entry.spec.shape, entry.strides, dtype=entry.spec.dtype, device=entry.spec.device) for entry in inputs]
 
 
 def retrace(
@@ -41,9 +47,11 @@ def retrace(
     """
     inputs = graph.signature.inputs if inputs is None else inputs
     mode = FakeTensorMode()
-    fakes = fake_tensors(mode, [entry.spec for entry in inputs])
+    fakes = fake_inputs(mode, inputs)
     with torch.inference_mode(False), torch.no_grad(), autocast_off(), _use_lazy_graph_module(True), mode:
         module = make_fx(transform(graph.module), decomposition_table=dict(decompositions or {}), tracing_mode="real")(*fakes)
     values = list(module.graph.nodes)[-1].args[0]
-    outputs = [Output(entry.name, Spec.of(node.meta["val"])) for entry, node in zip(graph.signature.outputs, values, strict=True)]
+    outputs = [
+        dataclasses.replace(entry, spec=Spec.of(node.meta["val"])) for entry, node in zip(graph.signature.outputs, values, strict=True)
+    ]
     return dataclasses.replace(graph, module=module, signature=Signature(tuple(inputs), tuple(outputs)))

@@ -1,0 +1,79 @@
+"""The meta-gradient from what the inner steps left behind."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from adaptrt.adjoint.base import Adaptation, Adjoint, Gradients, Problem, Programs, Query, Task
+from adaptrt.adjoint.steps import (
+    STEP,
+    Pull,
+    backwards,
+    batch_of_update,
+    first_carry,
+    num_updates,
+    query_loss,
+    query_loss_and_gradients,
+    reported,
+    wrt_step,
+)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Stash(Adjoint):
+    """Each step also returns what its pullback needs, so that nothing expensive is evaluated twice.
+
+    Compiles one step and one step's pullback as `Replay` does, whatever k is, and takes less time where products and convolutions take
+    most of it. Memory grows with k as in reverse mode through the whole loop, with k steps' activations; which of them are kept, and which
+    are computed again from those, is a minimum cut of the step's graph.
+    """
+
+    def adapt(self, programs: Programs, problem: Problem, task: Task, keep: bool) -> Adaptation:
+        if keep:
+            step, _ = programs.stashed("step", problem.step, STEP, wrt_step(problem))
+        else:
+            plain = programs.program("step", problem.step, STEP)
+
+            def step(*args: Any) -> Any:
+                return plain(*args), ()
+
+        carry = first_carry(problem, task)
+        kept: list[Any] = []
+        losses: list[Tensor] = []
+        for index in range(num_updates(problem)):
+            before = carry
+            (carry, loss), stash = step(carry, task.fixed, batch_of_update(problem, task, index), task.noise[index])
+            losses.append(loss)
+            if keep:
+                kept.append((before if index else None, stash))
+        return Adaptation(carry, reported(problem, losses), kept)
+
+    def adapt_pullback(
+        self, programs: Programs, problem: Problem, task: Task, kept: Any, carry: Sequence[Tensor], losses: Tensor
+    ) -> Gradients:
+        return backwards(problem, task, self._pull(programs, problem, task, list(kept)), carry, losses)
+
+    def meta_loss(self, programs: Programs, problem: Problem, task: Task, query: Query) -> Tensor:
+        return query_loss(programs, problem, task, query, self.adapt(programs, problem, task, keep=False).carry)
+
+    def meta_loss_and_gradients(
+        self, programs: Programs, problem: Problem, task: Task, query: Query, cotangent: Tensor
+    ) -> tuple[Tensor, Gradients]:
+        adapted = self.adapt(programs, problem, task, keep=True)
+        pull = self._pull(programs, problem, task, adapted.kept)
+        return query_loss_and_gradients(programs, problem, task, query, cotangent, adapted, pull)
+
+    def _pull(self, programs: Programs, problem: Problem, task: Task, kept: list[Any]) -> Pull:
+        """Takes each step's stash off the list, so that its memory is free for the next."""
+        _, pullback = programs.stashed("step", problem.step, STEP, wrt_step(problem))
+
+        def pull(index: int, cotangents: Sequence[Tensor]) -> Any:
+            carry, stash = kept.pop()
+            carry = first_carry(problem, task) if carry is None else carry
+            return pullback(carry, task.fixed, batch_of_update(problem, task, index), task.noise[index], stash, cotangents)
+
+        return pull

@@ -1,0 +1,164 @@
+"""Cuts the graph of results and gradients in two: one that is run forward and keeps what the other needs on the way back.
+
+What is kept is a minimum cut, as in Chen et al. 2016 (arXiv 1604.06174) and in PyTorch's own partitioner: each value that the way back
+needs is kept or computed again from kept ones, so that the kept bytes are fewest, under the rule that only cheap operations (pointwise ones
+and views) are computed again. Inputs of the graph are at hand on the way back and cost nothing.
+"""
+
+# pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import networkx
+import torch
+from torch import Tensor, fx
+
+from adaptrt.graph.ir import Graph, Input, Output, Role, Signature
+from adaptrt.graph.passes.base import apply
+from adaptrt.graph.passes.operations import is_view
+from adaptrt.graph.passes.own_outputs import own_outputs
+from adaptrt.graph.passes.relax_views import relax_views
+from adaptrt.tree import Spec, Structure, flatten
+
+aten = torch.ops.aten
+_CHEAP = {
+    aten.reshape.default,
+    aten.clone.default,
+    aten._to_copy.default,
+    aten.where.self,
+    aten.full.default,
+    aten.full_like.default,
+    aten.zeros_like.default,
+    aten.ones_like.default,
+    aten.arange.start_step,
+    aten.arange.default,
+    aten.constant_pad_nd.default,
+}
+
+
+def num_bytes_to_keep(step: Graph) -> int:
+    """About what `partition` keeps of a function like this: the results of all that is not cheap."""
+    nodes = [node for node in step.module.graph.nodes if node.op == "call_function"]
+    values = [node.meta.get("val") for node in nodes if node.target is operator.getitem or not is_cheap(node)]
+    return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
+
+
+def partition(joint: Graph, num_results: int) -> tuple[Graph, Graph]:
+    """Two graphs: (*args) -> (results, kept), and (*args, kept, cotangents) -> gradients; `kept` is a list.
+
+    Args:
+      joint: (*args, cotangents) -> (results, gradients).
+      num_results: tensors among the results.
+    """
+    nodes = list(joint.module.graph.nodes)
+    placeholders = [node for node in nodes if node.op == "placeholder"]
+    inputs = joint.signature.inputs
+    outputs: list[fx.Node] = list(nodes[-1].args[0])
+    results, gradients = outputs[:num_results], outputs[num_results:]
+    cotangents = [node for node, entry in zip(placeholders, inputs, strict=True) if entry.role is Role.COTANGENT]
+    given = [(node, entry) for node, entry in zip(placeholders, inputs, strict=True) if entry.role is not Role.COTANGENT]
+    kept = _minimum_cut(nodes, [node for node, _ in given], cotangents, gradients)
+
+    split = len(given) - len(joint.constants)
+    args, constants = given[:split], given[split:]
+    entries = [Input(f"kept.{index}", Role.KEPT, Spec.of(node.meta["val"])) for index, node in enumerate(kept)]
+    of_cotangents = [entry for entry in inputs if entry.role is Role.COTANGENT]
+    *children, of_cotangent = joint.arguments.children
+    of_kept = flatten([node.meta["val"] for node in kept])[1]
+
+    forward = Graph(
+        _extract(joint, [node for node, _ in given], [*results, *kept]),
+        Signature(
+            tuple(entry for _, entry in given),
+            (*joint.signature.outputs[:num_results], *(Output(entry.name, entry.spec, kept=True) for entry in entries)),
+        ),
+        joint.constants,
+        _tuple(children),
+        _tuple([joint.result.children[0], of_kept]),
+        joint.history,
+    )
+    backward = Graph(
+        _extract(joint, [*(node for node, _ in args), *kept, *cotangents, *(node for node, _ in constants)], gradients),
+        Signature(
+            (*(entry for _, entry in args), *entries, *of_cotangents, *(entry for _, entry in constants)),
+            joint.signature.outputs[num_results:],
+        ),
+        joint.constants,
+        _tuple([*children, of_kept, of_cotangent]),
+        joint.result.children[1],
+        joint.history,
+    )
+    # What is kept has the strides that the first program gives it.
+    passes = (relax_views, own_outputs)
+    return apply(passes, forward), apply(passes, backward)
+
+
+def _tuple(children: list[Structure]) -> Structure:
+    return Structure("sequence", tuple, tuple(range(len(children))), tuple(children))
+
+
+def _minimum_cut(nodes: list[fx.Node], given: list[fx.Node], cotangents: list[fx.Node], gradients: list[fx.Node]) -> list[fx.Node]:
+    """The values to keep, in their order."""
+    # Needed for the gradients, on either side.
+    needed: set[fx.Node] = set()
+    pending = list(gradients)
+    while pending:
+        node = pending.pop()
+        if node not in needed:
+            needed.add(node)
+            pending += node.all_input_nodes
+    later = set(cotangents)
+    for node in nodes:
+        if not later.isdisjoint(node.all_input_nodes):
+            later.add(node)
+
+    flow = networkx.DiGraph()
+    source, sink = "source", "sink"
+    flow.add_nodes_from((source, sink))
+    inputs = set(given)
+    for node in nodes:
+        if node not in needed or node in later or node.op == "output":
+            continue
+        value = node.meta.get("val")
+        size = {} if not isinstance(value, Tensor) else {"capacity": 0 if node in inputs else value.numel() * value.element_size()}
+        flow.add_edge((node, "in"), (node, "out"), **size)
+        if node.op == "placeholder" or not is_cheap(node):
+            flow.add_edge(source, (node, "in"))
+        for argument in node.all_input_nodes if is_cheap(node) else ():
+            flow.add_edge((argument, "out"), (node, "in"))
+        if node in gradients or any(user in later and user in needed for user in node.users):
+            flow.add_edge((node, "out"), sink)
+    _, (near, _) = networkx.minimum_cut(flow, source, sink)
+    cut = [node for node in nodes if (node, "in") in near and flow.has_node((node, "out")) and (node, "out") not in near]
+    return [node for node in cut if node not in inputs]
+
+
+def is_cheap(node: fx.Node) -> bool:
+    """Whether the operation is computed again rather than its result kept."""
+    target: Any = node.target
+    return target is operator.getitem or target in _CHEAP or is_view(target) or torch.Tag.pointwise in getattr(target, "tags", ())
+
+
+def _extract(joint: Graph, inputs: list[fx.Node], outputs: list[fx.Node]) -> fx.GraphModule:
+    """The operations that lead from `inputs` to `outputs`."""
+    graph = fx.Graph()
+    copies: dict[fx.Node, fx.Node] = {}
+    for number, node in enumerate(inputs):
+        copies[node] = graph.placeholder(f"arg{number}")
+        copies[node].meta = dict(node.meta)
+    needed: set[fx.Node] = set()
+    pending = [node for node in outputs if node not in copies]
+    while pending:
+        node = pending.pop()
+        if node not in needed:
+            needed.add(node)
+            pending += [argument for argument in node.all_input_nodes if argument not in copies]
+    for node in joint.module.graph.nodes:
+        if node in needed:
+            assert node.op == "call_function", f"{node.name} is at hand neither as an input nor kept"
+            copies[node] = graph.node_copy(node, copies.__getitem__)
+    graph.output(tuple(copies[node] for node in outputs))
+    return fx.GraphModule(joint.module, graph)

@@ -1,0 +1,123 @@
+"""Where the graph of results and gradients is cut, and what `Stash` does with the halves."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import adaptrt
+from adaptrt import Replay, Stash, compile_unroll, optim
+from adaptrt.adjoint.auto import MAX_KEPT_BYTES, choose
+from adaptrt.adjoint.base import Wrt, pull_back
+from adaptrt.graph.capture import capture
+from adaptrt.graph.ir import Graph, Role
+from adaptrt.graph.passes.partition import is_cheap, num_bytes_to_keep, partition
+
+aten = torch.ops.aten
+
+
+def joint_of(fn: Any, *args: Any) -> Graph:
+    """Results and gradients of a function of tensors with one result."""
+    (out,) = capture(fn, *args).signature.outputs
+    both = pull_back(fn, Wrt(tuple([True] for _ in args), (True,)), value=True)
+    roles = [*[Role.DATA for _ in args], Role.COTANGENT]
+    return capture(both, *args, [torch.empty(out.spec.shape, dtype=out.spec.dtype)], roles=roles)
+
+
+def chain(x: Tensor, w: Tensor, v: Tensor) -> Tensor:
+    return torch.tanh(torch.exp(torch.sin(x @ w)) @ v)
+
+
+def halves() -> tuple[Graph, Graph, Graph, list[Tensor]]:
+    args = [torch.randn(size, dtype=torch.float64) for size in ((5, 4), (4, 3), (3, 6))]
+    joint = joint_of(chain, *args)
+    return joint, *partition(joint, 1), args
+
+
+def test_the_halves_are_the_whole() -> None:
+    joint, forward, backward, args = halves()
+    cotangent = torch.randn(5, 6, dtype=torch.float64)
+    expected, gradients = joint.run(*args, [cotangent])
+    found, kept = forward.run(*args)
+    assert torch.equal(found, expected)
+    again = backward.run(*args, kept, [cotangent])
+    assert all(torch.equal(a[0], b[0]) for a, b in zip(again, gradients, strict=True))
+
+
+def test_products_are_kept_and_pointwise_operations_are_not() -> None:
+    _, forward, backward, _ = halves()
+    kept = [output.spec.shape for output in forward.signature.outputs if output.kept]
+    # x @ w is the smallest that gives sin and exp of it; the second product, or tanh of it, gives the other derivative.
+    assert sorted(kept) == [(5, 3), (5, 6)]
+    products = [node for node in backward.module.graph.nodes if node.op == "call_function" and not is_cheap(node)]
+    assert [node.target for node in products] == [aten.mm.default] * 4, "the gradients' own"
+    assert [entry.role for entry in backward.signature.inputs].count(Role.KEPT) == 2
+
+
+def test_inputs_are_not_kept() -> None:
+    args = [torch.randn(3, 3, dtype=torch.float64), torch.randn(3, 3, dtype=torch.float64)]
+    forward, backward = partition(joint_of(lambda x, w: x @ w, *args), 1)
+    assert not any(output.kept for output in forward.signature.outputs)
+    assert backward.run(*args, [], [torch.eye(3, dtype=torch.float64)])[0][0].equal(args[1].T)
+
+
+def test_the_estimate_of_what_is_kept_counts_products() -> None:
+    graph = capture(chain, torch.randn(5, 4), torch.randn(4, 3), torch.randn(3, 6))
+    assert num_bytes_to_keep(graph) == 4 * (5 * 3 + 5 * 6)
+
+
+def test_auto_keeps_what_fits() -> None:
+    cpu = torch.device("cpu")
+    for kept, expected in ((MAX_KEPT_BYTES, Stash()), (MAX_KEPT_BYTES + 1, Replay())):
+        adjoint, reason = choose(1000, 0, 5, kept, cpu)
+        assert adjoint == expected and "MB" in reason
+
+
+def net() -> nn.Module:
+    torch.manual_seed(3)
+    layers = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.2), nn.Flatten(), nn.Linear(36, 3)
+    return nn.Sequential(*layers).double()
+
+
+def data(seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(6, 1, 7, 7, generator=generator, dtype=torch.float64), torch.randint(3, (6,), generator=generator)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_stash_and_replay_agree(backend: str) -> None:
+    model, found = net(), list[list[Tensor]]()
+    for adjoint in (Replay(), Stash()):
+        unroll = compile_unroll(model, optim.adam(lr=0.05), 3, loss=F.cross_entropy, adjoint=adjoint, backend=backend)
+        for _ in range(2):  # as compiled, and from the cache
+            loss = unroll(data(0), data(1), generator=torch.Generator().manual_seed(7))
+            gradients = list(torch.autograd.grad(loss, list(model.parameters())))
+        found.append([loss.detach(), *gradients])
+        if isinstance(adjoint, Stash):
+            assert set(unroll.graphs()) == {"step with stash", "step pullback from stash", "query pullback"}
+    # Adam divides by roots of second moments, some of them small: rounding is enlarged.
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+def test_two_calls_may_be_under_way_at_once() -> None:
+    """What a call keeps is its own, and serves each backward pass that is asked for."""
+    model = net().eval()
+    unroll = compile_unroll(model, optim.sgd(lr=0.1), 2, adjoint=Stash(), backend="eager")
+    x, y = data(2)
+    first, second = unroll.adapt(data(0)), unroll.adapt(data(1))
+    losses = [F.cross_entropy(adapted(x), y) for adapted in (first, second)]
+    expected = [torch.autograd.grad(unroll(data(i), (x, y)), list(model.parameters())) for i in (0, 1)]
+    for index in (1, 0):
+        for _ in range(2):
+            found = torch.autograd.grad(losses[index], list(model.parameters()), retain_graph=True)
+            for a, b in zip(found, expected[index], strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+
+
+def test_stash_is_public() -> None:
+    assert adaptrt.Stash() == Stash() and "Stash" in adaptrt.__all__
