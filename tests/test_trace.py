@@ -159,6 +159,7 @@ def test_history_tells_what_each_pass_did() -> None:
         "functionalise",
         "relax_views",
         "remove_identities",
+        "convolution_gradients",
         "merge_duplicates",
         "own_outputs",
     ]

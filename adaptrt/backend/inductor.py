@@ -33,6 +33,7 @@ from adaptrt.graph.passes.inline_small_matmuls import inline_small_matmuls
 from adaptrt.graph.passes.merge_duplicates import merge_duplicates
 from adaptrt.graph.passes.one_channel_last import one_channel_last
 from adaptrt.graph.passes.own_outputs import own_outputs
+from adaptrt.graph.passes.products_by_onednn import products_by_onednn
 from adaptrt.graph.passes.remove_identities import remove_identities
 from adaptrt.graph.passes.retrace import fake_inputs, retrace
 
@@ -65,7 +66,7 @@ _CACHE_TAG = "adaptrt 2"
 changes in Inductor: a change of that needs a new tag."""
 
 LOWERING = (inline_small_matmuls, Pass("decompose for Inductor", _decompose), remove_identities, merge_duplicates)
-PASSES = (*LOWERING, one_channel_last, own_outputs)
+PASSES = (*LOWERING, one_channel_last, products_by_onednn, own_outputs)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -1,0 +1,87 @@
+"""Larger matrix products in single precision go to oneDNN where the other library, MKL, does not use all of the processor.
+
+MKL leaves AVX-512 unused on processors that are not Intel's: on an EPYC of 2025 oneDNN takes half its time from some million multiplications
+on, and more for small products, where MKL has less to set up (`python benchmarks/onednn_products.py`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from adaptrt.graph.ir import Graph
+from adaptrt.graph.passes.base import Pass, copy_module
+
+aten = torch.ops.aten
+
+MIN_MULTIPLICATIONS = 1 << 22
+
+
+@functools.cache
+def mkl_is_slow() -> bool:
+    """Whether products are MKL's, the processor has AVX-512, and it is not Intel's."""
+    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and hasattr(torch.cpu, "get_capabilities")):
+        return False
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_f")) and "intel" not in str(capabilities.get("cpu_name", "intel")).lower()
+
+
+def _run(graph: Graph) -> Graph:
+    if not mkl_is_slow():
+        return graph
+    module = copy_module(graph)
+    for node in list(module.graph.nodes):
+        if node.target is aten.mm.default:
+            bias, (a, b) = None, node.args
+        elif node.target is aten.addmm.default and not any(value != 1 for value in node.kwargs.values()):
+            bias, a, b = node.args
+            if bias.meta["val"].dim() != 1:
+                continue
+        else:
+            continue
+        if _is_large(a, b):
+            with module.graph.inserting_before(node):
+                weights = _call(module, aten.permute.default, b, [1, 0])
+                product = _call(module, _linear(), a, weights, bias)
+            node.replace_all_uses_with(product)
+            module.graph.erase_node(node)
+    module.recompile()
+    return dataclasses.replace(graph, module=module)
+
+
+def _is_large(a: fx.Node, b: fx.Node) -> bool:
+    left, right = a.meta["val"], b.meta["val"]
+    on_cpu = left.device.type == "cpu" and left.dtype == torch.float32
+    return on_cpu and left.shape[0] * left.shape[1] * right.shape[1] >= MIN_MULTIPLICATIONS
+
+
+def _by_onednn(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weights, bias, "none", [], "")
+
+
+@functools.cache
+def _linear() -> Any:
+    """x [M, K], weights [N, K], bias [N] or None -> x weights^T + bias [M, N].
+
+    PyTorch's own operation cannot stand in a graph for Inductor, which takes it for one of its making, with constant weights.
+    """
+    _LIBRARY.define("linear_by_onednn(Tensor x, Tensor weights, Tensor? bias) -> Tensor")
+    _LIBRARY.impl("linear_by_onednn", _by_onednn, "CPU")
+    _LIBRARY.impl("linear_by_onednn", lambda x, weights, bias: x.new_empty(x.shape[0], weights.shape[0]), "Meta")
+    return torch.ops.adaptrt.linear_by_onednn.default
+
+
+_LIBRARY = torch.library.Library("adaptrt", "FRAGMENT")
+
+
+def _call(module: fx.GraphModule, target: Any, *args: Any) -> fx.Node:
+    node = module.graph.call_function(target, args)
+    node.meta["val"] = target(*fx.node.map_arg(args, lambda arg: arg.meta["val"]))
+    return node
+
+
+products_by_onednn = Pass("products_by_onednn", _run)
