@@ -135,7 +135,9 @@ def test_a_program_with_large_intermediates_is_left_alone(monkeypatch: pytest.Mo
         both(fn, *[torch.randn(shape) for shape in shapes], monkeypatch=monkeypatch)
 
 
-@pytest.mark.parametrize("line", ["b = aten.sin(a)", "b = torch.sin(a)", "b = a.sin()", "b = other(a)", "b = extern_kernels.convolution(a)"])
+@pytest.mark.parametrize(
+    "line", ["b = aten.sin(a)", "b = torch.sin(a)", "b = a.sin()", "b = other(a)", "b = extern_kernels.convolution(a)"]
+)
 def test_generated_code_that_is_not_known_is_not_recorded(line: str) -> None:
     namespace: dict[str, Any] = {"torch": torch, "aten": torch.ops.aten, "other": torch.sin, "cpp_fused_0": torch.sin}
     exec(f"def call(args):\n    a, = args\n    args.clear()\n    {line}\n    return (b,)", namespace)

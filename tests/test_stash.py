@@ -93,10 +93,9 @@ def test_stash_and_replay_agree(backend: str) -> None:
     model, found = net(), list[list[Tensor]]()
     for adjoint in (Replay(), Stash()):
         unroll = compile_unroll(model, optim.adam(lr=0.05), 3, loss=F.cross_entropy, adjoint=adjoint, backend=backend)
-        for _ in range(2):  # as compiled, and from the cache
-            loss = unroll(data(0), data(1), generator=torch.Generator().manual_seed(7))
-            gradients = list(torch.autograd.grad(loss, list(model.parameters())))
-        found.append([loss.detach(), *gradients])
+        unroll(data(0), data(1))  # compiles; what follows runs what is there
+        loss = unroll(data(0), data(1), generator=torch.Generator().manual_seed(7))
+        found.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
         if isinstance(adjoint, Stash):
             assert set(unroll.graphs()) == {"step with stash", "step pullback from stash", "query pullback"}
     # Adam divides by roots of second moments, some of them small: rounding is enlarged.

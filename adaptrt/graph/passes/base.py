@@ -4,11 +4,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Sequence
+from typing import Any, cast
 
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx.node import map_arg
 
 from adaptrt.graph.ir import Graph, PassRecord
 from adaptrt.graph.verify import verify
@@ -45,6 +49,16 @@ def apply(passes: Sequence[Pass], graph: Graph) -> Graph:
         record = PassRecord(rewrite.name, before, graph.num_nodes)
         graph = dataclasses.replace(graph, history=(*graph.history, record))
     return verify(graph)
+
+
+def add_call(module: fx.GraphModule, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+    """An operation where the graph is being written to, with its value."""
+    node = module.graph.call_function(target, args, kwargs)
+    values, named = cast(Any, map_arg((args, kwargs), lambda arg: arg.meta["val"]))
+    known = [other.meta["val"] for other in module.graph.nodes if isinstance(other.meta.get("val"), FakeTensor)]
+    with known[0].fake_mode if known else contextlib.nullcontext():
+        node.meta["val"] = target(*values, **named)
+    return node
 
 
 def copy_module(graph: Graph) -> fx.GraphModule:

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import fx
 
 from adaptrt.graph.ir import Graph, Output, Signature
-from adaptrt.graph.passes.base import Pass, apply, copy_module
+from adaptrt.graph.passes.base import Pass, add_call, apply, copy_module
 from adaptrt.tree import Spec, Structure, flatten
 
 aten = torch.ops.aten
@@ -32,18 +31,14 @@ def check_finite(graph: Graph, inputs: Sequence[int]) -> Graph:
         nodes = list(module.graph.nodes)
         placeholders, end = [node for node in nodes if node.op == "placeholder"], nodes[-1]
 
-        def call(target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-            node = module.graph.call_function(target, args, kwargs)
-            node.meta["val"] = target(*[arg.meta["val"] if isinstance(arg, fx.Node) else arg for arg in args], **kwargs)
-            return node
-
         with module.graph.inserting_before(end):
             largest: fx.Node | None = None
             for index in inputs:
                 value = placeholders[index]
                 if value.meta["val"].is_floating_point():
-                    found = call(aten._to_copy.default, call(aten.amax.default, call(aten.abs.default, value)), dtype=torch.float64)
-                    largest = found if largest is None else call(aten.maximum.default, largest, found)
+                    found = add_call(module, aten.amax.default, add_call(module, aten.abs.default, value))
+                    found = add_call(module, aten._to_copy.default, found, dtype=torch.float64)
+                    largest = found if largest is None else add_call(module, aten.maximum.default, largest, found)
             assert largest is not None, "something is to be checked"
         end.args = ((*end.args[0], largest),)
         outputs = (*graph.signature.outputs, Output("largest", Spec.of(largest.meta["val"])))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx
 
 from adaptrt.graph.ir import Graph
-from adaptrt.graph.passes.base import Pass, copy_module
+from adaptrt.graph.passes.base import Pass, add_call, copy_module
 
 aten = torch.ops.aten
 
@@ -42,10 +42,10 @@ def _name_weight_gradients(graph: Graph) -> Graph:
         image, gradient, shape, rest = arguments
         with module.graph.inserting_before(node):
             # Of the weights themselves only the shape matters.
-            weights = _call(module, aten.full.default, shape, 0, dtype=value.dtype, device=value.device)
-            found = _call(module, aten.convolution_backward.default, gradient, image, weights, None, *rest, [False, True, False])
-            of_weights = _call(module, operator.getitem, found, 1)
-            renewed = _call(module, aten.transpose.int, of_weights, 0, 1)
+            weights = add_call(module, aten.full.default, shape, 0, dtype=value.dtype, device=value.device)
+            found = add_call(module, aten.convolution_backward.default, gradient, image, weights, None, *rest, [False, True, False])
+            of_weights = add_call(module, operator.getitem, found, 1)
+            renewed = add_call(module, aten.transpose.int, of_weights, 0, 1)
         node.replace_all_uses_with(renewed)
         module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
@@ -61,15 +61,12 @@ def _as_weight_gradient(node: fx.Node) -> tuple[fx.Node, fx.Node, list[int], tup
     images = _exchanged(image), _exchanged(weights)
     if images[0] is None or images[1] is None:
         return None
-    gradient: Any = images[1].meta["val"].shape
+    sizes, gradients = images[0].meta["val"].shape[2:], images[1].meta["val"].shape[2:]
     inputs, outputs, *kernel = node.meta["val"].shape  # of weights [outputs, inputs, *kernel], exchanged
-    size: Any = images[0].meta["val"].shape
     # What strides and dilations were to the convolution, they are the other way about to this one.
-    expected = [
-        (length + 2 * pad - stretch * (taps - 1) - 1) // step + 1
-        for length, pad, stretch, taps, step in zip(size[2:], padding, stride, kernel, dilation, strict=True)  # type: ignore[arg-type]
-    ]
-    if list(gradient[2:]) != expected:
+    numbers: Any = zip(sizes, padding, stride, kernel, dilation, strict=True)  # type: ignore[arg-type]
+    expected = [(length + 2 * pad - stretch * (taps - 1) - 1) // step + 1 for length, pad, stretch, taps, step in numbers]
+    if list(gradients) != expected:
         return None
     return images[0], images[1], [outputs, inputs, *kernel], (dilation, padding, stride, False, output_padding, 1)
 
@@ -79,16 +76,6 @@ def _exchanged(node: Any) -> fx.Node | None:
     if node.target is aten.transpose.int and sorted(axis % node.meta["val"].dim() for axis in node.args[1:]) == [0, 1]:
         return node.args[0]
     return None
-
-
-def _call(module: fx.GraphModule, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    node = module.graph.call_function(target, args, kwargs)
-    values = fx.node.map_arg((args, kwargs), lambda arg: arg.meta["val"])
-    mode = next((arg.meta["val"].fake_mode for arg in module.graph.nodes if isinstance(arg.meta.get("val"), Tensor)), None)
-    assert mode is not None, "a captured graph holds fake values"
-    with mode:
-        node.meta["val"] = target(*values[0], **values[1])
-    return node
 
 
 convolution_gradients = Pass("convolution_gradients", lambda graph: _narrow(_name_weight_gradients(graph)))

@@ -5,7 +5,7 @@ around it. A choice between slices is a pointwise operation, and so are its deri
 the first of equal ones, and NaN before any number.
 """
 
-# pyright: reportIncompatibleMethodOverride=false, reportPrivateUsage=false
+# pyright: reportIncompatibleMethodOverride=false, reportPrivateUsage=false, reportUnknownMemberType=false
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
+
+_C: Any = torch._C
 
 MAX_WINDOW = 16
 """Elements of a window. The choice is written out for each."""
@@ -55,7 +57,7 @@ def _window(
     strides = _pair(stride) if stride else (height, width)
     if strides != (height, width) or _pair(padding) != (0, 0) or _pair(dilation) != (1, 1) or ceil_mode or any(rest) or any(more.values()):
         return None
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # a `torch.func` transform in the model, which these functions do not have
+    if _C._functorch.peek_interpreter_stack() is not None:  # a `torch.func` transform in the model, which these functions do not have
         return None
     if input.device.type != "cpu" or not input.is_floating_point() or input.dim() < 3 or not 1 < height * width <= MAX_WINDOW:
         return None

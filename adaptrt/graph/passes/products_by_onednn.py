@@ -1,7 +1,7 @@
 """Larger matrix products in single precision go to oneDNN where the other library, MKL, does not use all of the processor.
 
-MKL leaves AVX-512 unused on processors that are not Intel's: on an EPYC of 2025 oneDNN takes half its time from some million multiplications
-on, and more for small products, where MKL has less to set up (`python benchmarks/onednn_products.py`).
+MKL leaves AVX-512 unused on processors that are not Intel's: on an EPYC of family 26 oneDNN takes half its time from eight million
+multiplications on, as much at two million, and more below, where MKL has less to set up.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from adaptrt.graph.ir import Graph
-from adaptrt.graph.passes.base import Pass, copy_module
+from adaptrt.graph.passes.base import Pass, add_call, copy_module
 
 aten = torch.ops.aten
 
@@ -45,8 +45,8 @@ def _run(graph: Graph) -> Graph:
             continue
         if _is_large(a, b):
             with module.graph.inserting_before(node):
-                weights = _call(module, aten.permute.default, b, [1, 0])
-                product = _call(module, _linear(), a, weights, bias)
+                weights = add_call(module, aten.permute.default, b, [1, 0])
+                product = add_call(module, _linear(), a, weights, bias)
             node.replace_all_uses_with(product)
             module.graph.erase_node(node)
     module.recompile()
@@ -60,7 +60,14 @@ def _is_large(a: fx.Node, b: fx.Node) -> bool:
 
 
 def _by_onednn(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+    if 1 not in weights.stride():  # oneDNN knows rows or columns that lie together
+        weights = weights.contiguous()
     return torch.ops.mkldnn._linear_pointwise(x, weights, bias, "none", [], "")
+
+
+def _shape(x: Tensor, weights: Tensor, bias: Tensor | None) -> Tensor:
+    del bias
+    return x.new_empty(x.shape[0], weights.shape[0])
 
 
 @functools.cache
@@ -71,17 +78,11 @@ def _linear() -> Any:
     """
     _LIBRARY.define("linear_by_onednn(Tensor x, Tensor weights, Tensor? bias) -> Tensor")
     _LIBRARY.impl("linear_by_onednn", _by_onednn, "CPU")
-    _LIBRARY.impl("linear_by_onednn", lambda x, weights, bias: x.new_empty(x.shape[0], weights.shape[0]), "Meta")
+    _LIBRARY.impl("linear_by_onednn", _shape, "Meta")
     return torch.ops.adaptrt.linear_by_onednn.default
 
 
-_LIBRARY = torch.library.Library("adaptrt", "FRAGMENT")
-
-
-def _call(module: fx.GraphModule, target: Any, *args: Any) -> fx.Node:
-    node = module.graph.call_function(target, args)
-    node.meta["val"] = target(*fx.node.map_arg(args, lambda arg: arg.meta["val"]))
-    return node
+_LIBRARY: Any = torch.library.Library("adaptrt", "FRAGMENT")
 
 
 products_by_onednn = Pass("products_by_onednn", _run)
