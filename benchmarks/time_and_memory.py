@@ -1,0 +1,186 @@
+"""Time of a meta-gradient against the memory it takes, for k = 1 to 200 inner steps: `Replay`, `Stash` and `"auto"` beside `higher`.
+
+    python benchmarks/time_and_memory.py [--workloads conv4-5shot transformer] [--name cpu-2core_2026-11-26]
+
+Every line is a process of its own, which may take 16 GB of address space (`RLIMIT_AS`); where that is not enough the line ends. Its
+meta-gradient is compared with the eager loop's in float64 at k = 5 first. Time: the median of `CALLS` calls after a first one. Memory: the
+peak of live bytes in PyTorch's allocator during one more call, as in `adjoint_scaling.py`. With `--name` table, JSON and figure are written
+to `benchmarks/results/time-and-memory_NAME.*`.
+
+Known limits: CPU only; lines are not timed by turns, since each has its own process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+if __name__ == "__main__":  # run as a script
+    sys.path.insert(0, str(Path(__file__).parents[1]))
+from adaptrt import Adjoint, Replay, Stash
+from benchmarks.adjoint_scaling import RESULTS, peak_of
+from benchmarks.suite.contest import TOLERANCE, error
+from benchmarks.suite.contestants import Call, higher_original, loop, ours
+from benchmarks.suite.workloads import WORKLOADS
+
+STEPS = (1, 5, 20, 50, 100, 200)
+CALLS = 2
+MAX_BYTES = 16_000_000_000
+GATE_K, TIMES_EAGER = 5, 20.0
+
+LINES: dict[str, Callable[[int], Adjoint | str] | None] = {
+    "Replay()": lambda k: Replay(),
+    "Replay(every=√k)": lambda k: Replay(every=max(1, round(math.sqrt(k)))),
+    "Stash()": lambda k: Stash(),
+    "auto": lambda k: "auto",
+    "higher": None,
+}
+
+
+def meta_gradient(workload: str, line: str, k: int) -> Call:
+    """The call that is measured."""
+    asked, adjoint = WORKLOADS[workload]._replace(k=k), LINES[line]
+    calls = higher_original(asked) if adjoint is None else ours(asked, torch.float32, adjoint=adjoint(k))
+    return calls["meta"]
+
+
+def gate(workload: str, line: str) -> float:
+    """The error against the eager loop in float64.
+
+    Raises:
+      RuntimeError: it is too large.
+    """
+    asked = WORKLOADS[workload]._replace(k=GATE_K)
+    exact = loop(asked, torch.float64)["meta"]()
+    found, eager = error(meta_gradient(workload, line, GATE_K)(), exact), error(loop(asked)["meta"](), exact)
+    if not found <= max(TOLERANCE, TIMES_EAGER * eager):
+        raise RuntimeError(f"{workload}, {line}: error {found:.1e}, the eager loop's is {eager:.1e}")
+    return found
+
+
+def measure(workload: str, line: str, steps: Sequence[int]) -> None:
+    """Prints a JSON row for each k; stops where the memory does not suffice."""
+    found = gate(workload, line)
+    resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
+    for k in steps:
+        row: dict[str, Any] = {"workload": workload, "line": line, "k": k, "error": found}
+        try:
+            call = meta_gradient(workload, line, k)
+            call()
+            times: list[float] = []
+            for _ in range(CALLS):
+                began = time.perf_counter()
+                call()
+                times.append(time.perf_counter() - began)
+            row |= {"time_s": statistics.median(times), "peak_bytes": peak_of(call)}
+        except (MemoryError, RuntimeError) as problem:
+            if not isinstance(problem, MemoryError) and "memory" not in str(problem).lower():
+                raise
+            row["out_of_memory"] = True
+        print(json.dumps(row), flush=True)
+        if "out_of_memory" in row:
+            return
+
+
+def rows_of(workload: str, line: str, steps: Sequence[int]) -> list[dict[str, Any]]:
+    """The rows of a line, from a process of its own."""
+    command = [sys.executable, __file__, "--measure", workload, line, *map(str, steps)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    rows = [json.loads(text) for text in done.stdout.splitlines() if text.startswith("{")]
+    if done.returncode != 0:
+        if len(rows) < len(steps) and ("memory" in done.stderr.lower() or done.returncode < 0):
+            return [*rows, {"workload": workload, "line": line, "k": steps[len(rows)], "out_of_memory": True}]
+        raise RuntimeError(f"{workload}, {line} failed:\n{done.stderr}")
+    return rows
+
+
+def markdown(rows: Sequence[dict[str, Any]], command: str) -> str:
+    """One table for each workload."""
+    machine = f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads; torch {torch.__version__}, float32"
+    worst = max(row["error"] for row in rows if "error" in row)
+    lines = ["# Time and memory of a meta-gradient", "", f"Made by `{command}`: {machine}.", ""]
+    lines += [f"Largest error against the eager loop in float64, at k = {GATE_K}: {worst:.1e}.", ""]
+    for workload in dict.fromkeys(row["workload"] for row in rows):
+        lines += [
+            f"## {WORKLOADS[workload].title}",
+            "",
+            "| | " + " | ".join(f"k = {k}" for k in STEPS) + " |",
+            "|---" * (len(STEPS) + 1) + "|",
+        ]
+        for line in LINES:
+            own = {row["k"]: row for row in rows if row["workload"] == workload and row["line"] == line}
+            if own:
+                lines.append(f"| {line} | " + " | ".join(_cell(own.get(k)) for k in STEPS) + " |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _cell(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return ""
+    if "out_of_memory" in row:
+        return f"over {MAX_BYTES / 1e9:.0f} GB"
+    return f"{1e3 * row['time_s']:.0f} ms, {row['peak_bytes'] / 1e6:.0f} MB"
+
+
+def figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Time over memory, a line for each adjoint, a point for each k."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    workloads = list(dict.fromkeys(row["workload"] for row in rows))
+    canvas, axes = plt.subplots(1, len(workloads), figsize=(6 * len(workloads), 4.5), squeeze=False)
+    for axis, workload in zip(axes[0], workloads, strict=True):
+        for line in LINES:
+            own = [row for row in rows if row["workload"] == workload and row["line"] == line and "time_s" in row]
+            if not own:
+                continue
+            (drawn,) = axis.plot([row["peak_bytes"] / 1e6 for row in own], [row["time_s"] for row in own], marker="o", label=line)
+            last = own[-1]
+            place = (last["peak_bytes"] / 1e6, last["time_s"])
+            axis.annotate(f"k={last['k']}", place, xytext=(4, 4), textcoords="offset points", color=drawn.get_color(), fontsize=8)
+        axis.set(xscale="log", yscale="log", xlabel="peak memory, MB", ylabel="time of a meta-gradient, s", title=WORKLOADS[workload].title)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    canvas.tight_layout()
+    canvas.savefig(path, dpi=110)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--workloads", nargs="+", default=["conv4-5shot", "transformer"], choices=list(WORKLOADS))
+    parser.add_argument("--steps", nargs="+", type=int, default=list(STEPS))
+    parser.add_argument("--name")
+    parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.measure:
+        workload, line, *steps = options.measure
+        measure(workload, line, list(map(int, steps)))
+        return
+    rows = [row for workload in options.workloads for line in LINES for row in rows_of(workload, line, options.steps)]
+    text = markdown(rows, f"python benchmarks/time_and_memory.py --workloads {' '.join(options.workloads)} --name {options.name or 'NAME'}")
+    print(text)
+    if options.name:
+        base = RESULTS / f"time-and-memory_{options.name}"
+        base.with_suffix(".md").write_text(text + f"\n![time over memory]({base.name}.png)\n")
+        base.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
+        figure(rows, base.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()
