@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+from adaptrt.backend.tiered import TieredRunner
 from adaptrt.graph.cost import num_bytes, num_flops
 from adaptrt.graph.ir import PassRecord
 from adaptrt.plan import PredictionPlan, SupportPlan
@@ -23,6 +24,7 @@ class ProgramReport:
       flops: of one run, matrix products and convolutions only.
       num_bytes: of its inputs and outputs.
       capture_s, compile_s: seconds spent on making it.
+      is_pending: whether it runs operation by operation until it is compiled (`tiered=True`).
     """
 
     name: str
@@ -33,10 +35,12 @@ class ProgramReport:
     num_bytes: int
     capture_s: float
     compile_s: float
+    is_pending: bool = False
 
     def __str__(self) -> str:
         sizes = f"{self.num_nodes} operations, {self.flops / 1e6:.3g} MFLOP, {self.num_bytes / 1e6:.3g} MB in and out"
-        times = f"captured in {self.capture_s:.2f} s, compiled in {self.compile_s:.2f} s"
+        compiled = "to be compiled in the background" if self.is_pending else f"compiled in {self.compile_s:.2f} s"
+        times = f"captured in {self.capture_s:.2f} s, {compiled}"
         passes = ", ".join(f"{record.name} {record.num_nodes_before}->{record.num_nodes_after}" for record in self.passes)
         return f"    {self.name}: {sizes}; {times}\n      passes: {passes}"
 
@@ -88,5 +92,13 @@ def explain(num_steps: int, backend: str, plans: Sequence[SupportPlan], predicti
 def _report(name: str, shapes: str, program: Program) -> ProgramReport:
     graph = program.graph
     return ProgramReport(
-        name, shapes, graph.num_nodes, graph.history, num_flops(graph), num_bytes(graph), program.capture_s, program.compile_s
+        name,
+        shapes,
+        graph.num_nodes,
+        graph.history,
+        num_flops(graph),
+        num_bytes(graph),
+        program.capture_s,
+        program.compile_s,
+        isinstance(program.run, TieredRunner) and program.run.is_pending,
     )

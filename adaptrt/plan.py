@@ -14,6 +14,7 @@ from torch import Tensor
 from adaptrt import diagnose, tree
 from adaptrt.adjoint.auto import choose
 from adaptrt.adjoint.base import Adjoint, Problem
+from adaptrt.backend.base import COMPILING
 from adaptrt.functional import refuse_state, watch_attributes
 from adaptrt.graph.capture import capture, record_operations
 from adaptrt.graph.cost import num_dependent, unchanged_inputs
@@ -22,7 +23,7 @@ from adaptrt.graph.ir import Graph, Role
 from adaptrt.graph.noise import Noise
 from adaptrt.graph.passes.lift_noise import record_noise
 from adaptrt.graph.passes.partition import num_bytes_to_keep
-from adaptrt.program import COMPILING, ProgramSet
+from adaptrt.program import ProgramSet
 from adaptrt.step import Batch, Carry, Fixed, Step
 from adaptrt.tree import Spec, Tree
 

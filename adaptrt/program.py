@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from adaptrt import tree
 from adaptrt.adjoint.base import Wrt, pull_back
 from adaptrt.backend import Backend
-from adaptrt.backend.base import Runner
+from adaptrt.backend.base import COMPILING, Runner
 from adaptrt.backend.guards import Known
 from adaptrt.errors import NonFiniteInput, NotTraceable, ShapeChanged, UnsupportedParameter
 from adaptrt.graph.capture import capture
@@ -26,9 +25,6 @@ from adaptrt.graph.passes.check_finite import check_finite
 from adaptrt.graph.passes.partition import partition
 from adaptrt.step import Carry, Fixed
 from adaptrt.tree import Spec, Tree
-
-COMPILING = threading.RLock()
-"""Held while anything is captured or compiled: PyTorch's tracing state belongs to the process."""
 
 Constant = Callable[[], Tensor]
 

@@ -17,9 +17,10 @@ from adaptrt.adapted import Adapted
 from adaptrt.adjoint import Adjoint
 from adaptrt.adjoint.base import Problem, Query, Task
 from adaptrt.autograd import Call
-from adaptrt.backend import Backend, Eager, Inductor
+from adaptrt.backend import Backend, Eager, Inductor, Tiered
 from adaptrt.backend.guards import alike
 from adaptrt.backend.inductor import warn_if_missing
+from adaptrt.backend.tiered import TieredRunner
 from adaptrt.errors import InvalidArgument, InvalidType, NonFiniteInput, OptimizerMismatch
 from adaptrt.explain import Explanation, explain
 from adaptrt.graph.indices import IndexBound
@@ -49,6 +50,7 @@ def compile_unroll(
     on_new_shape: str = "compile",
     cache_size: int = 16,
     nonfinite: str = "error",
+    tiered: bool = False,
 ) -> CompiledUnroll:
     """k steps of `opt` on a support batch, and their meta-gradient, as compiled programs.
 
@@ -74,6 +76,8 @@ def compile_unroll(
       on_new_shape: what data of a shape not seen before does: "compile", or "error" to allow what `warmup` has seen only.
       cache_size: how many support shapes are kept, and query shapes for each; the least recently used is dropped.
       nonfinite: "error" refuses data with NaN or infinity, "ignore" does not look.
+      tiered: answer from programs that run operation by operation at once, and compile in the background; each program is replaced when its
+        compiled form is there. Numbers then change by rounding. `explain()` says what is still to come; `warmup()` waits for it.
     Returns:
       A `CompiledUnroll`.
     Raises:
@@ -113,7 +117,7 @@ def compile_unroll(
             source=source(opt, {name: param for name, param in model.named_parameters() if name in adapted}),
             k=k,
             adjoint=adjoint if isinstance(adjoint, Adjoint) else None,
-            backend=_backend(backend, device),
+            backend=_backend(backend, device, tiered),
             per_step=bool(per_step),
             must_be_warm=on_new_shape == "error",
             cache_size=cache_size,
@@ -123,13 +127,15 @@ def compile_unroll(
     )
 
 
-def _backend(backend: Backend | str, device: torch.device) -> Backend:
-    if isinstance(backend, Backend):
-        return backend
-    check.one_of("backend", backend, ("auto", "eager", "inductor"))
-    if backend == "eager" or (backend == "auto" and warn_if_missing(device)):
-        return Eager()
-    return Inductor()
+def _backend(backend: Backend | str, device: torch.device, tiered: bool) -> Backend:
+    if not isinstance(backend, Backend):
+        check.one_of("backend", backend, ("auto", "eager", "inductor"))
+        if backend == "auto" and warn_if_missing(device):
+            return Eager()
+        backend = Eager() if backend == "eager" else Inductor()
+    if tiered and isinstance(backend, Eager):
+        raise InvalidArgument("tiered=True needs a backend that compiles; leave it out, or leave out backend='eager'")
+    return Tiered(backend) if tiered else backend
 
 
 _MAX_PROBLEMS = 64
@@ -272,6 +278,9 @@ class CompiledUnroll:
                 self._predict(adapted, kwargs or args, generator, warm=True)
         if query is not None:
             self._meta_loss(support, query, None, generator, warm=True)
+        for program in (program for programs in self._planner.program_sets() for _, program in programs.named()):
+            if isinstance(program.run, TieredRunner):
+                program.run.wait()
         return self
 
     def explain(self) -> Explanation:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adaptrt.backend.base import COMPILING
 from adaptrt.check import model_device
 from adaptrt.diagnose import running
 from adaptrt.functional import call_module
@@ -13,7 +14,7 @@ from adaptrt.graph.capture import capture
 from adaptrt.graph.ir import Graph, Role
 from adaptrt.graph.noise import Noise
 from adaptrt.graph.passes.lift_noise import lift_noise, record_noise
-from adaptrt.program import COMPILING, constant_reader
+from adaptrt.program import constant_reader
 from adaptrt.step import Batch
 from adaptrt.tree import Tree
 

@@ -3,5 +3,6 @@
 from adaptrt.backend.base import Backend
 from adaptrt.backend.eager import Eager
 from adaptrt.backend.inductor import Inductor
+from adaptrt.backend.tiered import Tiered
 
-__all__ = ["Backend", "Eager", "Inductor"]
+__all__ = ["Backend", "Eager", "Inductor", "Tiered"]

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Callable, Sequence
+import contextlib
+import math
+import threading
+import time
+from collections.abc import Callable, Generator, Sequence
 
 from torch import Tensor
 
@@ -12,6 +16,31 @@ from adaptrt.graph.ir import Graph
 Runner = Callable[[list[Tensor]], Sequence[Tensor]]
 """Takes every input of a graph in order, with the strides of its signature, constants included, and may empty the list. Safe to call from
 threads."""
+
+
+class CompilationLock:
+    """A reentrant lock that knows when it was last released."""
+
+    def __init__(self) -> None:
+        self._lock = threading.RLock()
+        self.last_released_s = -math.inf
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.last_released_s = time.monotonic()
+        self._lock.release()
+
+    @contextlib.contextmanager
+    def quietly(self) -> Generator[None]:
+        """Holds the lock without this counting as a release."""
+        with self._lock:
+            yield
+
+
+COMPILING = CompilationLock()
+"""Held while anything is captured or compiled: PyTorch's tracing state belongs to the process."""
 
 
 class Backend(abc.ABC):
