@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from benchmarks import time_and_memory
 from benchmarks.suite import contest as contests
 from benchmarks.suite.contest import WrongNumbers, by_turns, contest
 from benchmarks.suite.contestants import ENTRANTS, Entrant, loop
@@ -68,3 +71,15 @@ def test_tables() -> None:
         "| sine | adapt | eager loop | 25 | 26.00 | reached |",
         "| sine | adapt | JAX jit + optax | 1.5 | 1.20 | **missed** |",
     ]
+
+
+def test_time_and_memory_of_a_line(tmp_path: Path) -> None:
+    rows = time_and_memory.rows_of("sine", "Replay()", [1, 5])
+    assert [row["k"] for row in rows] == [1, 5]
+    assert rows[1]["peak_bytes"] > rows[0]["peak_bytes"] > 0 and all(row["time_s"] > 0 and row["error"] < 1e-5 for row in rows)
+    rows.append({"workload": "sine", "line": "higher", "k": 1, "out_of_memory": True})
+    text = time_and_memory.markdown(rows, "the command")
+    assert "the command" in text and "| higher | over 16 GB |" in text and text.count(" MB") == 2
+    if importlib.util.find_spec("matplotlib") is not None:
+        time_and_memory.figure(rows, tmp_path / "figure.png")
+        assert (tmp_path / "figure.png").stat().st_size > 1000
