@@ -17,7 +17,7 @@ from adaptrt.adjoint.base import Wrt, pull_back
 from adaptrt.backend import Backend
 from adaptrt.backend.base import COMPILING, Runner
 from adaptrt.backend.guards import Known
-from adaptrt.errors import NonFiniteInput, NotTraceable, ShapeChanged, UnsupportedParameter
+from adaptrt.errors import NonFiniteInput, NotDifferentiable, NotTraceable, ShapeChanged, UnsupportedParameter
 from adaptrt.graph.capture import capture
 from adaptrt.graph.ir import Graph, Role, autocast_off
 from adaptrt.graph.passes.batch import batch
@@ -168,6 +168,7 @@ class ProgramSet:
         self._parent = parent
         self._programs: dict[_Key, Program] = {}
         self._second_halves: dict[_Key, Graph] = {}
+        self._refused: dict[_Key, NotDifferentiable] = {}
 
     def program(self, name: str, fn: Callable[..., Any], arguments: Sequence[str]) -> Callable[..., Any]:
         return self._lazy((name, None), fn, arguments, _sum_nothing)
@@ -185,9 +186,15 @@ class ProgramSet:
 
         def run_forward(*args: Tree) -> Any:
             with COMPILING:
+                if forward in self._refused:
+                    raise NotDifferentiable(*self._refused[forward].args)
                 if forward not in self._programs:
                     began = time.perf_counter()
-                    first, second = self._halves(fn, arguments, args, wrt)
+                    try:
+                        first, second = self._halves(fn, arguments, args, wrt)
+                    except NotDifferentiable as error:
+                        self._refused[forward] = NotDifferentiable(*error.args)
+                        raise
                     self._second_halves[backward] = second
                     self._programs[forward] = self._finish(first, time.perf_counter() - began)
             return self._programs[forward](*args)

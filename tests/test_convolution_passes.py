@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from adaptrt.backend import Inductor
 from adaptrt.graph.capture import capture
 from adaptrt.graph.ir import Graph
 from adaptrt.graph.passes.convolution_gradients import convolution_gradients
@@ -159,6 +160,18 @@ def test_images_of_one_channel_become_channels_last(batch: int, channels: int, e
     renewed = one_channel_last.run(graph)
     assert targets(renewed).count(aten.as_strided.default) == expected
     torch.testing.assert_close(renewed.run(x, w), graph.run(x, w), rtol=1e-13, atol=1e-13)
+
+
+def test_an_image_that_is_a_view_is_left_alone() -> None:
+    """Inductor would read it from the beginning of the memory that it is a view of."""
+
+    def fn(x: Tensor, w: Tensor) -> Tensor:
+        return F.conv2d(x[2], w).sin() + F.conv2d(x[1].sin(), w)
+
+    x, w = torch.randn(3, 4, 1, 6, 6, dtype=torch.float64), torch.randn(3, 1, 3, 3, dtype=torch.float64)
+    graph = capture(fn, x, w)
+    assert targets(one_channel_last.run(graph)).count(aten.as_strided.default) == 1
+    torch.testing.assert_close(Inductor().compile(graph)([x, w])[0], fn(x, w), rtol=1e-12, atol=1e-12)
 
 
 def test_all_rewrites_are_idle_where_nothing_is_to_be_done() -> None:

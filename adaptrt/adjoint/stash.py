@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -21,6 +21,7 @@ from adaptrt.adjoint.steps import (
     reported,
     wrt_step,
 )
+from adaptrt.errors import NotDifferentiable
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -35,27 +36,31 @@ class Stash(Adjoint):
     def adapt(self, programs: Programs, problem: Problem, task: Task, keep: bool) -> Adaptation:
         if keep:
             step, _ = programs.stashed("step", problem.step, STEP, wrt_step(problem))
-        else:
-            plain = programs.program("step", problem.step, STEP)
+            try:
+                return self._run(problem, task, step)
+            except NotDifferentiable as error:
+                # There is nothing to leave behind. It is raised when the way back is asked for, which it may never be.
+                return self.adapt(programs, problem, task, keep=False)._replace(kept=error.with_traceback(None))
+        plain = programs.program("step", problem.step, STEP)
+        return self._run(problem, task, lambda *args: (plain(*args), None))
 
-            def step(*args: Any) -> Any:
-                return plain(*args), ()
-
+    def _run(self, problem: Problem, task: Task, step: Callable[..., Any]) -> Adaptation:
+        """All steps, and for the way back before each its carry and what it left; the first carry is an argument of the call."""
         carry = first_carry(problem, task)
         kept: list[Any] = []
         losses: list[Tensor] = []
         for index in range(num_updates(problem)):
-            before = carry
+            before = carry if index else None
             (carry, loss), stash = step(carry, task.fixed, batch_of_update(problem, task, index), task.noise[index])
             losses.append(loss)
-            if keep:
-                kept.append((before if index else None, stash))
+            if stash is not None:
+                kept.append((before, stash))
         return Adaptation(carry, reported(problem, losses), kept)
 
     def adapt_pullback(
         self, programs: Programs, problem: Problem, task: Task, kept: Any, carry: Sequence[Tensor], losses: Tensor
     ) -> Gradients:
-        return backwards(problem, task, self._pull(programs, problem, task, list(kept)), carry, losses)
+        return backwards(problem, task, self._pull(programs, problem, task, kept), carry, losses)
 
     def meta_loss(self, programs: Programs, problem: Problem, task: Task, query: Query) -> Tensor:
         return query_loss(programs, problem, task, query, self.adapt(programs, problem, task, keep=False).carry)
@@ -67,12 +72,13 @@ class Stash(Adjoint):
         pull = self._pull(programs, problem, task, adapted.kept)
         return query_loss_and_gradients(programs, problem, task, query, cotangent, adapted, pull)
 
-    def _pull(self, programs: Programs, problem: Problem, task: Task, kept: list[Any]) -> Pull:
-        """Takes each step's stash off the list, so that its memory is free for the next."""
+    def _pull(self, programs: Programs, problem: Problem, task: Task, kept: Any) -> Pull:
+        if isinstance(kept, NotDifferentiable):
+            raise kept
         _, pullback = programs.stashed("step", problem.step, STEP, wrt_step(problem))
 
         def pull(index: int, cotangents: Sequence[Tensor]) -> Any:
-            carry, stash = kept.pop()
+            carry, stash = kept[index]
             carry = first_carry(problem, task) if carry is None else carry
             return pullback(carry, task.fixed, batch_of_update(problem, task, index), task.noise[index], stash, cotangents)
 

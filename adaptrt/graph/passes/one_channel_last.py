@@ -7,12 +7,14 @@ channels-first, all later ones channels-last, and what is between them transpose
 from __future__ import annotations
 
 import dataclasses
+import operator
 
 import torch
 from torch import fx
 
 from adaptrt.graph.ir import Graph
 from adaptrt.graph.passes.base import Pass, copy_module
+from adaptrt.graph.passes.operations import is_view
 
 aten = torch.ops.aten
 _IMAGE = {aten.convolution.default: 0, aten.convolution_backward.default: 1}
@@ -29,6 +31,8 @@ def _run(graph: Graph) -> Graph:
         value = image.meta["val"]
         if value.dim() != 4 or value.shape[1] != 1 or not value.is_contiguous() or value.device.type != "cpu":
             continue
+        if is_view(image.target) or image.target is operator.getitem:
+            continue  # Inductor takes the offset in memory that as_strided is not given for 0, also where it is not
         if image not in renewed:
             strides = [value.stride(0), 1, value.stride(2), value.stride(3)]
             with module.graph.inserting_after(image):
