@@ -6,6 +6,7 @@ compiled for one set of shapes each. Python numbers in the model's attributes ar
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -20,7 +21,7 @@ from adaptrt.autograd import Call
 from adaptrt.backend import Backend, Eager, Inductor, Tiered
 from adaptrt.backend.guards import alike
 from adaptrt.backend.inductor import warn_if_missing
-from adaptrt.backend.tiered import TieredRunner
+from adaptrt.backend.tiered import TieredRunner, call_ended
 from adaptrt.errors import InvalidArgument, InvalidType, NonFiniteInput, OptimizerMismatch
 from adaptrt.explain import Explanation, explain
 from adaptrt.graph.indices import IndexBound
@@ -191,6 +192,15 @@ class _RecentPrediction(NamedTuple):
     step: Step
 
 
+class _TieredCall:
+    def close(self) -> None:
+        call_ended()
+
+
+_CALL = _TieredCall()
+_NO_CALL = contextlib.nullcontext()
+
+
 def _is_pair(batch: Any) -> bool:
     return type(batch) is tuple and len(batch) == 2 and isinstance(batch[0], Tensor) and isinstance(batch[1], Tensor)
 
@@ -240,7 +250,8 @@ class CompiledUnroll:
           InvalidBatch, LabelOutOfRange, NonFiniteInput, DeviceMismatch, ShapeChanged, InvalidLoss, NothingToAdapt,
           DataDependentControlFlow, NotDifferentiable: see `adaptrt.errors`.
         """
-        return self._adapt(support, start, generator, warm=False)
+        with self._call():
+            return self._adapt(support, start, generator, warm=False)
 
     def __call__(self, support: Any, query: Any, *, start: Adapted | None = None, generator: torch.Generator | None = None) -> Tensor:
         """The meta-loss: the loss of the adapted model on the query batch, a scalar; the mean over tasks with `vmap()`.
@@ -253,7 +264,8 @@ class CompiledUnroll:
         Raises:
           As `adapt`.
         """
-        return self._meta_loss(support, query, start, generator, warm=False)
+        with self._call():
+            return self._meta_loss(support, query, start, generator, warm=False)
 
     def vmap(self) -> CompiledUnroll:
         """The same unroll over tasks: a leading task axis on support, query and results; the meta-loss is the mean over tasks.
@@ -278,6 +290,7 @@ class CompiledUnroll:
                 self._predict(adapted, kwargs or args, generator, warm=True)
         if query is not None:
             self._meta_loss(support, query, None, generator, warm=True)
+        call_ended()
         for program in (program for programs in self._planner.program_sets() for _, program in programs.named()):
             if isinstance(program.run, TieredRunner):
                 program.run.wait()
@@ -297,11 +310,16 @@ class CompiledUnroll:
 
     def predict(self, adapted: Adapted, inputs: Tree, generator: torch.Generator | None = None) -> Any:
         """What `adapted(inputs)` returns."""
-        return self._predict(adapted, inputs, generator, warm=False)
+        with self._call():
+            return self._predict(adapted, inputs, generator, warm=False)
 
     def state_dict(self, adapted: Adapted) -> dict[str, Tensor]:
         """What `adapted.state_dict()` returns."""
         return self._reader.state_dict({**adapted.fixed.params, **adapted.params, **adapted.buffers})
+
+    def _call(self) -> contextlib.AbstractContextManager[object]:
+        """What surrounds a call: a background compiler waits for it if it captures."""
+        return contextlib.closing(_CALL) if isinstance(self._settings.backend, Tiered) else _NO_CALL
 
     def _adapt(self, support: Any, start: Adapted | None, generator: torch.Generator | None, warm: bool) -> Adapted:
         ready = self._prepare(support, None, start, warm)

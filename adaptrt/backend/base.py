@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import abc
-import contextlib
-import math
 import threading
-import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
@@ -18,28 +15,7 @@ Runner = Callable[[list[Tensor]], Sequence[Tensor]]
 threads."""
 
 
-class CompilationLock:
-    """A reentrant lock that knows when it was last released."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()
-        self.last_released_s = -math.inf
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *exc_info: object) -> None:
-        self.last_released_s = time.monotonic()
-        self._lock.release()
-
-    @contextlib.contextmanager
-    def quietly(self) -> Generator[None]:
-        """Holds the lock without this counting as a release."""
-        with self._lock:
-            yield
-
-
-COMPILING = CompilationLock()
+COMPILING = threading.RLock()
 """Held while anything is captured or compiled: PyTorch's tracing state belongs to the process."""
 
 

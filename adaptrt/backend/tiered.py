@@ -1,8 +1,8 @@
 """Answers at once and gets faster: operation by operation until the compiled program is there.
 
-One thread compiles in the background, program after program, and takes the lock that captures take. It begins when nobody has captured for
-a moment, so that a first call, which captures several programs, is seldom held up; a call that needs a new program while one is being
-compiled waits for that one.
+One thread compiles in the background, program after program, and takes the lock that captures take. It begins when no call that has
+captured a program is under way, since such a call may capture more; a later call that needs a new program while one is being compiled
+waits for that one.
 
 Known limits: both tiers of a program return memory of the same layout, so what `Stash` keeps has that of eager kernels.
 """
@@ -24,8 +24,16 @@ from adaptrt.backend.inductor import Inductor
 from adaptrt.errors import CompilerUnavailable
 from adaptrt.graph.ir import Graph
 
-QUIET_S = 0.3
-"""Without a capture, before compiling begins."""
+QUIET_S = 3.0
+"""Without a capture after which a call is taken to be over if nobody said so: backward passes capture too."""
+
+_capturing: dict[int, float] = {}
+"""When each thread captured last, of those whose call is under way."""
+
+
+def call_ended() -> None:
+    """Says that this thread's call captures no more."""
+    _capturing.pop(threading.get_ident(), None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -44,6 +52,7 @@ class Tiered(Backend):
         runner = TieredRunner(Eager().compile(graph))
         outputs = tuple(dataclasses.replace(output, kept=False) for output in graph.signature.outputs)
         signature = dataclasses.replace(graph.signature, outputs=outputs)
+        _capturing[threading.get_ident()] = time.monotonic()
         _compile_later(runner, self.compiler, dataclasses.replace(graph, signature=signature))
         return runner
 
@@ -91,11 +100,11 @@ def _compile_later(runner: TieredRunner, compiler: Backend, graph: Graph) -> Non
 def _work() -> None:
     while True:
         runner, compiler, graph = _jobs.get()
-        while time.monotonic() - COMPILING.last_released_s < QUIET_S:
-            time.sleep(QUIET_S / 4)
+        while any(time.monotonic() - captured_s < QUIET_S for captured_s in list(_capturing.values())):
+            time.sleep(0.01)
         compiled: Runner | None = None
         try:
-            with COMPILING.quietly():
+            with COMPILING:
                 compiled = compiler.compile(graph)
         except Exception as error:
             warnings.warn(
