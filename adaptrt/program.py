@@ -175,7 +175,7 @@ class ProgramSet:
 
     def pullback(self, name: str, fn: Callable[..., Any], arguments: Sequence[str], wrt: Wrt, value: bool = False) -> Callable[..., Any]:
         kinds = (*arguments, "weights" if value else "cotangent")
-        return self._lazy((name, wrt), pull_back(fn, wrt, value), kinds, functools.partial(self._summed, arguments))
+        return self._lazy((name, wrt), pull_back(fn, wrt, value), kinds, functools.partial(self._summed, arguments, value))
 
     def stashed(
         self, name: str, fn: Callable[..., Any], arguments: Sequence[str], wrt: Wrt
@@ -220,13 +220,13 @@ class ProgramSet:
         plain = self._capture(fn, arguments, args, _sum_nothing)
         outputs = [entry.spec for entry in plain.signature.outputs]
         cotangents = [spec for spec, flag in zip(outputs, wrt.result, strict=True) if flag]
-        summed = functools.partial(self._summed, arguments)
+        summed = functools.partial(self._summed, arguments, True)
         joint = self._capture(pull_back(fn, wrt, True), (*arguments, "cotangent"), (*args, cotangents), summed)
         return partition(self._backend.lower(joint), len(outputs))
 
-    def _summed(self, arguments: Sequence[str], graph: Graph) -> list[bool]:
-        """Which results of a graph whose last are gradients are summed over tasks: gradients of what tasks share."""
-        gradients = graph.result.children[1] if len(graph.result.children) == 2 else graph.result
+    def _summed(self, arguments: Sequence[str], value: bool, graph: Graph) -> list[bool]:
+        """Which results of a pullback's graph are summed over tasks: gradients of what tasks share. `value` as for `pullback`."""
+        gradients = graph.result.children[1] if value else graph.result
         flags = [
             not self._has_task_axis(kind)
             for kind, child in zip(arguments, gradients.children, strict=True)
