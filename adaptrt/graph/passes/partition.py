@@ -102,14 +102,7 @@ def _tuple(children: list[Structure]) -> Structure:
 
 def _minimum_cut(nodes: list[fx.Node], given: list[fx.Node], cotangents: list[fx.Node], gradients: list[fx.Node]) -> list[fx.Node]:
     """The values to keep, in their order."""
-    # Needed for the gradients, on either side.
-    needed: set[fx.Node] = set()
-    pending = list(gradients)
-    while pending:
-        node = pending.pop()
-        if node not in needed:
-            needed.add(node)
-            pending += node.all_input_nodes
+    needed = _leading_to(gradients, set())  # on either side
     later = set(cotangents)
     for node in nodes:
         if not later.isdisjoint(node.all_input_nodes):
@@ -142,6 +135,18 @@ def is_cheap(node: fx.Node) -> bool:
     return target is operator.getitem or target in _CHEAP or is_view(target) or torch.Tag.pointwise in getattr(target, "tags", ())
 
 
+def _leading_to(outputs: list[fx.Node], given: set[fx.Node]) -> set[fx.Node]:
+    """What has to be evaluated for `outputs` where `given` is at hand."""
+    needed: set[fx.Node] = set()
+    pending = list(outputs)
+    while pending:
+        node = pending.pop()
+        if node not in needed and node not in given:
+            needed.add(node)
+            pending += node.all_input_nodes
+    return needed
+
+
 def _extract(joint: Graph, inputs: list[fx.Node], outputs: list[fx.Node]) -> fx.GraphModule:
     """The operations that lead from `inputs` to `outputs`."""
     graph = fx.Graph()
@@ -149,13 +154,7 @@ def _extract(joint: Graph, inputs: list[fx.Node], outputs: list[fx.Node]) -> fx.
     for number, node in enumerate(inputs):
         copies[node] = graph.placeholder(f"arg{number}")
         copies[node].meta = dict(node.meta)
-    needed: set[fx.Node] = set()
-    pending = [node for node in outputs if node not in copies]
-    while pending:
-        node = pending.pop()
-        if node not in needed:
-            needed.add(node)
-            pending += [argument for argument in node.all_input_nodes if argument not in copies]
+    needed = _leading_to(outputs, set(inputs))
     for node in joint.module.graph.nodes:
         if node in needed:
             assert node.op == "call_function", f"{node.name} is at hand neither as an input nor kept"
