@@ -3,7 +3,7 @@
 from adaptrt import errors, optim
 from adaptrt.adapted import Adapted
 from adaptrt.adjoint import Adjoint, FirstOrder, Replay, Stash, Unrolled
-from adaptrt.backend import Backend, Eager, Inductor
+from adaptrt.backend import Backend, CudaGraph, Eager, Inductor
 from adaptrt.runtime import CompiledUnroll, compile_unroll
 from adaptrt.trace import trace
 
@@ -14,6 +14,7 @@ __all__ = [
     "Adjoint",
     "Backend",
     "CompiledUnroll",
+    "CudaGraph",
     "Eager",
     "FirstOrder",
     "Inductor",

@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.autograd import Function
 
 from adaptrt import tree
-from adaptrt.adjoint.base import Problem, Query, Task, Wrt
+from adaptrt.adjoint.base import Adaptation, Gradients, Problem, Query, Task, Wrt
 from adaptrt.backend.engine import graph_is_kept
-from adaptrt.errors import NotDifferentiable
+from adaptrt.errors import NonFiniteInput, NotDifferentiable
 from adaptrt.plan import PredictionPlan, QueryPlan, SupportPlan
 from adaptrt.step import Carry, Fixed, Step
 from adaptrt.tree import Tree
@@ -45,7 +45,7 @@ class Call(NamedTuple):
 def adapt(call: Call) -> tuple[Carry, Tensor]:
     """The carry after k steps and the losses, differentiable if the call has anything to differentiate."""
     if not call.inputs:
-        carry, losses, _ = call.plan.adjoint.adapt(call.plan.programs, call.problem, call.task, keep=False)
+        carry, losses, _ = _adapt(call, keep=False)
         return carry, losses
     *leaves, losses = _Adapt.apply(call, *call.inputs)  # type: ignore[misc]
     return tree.unflatten(tree.flatten(call.task.start)[1], leaves), losses
@@ -53,10 +53,93 @@ def adapt(call: Call) -> tuple[Carry, Tensor]:
 
 def meta_loss(call: Call) -> Tensor:
     """The query loss, averaged over tasks, differentiable if the call has anything to differentiate."""
-    assert call.query is not None and call.query_plan is not None
     if not call.inputs:
-        return call.plan.adjoint.meta_loss(call.query_plan.programs, call.problem, call.task, call.query).mean()
+        return _meta_loss(call).mean()
     return _MetaLoss.apply(call, *call.inputs)  # type: ignore[return-value]
+
+
+# --- one call of the adjoint, which may be one launch; then data is looked at in it
+
+
+def _adapt(call: Call, keep: bool) -> Adaptation:
+    plan, problem = call.plan, call.problem
+    if not plan.programs.launches_calls:
+        return plan.adjoint.adapt(plan.programs, problem, call.task, keep)
+
+    def run(task: Task) -> tuple[Adaptation, Tensor | None]:
+        support, is_sound = plan.look_at(task.support)
+        return plan.adjoint.adapt(plan.programs, problem, task._replace(support=support), keep), is_sound
+
+    return _if_sound(*plan.programs.launch("adapt, kept" if keep else "adapt", problem.marks, run, call.task))
+
+
+def _adapt_pullback(call: Call, task: Task, kept: Any, carry: Sequence[Tensor], losses: Tensor) -> Gradients:
+    plan, problem = call.plan, call.problem
+
+    def run(task: Task, kept: Any, carry: Sequence[Tensor], losses: Tensor) -> Gradients:
+        return plan.adjoint.adapt_pullback(plan.programs, problem, task, kept, carry, losses)
+
+    return plan.programs.launch("adapt pullback", problem.marks, run, task, kept, carry, losses)
+
+
+def _meta_loss(call: Call) -> Tensor:
+    plan, query_plan, problem = call.plan, call.query_plan, call.problem
+    assert call.query is not None and query_plan is not None
+    if not query_plan.programs.launches_calls:
+        return plan.adjoint.meta_loss(query_plan.programs, problem, call.task, call.query)
+
+    def run(task: Task, query: Query) -> tuple[Tensor, Any]:
+        task, query, are_sound = _looked_at(plan, query_plan, task, query)
+        return plan.adjoint.meta_loss(query_plan.programs, problem, task, query), are_sound
+
+    return _if_sound(*query_plan.programs.launch("meta-loss", problem.marks, run, call.task, call.query))
+
+
+def _meta_loss_and_gradients(call: Call) -> tuple[Tensor, Gradients]:
+    plan, query_plan, problem = call.plan, call.query_plan, call.problem
+    assert call.query is not None and query_plan is not None
+    if not query_plan.programs.launches_calls:
+        return plan.adjoint.meta_loss_and_gradients(query_plan.programs, problem, call.task, call.query, query_plan.weights)
+
+    def run(task: Task, query: Query) -> tuple[tuple[Tensor, Gradients], Any]:
+        task, query, are_sound = _looked_at(plan, query_plan, task, query)
+        return plan.adjoint.meta_loss_and_gradients(query_plan.programs, problem, task, query, query_plan.weights), are_sound
+
+    return _if_sound(*query_plan.programs.launch("meta-gradient", problem.marks, run, call.task, call.query))
+
+
+def _looked_at(plan: SupportPlan, query_plan: QueryPlan, task: Task, query: Query) -> tuple[Task, Query, Tensor | None]:
+    support, first = plan.look_at(task.support)
+    batch, second = query_plan.look_at(query.batch)
+    flags = [flag for flag in (first, second) if flag is not None]
+    return task._replace(support=support), query._replace(batch=batch), torch.stack(flags).all() if flags else None
+
+
+def _if_sound(result: Any, is_sound: Tensor | None) -> Any:
+    if is_sound is not None and not is_sound.item():
+        raise NonFiniteInput("the data holds NaN, infinity, or an index of what does not exist")
+    return result
+
+
+def _predict(plan: PredictionPlan, step: Step, args: Any) -> Tree:
+    if not plan.programs.launches_calls:
+        return plan.programs.program("predict", step.predict, _PREDICT)(*args)
+
+    def run(carry: Carry, fixed: Fixed, inputs: Tree, noise: tuple[Tensor, ...]) -> tuple[Tree, Tensor | None]:
+        inputs, is_sound = plan.look_at(inputs)
+        return plan.programs.program("predict", step.predict, _PREDICT)(carry, fixed, inputs, noise), is_sound
+
+    return _if_sound(*plan.programs.launch("predict", None, run, *args))
+
+
+def _predict_pullback(plan: PredictionPlan, step: Step, wrt: Wrt, args: Any, cotangents: Sequence[Tensor]) -> Any:
+    def run(*args: Tree) -> Tree:
+        return plan.programs.pullback("predict pullback", step.predict, _PREDICT, wrt)(*args)
+
+    return plan.programs.launch("predict pullback", wrt, run, *args, cotangents)
+
+
+# --- calls as nodes
 
 
 def predict(
@@ -65,10 +148,10 @@ def predict(
     """The model's output, differentiable if asked for and anything requires grad."""
     args = (carry, fixed, inputs, noise)
     if not differentiable:
-        return plan.programs.program("predict", step.predict, _PREDICT)(*args)
+        return _predict(plan, step, args)
     flags = tuple(tuple(leaf.requires_grad for leaf in tree.leaves(arg)) for arg in args)
     if not any(map(any, flags)):
-        return plan.programs.program("predict", step.predict, _PREDICT)(*args)
+        return _predict(plan, step, args)
     result: list[Any] = []
     wanted = [leaf for arg, marks in zip(args, flags, strict=True) for leaf, mark in zip(tree.leaves(arg), marks, strict=True) if mark]
     leaves = _Predict.apply(plan, step, args, flags, result, *wanted)
@@ -107,7 +190,7 @@ def _final(gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> Sequence[Te
 class _Adapt(Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *inputs: Tensor) -> tuple[Tensor, ...]:
-        carry, losses, ctx.kept = call.plan.adjoint.adapt(call.plan.programs, call.problem, call.task, keep=True)
+        carry, losses, ctx.kept = _adapt(call, keep=True)
         ctx.call, ctx.inputs = call._replace(task=None, inputs=()), inputs
         values, ctx.structure = tree.flatten(call.task)
         # Saved rather than kept: PyTorch then notices if one is changed in place before the way back.
@@ -122,16 +205,14 @@ class _Adapt(Function):
         task = tree.unflatten(ctx.structure, ctx.saved_tensors)
         with torch.no_grad():
             carry = [value for value, flows in zip(cotangents, call.problem.carry, strict=False) if flows]
-            found = call.plan.adjoint.adapt_pullback(call.plan.programs, call.problem, task, ctx.kept, carry, cotangents[-1])
+            found = _adapt_pullback(call, task, ctx.kept, carry, cotangents[-1])
         return None, *_final((*found.start, *found.fixed, *found.support), ctx.inputs)
 
 
 class _MetaLoss(Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *inputs: Tensor) -> Tensor:
-        assert call.query is not None and call.query_plan is not None
-        weights = call.query_plan.weights
-        losses, found = call.plan.adjoint.meta_loss_and_gradients(call.query_plan.programs, call.problem, call.task, call.query, weights)
+        losses, found = _meta_loss_and_gradients(call)
         ctx.found, ctx.inputs = (*found.start, *found.fixed, *found.support, *found.query), inputs
         return losses.mean() if losses.dim() else losses
 
@@ -154,7 +235,7 @@ class _Predict(Function):
     def forward(
         ctx: Any, plan: PredictionPlan, step: Step, args: Any, flags: Any, result: list[Any], *inputs: Tensor
     ) -> tuple[Tensor, ...]:
-        output = plan.programs.program("predict", step.predict, _PREDICT)(*args)
+        output = _predict(plan, step, args)
         leaves, structure = tree.flatten(output)
         result.append(structure)
         floating = tuple(leaf.is_floating_point() for leaf in leaves)
@@ -169,6 +250,5 @@ class _Predict(Function):
         args = tree.unflatten(ctx.structure, ctx.saved_tensors)
         with torch.no_grad():
             wanted = [value for value, flag in zip(cotangents, ctx.wrt.result, strict=True) if flag]
-            pullback = ctx.plan.programs.pullback("predict pullback", ctx.step.predict, _PREDICT, ctx.wrt)
-            found = pullback(*args, wanted)
+            found = _predict_pullback(ctx.plan, ctx.step, ctx.wrt, args, wanted)
         return None, None, None, None, None, *_final([value for group in found for value in group], ctx.inputs)

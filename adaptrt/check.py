@@ -183,6 +183,25 @@ def finite(name: str, batch: Batch) -> None:
                 )
 
 
+def sound(batch: Batch, bounds: Sequence[IndexBound], are_finite: bool) -> tuple[Batch, Tensor | None]:
+    """What `indices` and `finite` look at, found out without waiting for the device.
+
+    Returns:
+      The batch with 0 in the place of indices that do not exist, which a GPU's kernels must not be given; and whether it has none of these,
+      and with `are_finite` no NaN and no infinity, as a bool tensor (0-dim). None if there is nothing to look at.
+    """
+    values, structure = tree.flatten(batch)
+    found: list[Tensor] = [torch.isfinite(value).all() for value in values if value.is_floating_point()] if are_finite else []
+    for bound in bounds:
+        value = values[bound.position]
+        exists = (value >= 0) & (value < bound.size)
+        if bound.ignore_index is not None:
+            exists |= value == bound.ignore_index
+        values[bound.position] = torch.where(exists, value, 0)
+        found.append(exists.all())
+    return tree.unflatten(structure, values), torch.stack(found).all() if found else None
+
+
 def indices(name: str, batch: Batch, bounds: Sequence[IndexBound]) -> None:
     """Every class label, and every row of a table that is asked for, exists.
 

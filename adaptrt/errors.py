@@ -75,9 +75,21 @@ class NotDifferentiable(AdaptrtError, RuntimeError):
     """An operation has no derivative of its gradient; the message names it and the module that called it."""
 
 
+class CannotRecord(AdaptrtError, RuntimeError):
+    """A call cannot be recorded or launched here: within somebody else's capture, or in a forked process."""
+
+
+class OutOfDeviceMemory(AdaptrtError, MemoryError):
+    """A device has too little memory to record a call; the message says how much it takes."""
+
+
 class InvalidGraph(AdaptrtError, RuntimeError):
     """A graph breaks an invariant that `adaptrt.graph.verify` holds; a defect of a pass, not of the user's code."""
 
 
 class CompilerUnavailable(UserWarning):
     """No C++ compiler was found: programs run on the eager backend."""
+
+
+class RecordingFailed(UserWarning):
+    """A call cannot be recorded as one launch: its programs are launched one by one."""

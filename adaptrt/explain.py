@@ -9,7 +9,7 @@ from adaptrt.backend.tiered import TieredRunner
 from adaptrt.graph.cost import num_bytes, num_flops
 from adaptrt.graph.ir import PassRecord
 from adaptrt.plan import PredictionPlan, SupportPlan
-from adaptrt.program import Program
+from adaptrt.program import Program, ProgramSet
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -54,12 +54,14 @@ class Explanation:
       backend: its name.
       adjoints: for each shape of support data, in words: shapes, adjoint and why it was chosen.
       programs: all programs compiled so far.
+      calls: where calls are recorded, for each recorded so far: shapes, name, and whether it is one launch.
     """
 
     num_steps: int
     backend: str
     adjoints: tuple[tuple[str, str, str], ...]
     programs: tuple[ProgramReport, ...]
+    calls: tuple[tuple[str, str, bool], ...] = ()
 
     def __str__(self) -> str:
         lines = [f"unroll of {self.num_steps} steps on backend {self.backend}"]
@@ -70,6 +72,8 @@ class Explanation:
             lines.append(f"  data {group}")
             lines += [f"    adjoint {adjoint}: {reason}" for shape, adjoint, reason in self.adjoints if shape == group]
             lines += [str(program) for program in self.programs if program.shapes == group]
+            calls = [(name, "one launch" if whole else "could not be recorded") for shapes, name, whole in self.calls if shapes == group]
+            lines += [f"    a call of {name}: {how}" for name, how in calls]
         return "\n".join(lines)
 
 
@@ -77,16 +81,21 @@ def explain(num_steps: int, backend: str, plans: Sequence[SupportPlan], predicti
     """The report on everything planned and compiled so far."""
     adjoints: list[tuple[str, str, str]] = []
     programs: list[ProgramReport] = []
+    calls: list[tuple[str, str, bool]] = []
+
+    def look_at(shapes: str, found: ProgramSet) -> None:
+        programs.extend(_report(name, shapes, program) for name, program in found.named())
+        calls.extend((shapes, recording.name, recording.is_one_launch) for recording in found.recordings())
+
     for plan in plans:
         support = ", ".join(plan.shapes)
         adjoints.append((support, repr(plan.adjoint), plan.reason))
-        programs += [_report(name, support, program) for name, program in plan.programs.named()]
+        look_at(support, plan.programs)
         for query in plan.queries.entries():
-            shapes = f"{support}; query {', '.join(query.shapes)}"
-            programs += [_report(name, shapes, program) for name, program in query.programs.named()]
+            look_at(f"{support}; query {', '.join(query.shapes)}", query.programs)
     for prediction in predictions:
-        programs += [_report(name, f"inputs {', '.join(prediction.shapes)}", program) for name, program in prediction.programs.named()]
-    return Explanation(num_steps, backend, tuple(adjoints), tuple(programs))
+        look_at(f"inputs {', '.join(prediction.shapes)}", prediction.programs)
+    return Explanation(num_steps, backend, tuple(adjoints), tuple(programs), tuple(calls))
 
 
 def _report(name: str, shapes: str, program: Program) -> ProgramReport:

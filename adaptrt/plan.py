@@ -11,7 +11,7 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from adaptrt import diagnose, tree
+from adaptrt import check, diagnose, tree
 from adaptrt.adjoint.auto import choose
 from adaptrt.adjoint.base import Adjoint, Problem
 from adaptrt.backend.base import COMPILING
@@ -72,6 +72,10 @@ class SupportPlan:
         """Whether the programs themselves refuse NaN and infinity in the data."""
         return self.adjoint.sees_all_data and self.programs.checks_data
 
+    def look_at(self, support: Batch) -> tuple[Batch, Tensor | None]:
+        """As `check.sound`."""
+        return check.sound(support, self.probe.bounds, self.programs.checks_data)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class QueryPlan:
@@ -82,6 +86,10 @@ class QueryPlan:
     shapes: tuple[str, ...]
     weights: Tensor
 
+    def look_at(self, query: Batch) -> tuple[Batch, Tensor | None]:
+        """As `check.sound`."""
+        return check.sound(query, self.probe.bounds, self.programs.checks_data)
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PredictionPlan:
@@ -91,6 +99,11 @@ class PredictionPlan:
     noise: tuple[Noise, ...]
     programs: ProgramSet
     shapes: tuple[str, ...]
+
+    def look_at(self, inputs: Tree) -> tuple[Tree, Tensor | None]:
+        """As `check.sound`."""
+        batch, is_sound = check.sound(Batch(inputs, None), self.bounds, self.programs.checks_data)
+        return batch.inputs, is_sound
 
 
 Entry = TypeVar("Entry")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 
+import torch
 from torch import Tensor, nn
 
 from adaptrt import tree
@@ -30,6 +31,7 @@ class Planner:
       cache_size: how many support shapes, query shapes for each, and prediction shapes to keep.
       must_be_warm: whether only `warm=True` may make a plan.
       check_finite: whether NaN and infinity in data are refused; where a program can look at little cost, it does.
+      device: of the model.
     """
 
     def __init__(
@@ -43,6 +45,7 @@ class Planner:
         cache_size: int,
         must_be_warm: bool,
         check_finite: bool,
+        device: torch.device,
     ) -> None:
         self._reader = reader
         self._modules = modules
@@ -52,6 +55,7 @@ class Planner:
         self._per_step = per_step
         self._cache_size = cache_size
         self._must_be_warm = must_be_warm
+        self._launcher = backend.launcher(device)
         self._checks_data = check_finite and backend.fuses
         self.supports: Cache[SupportPlan] = Cache(cache_size)
         self.predictions: Cache[PredictionPlan] = Cache(cache_size)
@@ -117,6 +121,11 @@ class Planner:
 
         return self.predictions.get_or_make((self._reader.mode(), _key((inputs, carry, fixed)), num_tasks), make)
 
+    @property
+    def launches_calls(self) -> bool:
+        """Whether each call is one launch."""
+        return self._launcher is not None
+
     def program_sets(self) -> list[ProgramSet]:
         """All sets of programs, those of the shapes used last at the end."""
         plans = self.supports.entries()
@@ -133,6 +142,7 @@ class Planner:
                 step.detach_gradient,
                 explain_failure,
                 self._checks_data,
+                self._launcher,
                 parent,
             )
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from adaptrt.adjoint.base import Wrt, pull_back
 from adaptrt.backend import Backend
 from adaptrt.backend.base import COMPILING, Runner
 from adaptrt.backend.guards import Known
+from adaptrt.backend.launch import Constant, Launcher, Recording
 from adaptrt.errors import NonFiniteInput, NotDifferentiable, NotTraceable, ShapeChanged, UnsupportedParameter
 from adaptrt.graph.capture import capture
 from adaptrt.graph.ir import Graph, Role, autocast_off
@@ -25,8 +26,6 @@ from adaptrt.graph.passes.check_finite import check_finite
 from adaptrt.graph.passes.partition import partition
 from adaptrt.step import Carry, Fixed
 from adaptrt.tree import Spec, Tree
-
-Constant = Callable[[], Tensor]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -143,7 +142,8 @@ class ProgramSet:
       start_has_task_axis: whether the first carry has it.
       fused_attention: whether attention may keep kernels without second derivative.
       explain_failure: runs a capture, and puts what goes wrong into the user's terms.
-      checks_data: whether programs that see all data of a call refuse NaN and infinity in it.
+      checks_data: whether launches, or programs that see all data of a call, refuse NaN and infinity in it.
+      launcher: makes a call one launch, None to run its programs one by one.
       parent: holds the programs that see no query data, for sets that differ in the query's shape only.
     """
 
@@ -156,9 +156,12 @@ class ProgramSet:
         fused_attention: bool,
         explain_failure: Callable[[Callable[[], Graph]], Graph],
         checks_data: bool,
+        launcher: Launcher | None = None,
         parent: ProgramSet | None = None,
     ) -> None:
         self.checks_data = checks_data
+        self._launcher = launcher
+        self._recordings: dict[Hashable, Recording] = {}
         self._backend = backend
         self._modules = modules
         self._num_tasks = num_tasks
@@ -215,6 +218,41 @@ class ProgramSet:
 
         return self._programs.get(forward, run_forward), self._programs.get(backward, run_backward)
 
+    @property
+    def launches_calls(self) -> bool:
+        """Whether `launch` makes a call one launch."""
+        return self._launcher is not None
+
+    def launch(self, name: str, key: Hashable, fn: Callable[..., Tree], *args: Tree) -> Tree:
+        """`fn(*args)`, where `fn` runs programs of this set: as one launch where there is a launcher.
+
+        Args:
+          name: what it is, for messages and reports.
+          key: all that `fn` depends on besides its arguments.
+        Raises:
+          CannotRecord, OutOfDeviceMemory: see `adaptrt.errors`; and what `fn` raises.
+        """
+        launcher = self._launcher
+        if launcher is None:
+            return fn(*args)
+        launcher.refuse()
+        key = name, key, launcher.settings()
+        recording = self._recordings.get(key)
+        if recording is None or not recording.is_current:
+            with COMPILING:
+                recording = self._recordings.get(key)
+                if recording is None or not recording.is_current:
+                    recording = self._recordings[key] = launcher.record(name, fn, args, self._constants)
+        return recording(*args)
+
+    def recordings(self) -> list[Recording]:
+        """The calls recorded so far."""
+        return list(self._recordings.values())
+
+    def _constants(self) -> list[Constant]:
+        own = [read for program in list(self._programs.values()) for read in program.constants]
+        return own if self._parent is None else [*own, *self._parent._constants()]
+
     def _halves(self, fn: Callable[..., Any], arguments: Sequence[str], args: Sequence[Tree], wrt: Wrt) -> tuple[Graph, Graph]:
         """The graphs before and after the stash."""
         plain = self._capture(fn, arguments, args, _sum_nothing)
@@ -264,7 +302,7 @@ class ProgramSet:
         began = time.perf_counter()
         graph = self._capture(fn, arguments, args, summed)
         checked: list[int] = []
-        if self.checks_data and "support" in arguments and arguments[-1] != "cotangent":
+        if self.checks_data and self._launcher is None and "support" in arguments and arguments[-1] != "cotangent":
             kinds = [kind for kind, arg in zip(arguments, args, strict=True) for _ in tree.leaves(arg)]
             specs = [entry.spec for entry in graph.signature.inputs]
             checked = [i for i, kind in enumerate(kinds) if kind in ("support", "query") and specs[i].dtype.is_floating_point]

@@ -89,8 +89,8 @@ class Reader:
         }
 
     def mode(self) -> Hashable:
-        """Train or eval mode of every module: constants of a program."""
-        return tuple([module.training for module in self._modules])
+        """Train or eval mode of every module, and whether algorithms have to be deterministic: constants of a program."""
+        return torch.are_deterministic_algorithms_enabled(), *[module.training for module in self._modules]
 
     def step(self, detach_gradient: bool) -> Step:
         """The inner step of the current structure."""

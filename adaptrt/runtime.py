@@ -18,7 +18,7 @@ from adaptrt.adapted import Adapted
 from adaptrt.adjoint import Adjoint
 from adaptrt.adjoint.base import Problem, Query, Task
 from adaptrt.autograd import Call
-from adaptrt.backend import Backend, Eager, Inductor, Tiered
+from adaptrt.backend import Backend, CudaGraph, Eager, Inductor, Tiered
 from adaptrt.backend.guards import alike
 from adaptrt.backend.inductor import warn_if_missing
 from adaptrt.backend.tiered import TieredRunner, call_ended
@@ -72,7 +72,8 @@ def compile_unroll(
         support and query losses if they require grad.
       adjoint: `Unrolled()`, `Replay(every=n)`, `Stash()`, `FirstOrder()`, or "auto" to choose by the size of the graph and of what it would
         keep.
-      backend: "inductor", "eager", a `Backend`, or "auto": inductor where a compiler is found, with a warning where none is.
+      backend: "cudagraph" (compiled programs, and every call one launch), "inductor", "eager", a `Backend`, or "auto": cudagraph on CUDA,
+        inductor elsewhere, and eager with a warning where no compiler is found.
       per_step: support has a leading axis of length k, one batch for each step.
       on_new_shape: what data of a shape not seen before does: "compile", or "error" to allow what `warmup` has seen only.
       cache_size: how many support shapes are kept, and query shapes for each; the least recently used is dropped.
@@ -130,13 +131,17 @@ def compile_unroll(
 
 def _backend(backend: Backend | str, device: torch.device, tiered: bool) -> Backend:
     if not isinstance(backend, Backend):
-        check.one_of("backend", backend, ("auto", "eager", "inductor"))
-        if backend == "auto" and warn_if_missing(device):
-            return Eager()
-        backend = Eager() if backend == "eager" else Inductor()
-    if tiered and isinstance(backend, Eager):
-        raise InvalidArgument("tiered=True needs a backend that compiles; leave it out, or leave out backend='eager'")
+        backend = _backend_named(backend, device, tiered)
+    if tiered and isinstance(backend, Eager | CudaGraph):
+        raise InvalidArgument(f"tiered=True needs backend='inductor', got backend={backend.name!r}; leave one of them out")
     return Tiered(backend) if tiered else backend
+
+
+def _backend_named(name: str, device: torch.device, tiered: bool) -> Backend:
+    check.one_of("backend", name, ("auto", "eager", "inductor", "cudagraph"))
+    if name == "eager" or (name == "auto" and warn_if_missing(device)):
+        return Eager()
+    return CudaGraph() if name == "cudagraph" or (name == "auto" and device.type == "cuda" and not tiered) else Inductor()
 
 
 _MAX_PROBLEMS = 64
@@ -224,6 +229,7 @@ class CompiledUnroll:
             settings.cache_size,
             settings.must_be_warm,
             settings.check_finite,
+            settings.device,
         )
 
     def __repr__(self) -> str:
@@ -330,7 +336,7 @@ class CompiledUnroll:
             try:
                 carry, losses = autograd.adapt(Call(plan, None, ready.problem, task, None, num_tasks, ready.inputs))
             except NonFiniteInput:
-                check.finite("support", ready.support)  # says where
+                self._look_at_values("support", ready.support, plan.probe.bounds)  # says where
                 raise
         return Adapted(self, carry, losses, begin.fixed, num_tasks)
 
@@ -346,8 +352,8 @@ class CompiledUnroll:
             try:
                 return autograd.meta_loss(Call(plan, query_plan, ready.problem, task, asked, num_tasks, ready.inputs))
             except NonFiniteInput:
-                check.finite("support", ready.support)
-                check.finite("query", ready.query)
+                self._look_at_values("support", ready.support, plan.probe.bounds)
+                self._look_at_values("query", ready.query, query_plan.probe.bounds)
                 raise
 
     def _predict(self, adapted: Adapted, inputs: Tree, generator: torch.Generator | None, warm: bool) -> Any:
@@ -357,7 +363,11 @@ class CompiledUnroll:
         self._check_values("input", Batch(inputs, None), plan.bounds)
         with restored_on_error(plan.noise, generator):
             noise = draw(plan.noise, generator, adapted.num_tasks)
-            return autograd.predict(plan, step, carry, fixed, inputs, noise, torch.is_grad_enabled())
+            try:
+                return autograd.predict(plan, step, carry, fixed, inputs, noise, torch.is_grad_enabled())
+            except NonFiniteInput:
+                self._look_at_values("input", Batch(inputs, None), plan.bounds)
+                raise
 
     def _prepare_prediction(self, adapted: Adapted, carry: Carry, fixed: Fixed, inputs: Tree, warm: bool) -> tuple[PredictionPlan, Step]:
         """Checks the inputs and finds the plan, or takes both over as `_prepare` does."""
@@ -443,6 +453,10 @@ class CompiledUnroll:
         return begin._replace(carry=start.carry, carry_leaves=tree.leaves(start.carry), has_tasks=start.num_tasks is not None)
 
     def _check_values(self, name: str, batch: Batch, bounds: Sequence[IndexBound], program_looks: bool = False) -> None:
+        if not self._planner.launches_calls:  # a launch looks itself
+            self._look_at_values(name, batch, bounds, program_looks)
+
+    def _look_at_values(self, name: str, batch: Batch, bounds: Sequence[IndexBound], program_looks: bool = False) -> None:
         check.indices(name, batch, bounds)
         if self._settings.check_finite and not program_looks:
             check.finite(name, batch)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -75,6 +75,11 @@ class Problem:
     task_axis: bool = False
     start_has_task_axis: bool = False
     updates_per_step: int = 1
+
+    @property
+    def marks(self) -> Hashable:
+        """All in which the problems of one plan differ."""
+        return self.start, self.fixed, self.support, self.query, self.start_has_task_axis
 
 
 class Task(NamedTuple):

@@ -6,8 +6,10 @@ import abc
 import threading
 from collections.abc import Callable, Sequence
 
+import torch
 from torch import Tensor
 
+from adaptrt.backend.launch import Launcher
 from adaptrt.graph.ir import Graph
 
 Runner = Callable[[list[Tensor]], Sequence[Tensor]]
@@ -29,6 +31,11 @@ class Backend(abc.ABC):
     def lower(self, graph: Graph) -> Graph:
         """The graph in the operations that `compile` would put in the place of its own, for what has to know which they are."""
         return graph
+
+    def launcher(self, device: torch.device) -> Launcher | None:
+        """What makes the calls of one unroll, whose model is on `device`, one launch each; None if programs are run one by one."""
+        del device
+        return None
 
     @abc.abstractmethod
     def compile(self, graph: Graph) -> Runner:

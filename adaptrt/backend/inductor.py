@@ -134,7 +134,7 @@ def warn_if_missing(device: torch.device) -> bool:
         warnings.warn(
             f"{reason}; programs run on the eager backend, correct but slower. Install one, or pass backend='eager'.",
             CompilerUnavailable,
-            stacklevel=4,
+            stacklevel=5,
         )
     return reason is not None
 

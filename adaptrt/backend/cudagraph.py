@@ -1,0 +1,132 @@
+"""A whole call as one CUDA graph: k steps, query loss and meta-gradient are one launch.
+
+Programs are compiled by another backend, and the calls of an unroll recorded over them (`launch.py`).
+
+What a recording has taken in besides its arguments is whether TF32 and deterministic algorithms are on (`settings`). A change of these
+makes a new recording.
+
+Known limits: a recording belongs to the process that made it, as everything of CUDA does. It copies its arguments and results once each.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Callable, Generator, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptrt.backend.base import Backend, Runner
+from adaptrt.backend.inductor import Inductor
+from adaptrt.backend.launch import Launcher, Recorder
+from adaptrt.errors import CannotRecord, InvalidArgument
+from adaptrt.graph.ir import Graph
+
+WARM_UPS = 2
+"""The first run compiles; kernels may still be tuned and libraries' workspaces made in a second."""
+
+
+class CudaRecorder(Recorder):
+    """CUDA graphs of one device, over one pool of memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        if device.type != "cuda":
+            raise InvalidArgument(
+                f"backend='cudagraph' needs a model on a CUDA device, this one is on {device}; use backend='inductor', or move the model"
+            )
+        self._device = device
+        self._process = os.getpid()
+        self._stream: torch.cuda.Stream | None = None
+        self._pool: Any = None
+        self._last: tuple[torch.cuda.Stream, torch.cuda.Event] | None = None
+
+    def refuse(self) -> None:
+        if os.getpid() != self._process:
+            raise CannotRecord(
+                "this unroll was made before the process was forked, and CUDA does not survive a fork; make model and unroll in the child "
+                "process, which has to be started with the method 'spawn' if CUDA was in use before"
+            )
+        if torch.cuda.is_current_stream_capturing():
+            raise CannotRecord(
+                "an unroll with backend='cudagraph' was called while a CUDA graph is being captured, and graphs cannot be nested; call it "
+                "outside, as it is one graph launch already"
+            )
+
+    def settings(self) -> Hashable:
+        cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+        return torch.are_deterministic_algorithms_enabled(), cuda.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
+
+    def warm_up(self, run: Callable[[], object]) -> int:
+        with torch.cuda.device(self._device):
+            if self._stream is None:
+                self._stream = torch.cuda.Stream()
+            current = torch.cuda.current_stream()
+            before = torch.cuda.memory_allocated()
+            self._stream.wait_stream(current)
+            with torch.cuda.stream(self._stream):
+                for _ in range(WARM_UPS):
+                    run()
+            current.wait_stream(self._stream)
+            # At most that: the peak may be an earlier one, and the statistic is the process's, so it is not reset.
+            return torch.cuda.max_memory_allocated() - before
+
+    def record(self, run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
+        with torch.cuda.device(self._device):
+            graph = torch.cuda.CUDAGraph()
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            try:
+                # Other threads may do on the device what they like meanwhile.
+                with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
+                    outputs = run()
+            except BaseException:
+                self._pool = None  # the next recording takes another, whatever state this one is in
+                raise
+        return outputs, graph.replay
+
+    @contextlib.contextmanager
+    def in_order(self, owned: Sequence[Tensor], streams: set[Hashable]) -> Generator[None]:
+        with torch.cuda.device(self._device):
+            stream = torch.cuda.current_stream()
+            if self._last is None:
+                self._last = stream, torch.cuda.Event()
+            last, event = self._last
+            if stream != last:
+                stream.wait_event(event)
+            if stream.cuda_stream not in streams:
+                streams.add(stream.cuda_stream)
+                for tensor in owned:  # the allocator must not give it away before this stream is done with it
+                    tensor.record_stream(stream)
+            try:
+                yield
+            finally:
+                event.record(stream)
+                self._last = stream, event
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class CudaGraph(Backend):
+    """Programs by `compiler`, and each call of an unroll one launch.
+
+    Attributes:
+      compiler: what programs are compiled by.
+      recorder: makes the recorder of an unroll for the device of its model.
+    """
+
+    compiler: Backend = dataclasses.field(default_factory=Inductor)
+    recorder: Callable[[torch.device], Recorder] = CudaRecorder
+
+    name = "cudagraph"
+    fuses = True
+
+    def lower(self, graph: Graph) -> Graph:
+        return self.compiler.lower(graph)
+
+    def compile(self, graph: Graph) -> Runner:
+        return self.compiler.compile(graph)
+
+    def launcher(self, device: torch.device) -> Launcher | None:
+        return Launcher(self.recorder(device))

@@ -1,0 +1,216 @@
+"""A call recorded once and launched again as a whole: everything about that but the device.
+
+A call runs several programs and small operations between them. Recorded, all of it is one launch over memory that belongs to the recording:
+arguments are copied in, results are copied out, so that no later call changes what an earlier one returned. A `Recorder` says what a device
+does for it; `cudagraph.py` has the one for CUDA, tests have one for the CPU.
+
+Recordings of one `Launcher` share a pool of memory for what they compute on the way. So no two of them run at the same time: a lock keeps
+threads apart, and the recorder keeps streams apart.
+"""
+
+from __future__ import annotations
+
+import abc
+import contextlib
+import threading
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptrt import tree
+from adaptrt.backend.guards import Known
+from adaptrt.errors import AdaptrtError, OutOfDeviceMemory, RecordingFailed, ShapeChanged
+from adaptrt.tree import Spec, Tree
+
+Constant = Callable[[], Tensor]
+
+
+class Recorder(abc.ABC):
+    """What a device does for recordings. One belongs to one `Launcher`, and with it to one unroll."""
+
+    @abc.abstractmethod
+    def refuse(self) -> None:
+        """Raises if nothing can be recorded or launched here and now.
+
+        Raises:
+          CannotRecord: says why, and what to do.
+        """
+
+    @abc.abstractmethod
+    def settings(self) -> Hashable:
+        """Global settings of PyTorch that a recording has taken in; under others there has to be another one."""
+
+    @abc.abstractmethod
+    def warm_up(self, run: Callable[[], object]) -> int:
+        """Runs it as often as it takes until nothing is done for the first time; returns about how many bytes it needs at its peak.
+
+        Raises:
+          torch.OutOfMemoryError: the device has too little memory.
+        """
+
+    @abc.abstractmethod
+    def record(self, run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
+        """Records what it does; returns the tensors it returned, which each launch fills, and the function that launches it.
+
+        Raises:
+          torch.OutOfMemoryError: the device has too little memory.
+          Exception: it does something that cannot be recorded. Earlier recordings still work.
+        """
+
+    @abc.abstractmethod
+    def in_order(self, owned: Sequence[Tensor], streams: set[Hashable]) -> contextlib.AbstractContextManager[None]:
+        """A block whose work on the device begins after that of all such blocks before, whatever streams they are on.
+
+        Args:
+          owned: memory that it uses.
+          streams: on which streams that memory was used before; updated.
+        """
+
+
+class Launcher:
+    """Records calls and launches them. Safe to use from threads: `record` under the lock that captures take."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        self._recorder = recorder
+        self._running = threading.Lock()
+
+    def settings(self) -> Hashable:
+        """What else a recording depends on."""
+        return self._recorder.settings()
+
+    def refuse(self) -> None:
+        """As for `Recorder`."""
+        self._recorder.refuse()
+
+    def record(self, name: str, fn: Callable[..., Tree], args: Sequence[Tree], constants: Callable[[], Sequence[Constant]]) -> Recording:
+        """A recording of `fn(*args)`.
+
+        Args:
+          name: what it is, for messages.
+          fn: takes trees of tensors, and returns one; it may depend on nothing else that changes, but for `constants`.
+          args: an example.
+          constants: asked after `fn` has run: what else it reads.
+        Raises:
+          OutOfDeviceMemory: the device has too little memory; earlier recordings still work.
+          AdaptrtError: what `fn` raises.
+        """
+        values, structure = tree.flatten(tuple(args))
+        result: list[tree.Structure] = []
+        with torch.inference_mode(False), torch.no_grad():
+            inputs = [torch.empty_like(value, memory_format=torch.contiguous_format) for value in values]
+            _copy(inputs, values)
+
+            def run() -> list[Tensor]:
+                outputs, found = tree.flatten(fn(*tree.unflatten(structure, inputs)))
+                result[:] = [found]
+                return outputs
+
+            peak: int | None = None
+            try:
+                peak = self._recorder.warm_up(run)
+                read = [(constant, constant()) for constant in constants()]
+                outputs, launch = self._recorder.record(run)
+            except AdaptrtError:
+                raise
+            except torch.OutOfMemoryError as error:
+                needed = sum(value.nbytes for value in inputs) + (peak or 0)
+                raise OutOfDeviceMemory(
+                    f"recording '{name}' needs {'about' if peak is not None else 'more than'} {needed / 1e6:.3g} MB beside what is in use: "
+                    f"{error}. Use a smaller batch, Replay(every=n), or backend='inductor'"
+                ) from error
+            except Exception as error:
+                if peak is None:  # it does not run at all
+                    raise
+                warnings.warn(
+                    f"'{name}' cannot be recorded, so that its programs are launched one by one, which is slower: {error}",
+                    RecordingFailed,
+                    stacklevel=2,
+                )
+                return Recording(name, fn, [], None, self)
+        body = _Body(inputs, outputs, launch, tree.leaves_by(structure), tree.unflatten_by(result[0]))
+        return Recording(name, fn, read, body, self)
+
+    def launch(self, body: _Body, values: list[Tensor]) -> list[Tensor]:
+        """Copies `values` in, launches, and copies what came out."""
+        fresh = [torch.empty_like(value) for value in body.outputs]
+        with self._running, self._recorder.in_order(body.inputs, body.streams), torch.no_grad():
+            _copy(body.inputs, values)
+            body.launch()
+            _copy(fresh, body.outputs)
+        return fresh
+
+
+class _Body:
+    """The memory of a recording, and what launches it."""
+
+    __slots__ = ("inputs", "known", "launch", "leaves_of", "outputs", "result_of", "streams")
+
+    def __init__(
+        self,
+        inputs: list[Tensor],
+        outputs: list[Tensor],
+        launch: Callable[[], None],
+        leaves_of: Callable[[Tree], list[Tensor]],
+        result_of: Callable[[Sequence[Tensor]], Tree],
+    ) -> None:
+        self.inputs, self.outputs, self.launch = inputs, outputs, launch
+        self.leaves_of, self.result_of = leaves_of, result_of
+        self.known = Known()
+        self.streams: set[Hashable] = set()
+
+
+class Recording:
+    """A recorded call, or one that could not be recorded and runs as it is."""
+
+    def __init__(
+        self, name: str, fn: Callable[..., Tree], constants: Sequence[tuple[Constant, Tensor]], body: _Body | None, launcher: Launcher
+    ) -> None:
+        self.name = name
+        self._fn = fn
+        self._constants = constants
+        self._body = body
+        self._launcher = launcher
+
+    @property
+    def is_one_launch(self) -> bool:
+        """Whether it is recorded."""
+        return self._body is not None
+
+    @property
+    def is_current(self) -> bool:
+        """Whether all that it has taken in besides its arguments is still what it was."""
+        return all([constant() is value for constant, value in self._constants])
+
+    def __call__(self, *args: Tree) -> Tree:
+        """What the recorded function returns, in memory of its own.
+
+        Raises:
+          ShapeChanged: an argument differs in shape, dtype or device from what was recorded.
+        """
+        body = self._body
+        if body is None:
+            return self._fn(*args)
+        values = body.leaves_of(args)
+        if values not in body.known:
+            for value, own in zip(values, body.inputs, strict=True):
+                if Spec.of(value) != Spec.of(own):
+                    raise ShapeChanged(
+                        f"'{self.name}' was recorded for {Spec.of(own)} on {own.device}, got {Spec.of(value)} on {value.device}"
+                    )
+            body.known.add(values)
+        return body.result_of(self._launcher.launch(body, values))
+
+
+def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
+    """Copies each source; those of a dtype together, which is one kernel on a GPU."""
+    groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
+    for target, source in zip(targets, sources, strict=True):
+        into, of = groups[target.dtype]
+        into.append(target)
+        of.append(source)
+    for into, of in groups.values():
+        torch._foreach_copy_(into, of)  # type: ignore[attr-defined]
