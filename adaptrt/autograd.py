@@ -19,6 +19,7 @@ from adaptrt.adjoint.base import Adaptation, Gradients, Problem, Query, Task, Wr
 from adaptrt.backend.engine import graph_is_kept
 from adaptrt.errors import NonFiniteInput, NotDifferentiable
 from adaptrt.plan import PredictionPlan, QueryPlan, SupportPlan
+from adaptrt.program import Program
 from adaptrt.step import Carry, Fixed, Step
 from adaptrt.tree import Tree
 
@@ -31,6 +32,8 @@ class Call(NamedTuple):
       problem, task, query: on what.
       num_tasks: length of the task axis, None without one.
       inputs: the leaves that the caller differentiates, of start, fixed, support and query in this order.
+      alone: the program that is all of it, if there is one.
+      leaves: what that takes.
     """
 
     plan: SupportPlan
@@ -40,6 +43,8 @@ class Call(NamedTuple):
     query: Query | None
     num_tasks: int | None
     inputs: tuple[Tensor, ...]
+    alone: Program | None = None
+    leaves: Sequence[Tensor] = ()
 
 
 def adapt(call: Call) -> tuple[Carry, Tensor]:
@@ -212,8 +217,13 @@ class _Adapt(Function):
 class _MetaLoss(Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *inputs: Tensor) -> Tensor:
-        losses, found = _meta_loss_and_gradients(call)
-        ctx.found, ctx.inputs = (*found.start, *found.fixed, *found.support, *found.query), inputs
+        ctx.inputs = inputs
+        if call.alone is not None:
+            losses, *found = call.alone.run_leaves([*call.leaves])
+            ctx.found = found[: len(inputs)]
+        else:
+            losses, found = _meta_loss_and_gradients(call)
+            ctx.found = *found.start, *found.fixed, *found.support, *found.query
         return losses.mean() if losses.dim() else losses
 
     @staticmethod

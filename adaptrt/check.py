@@ -51,6 +51,25 @@ def model_device(model: nn.Module) -> torch.device:
     return next(iter(devices))
 
 
+def precision(model: nn.Module, dtype: Any) -> None:
+    """`dtype` can be what the model computes in while its parameters stay as they are.
+
+    Raises:
+      InvalidType: not a dtype.
+      InvalidArgument: a dtype other than bfloat16, or parameters that autocast would leave alone.
+    """
+    if not isinstance(dtype, torch.dtype):
+        raise InvalidType(f"dtype must be torch.bfloat16 or None, got {dtype!r}")
+    if dtype is not torch.bfloat16:
+        reason = "float16 would need its losses scaled" if dtype is torch.float16 else "for another precision convert the model"
+        raise InvalidArgument(f"dtype must be torch.bfloat16 or None, got {dtype}; {reason}")
+    for name, param in model.named_parameters():
+        if param.dtype is not torch.float32:
+            raise InvalidArgument(
+                f"dtype=torch.bfloat16 needs parameters in float32, '{name}' is {param.dtype}; call model.float(), or leave out dtype="
+            )
+
+
 def shared_tensors(model: nn.Module, loss: object, adapted: Collection[str]) -> None:
     """No tensor that a step changes is known by two names that would change apart.
 

@@ -39,7 +39,7 @@ class Program:
       shapes, dtypes, devices, strides: what each input, constants included, has to be; contiguous.
       known: inputs that were found to be so.
       leaves_of, result_of: arguments to tensors, and tensors to what the captured function returned.
-      checks_data: whether the graph is one of `check_finite`.
+      checks_data: whether the graph is one of `check_finite`, whose last result says what it found.
       backend: the backend's name.
       capture_s, compile_s: seconds spent on each.
     """
@@ -66,9 +66,12 @@ class Program:
           ShapeChanged: an argument differs in shape, dtype or device from what was captured.
           NonFiniteInput: data holds NaN or infinity, if the program looks.
         """
-        values = self.leaves_of(args)
-        for read in self.constants:
-            values.append(read())
+        return self.result_of(self.run_leaves(self.leaves_of(args)))
+
+    def run_leaves(self, values: list[Tensor]) -> Sequence[Tensor]:
+        """The same from the arguments' tensors in order, to the results' tensors in order. May empty the list."""
+        if self.constants:
+            values = [*values, *[read() for read in self.constants]]
         if values not in self.known:
             values = self._checked(values)
         if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
@@ -76,12 +79,9 @@ class Program:
                 results = self.run(values)
         else:
             results = self.run(values)
-        if not self.checks_data:
-            return self.result_of(results)
-        result, largest = self.result_of(results)
-        if not math.isfinite(largest.item()):
+        if self.checks_data and not math.isfinite(results[-1].item()):
             raise NonFiniteInput("the data holds NaN or infinity")
-        return result
+        return results
 
     def _checked(self, values: list[Tensor]) -> list[Tensor]:
         """The values, contiguous.
@@ -341,7 +341,7 @@ class ProgramSet:
             [entry.strides for entry in inputs],
             Known(),
             tree.leaves_by(graph.arguments),
-            tree.unflatten_by(graph.result),
+            tree.unflatten_by(graph.result.children[0] if checks_data else graph.result),
             checks_data,
             self._backend.name,
             capture_s,

@@ -13,7 +13,7 @@ from adaptrt import tree
 from adaptrt.errors import DeviceMismatch, InvalidType, NothingToAdapt, OptimizerMismatch
 from adaptrt.functional import canonical_names
 from adaptrt.optim import Schedule
-from adaptrt.optim.source import Source
+from adaptrt.optim.source import Reading, Source
 from adaptrt.step import LOSS_BUFFER, Carry, Fixed, LossFunction, Step
 
 
@@ -44,13 +44,23 @@ class Reader:
       adapted: names of the parameters that adapt.
       source: the optimiser.
       device: of the model.
+      dtype: of a step's autocast, None without.
     """
 
-    def __init__(self, model: nn.Module, loss: LossFunction, adapted: frozenset[str], source: Source, device: torch.device) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        loss: LossFunction,
+        adapted: frozenset[str],
+        source: Source,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self._model = model
         self._loss = loss
         self._source = source
         self._device = device
+        self._dtype = dtype
         parameters = _places(model, dict(model.named_parameters()))
         self._adapted = {name: place for name, place in parameters.items() if name in adapted}
         self._frozen = {name: place for name, place in parameters.items() if name not in adapted}
@@ -61,23 +71,32 @@ class Reader:
             self._loss_params = _places(loss, dict(loss.named_parameters()))
             self._buffers |= {LOSS_BUFFER + name: place for name, place in _places(loss, dict(loss.named_buffers()), "_buffers").items()}
             self._modules += list(loss.modules())
+        self._read_tensors = _all_by(self._adapted, self._buffers, self._frozen, self._loss_params)
+        self._read_modes = _modes_by(self._modules)
         self._numbers: dict[float, Tensor] = {}
+        self._hyper: tuple[Reading | None, Any, list[Tensor]] = None, None, []
         self._state: tuple[Any, list[Tensor]] = None, []
 
     def read(self) -> Start:
         """Where an adaptation starts: from model and optimiser as they stand."""
-        structure, hyper, state = self._source.read()
-        params, buffers, frozen, loss_params = map(_read, (self._adapted, self._buffers, self._frozen, self._loss_params))
-        hyper = self._tensors(hyper)
-        known = self._state
-        if known[0] is not state:  # most often it is one that never changes
-            known = self._state = state, tree.leaves(state)
+        reading = self._source.read()
+        known, hyper, hyper_leaves = self._hyper
+        if known is not reading:
+            hyper = self._tensors(reading.hyper)
+            hyper_leaves = tree.leaves(hyper)
+            # What another device was given a copy of may change in place.
+            if all(value.device == self._device for value in tree.leaves(reading.hyper)):
+                self._hyper = reading, hyper, hyper_leaves
+        state, state_leaves = self._state
+        if state is not reading.state:  # most often it is one that never changes
+            state, state_leaves = self._state = reading.state, tree.leaves(reading.state)
+        params, buffers, frozen, loss_params = self._read_tensors()
         return Start(
             Carry(params, state, buffers),
             Fixed(frozen, loss_params, hyper),
-            [*params.values(), *known[1], *buffers.values()],
-            [*frozen.values(), *loss_params.values(), *tree.leaves(hyper)],
-            (self.mode(), structure),
+            [*params.values(), *state_leaves, *buffers.values()],
+            [*frozen.values(), *loss_params.values(), *hyper_leaves],
+            (self._read_modes(), reading.structure),
         )
 
     def state_dict(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -90,11 +109,11 @@ class Reader:
 
     def mode(self) -> Hashable:
         """Train or eval mode of every module, and whether algorithms have to be deterministic: constants of a program."""
-        return torch.are_deterministic_algorithms_enabled(), *[module.training for module in self._modules]
+        return self._read_modes()
 
     def step(self, detach_gradient: bool) -> Step:
         """The inner step of the current structure."""
-        return Step(self._model, self._loss, self._source.optimizer(), detach_gradient)
+        return Step(self._model, self._loss, self._source.optimizer(), detach_gradient, self._dtype)
 
     def _tensors(self, hyper: Any, name: str = "") -> Any:
         if isinstance(hyper, Tensor):
@@ -134,6 +153,33 @@ def _places(root: nn.Module, named: Mapping[str, Tensor], table: str = "_paramet
         path, _, attribute = name.rpartition(".")
         found[name] = root.get_submodule(path), table, attribute
     return found
+
+
+def _all_by(*groups: Mapping[str, _Place]) -> Callable[[], Sequence[dict[str, Tensor]]]:
+    """What reads the tensors of all groups, as code that looks at these places and no others."""
+    constants: dict[str, Any] = {}
+    parts: list[str] = []
+    for places in groups:
+        items: list[str] = []
+        for name, (module, table, attribute) in places.items():
+            constants[f"m{len(constants)}"] = module
+            items.append(f"{name!r}: m{len(constants) - 1}.{table}[{attribute!r}]")
+        parts.append(f"{{{', '.join(items)}}}")
+    at_once = eval(f"lambda: ({', '.join(parts)})", constants)
+
+    def read() -> Sequence[dict[str, Tensor]]:
+        try:
+            return at_once()
+        except KeyError:
+            return [_read(places) for places in groups]
+
+    return read
+
+
+def _modes_by(modules: Sequence[nn.Module]) -> Callable[[], Hashable]:
+    constants: dict[str, Any] = {f"m{index}": module for index, module in enumerate(modules)}
+    constants["deterministic"] = torch.are_deterministic_algorithms_enabled
+    return eval(f"lambda: (deterministic(), {', '.join(f'm{index}.training' for index in range(len(modules)))})", constants)
 
 
 def _read(places: Mapping[str, _Place]) -> dict[str, Tensor]:

@@ -1,12 +1,13 @@
 """`compile_unroll`: puts the pipeline together and runs it on the user's data.
 
 Known limits: which parameters adapt is decided when `compile_unroll` is called; layers added to the model later are not seen. Programs are
-compiled for one set of shapes each. Python numbers in the model's attributes are constants of a program. Autocast is off inside programs.
+compiled for one set of shapes each. Python numbers in the model's attributes are constants of a program. The caller's autocast is off inside programs.
 """
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -31,7 +32,7 @@ from adaptrt.optim import Optimizer
 from adaptrt.optim.source import Source, source
 from adaptrt.plan import PredictionPlan, QueryPlan, SupportPlan
 from adaptrt.planner import Planner
-from adaptrt.program import without_leading_axis
+from adaptrt.program import Program, without_leading_axis
 from adaptrt.reader import Reader, Select, Start, adapted_names
 from adaptrt.step import Batch, Carry, Fixed, LossFunction, Step, as_call
 from adaptrt.tree import Tree
@@ -52,6 +53,7 @@ def compile_unroll(
     cache_size: int = 16,
     nonfinite: str = "error",
     tiered: bool = False,
+    dtype: torch.dtype | None = None,
 ) -> CompiledUnroll:
     """k steps of `opt` on a support batch, and their meta-gradient, as compiled programs.
 
@@ -80,6 +82,8 @@ def compile_unroll(
       nonfinite: "error" refuses data with NaN or infinity, "ignore" does not look.
       tiered: answer from programs that run operation by operation at once, and compile in the background; each program is replaced when its
         compiled form is there. Numbers then change by rounding. `explain()` says what is still to come; `warmup()` waits for it.
+      dtype: `torch.bfloat16` runs model and loss in it where `torch.autocast` would, and predicts in it; parameters, gradients, optimiser
+        state and losses stay in float32. None: in the dtypes that the model has, whatever autocast is on around a call.
     Returns:
       A `CompiledUnroll`.
     Raises:
@@ -104,6 +108,8 @@ def compile_unroll(
     check.positive_int("cache_size", cache_size)
     check.one_of("on_new_shape", on_new_shape, ("compile", "error"))
     check.one_of("nonfinite", nonfinite, ("error", "ignore"))
+    if dtype is not None:
+        check.precision(model, dtype)
     if loss is not None and not callable(loss):
         raise InvalidType(f"loss must be a function, a module or None, got {type(loss).__name__}")
     if adjoint != "auto" and not isinstance(adjoint, Adjoint):
@@ -125,6 +131,7 @@ def compile_unroll(
             cache_size=cache_size,
             check_finite=nonfinite == "error",
             device=device,
+            dtype=dtype,
         )
     )
 
@@ -162,6 +169,7 @@ class _Settings(NamedTuple):
     cache_size: int
     check_finite: bool
     device: torch.device
+    dtype: torch.dtype | None
 
 
 class _Ready(NamedTuple):
@@ -175,10 +183,16 @@ class _Ready(NamedTuple):
     problem: Problem
     inputs: tuple[Tensor, ...]
     num_tasks: int | None
+    alone: Program | None = None
+    leaves: Sequence[Tensor] = ()
 
 
-class _Recent(NamedTuple):
-    """What was found for the last call of its sort. It holds for any call of equal structure with tensors alike: nothing else matters."""
+@dataclasses.dataclass(slots=True)
+class _Recent:
+    """What was found for the last call of its sort. It holds for any call of equal structure with tensors alike: nothing else matters.
+
+    `alone` is the program that is all of such a call, once it is there.
+    """
 
     structure: Hashable
     alike: Callable[..., bool]
@@ -186,6 +200,8 @@ class _Recent(NamedTuple):
     query_plan: QueryPlan | None
     problem: Problem
     num_tasks: int | None
+    alone: Program | None = None
+    is_alone_known: bool = False
 
 
 class _RecentPrediction(NamedTuple):
@@ -218,7 +234,9 @@ class CompiledUnroll:
         self._task_axis = task_axis
         self._recent: dict[tuple[bool, ...], _Recent] = {}
         self._recent_predictions: dict[Hashable, _RecentPrediction] = {}
-        self._reader = Reader(settings.model, settings.loss, settings.adapted, settings.source, settings.device)
+        self._reader = Reader(
+            settings.model, settings.loss, settings.adapted, settings.source, settings.device, settings.dtype
+        )
         self._planner = Planner(
             self._reader,
             [part for part in (settings.model, settings.loss) if isinstance(part, nn.Module)],
@@ -332,8 +350,11 @@ class CompiledUnroll:
         plan, begin, num_tasks = ready.plan, ready.begin, ready.num_tasks
         self._check_values("support", ready.support, plan.probe.bounds, plan.checks_data)
         with restored_on_error(plan.probe.noise, generator):
-            task = Task(begin.carry, begin.fixed, ready.support, self._step_noise(plan, generator, num_tasks))
             try:
+                if ready.alone is not None:
+                    carry, losses = ready.alone.result_of(ready.alone.run_leaves([*ready.leaves]))
+                    return Adapted(self, carry, losses, begin.fixed, num_tasks)
+                task = Task(begin.carry, begin.fixed, ready.support, self._step_noise(plan, generator, num_tasks))
                 carry, losses = autograd.adapt(Call(plan, None, ready.problem, task, None, num_tasks, ready.inputs))
             except NonFiniteInput:
                 self._look_at_values("support", ready.support, plan.probe.bounds)  # says where
@@ -350,7 +371,8 @@ class CompiledUnroll:
             task = Task(begin.carry, begin.fixed, ready.support, self._step_noise(plan, generator, num_tasks))
             asked = Query(ready.query, draw(query_plan.probe.noise, generator, num_tasks))
             try:
-                return autograd.meta_loss(Call(plan, query_plan, ready.problem, task, asked, num_tasks, ready.inputs))
+                call = Call(plan, query_plan, ready.problem, task, asked, num_tasks, ready.inputs, ready.alone, ready.leaves)
+                return autograd.meta_loss(call)
             except NonFiniteInput:
                 self._look_at_values("support", ready.support, plan.probe.bounds)
                 self._look_at_values("query", ready.query, query_plan.probe.bounds)
@@ -403,10 +425,27 @@ class CompiledUnroll:
         if recent is not None and recent.structure == begin.structure and recent.alike(*leaves):
             inputs = tuple([leaf for leaf in leaves if leaf.requires_grad]) if differentiable else ()
             asked = None if query is None else Batch(*query[0])
-            return _Ready(begin, Batch(*support), asked, recent.plan, recent.query_plan, recent.problem, inputs, recent.num_tasks)
+            if not recent.is_alone_known:
+                self._find_alone(recent, bool(inputs))
+            if recent.alone is not None and recent.query_plan is not None:
+                leaves.append(recent.query_plan.weights)
+            plans = recent.plan, recent.query_plan, recent.problem
+            return _Ready(begin, Batch(*support), asked, *plans, inputs, recent.num_tasks, recent.alone, leaves)
         ready = self._prepare_anew(support, query, start, warm)
         self._recent[mode] = _Recent(begin.structure, alike(leaves), ready.plan, ready.query_plan, ready.problem, ready.num_tasks)
         return ready
+
+    def _find_alone(self, recent: _Recent, differentiable: bool) -> None:
+        """Looks for a program that is all of a call like this, by which the call's steps in Python can be left out."""
+        plan, query_plan = recent.plan, recent.query_plan
+        if plan.programs.launches_calls or plan.probe.noise or differentiable == (query_plan is None):
+            found = None
+        elif query_plan is None:
+            found = plan.adjoint.adapt_alone(plan.programs, recent.problem)
+        else:
+            found = None if query_plan.probe.noise else plan.adjoint.meta_gradient_alone(query_plan.programs, recent.problem)
+        recent.alone = found if isinstance(found, Program) else None
+        recent.is_alone_known = found is None or isinstance(found, Program)  # not while it is still to be compiled
 
     def _prepare_anew(self, support: Any, query: tuple[Any] | None, start: Adapted | None, warm: bool) -> _Ready:
         batch, num_tasks = self._support(support)

@@ -7,6 +7,7 @@ Nothing in the model is touched: parameters, buffers and randomness are argument
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
 from collections.abc import Callable, Mapping, Sequence
@@ -61,12 +62,15 @@ class Step:
       loss: a function or module of (output, target), or of (output) for batches without target; None for `default_loss`.
       optimizer: `update(grads, state, params, hyper)`.
       detach_gradient: treat the gradient as a constant, as first-order MAML does.
+      dtype: run model and loss under autocast to it, whatever the caller's autocast; None for the dtypes that they have. Parameters, their
+        gradients, the optimiser's state and the loss keep theirs.
     """
 
     model: nn.Module
     loss: LossFunction
     optimizer: Optimizer
     detach_gradient: bool = False
+    dtype: torch.dtype | None = None
 
     def __call__(self, carry: Carry, fixed: Fixed, batch: Batch, noise: Sequence[Tensor]) -> tuple[Carry, Tensor]:
         """The carry after the step, and the loss before it (0-dim)."""
@@ -135,6 +139,20 @@ class Step:
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], fixed: Fixed, batch: Batch
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and updated buffers; random operations are the caller's to lift."""
+        with self._precision(params):
+            loss, updated = self._evaluate(params, buffers, fixed, batch)
+        loss = _require_scalar(loss)
+        return loss if self.dtype is None else loss.to(next(iter(params.values())).dtype), updated
+
+    def _precision(self, params: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[Any]:
+        if self.dtype is None:
+            return contextlib.nullcontext()
+        # Without the cache of casts: it would hand tensors of one capture to the next.
+        return torch.autocast(next(iter(params.values())).device.type, self.dtype, cache_enabled=False)
+
+    def _evaluate(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], fixed: Fixed, batch: Batch
+    ) -> tuple[Any, dict[str, Tensor]]:
         output, updated = self.apply(params, buffers, fixed, batch.inputs)
         target = () if batch.target is None else (batch.target,)
         if self.loss is None:
@@ -147,7 +165,7 @@ class Step:
             raise InvalidBatch("the loss takes (output, target), but the batch has no target; pass (inputs, target), or a loss of (output)")
         else:
             loss = self.loss(output, *target)
-        return _require_scalar(loss), updated
+        return loss, updated
 
     def apply(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], fixed: Fixed, inputs: Tree
@@ -155,7 +173,8 @@ class Step:
         """The model's output and all buffers, those that it updated included."""
         args, kwargs = as_call(inputs)
         own = {name: value for name, value in buffers.items() if not name.startswith(LOSS_BUFFER)}
-        output, own = call_module(self.model, {**fixed.params, **params}, own, args, kwargs)
+        with self._precision(params):
+            output, own = call_module(self.model, {**fixed.params, **params}, own, args, kwargs)
         return output, {**buffers, **own}
 
 

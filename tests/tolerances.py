@@ -10,6 +10,9 @@ from torch import Tensor
 META_GRADIENT: Mapping[torch.dtype, float] = {torch.float64: 1e-10, torch.float32: 2e-4}
 """Relative error of losses and gradients after a few inner steps, against the float64 oracle."""
 
+BFLOAT16 = 5e-2
+"""Of loss and whole meta-gradient after a few steps under autocast to bfloat16 (8 bits), against the float64 oracle."""
+
 FORWARD_ULPS = 32
 """Of the largest value: a captured forward pass against eager. Kernels may sum in another order, no more."""
 

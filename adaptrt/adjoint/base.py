@@ -123,6 +123,16 @@ class Adjoint(abc.ABC):
     sees_all_data: bool = False
     """Whether each of its programs, pullbacks of `adapt` aside, is given all of a call's data, and so can check it."""
 
+    def adapt_alone(self, programs: Programs, problem: Problem) -> Callable[..., Any] | None:
+        """The program that is all of `adapt`, if there is one: it takes (start, fixed, support, noise) and returns (carry, losses)."""
+        del programs, problem
+        return None
+
+    def meta_gradient_alone(self, programs: Programs, problem: Problem) -> Callable[..., Any] | None:
+        """The same for `meta_loss_and_gradients`: (start, fixed, support, noise, query, noise, [cotangent]) to the loss and all gradients."""
+        del programs, problem
+        return None
+
     @abc.abstractmethod
     def adapt(self, programs: Programs, problem: Problem, task: Task, keep: bool) -> Adaptation:
         """Runs the k steps. `keep`: keep what `adapt_pullback` needs."""

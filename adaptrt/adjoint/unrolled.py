@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -22,9 +22,17 @@ class Unrolled(Adjoint):
 
     sees_all_data = True
 
+    def adapt_alone(self, programs: Programs, problem: Problem) -> Callable[..., Any]:
+        return programs.program("adapt", _steps(problem), ("start", "fixed", "support", "noise"))
+
+    def meta_gradient_alone(self, programs: Programs, problem: Problem) -> Callable[..., Any]:
+        wrt = Wrt((problem.start, problem.fixed, problem.support, None, problem.query, None), (True,))
+        arguments = ("start", "fixed", "support", "noise", "query", "noise")
+        return programs.pullback("meta-gradient", _meta_loss(problem), arguments, wrt, value=True)
+
     def adapt(self, programs: Programs, problem: Problem, task: Task, keep: bool) -> Adaptation:
         del keep
-        carry, losses = programs.program("adapt", _steps(problem), ("start", "fixed", "support", "noise"))(*task)
+        carry, losses = self.adapt_alone(programs, problem)(*task)
         return Adaptation(carry, losses, None)
 
     def adapt_pullback(
@@ -42,9 +50,7 @@ class Unrolled(Adjoint):
     def meta_loss_and_gradients(
         self, programs: Programs, problem: Problem, task: Task, query: Query, cotangent: Tensor
     ) -> tuple[Tensor, Gradients]:
-        wrt = Wrt((problem.start, problem.fixed, problem.support, None, problem.query, None), (True,))
-        arguments = ("start", "fixed", "support", "noise", "query", "noise")
-        pullback = programs.pullback("meta-gradient", _meta_loss(problem), arguments, wrt, value=True)
+        pullback = self.meta_gradient_alone(programs, problem)
         loss, (start, fixed, support, _, batch, _) = pullback(*task, *query, [cotangent])
         return loss, Gradients(start, fixed, support, batch)
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 
+from adaptrt import tree
 from adaptrt.errors import InvalidType
 from adaptrt.optim.base import Hyper, Optimizer, Params, State
 from adaptrt.optim.convert import SUPPORTED, convert, fingerprint, read_hyper, read_state
@@ -25,7 +26,7 @@ def register(kind: type[torch.optim.Optimizer], make: Callable[[Any, Params], So
 
 
 class Reading(NamedTuple):
-    """An optimiser as it stands: what the methods of `Source` return."""
+    """An optimiser as it stands: what the methods of `Source` return. The same object only where nothing has changed."""
 
     structure: Hashable
     hyper: Hyper
@@ -91,6 +92,7 @@ class TorchSource(Source):
         self._params = params
         self._made: dict[Hashable, tuple[Optimizer, State]] = {}
         self._read: _Read | None = None
+        self._stateless: tuple[_Read, Reading] | None = None
         self._current()
 
     def structure(self) -> Hashable:
@@ -107,8 +109,14 @@ class TorchSource(Source):
 
     def read(self) -> Reading:
         now = self._now()
-        state = read_state(self._opt, self._params) if self._opt.state else self._current(now)[1]
-        return Reading(now.structure, now.hyper, state)
+        if self._opt.state:
+            return Reading(now.structure, now.hyper, read_state(self._opt, self._params))
+        if self._stateless is not None and self._stateless[0] is now:
+            return self._stateless[1]
+        reading = Reading(now.structure, now.hyper, self._current(now)[1])
+        if now.held is not None and not tree.leaves(reading.state):
+            self._stateless = now, reading
+        return reading
 
     def _current(self, now: _Read | None = None) -> tuple[Optimizer, State]:
         key = (now or self._now()).structure, kinds_of(self._params)

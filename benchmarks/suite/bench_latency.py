@@ -19,8 +19,8 @@ from benchmarks.suite.workloads import WORKLOADS
 
 
 @functools.cache
-def results(workload: str, names: tuple[str, ...], share: float) -> dict[str, dict[str, Result]]:
-    return contest(WORKLOADS[workload], names, share=share)
+def results(workload: str, names: tuple[str, ...], share: float, device: str) -> dict[str, dict[str, Result]]:
+    return contest(WORKLOADS[workload]._replace(device=device), names, share=share)
 
 
 @pytest.mark.benchmark(timer=CLOCK, disable_gc=False)
@@ -32,7 +32,7 @@ def test_latency(workload: str, quantity: str, name: str, benchmark: BenchmarkFi
         pytest.skip("not asked for")
     if reason := ENTRANTS[name].reason_against(WORKLOADS[workload]):
         pytest.skip(reason)
-    found = results(workload, names, pytestconfig.getoption("--share"))[quantity]
+    found = results(workload, names, pytestconfig.getoption("--share"), pytestconfig.getoption("--device"))[quantity]
     mine = found[name]
     benchmark.group = f"{workload}: {quantity}"
     benchmark.extra_info.update(

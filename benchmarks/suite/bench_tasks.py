@@ -17,9 +17,9 @@ NAMES = ("torch.func", "JAX jit + optax", "adaptrt")
 
 
 @functools.cache
-def results(num_tasks: int, share: float) -> dict[str, Result]:
+def results(num_tasks: int, share: float, device: str) -> dict[str, Result]:
     names = [name for name in NAMES if ENTRANTS[name].reason_against(WORKLOADS["sine-tasks"]) is None]
-    return contest(WORKLOADS["sine-tasks"]._replace(num_tasks=num_tasks), names, ("meta",), share)["meta"]
+    return contest(WORKLOADS["sine-tasks"]._replace(num_tasks=num_tasks, device=device), names, ("meta",), share)["meta"]
 
 
 @pytest.mark.benchmark(timer=CLOCK, disable_gc=False)
@@ -27,7 +27,7 @@ def results(num_tasks: int, share: float) -> dict[str, Result]:
 def test_throughput(num_tasks: int, name: str, benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> None:
     if reason := ENTRANTS[name].reason_against(WORKLOADS["sine-tasks"]):
         pytest.skip(reason)
-    found = results(num_tasks, pytestconfig.getoption("--share"))[name]
+    found = results(num_tasks, pytestconfig.getoption("--share"), pytestconfig.getoption("--device"))[name]
     benchmark.group = f"sine MLP, {num_tasks} tasks"
     benchmark.extra_info.update(entrant=name, num_tasks=num_tasks, error=found.error)
     play_back(benchmark, found.times_s)

@@ -12,6 +12,7 @@ import torch
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--share", type=float, default=1.0, help="of the number of calls that each contestant is timed")
     parser.addoption("--entrants", help="names of contestants, separated by semicolons; left out: all")
+    parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where PyTorch's models are; JAX takes what it has")
     parser.addoption("--threads", type=int, help="PyTorch's threads; left out: its own choice. JAX always chooses by itself")
 
 
@@ -22,7 +23,15 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
-    del config
+    on_gpu = config.getoption("--device") == "cuda"
     machine_info.update(
-        torch=torch.__version__, device="CPU", processor=platform.processor() or platform.machine(), threads=torch.get_num_threads()
+        torch=torch.__version__,
+        device=torch.cuda.get_device_name() if on_gpu else "CPU",
+        kind="cuda" if on_gpu else "cpu",
+        precision=f"float32, TF32 {'on' if torch.backends.cuda.matmul.allow_tf32 else 'off'} for products and "
+        f"{'on' if torch.backends.cudnn.allow_tf32 else 'off'} for convolutions"
+        if on_gpu
+        else "float32",
+        processor=platform.processor() or platform.machine(),
+        threads=torch.get_num_threads(),
     )

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.suite.contestants import ENTRANTS, Contestant, first_calls, loop
+from benchmarks.suite.contestants import ENTRANTS, Contestant, first_calls, loop, loop_in_bfloat16
 from benchmarks.suite.workloads import Workload
 
 NUM_TURNS = 20
@@ -20,6 +20,8 @@ TOLERANCE, TIMES_EAGER = 1e-5, 20.0
 """An error in float32 may be as large as the one, or as so many times that of the eager loop in float32."""
 TOLERANCE_IN_FLOAT64 = 1e-8
 """Where it is larger, the contestant must be this near in float64: then it computes the same, and rounding has turned some ReLU."""
+TOLERANCE_IN_BFLOAT16, TIMES_AUTOCAST = 5e-2, 3.0
+"""In mixed precision an error may be as large as the one, or as so many times that of the eager loop under autocast."""
 
 
 class Result(NamedTuple):
@@ -47,14 +49,22 @@ def error(found: Sequence[Any], expected: Sequence[Tensor]) -> float:
     0.2
     """
     tensors = [value if isinstance(value, Tensor) else torch.from_numpy(np.array(value)) for value in found]
-    return max(float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(tensors, expected, strict=True))
+    return max(float((a.cpu().double() - b.cpu()).abs().max() / b.abs().max()) for a, b in zip(tensors, expected, strict=True))
 
 
-def by_turns(calls: Mapping[str, Callable[[], Any]], count: int, warm_up: int) -> dict[str, list[float]]:
+def by_turns(
+    calls: Mapping[str, Callable[[], Any]], count: int, warm_up: int, wait: Callable[[], None] = lambda: None
+) -> dict[str, list[float]]:
     """Seconds of each call, `count` of each; the garbage collector rests meanwhile.
 
     A turn is a twentieth of the calls. Where calls take microseconds it is several: as in a loop, the processor's caches then hold what the
     contestant needs, and not what its rival has just left there.
+
+    Args:
+      calls: by contestant.
+      count: calls of each.
+      warm_up: calls of each that are not timed.
+      wait: waits for the device, which is part of a call.
     """
     times: dict[str, list[float]] = {name: [] for name in calls}
     turn = max(1, count // NUM_TURNS)
@@ -66,6 +76,7 @@ def by_turns(calls: Mapping[str, Callable[[], Any]], count: int, warm_up: int) -
                 for index in range(begin, min(begin + turn, count)):
                     began = time.perf_counter()
                     call()
+                    wait()
                     if index >= 0:
                         times[name].append(time.perf_counter() - began)
     finally:
@@ -95,10 +106,11 @@ def contest(
     """
     here, _ = enter(workload, names)
     count = max(3, round(share * workload.calls))
+    wait = torch.cuda.synchronize if workload.device == "cuda" else lambda: None
     results: dict[str, dict[str, Result]] = {}
     errors = check(workload, here, quantities)
     for quantity in quantities:
-        times = by_turns({name: entrant.calls[quantity] for name, entrant in here.items()}, count, max(1, count // 10))
+        times = by_turns({name: entrant.calls[quantity] for name, entrant in here.items()}, count, max(1, count // 10), wait)
         results[quantity] = {name: Result(errors[quantity][name], here[name].compile_s[quantity], times[name]) for name in here}
     return results
 
@@ -110,6 +122,7 @@ def check(workload: Workload, here: Mapping[str, Contestant], quantities: Sequen
       WrongNumbers: one is too large.
     """
     eager, oracle = loop(workload), loop(workload, torch.float64)
+    mixed = loop_in_bfloat16(workload) if any(ENTRANTS[name].in_bfloat16 for name in here) else {}
     errors: dict[str, dict[str, float]] = {quantity: {} for quantity in quantities}
     for name, contestant in here.items():
         entrant = ENTRANTS[name]
@@ -118,6 +131,11 @@ def check(workload: Workload, here: Mapping[str, Contestant], quantities: Sequen
         for quantity in quantities:
             found = error(contestant.calls[quantity](), own[quantity]())
             errors[quantity][name] = found
+            if entrant.in_bfloat16:
+                allowed = max(TOLERANCE_IN_BFLOAT16, TIMES_AUTOCAST * error(mixed[quantity](), oracle[quantity]()))
+                if not found <= allowed:
+                    raise WrongNumbers(f"{workload.name}, {quantity}: {name} is off by {found:.1e}, where autocast is by {allowed / TIMES_AUTOCAST:.1e}")
+                continue
             if not found <= max(TOLERANCE, TIMES_EAGER * error(eager[quantity](), oracle[quantity]())):
                 suspect.append(quantity)
         exact = entrant.make(workload, torch.float64) if suspect else {}

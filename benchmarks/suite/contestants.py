@@ -7,6 +7,7 @@ that adapt.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 import time
@@ -80,16 +81,32 @@ def loop(workload: Workload, dtype: torch.dtype = torch.float32) -> dict[str, Ca
     return _one_task(workload, model, support, query)
 
 
-def _one_task(workload: Workload, model: nn.Module, support: Batch, query: Batch) -> dict[str, Call]:
+def loop_in_bfloat16(workload: Workload, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
+    """The same with model and loss under autocast."""
+    support, query = workload.batches(dtype)
+    return _one_task(workload, workload.model(dtype), support, query, torch.bfloat16)
+
+
+def _one_task(
+    workload: Workload, model: nn.Module, support: Batch, query: Batch, precision: torch.dtype | None = None
+) -> dict[str, Call]:
     adapted, _ = _parts(model)
 
+    def autocast() -> contextlib.AbstractContextManager[Any]:
+        return torch.autocast(workload.device, precision) if precision is not None else contextlib.nullcontext()
+
     def output(params: Params, x: Tensor) -> Tensor:
-        return torch.func.functional_call(model, dict(params), (x,))
+        with autocast():
+            return torch.func.functional_call(model, dict(params), (x,))
+
+    def loss_of(params: Params, batch: Batch) -> Tensor:
+        with autocast():
+            return workload.loss(output(params, batch[0]), batch[1])
 
     def run(create_graph: bool) -> Params:
         params, state = adapted, None
         for _ in range(workload.k):
-            loss = workload.loss(output(params, support[0]), support[1])
+            loss = loss_of(params, support)
             found = torch.autograd.grad(loss, list(params.values()), create_graph=create_graph)
             params, state = update(workload, params, dict(zip(params, found, strict=True)), state)
             if not create_graph:
@@ -105,7 +122,7 @@ def _one_task(workload: Workload, model: nn.Module, support: Batch, query: Batch
             return [output(params, query[0])]
 
     def meta() -> Sequence[Tensor]:
-        return torch.autograd.grad(workload.loss(output(run(True), query[0]), query[1]), list(adapted.values()))
+        return torch.autograd.grad(loss_of(run(True), query), list(adapted.values()))
 
     return {"adapt": adapt, "predict": predict, "meta": meta}
 
@@ -267,10 +284,10 @@ def torchopt(workload: Workload, dtype: torch.dtype = torch.float32) -> dict[str
     }
 
 
-def ours(workload: Workload, dtype: torch.dtype, **options: Any) -> dict[str, Call]:
+def ours(workload: Workload, in_dtype: torch.dtype, **options: Any) -> dict[str, Call]:
     """adaptrt with these options of `compile_unroll`."""
-    model = workload.model(dtype)
-    support, query = workload.batches(dtype)
+    model = workload.model(in_dtype)
+    support, query = workload.batches(in_dtype)
     adapted = [p for p in model.parameters() if p.requires_grad]
     unroll = adaptrt.compile_unroll(model, _optimizer(workload, adapted), workload.k, loss=workload.loss, **options)
     if workload.num_tasks is not None:
@@ -297,6 +314,11 @@ def uncompiled(workload: Workload, dtype: torch.dtype = torch.float32) -> dict[s
     return ours(workload, dtype, backend="eager")
 
 
+def compiled_in_bfloat16(workload: Workload, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
+    """adaptrt in mixed precision."""
+    return ours(workload, dtype, dtype=torch.bfloat16)
+
+
 def jax(workload: Workload, dtype: torch.dtype = torch.float32) -> dict[str, Call]:
     """JAX `jit` with optax's optimisers, on models that are written in JAX (`in_jax.py`)."""
     return importlib.import_module("benchmarks.suite.in_jax").calls(workload, dtype)
@@ -310,12 +332,14 @@ class Entrant(NamedTuple):
       needs: the package without which it stays away.
       except_for: the workloads from which it stays away, with the reason.
       adam: the form of Adam that it has (`update`).
+      in_bfloat16: whether it computes in mixed precision, and so has an error of its own kind.
     """
 
     make: Callable[[Workload, torch.dtype], Mapping[str, Call]]
     needs: str | None = None
     except_for: Mapping[str, str] = {}
     adam: str = "adam"
+    in_bfloat16: bool = False
 
     def reason_against(self, workload: Workload) -> str | None:
         """Why it does not compete, None if it does."""
@@ -329,7 +353,8 @@ class Entrant(NamedTuple):
 
 
 _SLOW = {name: "compiles for many minutes" for name in WORKLOADS if name not in ("sine", "sine-tasks")}
-_ONE_TASK = {"sine-tasks": "has no task axis"}
+_ONE_TASK = {"sine-tasks": "has no task axis", "conv4-tasks": "has no task axis"}
+_TOO_SMALL = {name: "no work for mixed precision" for name in ("sine", "sine-tasks", "lstm", "adapters", "conv4-tasks")}
 ENTRANTS: dict[str, Entrant] = {
     "eager loop": Entrant(loop),
     "torch.func": Entrant(torch_func),
@@ -339,4 +364,6 @@ ENTRANTS: dict[str, Entrant] = {
     "JAX jit + optax": Entrant(jax, "jax"),
     "adaptrt, eager backend": Entrant(uncompiled),
     "adaptrt": Entrant(compiled),
+    "eager loop, bfloat16": Entrant(loop_in_bfloat16, except_for=_TOO_SMALL, in_bfloat16=True),
+    "adaptrt, bfloat16": Entrant(compiled_in_bfloat16, except_for=_TOO_SMALL, in_bfloat16=True),
 }

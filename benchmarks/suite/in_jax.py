@@ -30,7 +30,7 @@ def calls(workload: Workload, dtype: torch.dtype) -> dict[str, Callable[[], list
 
 def _calls(workload: Workload, dtype: torch.dtype) -> dict[str, Callable[[], list[Array]]]:
     model = workload.model(dtype)
-    held = {name: jnp.asarray(p.detach().numpy()) for name, p in (*model.named_parameters(), *model.named_buffers())}
+    held = {name: jnp.asarray(p.detach().cpu().numpy()) for name, p in (*model.named_parameters(), *model.named_buffers())}
     start = {name: held[name] for name, p in model.named_parameters() if p.requires_grad}
     others = {name: value for name, value in held.items() if name not in start}
     support, query = ((_array(x), _array(y)) for x, y in workload.batches(dtype))
@@ -81,7 +81,7 @@ def _calls(workload: Workload, dtype: torch.dtype) -> dict[str, Callable[[], lis
 
 
 def _array(value: Any) -> Array:
-    array = value.numpy()
+    array = value.cpu().numpy()
     return jnp.asarray(array.astype(np.int32) if array.dtype == np.int64 else array)
 
 

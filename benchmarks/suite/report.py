@@ -33,25 +33,34 @@ class Bar(NamedTuple):
     ratio: float
 
 
-BARS = [
-    Bar("sine", "adapt", "eager loop", 25),
-    Bar("sine", "adapt", "JAX jit + optax", 1.5),
-    Bar("sine", "meta", "higher", 20),
-    Bar("sine", "meta", "torch.compile(torch.func)", 4),
-    Bar("sine", "meta", "JAX jit + optax", 1.2),
-    Bar("sine-tasks", "adapt", "torch.func", 10),
-    Bar("sine-tasks", "adapt", "JAX jit + optax", 1),
-    Bar("sine-tasks", "meta", "torch.func", 10),
-    Bar("sine-tasks", "meta", "JAX jit + optax", 1),
-    Bar("conv4-5shot", "adapt", "eager loop", 1.8),
-    Bar("conv4-5shot", "meta", "higher", 2.2),
-    Bar("conv4-5shot", "meta", "JAX jit + optax", 2.5),
-    Bar("transformer", "adapt", "eager loop", 1.5),
-    Bar("transformer", "meta", "higher", 2),
-    Bar("transformer", "meta", "JAX jit + optax", 1),
-    Bar("head-only", "adapt", "eager loop", 3.5),
-    Bar("head-only", "meta", "higher", 3),
-]
+BARS = {
+    "cpu": [
+        Bar("sine", "adapt", "eager loop", 25),
+        Bar("sine", "adapt", "JAX jit + optax", 1.5),
+        Bar("sine", "meta", "higher", 20),
+        Bar("sine", "meta", "torch.compile(torch.func)", 4),
+        Bar("sine", "meta", "JAX jit + optax", 1.2),
+        Bar("sine-tasks", "adapt", "torch.func", 10),
+        Bar("sine-tasks", "adapt", "JAX jit + optax", 1),
+        Bar("sine-tasks", "meta", "torch.func", 10),
+        Bar("sine-tasks", "meta", "JAX jit + optax", 1),
+        Bar("conv4-5shot", "adapt", "eager loop", 1.8),
+        Bar("conv4-5shot", "meta", "higher", 2.2),
+        Bar("conv4-5shot", "meta", "JAX jit + optax", 2.5),
+        Bar("transformer", "adapt", "eager loop", 1.5),
+        Bar("transformer", "meta", "higher", 2),
+        Bar("transformer", "meta", "JAX jit + optax", 1),
+        Bar("head-only", "adapt", "eager loop", 3.5),
+        Bar("head-only", "meta", "higher", 3),
+    ],
+    "cuda": [
+        Bar("sine", "meta", "higher", 50),
+        Bar("sine", "meta", "JAX jit + optax", 1.5),
+        Bar("conv4-5shot", "meta", "higher", 15),
+        Bar("conv4-5shot", "meta", "JAX jit + optax", 1.5),
+        Bar("conv4-tasks", "meta", "JAX jit + optax", 1.2),
+    ],
+}
 
 Row = Mapping[str, Any]
 """One entry of "benchmarks" in pytest-benchmark's JSON."""
@@ -95,10 +104,10 @@ def _time(seconds: float) -> str:
     return f"{1e6 * seconds:.0f} µs" if seconds < 1e-3 else f"{1e3 * seconds:.2f} ms" if seconds < 0.1 else f"{1e3 * seconds:.0f} ms"
 
 
-def bars_table(rows: Mapping[tuple[str, str, str], Row]) -> str:
+def bars_table(rows: Mapping[tuple[str, str, str], Row], kind: str = "cpu") -> str:
     """Every bar whose contestants were measured."""
     lines: list[list[str]] = []
-    for bar in BARS:
+    for bar in BARS[kind]:
         ours = rows.get((bar.workload, bar.quantity, OURS))
         if ours is None or bar.contestant not in ours["extra_info"]["times_longer"]:
             continue
@@ -131,7 +140,7 @@ def report(data: Mapping[str, Any], command: str) -> str:
     parts = [
         "# The benchmark suite",
         f"Command: `{command}`. {machine['device']}, {machine['cpu'].get('count')} cores, torch {machine['torch']}, {machine['threads']} "
-        "threads, float32. Median times by turns in one process; × is how many times longer a contestant takes than adaptrt, the median "
+        f"threads, {machine['precision']}. Median times by turns in one process; × is how many times longer a contestant takes than adaptrt, the median "
         "over neighbouring calls. Errors are relative to an eager loop in float64 and were looked at before anything was timed. First "
         "call: of the meta-gradient, compilation included where caches on disk do not spare it.",
     ]
@@ -140,7 +149,7 @@ def report(data: Mapping[str, Any], command: str) -> str:
             w = WORKLOADS[workload]
             parts += [f"## {workload}", f"{w.title}; {w.k} steps of {w.optimizer.upper()}.", latency_table(workload, keyed)]
     if keyed:
-        parts += ["## Bars", bars_table(keyed)]
+        parts += ["## Bars", bars_table(keyed, machine["kind"])]
     if any(row["extra_info"].get("cache") for row in rows):
         parts += ["## Compilation", compile_table(rows)]
     if any("num_tasks" in row["extra_info"] for row in rows):

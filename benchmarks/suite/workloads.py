@@ -33,6 +33,7 @@ class Workload(NamedTuple):
       num_tasks: length of the leading task axis of all data; None without one.
       part: path of the submodule whose parameters adapt, where that is how one would say it.
       calls: how often each contestant is timed.
+      device: where PyTorch's model and data are; JAX takes what it has.
     """
 
     name: str
@@ -48,12 +49,13 @@ class Workload(NamedTuple):
     num_tasks: int | None = None
     part: str = ""
     calls: int = 300
+    device: str = "cpu"
 
     def model(self, dtype: torch.dtype = torch.float32) -> nn.Module:
         """The same weights at every call."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            return self.make().to(dtype)
+            return self.make().to(self.device, dtype)
 
     def batches(self, dtype: torch.dtype = torch.float32) -> tuple[Batch, Batch]:
         """Support and query, the same at every call."""
@@ -62,7 +64,7 @@ class Workload(NamedTuple):
         def draw(count: int) -> Batch:
             tasks = [self.data(generator, count) for _ in range(self.num_tasks or 1)]
             x, y = (torch.stack(parts) for parts in zip(*tasks, strict=True)) if self.num_tasks else tasks[0]
-            return _cast(x, dtype), _cast(y, dtype)
+            return _cast(x, dtype).to(self.device), _cast(y, dtype).to(self.device)
 
         return draw(self.support), draw(self.query)
 
@@ -245,6 +247,19 @@ _ALL = (
     ),
     Workload(
         "conv4-1shot", "conv4-64, 28×28, 5-way 1-shot, 75 queries", conv4, images(28), 5, 75, F.cross_entropy, "sgd", {"lr": 0.1}, calls=20
+    ),
+    Workload(
+        "conv4-tasks",
+        "conv4-64, 28×28, 32 tasks at once, 5-way 1-shot, 15 queries",
+        conv4,
+        images(28),
+        5,
+        15,
+        F.cross_entropy,
+        "sgd",
+        {"lr": 0.1},
+        num_tasks=32,
+        calls=5,
     ),
     Workload(
         "transformer",
