@@ -20,7 +20,7 @@ from adaptrt.backend.guards import Known
 from adaptrt.backend.launch import Constant, Launcher, Recording
 from adaptrt.errors import NonFiniteInput, NotDifferentiable, NotTraceable, ShapeChanged, UnsupportedParameter
 from adaptrt.graph.capture import capture
-from adaptrt.graph.ir import Graph, Role, autocast_off
+from adaptrt.graph.ir import Graph, Input, Role, autocast_off
 from adaptrt.graph.passes.batch import batch
 from adaptrt.graph.passes.check_finite import check_finite
 from adaptrt.graph.passes.partition import partition
@@ -106,6 +106,10 @@ class Program:
             if Spec.of(value) != entry.spec:
                 return f"{entry.name} was traced as {entry.spec}, got {Spec.of(value)} on {value.device}"
         raise AssertionError("every input is what was captured")
+
+
+def _as_it_is(entry: Input, value: Tensor) -> Input:
+    return dataclasses.replace(entry, spec=Spec.of(value), own_strides=value.stride())
 
 
 def _with_strides(value: Tensor, strides: tuple[int, ...]) -> Tensor:
@@ -207,10 +211,8 @@ class ProgramSet:
                 if backward not in self._programs:
                     graph = self._second_halves[backward]
                     kept = iter(tree.leaves(args[len(arguments)]))
-                    entries = [
-                        dataclasses.replace(entry, own_strides=next(kept).stride()) if entry.role is Role.KEPT else entry
-                        for entry in graph.signature.inputs
-                    ]
+                    # Kernels differ from what fake tensors say of them: in layout, and layer_norm's of bfloat16 on the CPU in dtype.
+                    entries = [_as_it_is(entry, next(kept)) if entry.role is Role.KEPT else entry for entry in graph.signature.inputs]
                     signature = dataclasses.replace(graph.signature, inputs=tuple(entries))
                     self._programs[backward] = self._finish(dataclasses.replace(graph, signature=signature), 0.0)
                     del self._second_halves[backward]
