@@ -1,7 +1,8 @@
 """`compile_unroll`: puts the pipeline together and runs it on the user's data.
 
 Known limits: which parameters adapt is decided when `compile_unroll` is called; layers added to the model later are not seen. Programs are
-compiled for one set of shapes each. Python numbers in the model's attributes are constants of a program. The caller's autocast is off inside programs.
+compiled for one set of shapes each. Python numbers in the model's attributes are constants of a program. The caller's autocast is off
+inside programs.
 """
 
 from __future__ import annotations
@@ -234,9 +235,7 @@ class CompiledUnroll:
         self._task_axis = task_axis
         self._recent: dict[tuple[bool, ...], _Recent] = {}
         self._recent_predictions: dict[Hashable, _RecentPrediction] = {}
-        self._reader = Reader(
-            settings.model, settings.loss, settings.adapted, settings.source, settings.device, settings.dtype
-        )
+        self._reader = Reader(settings.model, settings.loss, settings.adapted, settings.source, settings.device, settings.dtype)
         self._planner = Planner(
             self._reader,
             [part for part in (settings.model, settings.loss) if isinstance(part, nn.Module)],

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from benchmarks import time_and_memory
+from benchmarks import launches, time_and_memory
 from benchmarks.suite import contest as contests
 from benchmarks.suite.contest import WrongNumbers, by_turns, contest
 from benchmarks.suite.contestants import ENTRANTS, Entrant, loop
@@ -44,6 +47,38 @@ def test_what_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(contests, "by_turns", lambda *args: pytest.fail("it was timed"))
     with pytest.raises(WrongNumbers, match=r"adapters, meta: other is off by .*e-0\d in float32"):
         contest(WORKLOADS["adapters"], ("eager loop", "other"), ("meta",))
+
+
+def test_mixed_precision_is_held_against_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
+    workload = WORKLOADS["adapters"]._replace(name="another", calls=3)
+    found = contest(workload, ("eager loop", "eager loop, bfloat16"), ("meta",))["meta"]
+    assert found["eager loop"].error < 1e-5 < 1e-4 < found["eager loop, bfloat16"].error
+
+    def other(workload: Any, dtype: torch.dtype) -> Any:
+        return loop(workload._replace(numbers={"lr": 8 * workload.numbers["lr"]}), dtype)
+
+    monkeypatch.setitem(ENTRANTS, "other", Entrant(other, in_bfloat16=True))
+    with pytest.raises(WrongNumbers, match=r"another, meta: other is off by .* where autocast is by"):
+        contest(workload, ("eager loop", "other"), ("meta",))
+
+
+def test_launches() -> None:
+    assert launches.percentile([3.0, 1.0, 2.0], 50) == 2.0
+    assert launches.percentile(list(range(1, 101)), 99) == 99
+    good, bad = (launches.Row("sine", "meta", 1e-7, 1e-4, p99, count, 10**6) for p99, count in ((1.04e-4, 1), (1.2e-4, 2)))
+    assert not good.missed()
+    assert len(bad.missed()) == 2 and "2 graph launches, the bar 1" in bad.missed()[1]
+    text = launches.markdown([good, bad], "the command", "cpu")
+    assert "| sine | meta | 100 µs | 104 µs | 1.04 | 1 | 1.0 MB | 1e-07 |" in text and text.count("**missed**") == 2
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_the_script_for_gpus_says_what_it_lacks() -> None:
+    script = Path(__file__).parents[1] / "benchmarks" / "gpu.sh"
+    done = subprocess.run(
+        ["bash", script], env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 1 and "no CUDA device was found" in done.stderr
 
 
 def test_turns() -> None:

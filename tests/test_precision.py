@@ -65,9 +65,7 @@ def oracle(name: str, dtype: torch.dtype) -> list[Tensor]:
         2,
     )
     start = naive.Start({prefix + key: p for key, p in params.items()}, {}, {prefix + key: b for key, b in buffers.items()}, {})
-    support, query = (
-        (x.double() if dtype is torch.float64 else x, y) for x, y in (batch(name, 0), batch(name, 1))
-    )
+    support, query = ((x.double() if dtype is torch.float64 else x, y) for x, y in (batch(name, 0), batch(name, 1)))
     loss = naive.meta_loss(loop, start, support, query)
     assert loss.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
     return [loss.detach(), *torch.autograd.grad(loss, list(params.values()))]
@@ -75,8 +73,8 @@ def oracle(name: str, dtype: torch.dtype) -> list[Tensor]:
 
 def error(found: list[Tensor], wanted: list[Tensor]) -> float:
     """Of loss and whole gradient, whichever is larger."""
-    flat = [torch.cat([value.double().flatten() for value in part[1:]]) for part in (found, wanted)]
-    return max(relative_error(found[0], wanted[0]), relative_error(*flat))
+    got, expected = (torch.cat([value.double().flatten() for value in part[1:]]) for part in (found, wanted))
+    return max(relative_error(found[0], wanted[0]), relative_error(got, expected))
 
 
 def ours(name: str, adjoint: Adjoint, backend: Any, tasks: int | None = None) -> tuple[CompiledUnroll, nn.Module, list[Tensor]]:
@@ -154,7 +152,7 @@ def test_what_is_refused() -> None:
         compile_unroll(model, opt, 1, dtype=torch.float16)
     with pytest.raises(InvalidArgument, match=r"torch.float64; for another precision convert the model"):
         compile_unroll(model, opt, 1, dtype=torch.float64)
-    with pytest.raises(InvalidType, match="dtype must be torch.bfloat16 or None, got 'bfloat16'"):
+    with pytest.raises(InvalidType, match=r"dtype must be torch\.bfloat16 or None, got 'bfloat16'"):
         compile_unroll(model, opt, 1, dtype="bfloat16")  # type: ignore[arg-type]
     with pytest.raises(InvalidArgument, match=r"needs parameters in float32, '0.weight' is torch.float64; call model.float\(\)"):
         compile_unroll(model.double(), opt, 1, dtype=torch.bfloat16)

@@ -129,7 +129,7 @@ class Adjoint(abc.ABC):
         return None
 
     def meta_gradient_alone(self, programs: Programs, problem: Problem) -> Callable[..., Any] | None:
-        """The same for `meta_loss_and_gradients`: (start, fixed, support, noise, query, noise, [cotangent]) to the loss and all gradients."""
+        """The same for `meta_loss_and_gradients`: from (start, fixed, support, noise, query, noise, [cotangent]) to loss and gradients."""
         del programs, problem
         return None
 

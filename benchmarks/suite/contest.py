@@ -134,7 +134,9 @@ def check(workload: Workload, here: Mapping[str, Contestant], quantities: Sequen
             if entrant.in_bfloat16:
                 allowed = max(TOLERANCE_IN_BFLOAT16, TIMES_AUTOCAST * error(mixed[quantity](), oracle[quantity]()))
                 if not found <= allowed:
-                    raise WrongNumbers(f"{workload.name}, {quantity}: {name} is off by {found:.1e}, where autocast is by {allowed / TIMES_AUTOCAST:.1e}")
+                    raise WrongNumbers(
+                        f"{workload.name}, {quantity}: {name} is off by {found:.1e}, where autocast is by {allowed / TIMES_AUTOCAST:.1e}"
+                    )
                 continue
             if not found <= max(TOLERANCE, TIMES_EAGER * error(eager[quantity](), oracle[quantity]())):
                 suspect.append(quantity)

@@ -87,9 +87,7 @@ def loop_in_bfloat16(workload: Workload, dtype: torch.dtype = torch.float32) -> 
     return _one_task(workload, workload.model(dtype), support, query, torch.bfloat16)
 
 
-def _one_task(
-    workload: Workload, model: nn.Module, support: Batch, query: Batch, precision: torch.dtype | None = None
-) -> dict[str, Call]:
+def _one_task(workload: Workload, model: nn.Module, support: Batch, query: Batch, precision: torch.dtype | None = None) -> dict[str, Call]:
     adapted, _ = _parts(model)
 
     def autocast() -> contextlib.AbstractContextManager[Any]:

@@ -1,6 +1,6 @@
 """Tables and a plot of what the suite measured.
 
-    python -m benchmarks.suite.report RESULTS.json [--name HARDWARE_DATE]
+    python -m benchmarks.suite.report RESULTS.json [MORE.json ...] [--name HARDWARE_DATE]
 
 Prints Markdown: for every workload the median times and ratios, then the bars and whether they are reached. With `--name` it is written to
 `benchmarks/results/suite_NAME.md`, beside the plot.
@@ -140,9 +140,9 @@ def report(data: Mapping[str, Any], command: str) -> str:
     parts = [
         "# The benchmark suite",
         f"Command: `{command}`. {machine['device']}, {machine['cpu'].get('count')} cores, torch {machine['torch']}, {machine['threads']} "
-        f"threads, {machine['precision']}. Median times by turns in one process; × is how many times longer a contestant takes than adaptrt, the median "
-        "over neighbouring calls. Errors are relative to an eager loop in float64 and were looked at before anything was timed. First "
-        "call: of the meta-gradient, compilation included where caches on disk do not spare it.",
+        f"threads, {machine['precision']}. Median times by turns in one process; × is how many times longer a contestant takes than "
+        "adaptrt, the median over neighbouring calls. Errors are relative to an eager loop in float64 and were looked at before anything "
+        "was timed. First call: of the meta-gradient, compilation included where caches on disk do not spare it.",
     ]
     for workload in WORKLOADS:
         if any(key[0] == workload for key in keyed):
@@ -184,17 +184,24 @@ def plot(data: Mapping[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path, help="what `pytest --benchmark-json` wrote")
+    parser.add_argument("results", type=Path, nargs="+", help="what `pytest --benchmark-json` wrote, on one machine")
     parser.add_argument("--name", help="HARDWARE_DATE of the report to write")
     parser.add_argument("--command", default="make bench", help="what made the results")
     arguments = parser.parse_args()
-    data = json.loads(arguments.results.read_text())
+    parts = [json.loads(path.read_text()) for path in arguments.results]
+    data = {**parts[0], "benchmarks": [row for part in parts for row in part["benchmarks"]]}
     text = report(data, arguments.command)
     print(text)
-    plot(data, arguments.results.with_suffix(".png"))
     if arguments.name:
         (RESULTS / f"suite_{arguments.name}.md").write_text(text)
-        shutil.copy(arguments.results.with_suffix(".png"), RESULTS / f"suite_{arguments.name}.png")
+    figure = arguments.results[0].with_suffix(".png")
+    try:
+        plot(data, figure)
+    except ModuleNotFoundError as error:
+        print(f"no plot: {error}")
+    else:
+        if arguments.name:
+            shutil.copy(figure, RESULTS / f"suite_{arguments.name}.png")
 
 
 if __name__ == "__main__":
