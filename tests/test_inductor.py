@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from adaptrt.backend import Inductor
+from adaptrt.backend import Inductor, inductor
 from adaptrt.graph.capture import capture
 
 
@@ -60,3 +61,35 @@ def test_another_graph_is_not_taken_for_it() -> None:
     for fn, x in cases:
         torch.testing.assert_close(compiled(fn, x), fn(x), rtol=1e-15, atol=0)
     assert hits() == before
+
+
+def test_no_trials_of_vector_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpu_vec_isa
+
+    monkeypatch.setattr(inductor, "_trusts_the_processor", None)
+    cpu_vec_isa.valid_vec_isa_list.cache_clear()
+    built: list[str] = []
+    monkeypatch.setattr(cpu_vec_isa.VecISA, "check_build", lambda self, code: built.append(code) or True)
+    x = torch.randn(5)
+    torch.testing.assert_close(compiled(lambda x: (3.5 * x).cos(), x), (3.5 * x).cos())
+    assert cpu_vec_isa.VecISA._avx_code not in built and inductor._trusts_the_processor is True
+
+
+def test_trials_where_the_first_program_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import compile_fx, config
+
+    asked: list[bool | None] = []
+    compile_fx_inner = compile_fx.compile_fx_inner
+
+    def once(*args: Any, **kwargs: Any) -> Any:
+        asked.append(config.cpp.vec_isa_ok)
+        if config.cpp.vec_isa_ok:
+            raise RuntimeError("unrecognized option -mavx512f")
+        return compile_fx_inner(*args, **kwargs)
+
+    monkeypatch.setattr(inductor, "_trusts_the_processor", None)
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", once)
+    x = torch.randn(5)
+    for factor in (4.5, 5.5):
+        torch.testing.assert_close(compiled(lambda x, factor=factor: (factor * x).cos(), x), (factor * x).cos())
+    assert asked == [True, None, None]

@@ -14,7 +14,7 @@ import functools
 import shutil
 import sysconfig
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from adaptrt.backend.recorded import record
 from adaptrt.errors import CompilerUnavailable
 from adaptrt.graph.ir import Graph, autocast_off
 from adaptrt.graph.passes.base import Pass, apply
-from adaptrt.graph.passes.inline_small_matmuls import inline_small_matmuls
+from adaptrt.graph.passes.inline_small_matmuls import RULES
 from adaptrt.graph.passes.merge_duplicates import merge_duplicates
 from adaptrt.graph.passes.one_channel_last import one_channel_last
 from adaptrt.graph.passes.own_outputs import own_outputs
@@ -45,8 +45,18 @@ buffer: with a task axis the numbers are silently wrong."""
 def _decompose(graph: Graph) -> Graph:
     from torch._inductor.decomposition import select_decomp_table
 
-    table = {op: rule for op, rule in select_decomp_table().items() if op != _KEPT}
+    table: dict[Any, Callable[..., Any]] = {op: rule for op, rule in select_decomp_table().items() if op != _KEPT}
+    for op, rule in RULES.items():
+        table[op] = _first_of(rule, table.get(op))
     return retrace(graph, torch.func.functionalize, table)
+
+
+def _first_of(rule: Callable[..., Any], other: Callable[..., Any] | None) -> Callable[..., Any]:
+    def either(*args: Any, **kwargs: Any) -> Any:
+        found = rule(*args, **kwargs)
+        return other(*args, **kwargs) if found is NotImplemented and other is not None else found
+
+    return either
 
 
 def _keep_strides(module: torch.fx.GraphModule, num_results: int) -> None:
@@ -65,7 +75,8 @@ _CACHE_TAG = "adaptrt 2"
 """Part of the key under which Inductor keeps a compiled graph on disk. The key knows the graph and Inductor's settings, not what this file
 changes in Inductor: a change of that needs a new tag."""
 
-LOWERING = (inline_small_matmuls, Pass("decompose for Inductor", _decompose), remove_identities, merge_duplicates)
+# Recording a graph anew takes about a second for a convolutional network's step, so both are done in one go.
+LOWERING = (Pass("inline_small_matmuls and decompose for Inductor", _decompose), remove_identities, merge_duplicates)
 PASSES = (*LOWERING, one_channel_last, products_by_onednn, own_outputs)
 
 
@@ -104,7 +115,7 @@ class Inductor(Backend):
                     stack.enter_context(context)
                 stack.enter_context(config.patch(_WORKAROUNDS | _threads(graph)))
                 stack.enter_context(cache_config.patch(cache_key_tag=f"{_CACHE_TAG}, {num_results} results"))
-                compiled = compile_fx_inner(graph.module, inputs)
+                compiled = _trusting_the_processor(lambda: compile_fx_inner(graph.module, inputs))
 
         recorded = record(getattr(compiled, "current_callable", None), len(inputs))
         if recorded is not None:
@@ -115,6 +126,38 @@ class Inductor(Backend):
 
         return run
 
+
+def _trusting_the_processor(compile_once: Callable[[], Any]) -> Any:
+    """Compiles for the vector instructions that the processor has, without Inductor's trials of them.
+
+    Before its first kernel for the CPU Inductor builds and loads up to ten small libraries, to find out whether compiler and PyTorch go
+    along: 5 to 12 s of 9 to 20 for a first small program on two cores. Instead the first kernel is the trial; if it cannot be built, all is
+    forgotten and Inductor's own trials are made.
+    """
+    from torch._inductor import config, cpu_vec_isa
+
+    global _trusts_the_processor
+    if config.cpp.vec_isa_ok is not None or _trusts_the_processor is False:
+        return compile_once()
+    try:
+        with config.patch({"cpp.vec_isa_ok": True}):
+            result = compile_once()
+    except Exception:
+        if _trusts_the_processor:
+            raise
+        _trusts_the_processor = False
+        cpu_vec_isa.valid_vec_isa_list.cache_clear()
+        for isa in cpu_vec_isa.supported_vec_isa_list:
+            forget = getattr(type(isa).__bool__, "cache_clear", None)
+            if forget is not None:
+                forget()
+        return compile_once()
+    _trusts_the_processor = True
+    return result
+
+
+_trusts_the_processor: bool | None = None
+"""Not known before the first program is compiled."""
 
 _MAX_ELEMENTS_OF_ONE_THREAD = 1 << 14
 

@@ -73,15 +73,15 @@ def _is_private(value: fx.Node, writer: fx.Node) -> bool:
     """Whether nothing but `value` itself sees, after `writer`, what it writes to `value`."""
     if value.op == "placeholder" or memory_of(value) is not value:
         return False
-    return not any(user > writer for view in _views(value, value) if view is not writer for user in view.users)
+    return not any(user > writer for view in _views(value, value, writer) for user in view.users)
 
 
-def _views(value: fx.Node, memory: fx.Node) -> Iterator[fx.Node]:
-    """Views of `value`, whose memory is that of `memory`, and views of those."""
+def _views(value: fx.Node, memory: fx.Node, besides: fx.Node) -> Iterator[fx.Node]:
+    """Views of `value`, whose memory is that of `memory`, and views of those; but not what is reached by way of `besides`."""
     for user in value.users:
-        if memory_of(user) is memory:
+        if user is not besides and memory_of(user) is memory:
             yield user
-            yield from _views(user, memory)
+            yield from _views(user, memory, besides)
 
 
 def _replace_from(writer: fx.Node, before: fx.Node, after: fx.Node) -> None:

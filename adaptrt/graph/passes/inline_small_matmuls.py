@@ -49,18 +49,19 @@ def _addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1
     return (c if beta == 1 else c * beta) + product
 
 
-_RULES: dict[Any, Callable[..., Any]] = {
+RULES: dict[Any, Callable[..., Any]] = {
     aten.mm.default: _mm,
     aten.bmm.default: _mm,
     aten.addmm.default: _addmm,
     aten.baddbmm.default: _addmm,
 }
+"""What the pass does to each operation; NotImplemented where the product is not small. For whoever decomposes other operations besides."""
 
 
 def _run(graph: Graph) -> Graph:
-    if not any(node.target in _RULES for node in graph.module.graph.nodes):
+    if not any(node.target in RULES for node in graph.module.graph.nodes):
         return graph
-    return retrace(graph, torch.func.functionalize, _RULES)
+    return retrace(graph, torch.func.functionalize, RULES)
 
 
 inline_small_matmuls = Pass("inline_small_matmuls", _run)
