@@ -1,11 +1,11 @@
 """Time of a meta-gradient against the memory it takes, for k = 1 to 200 inner steps: `Replay`, `Stash` and `"auto"` beside `higher`.
 
-    python benchmarks/time_and_memory.py [--workloads conv4-5shot transformer] [--name cpu-2core_2026-11-26]
+    python benchmarks/time_and_memory.py [--workloads conv4-5shot transformer] [--lines "Stash()" higher] [--name cpu-2core_2026-11-26]
 
 Every line is a process of its own, which may take 16 GB of address space (`RLIMIT_AS`); where that is not enough the line ends. Its
 meta-gradient is compared with the eager loop's in float64 at k = 5 first. Time: the median of `CALLS` calls after a first one. Memory: the
 peak of live bytes in PyTorch's allocator during one more call, as in `adjoint_scaling.py`. With `--name` table, JSON and figure are written
-to `benchmarks/results/time-and-memory_NAME.*`.
+to `benchmarks/results/time-and-memory_NAME.*` after every line; lines that stand there already and are not asked for stay.
 
 Known limits: CPU only; lines are not timed by turns, since each has its own process.
 """
@@ -13,11 +13,13 @@ Known limits: CPU only; lines are not timed by turns, since each has its own pro
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
 import os
 import platform
 import resource
+import signal
 import statistics
 import subprocess
 import sys
@@ -36,6 +38,7 @@ from benchmarks.suite.contest import TOLERANCE, TOLERANCE_IN_FLOAT64, error
 from benchmarks.suite.contestants import Call, higher_original, loop, ours
 from benchmarks.suite.workloads import WORKLOADS
 
+COMMAND = "python benchmarks/time_and_memory.py"
 STEPS = (1, 5, 20, 50, 100, 200)
 CALLS = 2
 MAX_BYTES = 16_000_000_000
@@ -104,7 +107,8 @@ def rows_of(workload: str, line: str, steps: Sequence[int]) -> list[dict[str, An
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     rows = [json.loads(text) for text in done.stdout.splitlines() if text.startswith("{")]
     if done.returncode != 0:
-        if len(rows) < len(steps) and ("allocate memory" in done.stderr or done.returncode < 0):
+        # Where memory runs out for good, the system kills.
+        if len(rows) < len(steps) and ("allocate memory" in done.stderr or done.returncode == -signal.SIGKILL):
             return [*rows, {"workload": workload, "line": line, "k": steps[len(rows)], "out_of_memory": True}]
         raise RuntimeError(f"{workload}, {line} failed:\n{done.stderr}")
     return rows
@@ -164,9 +168,17 @@ def figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
     canvas.savefig(path, dpi=110)
 
 
+def save(rows: Sequence[dict[str, Any]], base: Path) -> None:
+    """Table, JSON and figure."""
+    base.with_suffix(".md").write_text(f"{markdown(rows, COMMAND)}\n![time over memory]({base.name}.png)\n")
+    base.with_suffix(".json").write_text(json.dumps(list(rows), indent=1) + "\n")
+    figure(rows, base.with_suffix(".png"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workloads", nargs="+", default=["conv4-5shot", "transformer"], choices=list(WORKLOADS))
+    parser.add_argument("--lines", nargs="+", default=list(LINES), choices=list(LINES))
     parser.add_argument("--steps", nargs="+", type=int, default=list(STEPS))
     parser.add_argument("--name")
     parser.add_argument("--measure", nargs="+", help=argparse.SUPPRESS)
@@ -175,14 +187,15 @@ def main() -> None:
         workload, line, *steps = options.measure
         measure(workload, line, list(map(int, steps)))
         return
-    rows = [row for workload in options.workloads for line in LINES for row in rows_of(workload, line, options.steps)]
-    text = markdown(rows, f"python benchmarks/time_and_memory.py --workloads {' '.join(options.workloads)} --name {options.name or 'NAME'}")
-    print(text)
-    if options.name:
-        base = RESULTS / f"time-and-memory_{options.name}"
-        base.with_suffix(".md").write_text(text + f"\n![time over memory]({base.name}.png)\n")
-        base.with_suffix(".json").write_text(json.dumps(rows, indent=1) + "\n")
-        figure(rows, base.with_suffix(".png"))
+    base = RESULTS / f"time-and-memory_{options.name}"
+    kept: list[dict[str, Any]] = json.loads(base.with_suffix(".json").read_text()) if base.with_suffix(".json").exists() else []
+    for workload, line in itertools.product(options.workloads, options.lines):
+        found = rows_of(workload, line, options.steps)
+        kept = [row for row in kept if (row["workload"], row["line"]) != (workload, line)] + found
+        print(json.dumps(found), flush=True)
+        if options.name:
+            save(kept, base)
+    print(markdown(kept, COMMAND))
 
 
 if __name__ == "__main__":
