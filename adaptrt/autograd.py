@@ -33,7 +33,6 @@ class Call(NamedTuple):
       num_tasks: length of the task axis, None without one.
       inputs: the leaves that the caller differentiates, of start, fixed, support and query in this order.
       alone: the program that is all of it, if there is one.
-      leaves: what that takes.
     """
 
     plan: SupportPlan
@@ -44,7 +43,6 @@ class Call(NamedTuple):
     num_tasks: int | None
     inputs: tuple[Tensor, ...]
     alone: Program | None = None
-    leaves: Sequence[Tensor] = ()
 
 
 def adapt(call: Call) -> tuple[Carry, Tensor]:
@@ -219,7 +217,9 @@ class _MetaLoss(Function):
     def forward(ctx: Any, call: Call, *inputs: Tensor) -> Tensor:
         ctx.inputs = inputs
         if call.alone is not None:
-            losses, *found = call.alone.run_leaves([*call.leaves])
+            assert call.query is not None and call.query_plan is not None
+            args = (*call.task, *call.query, [call.query_plan.weights])
+            losses, *found = call.alone.run_leaves(call.alone.leaves_of(args))
             ctx.found = found[: len(inputs)]
         else:
             losses, found = _meta_loss_and_gradients(call)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -51,7 +51,7 @@ def model_device(model: nn.Module) -> torch.device:
     return next(iter(devices))
 
 
-def precision(model: nn.Module, dtype: Any) -> None:
+def precision(params: Mapping[str, Tensor], dtype: Any) -> None:
     """`dtype` can be what the model computes in while its parameters stay as they are.
 
     Raises:
@@ -63,7 +63,7 @@ def precision(model: nn.Module, dtype: Any) -> None:
     if dtype is not torch.bfloat16:
         reason = "float16 would need its losses scaled" if dtype is torch.float16 else "for another precision convert the model"
         raise InvalidArgument(f"dtype must be torch.bfloat16 or None, got {dtype}; {reason}")
-    for name, param in model.named_parameters():
+    for name, param in params.items():
         if param.dtype is not torch.float32:
             raise InvalidArgument(
                 f"dtype=torch.bfloat16 needs parameters in float32, '{name}' is {param.dtype}; call model.float(), or leave out dtype="

@@ -110,7 +110,7 @@ def compile_unroll(
     check.one_of("on_new_shape", on_new_shape, ("compile", "error"))
     check.one_of("nonfinite", nonfinite, ("error", "ignore"))
     if dtype is not None:
-        check.precision(model, dtype)
+        check.precision(dict(model.named_parameters()), dtype)
     if loss is not None and not callable(loss):
         raise InvalidType(f"loss must be a function, a module or None, got {type(loss).__name__}")
     if adjoint != "auto" and not isinstance(adjoint, Adjoint):
@@ -185,7 +185,6 @@ class _Ready(NamedTuple):
     inputs: tuple[Tensor, ...]
     num_tasks: int | None
     alone: Program | None = None
-    leaves: Sequence[Tensor] = ()
 
 
 @dataclasses.dataclass(slots=True)
@@ -351,7 +350,7 @@ class CompiledUnroll:
         with restored_on_error(plan.probe.noise, generator):
             try:
                 if ready.alone is not None:
-                    carry, losses = ready.alone.result_of(ready.alone.run_leaves([*ready.leaves]))
+                    carry, losses = ready.alone(begin.carry, begin.fixed, ready.support, ())
                     return Adapted(self, carry, losses, begin.fixed, num_tasks)
                 task = Task(begin.carry, begin.fixed, ready.support, self._step_noise(plan, generator, num_tasks))
                 carry, losses = autograd.adapt(Call(plan, None, ready.problem, task, None, num_tasks, ready.inputs))
@@ -370,7 +369,7 @@ class CompiledUnroll:
             task = Task(begin.carry, begin.fixed, ready.support, self._step_noise(plan, generator, num_tasks))
             asked = Query(ready.query, draw(query_plan.probe.noise, generator, num_tasks))
             try:
-                call = Call(plan, query_plan, ready.problem, task, asked, num_tasks, ready.inputs, ready.alone, ready.leaves)
+                call = Call(plan, query_plan, ready.problem, task, asked, num_tasks, ready.inputs, ready.alone)
                 return autograd.meta_loss(call)
             except NonFiniteInput:
                 self._look_at_values("support", ready.support, plan.probe.bounds)
@@ -426,10 +425,8 @@ class CompiledUnroll:
             asked = None if query is None else Batch(*query[0])
             if not recent.is_alone_known:
                 self._find_alone(recent, bool(inputs))
-            if recent.alone is not None and recent.query_plan is not None:
-                leaves.append(recent.query_plan.weights)
             plans = recent.plan, recent.query_plan, recent.problem
-            return _Ready(begin, Batch(*support), asked, *plans, inputs, recent.num_tasks, recent.alone, leaves)
+            return _Ready(begin, Batch(*support), asked, *plans, inputs, recent.num_tasks, recent.alone)
         ready = self._prepare_anew(support, query, start, warm)
         self._recent[mode] = _Recent(begin.structure, alike(leaves), ready.plan, ready.query_plan, ready.problem, ready.num_tasks)
         return ready
@@ -450,6 +447,8 @@ class CompiledUnroll:
         batch, num_tasks = self._support(support)
         asked = None if query is None else self._query(query[0], num_tasks)
         begin = self._start(start, num_tasks)
+        if self._settings.dtype is not None:  # the model may have been converted since
+            check.precision({**begin.carry.params, **begin.fixed.params, **begin.fixed.loss_params}, self._settings.dtype)
         plan = self._planner.support(batch, begin, num_tasks, warm)
         query_plan = None if asked is None else self._planner.query(plan, asked, begin, num_tasks, warm)
         problem, inputs = self._problem(plan, begin, batch, asked)

@@ -63,33 +63,72 @@ def test_another_graph_is_not_taken_for_it() -> None:
     assert hits() == before
 
 
-def test_no_trials_of_vector_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def trials(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The code of Inductor's trials of vector instructions, which all succeed. What it knows of them is forgotten before and after."""
     from torch._inductor import cpu_vec_isa
 
-    monkeypatch.setattr(inductor, "_trusts_the_processor", None)
-    cpu_vec_isa.valid_vec_isa_list.cache_clear()
-    built: list[str] = []
-    monkeypatch.setattr(cpu_vec_isa.VecISA, "check_build", lambda self, code: built.append(code) or True)
+    def forget() -> None:
+        cpu_vec_isa.valid_vec_isa_list.cache_clear()
+        for isa in cpu_vec_isa.supported_vec_isa_list:
+            for function in (
+                type(isa).__bool__,
+                getattr(type(isa), "_VecISA__bool__impl", None),
+                getattr(isa, "_VecISA__bool__impl", None),
+            ):
+                clear = getattr(function, "cache_clear", None)
+                if clear is not None:
+                    clear()
+
+    made: list[str] = []
+    monkeypatch.setattr(cpu_vec_isa.VecISA, "check_build", lambda self, code: made.append(code) or True)
+    monkeypatch.setattr(inductor, "_trusts_the_processor", True)
+    forget()
+    yield made
+    forget()
+
+
+def test_no_large_trials_of_vector_instructions(trials: list[str]) -> None:
+    from torch._inductor import cpu_vec_isa
+
     x = torch.randn(5)
     torch.testing.assert_close(compiled(lambda x: (3.5 * x).cos(), x), (3.5 * x).cos())
-    assert cpu_vec_isa.VecISA._avx_code not in built and inductor._trusts_the_processor is True
+    assert cpu_vec_isa.VecISA._avx_code not in trials and inductor._trusts_the_processor
 
 
-def test_trials_where_the_first_program_cannot_be_built(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._inductor import compile_fx, config
+@pytest.mark.parametrize("works_before", [False, True])
+def test_trials_where_a_program_cannot_be_built(works_before: bool, trials: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import compile_fx, config, cpu_vec_isa
 
     asked: list[bool | None] = []
     compile_fx_inner = compile_fx.compile_fx_inner
+    x = torch.randn(5)
+    if works_before:
+        compiled(lambda x: (7.5 * x).cos(), x)
 
-    def once(*args: Any, **kwargs: Any) -> Any:
+    def without_instructions(*args: Any, **kwargs: Any) -> Any:
         asked.append(config.cpp.vec_isa_ok)
+        cpu_vec_isa.valid_vec_isa_list()
         if config.cpp.vec_isa_ok:
             raise RuntimeError("unrecognized option -mavx512f")
         return compile_fx_inner(*args, **kwargs)
 
-    monkeypatch.setattr(inductor, "_trusts_the_processor", None)
-    monkeypatch.setattr(compile_fx, "compile_fx_inner", once)
-    x = torch.randn(5)
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", without_instructions)
     for factor in (4.5, 5.5):
         torch.testing.assert_close(compiled(lambda x, factor=factor: (factor * x).cos(), x), (factor * x).cos())
     assert asked == [True, None, None]
+    if cpu_vec_isa.valid_vec_isa_list():  # a processor with none makes no trial
+        assert cpu_vec_isa.VecISA._avx_code in trials
+
+
+def test_an_error_of_another_kind_says_nothing_about_the_processor(trials: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import compile_fx
+
+    def fail(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no lowering")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(compile_fx, "compile_fx_inner", fail)
+        with pytest.raises(RuntimeError, match="no lowering"):
+            compiled(lambda x: (6.5 * x).cos(), torch.randn(5))
+    assert inductor._trusts_the_processor

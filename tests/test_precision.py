@@ -36,7 +36,11 @@ def conv() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(36, 3))
 
 
-MODELS = {"mlp": (mlp, (6,)), "conv": (conv, (1, 6, 6))}
+def group_norm() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.GroupNorm(2, 4), nn.Tanh(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(36, 3))
+
+
+MODELS = {"mlp": (mlp, (6,)), "conv": (conv, (1, 6, 6)), "group-norm": (group_norm, (1, 6, 6))}
 ADJOINTS: list[Adjoint] = [Unrolled(), Replay(), Stash()]
 
 
@@ -50,7 +54,7 @@ def batch(name: str, seed: int) -> tuple[Tensor, Tensor]:
     return torch.randn(9, *MODELS[name][1], generator=generator), torch.arange(9) % 3
 
 
-def oracle(name: str, dtype: torch.dtype) -> list[Tensor]:
+def oracle(name: str, dtype: torch.dtype, task: int = 0) -> list[Tensor]:
     """Meta-loss and meta-gradient of the eager loop: in bfloat16 by autocast, or in the dtype itself."""
     model = make(name).to(torch.float64 if dtype is torch.float64 else torch.float32)
     params, buffers = dict(model.named_parameters()), dict(model.named_buffers())
@@ -65,7 +69,7 @@ def oracle(name: str, dtype: torch.dtype) -> list[Tensor]:
         2,
     )
     start = naive.Start({prefix + key: p for key, p in params.items()}, {}, {prefix + key: b for key, b in buffers.items()}, {})
-    support, query = ((x.double() if dtype is torch.float64 else x, y) for x, y in (batch(name, 0), batch(name, 1)))
+    support, query = ((x.double() if dtype is torch.float64 else x, y) for x, y in (batch(name, task), batch(name, task + 1)))
     loss = naive.meta_loss(loop, start, support, query)
     assert loss.dtype is (torch.float64 if dtype is torch.float64 else torch.float32)
     return [loss.detach(), *torch.autograd.grad(loss, list(params.values()))]
@@ -83,7 +87,11 @@ def ours(name: str, adjoint: Adjoint, backend: Any, tasks: int | None = None) ->
     support, query = batch(name, 0), batch(name, 1)
     if tasks is not None:
         unroll = unroll.vmap()
-        support, query = (tuple(torch.stack([part] * tasks) for part in pair) for pair in (support, query))
+        # Task t has the batches t and t + 1.
+        support, query = (
+            tuple(torch.stack(parts) for parts in zip(*(batch(name, task + later) for task in range(tasks)), strict=True))
+            for later in (0, 1)
+        )
     loss = unroll(support, query)
     return unroll, model, [loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))]
 
@@ -113,7 +121,9 @@ def test_one_launch() -> None:
 @pytest.mark.parametrize("name", MODELS)
 def test_tasks(name: str) -> None:
     _, _, found = ours(name, Stash(), Eager(), tasks=2)
-    assert error(found, oracle(name, torch.bfloat16)) <= BFLOAT16
+    each = [oracle(name, torch.bfloat16, task) for task in range(2)]
+    assert error(each[0], each[1]) > 4 * BFLOAT16, "the tasks are too alike"
+    assert error(found, [torch.stack(parts).mean(0) for parts in zip(*each, strict=True)]) <= BFLOAT16
 
 
 def test_what_stays_in_float32_and_what_does_not() -> None:
@@ -143,6 +153,28 @@ def test_first_order_and_differentiable_adaptation() -> None:
         through = torch.autograd.grad(loss, list(model.parameters()))
         direct = torch.autograd.grad(unroll(support, query), list(model.parameters()))
         assert error([loss.detach(), *through], [loss.detach(), *direct]) <= BFLOAT16 / 2
+
+
+def test_a_model_that_was_converted_since_is_refused() -> None:
+    model = make("mlp")
+    unroll = compile_unroll(model, optim.sgd(lr=0.1), 1, backend="eager", dtype=torch.bfloat16)
+    x, y = batch("mlp", 0)
+    for _ in range(3):
+        unroll.adapt((x, y))
+    model.double()
+    with pytest.raises(InvalidArgument, match=r"needs parameters in float32, '0.weight' is torch.float64"):
+        unroll.adapt((x.double(), y))
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("name", MODELS)
+def test_on_a_gpu(name: str) -> None:
+    model = make(name).cuda()
+    unroll = compile_unroll(model, optim.adam(lr=0.02, eps=0.01), 2, dtype=torch.bfloat16)
+    support, query = (tuple(part.cuda() for part in batch(name, seed)) for seed in (0, 1))
+    loss = unroll(support, query)
+    found = [value.cpu() for value in (loss.detach(), *torch.autograd.grad(loss, list(model.parameters())))]
+    assert 1e-4 < error(found, oracle(name, torch.float64)) <= BFLOAT16
 
 
 def test_what_is_refused() -> None:

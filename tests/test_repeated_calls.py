@@ -89,6 +89,38 @@ def test_changes_between_calls_are_seen(change: Callable[..., None]) -> None:
         assert not torch.equal(unroll.adapt(support)(query[0]), prediction)
 
 
+def test_the_order_of_hyperparameters_does_not_matter() -> None:
+    model, opt = net(), optim.sgd(lr=0.1, momentum=0.9)
+    unroll = compile_unroll(model, opt, 2, backend="eager")
+    support, query = batch(), batch()
+    torch.manual_seed(1)
+    model.eval()  # no noise: the whole call is one program
+    for _ in range(2):
+        gradients(unroll, model, support, query)
+    before = gradients(unroll, model, support, query)
+    adapted = unroll.adapt(support).params
+    hyper: Any = opt.hyper
+    hyper["lr"] = hyper.pop("lr")
+    for _ in range(2):
+        assert all(map(torch.equal, before, gradients(unroll, model, support, query)))
+        assert all(torch.equal(value, adapted[name]) for name, value in unroll.adapt(support).params.items())
+
+
+def test_a_rate_of_shape_one_is_read_at_every_call() -> None:
+    model, rate = net(), torch.tensor([0.1], dtype=torch.float64)
+    unroll = compile_unroll(model, torch.optim.SGD(model.parameters(), lr=rate), 2, backend="eager")
+    support, query = batch(), batch()
+    model.eval()
+    for _ in range(2):
+        unroll(support, query)
+    loss = unroll(support, query)
+    rate.requires_grad_()
+    unroll(support, query).backward()
+    assert rate.grad is not None and rate.grad.abs() > 0
+    rate.data = torch.tensor([0.5], dtype=torch.float64)
+    assert not torch.equal(unroll(support, query), loss)
+
+
 @pytest.mark.parametrize(
     ("wrong", "error"),
     [

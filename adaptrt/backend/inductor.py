@@ -28,7 +28,7 @@ from adaptrt.backend.base import Backend, Runner
 from adaptrt.backend.recorded import record
 from adaptrt.errors import CompilerUnavailable
 from adaptrt.graph.ir import Graph, autocast_off
-from adaptrt.graph.passes.base import Pass, apply
+from adaptrt.graph.passes.base import Pass, apply, copy_module
 from adaptrt.graph.passes.inline_small_matmuls import RULES
 from adaptrt.graph.passes.merge_duplicates import merge_duplicates
 from adaptrt.graph.passes.one_channel_last import one_channel_last
@@ -115,7 +115,7 @@ class Inductor(Backend):
                     stack.enter_context(context)
                 stack.enter_context(config.patch(_WORKAROUNDS | _threads(graph)))
                 stack.enter_context(cache_config.patch(cache_key_tag=f"{_CACHE_TAG}, {num_results} results"))
-                compiled = _trusting_the_processor(lambda: compile_fx_inner(graph.module, inputs))
+                compiled = _trusting_the_processor(lambda: compile_fx_inner(copy_module(graph), inputs))
 
         recorded = record(getattr(compiled, "current_callable", None), len(inputs))
         if recorded is not None:
@@ -128,36 +128,32 @@ class Inductor(Backend):
 
 
 def _trusting_the_processor(compile_once: Callable[[], Any]) -> Any:
-    """Compiles for the vector instructions that the processor has, without Inductor's trials of them.
+    """Compiles for the vector instructions that the processor has, without Inductor's larger trials of them.
 
-    Before its first kernel for the CPU Inductor builds and loads up to ten small libraries, to find out whether compiler and PyTorch go
-    along: 5 to 12 s of 9 to 20 for a first small program on two cores. Instead the first kernel is the trial; if it cannot be built, all is
-    forgotten and Inductor's own trials are made.
+    Before its first kernel for the CPU Inductor builds and loads a small library for each set of instructions, to find out whether compiler
+    and PyTorch go along: up to four with PyTorch's headers, which take seconds each, and up to seven short ones. Here the four are left
+    out, and programs themselves are the trial: if one cannot be built or loaded, all is forgotten and Inductor's own trials are made.
     """
     from torch._inductor import config, cpu_vec_isa
 
     global _trusts_the_processor
-    if config.cpp.vec_isa_ok is not None or _trusts_the_processor is False:
+    if config.cpp.vec_isa_ok is not None or not _trusts_the_processor:
         return compile_once()
     try:
         with config.patch({"cpp.vec_isa_ok": True}):
-            result = compile_once()
+            return compile_once()
     except Exception:
-        if _trusts_the_processor:
-            raise
-        _trusts_the_processor = False
         cpu_vec_isa.valid_vec_isa_list.cache_clear()
         for isa in cpu_vec_isa.supported_vec_isa_list:
             forget = getattr(type(isa).__bool__, "cache_clear", None)
             if forget is not None:
                 forget()
-        return compile_once()
-    _trusts_the_processor = True
-    return result
+        result = compile_once()  # raises again where the instructions were not the reason
+        _trusts_the_processor = False
+        return result
 
 
-_trusts_the_processor: bool | None = None
-"""Not known before the first program is compiled."""
+_trusts_the_processor = True
 
 _MAX_ELEMENTS_OF_ONE_THREAD = 1 << 14
 

@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptrt import tree
 from adaptrt.errors import UnsupportedRandomness
+from adaptrt.graph import mixed_norms
 from adaptrt.graph.ir import Graph, Input, Output, PassRecord, Role, Signature, autocast_off
 from adaptrt.graph.passes.base import apply
 from adaptrt.graph.passes.lift_noise import forbid_noise
@@ -216,6 +217,10 @@ class _EagerRules(TorchDispatchMode):
                 raise RuntimeError(f"{name_of(func)} needs operands of one dtype, got {' and '.join(sorted(map(str, dtypes)))}")
         if func is aten.native_batch_norm.default and args[3] is not None:
             func = aten._native_batch_norm_legit.default
+        if func in mixed_norms.RULES:
+            found = mixed_norms.RULES[func](*args, **(kwargs or {}))
+            if found is not NotImplemented:
+                return found
         return func(*args, **(kwargs or {}))
 
 

@@ -152,11 +152,14 @@ class _Read(NamedTuple):
 
 
 def _is_fixed(value: Any) -> bool:
-    """Whether the same object surely says the same; a floating-point tensor is an input, whose value is not read here."""
+    """Whether the same object surely says the same; a 0-dim floating-point tensor is an input, whose value is not read here.
+
+    One of another shape is not: what is read of it is a view, which does not follow its `requires_grad` and `data`.
+    """
     if isinstance(value, tuple):
         return all(map(_is_fixed, cast("tuple[Any, ...]", value)))
     if isinstance(value, torch.Tensor):
-        return value.is_floating_point()
+        return value.is_floating_point() and not value.dim()
     return value is None or isinstance(value, bool | int | float | str)
 
 

@@ -93,45 +93,7 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
         del non_blocking
         return source.to(target.dtype).expand(target.shape).clone()
 
-    own = {
-        aten.copy.default: copied,
-        aten.native_layer_norm.default: _layer_norm,
-        aten.native_layer_norm_backward.default: _layer_norm_backward,
-    }
-    return {**cast(Any, get_decompositions(_WITHOUT_BATCHING_RULE)), **own}
-
-
-_HALF = (torch.bfloat16, torch.float16)
-
-
-def _layer_norm(x: Tensor, shape: Sequence[int], weight: Tensor | None, bias: Tensor | None, eps: float) -> Any:
-    """In float32, rounded to the input's half precision: the batching rule returns the weight's dtype where autocast mixes them (2.13)."""
-    if x.dtype not in _HALF:
-        return NotImplemented
-    result, mean, rstd = torch.native_layer_norm(x.float(), shape, _float(weight), _float(bias), eps)
-    return result.to(x.dtype), mean, rstd
-
-
-def _layer_norm_backward(
-    grad: Tensor,
-    x: Tensor,
-    shape: Sequence[int],
-    mean: Tensor,
-    rstd: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    mask: Sequence[bool],
-) -> Any:
-    if x.dtype not in _HALF:
-        return NotImplemented
-    found = aten.native_layer_norm_backward(
-        grad.float(), x.float(), shape, mean.float(), rstd.float(), _float(weight), _float(bias), list(mask)
-    )
-    return tuple(None if g is None or like is None else g.to(like.dtype) for g, like in zip(found, (x, weight, bias), strict=True))
-
-
-def _float(value: Tensor | None) -> Tensor | None:
-    return None if value is None else value.float()
+    return {**cast(Any, get_decompositions(_WITHOUT_BATCHING_RULE)), aten.copy.default: copied}
 
 
 def _with_closed_slices(graph: Graph) -> Graph:

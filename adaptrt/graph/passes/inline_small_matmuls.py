@@ -12,10 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptrt.graph.ir import Graph
-from adaptrt.graph.passes.base import Pass
-from adaptrt.graph.passes.retrace import retrace
-
 aten = torch.ops.aten
 
 MAX_TOTAL, MAX_EACH = 1 << 15, 1 << 12
@@ -55,13 +51,4 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.addmm.default: _addmm,
     aten.baddbmm.default: _addmm,
 }
-"""What the pass does to each operation; NotImplemented where the product is not small. For whoever decomposes other operations besides."""
-
-
-def _run(graph: Graph) -> Graph:
-    if not any(node.target in RULES for node in graph.module.graph.nodes):
-        return graph
-    return retrace(graph, torch.func.functionalize, RULES)
-
-
-inline_small_matmuls = Pass("inline_small_matmuls", _run)
+"""For each operation what it becomes; NotImplemented where the product is not small. A backend applies them with its own."""
