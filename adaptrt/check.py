@@ -213,9 +213,10 @@ def sound(batch: Batch, bounds: Sequence[IndexBound], are_finite: bool) -> tuple
     found: list[Tensor] = [torch.isfinite(value).all() for value in values if value.is_floating_point()] if are_finite else []
     for bound in bounds:
         value = values[bound.position]
-        exists = (value >= 0) & (value < bound.size)
+        wide = value.long()  # in a narrow dtype a bound may wrap around
+        exists = (wide >= 0) & (wide < bound.size)
         if bound.ignore_index is not None:
-            exists |= value == bound.ignore_index
+            exists |= wide == bound.ignore_index
         values[bound.position] = torch.where(exists, value, 0)
         found.append(exists.all())
     return tree.unflatten(structure, values), torch.stack(found).all() if found else None

@@ -126,6 +126,11 @@ class Planner:
         """Whether each call is one launch."""
         return self._launcher is not None
 
+    def refuse(self) -> None:
+        """Raises `CannotRecord` if calls are launches, and none can be made here and now."""
+        if self._launcher is not None:
+            self._launcher.refuse()
+
     def program_sets(self) -> list[ProgramSet]:
         """All sets of programs, those of the shapes used last at the end."""
         plans = self.supports.entries()

@@ -232,12 +232,11 @@ class ProgramSet:
           name: what it is, for messages and reports.
           key: all that `fn` depends on besides its arguments.
         Raises:
-          CannotRecord, OutOfDeviceMemory: see `adaptrt.errors`; and what `fn` raises.
+          OutOfDeviceMemory: see `adaptrt.errors`; and what `fn` raises.
         """
         launcher = self._launcher
         if launcher is None:
             return fn(*args)
-        launcher.refuse()
         key = name, key, launcher.settings()
         recording = self._recordings.get(key)
         if recording is None or not recording.is_current:

@@ -340,7 +340,8 @@ class CompiledUnroll:
         return self._reader.state_dict({**adapted.fixed.params, **adapted.params, **adapted.buffers})
 
     def _call(self) -> contextlib.AbstractContextManager[object]:
-        """What surrounds a call: a background compiler waits for it if it captures."""
+        """What surrounds a call: a background compiler waits for it if it captures. Before anything else a launch may be refused."""
+        self._planner.refuse()
         return contextlib.closing(_CALL) if isinstance(self._settings.backend, Tiered) else _NO_CALL
 
     def _adapt(self, support: Any, start: Adapted | None, generator: torch.Generator | None, warm: bool) -> Adapted:

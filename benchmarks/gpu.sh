@@ -48,7 +48,7 @@ for workload in $WORKLOADS; do
   out="build/gpu-$workload.json"
   rm -f "$out"
   part "suite: $workload" 50 "$PYTHON" -m pytest -o python_files='bench_*.py' -o filterwarnings=default -q --show-capture=no \
-    benchmarks/suite/bench_latency.py -k "test_latency and $workload- and (meta or adapt)" --device "$DEVICE" --share "$SHARE" \
+    benchmarks/suite/bench_latency.py -k "$workload-meta or $workload-adapt" --device "$DEVICE" --share "$SHARE" \
     --entrants "${ENTRANTS:-eager loop;torch.func;higher;JAX jit + optax;adaptrt;adaptrt, bfloat16}" --benchmark-json="$out"
   [ -s "$out" ] && json+=("$out")
 done

@@ -51,7 +51,7 @@ def _place(value: Tensor) -> int:
 
 
 def _spoil(value: Tensor) -> None:
-    value.fill_(float("nan") if value.is_floating_point() else True if value.dtype is torch.bool else -(2**31))
+    value.fill_(float("nan") if value.is_floating_point() else True if value.dtype is torch.bool else torch.iinfo(value.dtype).max)
 
 
 class TapeRecorder(Recorder):

@@ -2,8 +2,8 @@
 
 Programs are compiled by another backend, and the calls of an unroll recorded over them (`launch.py`).
 
-What a recording has taken in besides its arguments is whether TF32 and deterministic algorithms are on (`settings`). A change of these
-makes a new recording.
+What a recording has taken in besides its arguments are the settings of PyTorch that choose kernels (`settings`): TF32, reduced precision of
+sums, deterministic algorithms, cuDNN's. A change of these makes a new recording.
 
 Known limits: a recording belongs to the process that made it, as everything of CUDA does. It copies its arguments and results once each.
 """
@@ -37,7 +37,7 @@ class CudaRecorder(Recorder):
             raise InvalidArgument(
                 f"backend='cudagraph' needs a model on a CUDA device, this one is on {device}; use backend='inductor', or move the model"
             )
-        self._device = device
+        self.device = device
         self._process = os.getpid()
         self._stream: torch.cuda.Stream | None = None
         self._pool: Any = None
@@ -49,7 +49,7 @@ class CudaRecorder(Recorder):
                 "this unroll was made before the process was forked, and CUDA does not survive a fork; make model and unroll in the child "
                 "process, which has to be started with the method 'spawn' if CUDA was in use before"
             )
-        if torch.cuda.is_current_stream_capturing():
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
             raise CannotRecord(
                 "an unroll with backend='cudagraph' was called while a CUDA graph is being captured, and graphs cannot be nested; call it "
                 "outside, as it is one graph launch already"
@@ -57,10 +57,19 @@ class CudaRecorder(Recorder):
 
     def settings(self) -> Hashable:
         cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-        return torch.are_deterministic_algorithms_enabled(), cuda.allow_tf32, cudnn.allow_tf32, cudnn.deterministic, cudnn.benchmark
+        return (
+            torch.are_deterministic_algorithms_enabled(),
+            # Of TF32; the public getters raise where old and new ways of setting it were mixed.
+            *[torch._C._get_fp32_precision_getter("cuda", operation) for operation in ("matmul", "conv", "rnn")],  # type: ignore[attr-defined]
+            cuda.allow_bf16_reduced_precision_reduction,
+            cuda.allow_fp16_reduced_precision_reduction,
+            cudnn.enabled,
+            cudnn.deterministic,
+            cudnn.benchmark,
+        )
 
     def warm_up(self, run: Callable[[], object]) -> int:
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self.device):
             if self._stream is None:
                 self._stream = torch.cuda.Stream()
             current = torch.cuda.current_stream()
@@ -74,22 +83,27 @@ class CudaRecorder(Recorder):
             return torch.cuda.max_memory_allocated() - before
 
     def record(self, run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self.device):
             graph = torch.cuda.CUDAGraph()
             if self._pool is None:
                 self._pool = torch.cuda.graph_pool_handle()
+            stream = torch.cuda.current_stream()
+            # The workspaces of cuBLAS are the graph's own then: PyTorch frees a stream's as soon as one graph of that stream is freed.
+            torch._C._cuda_clearCublasWorkspaces()  # type: ignore[attr-defined]
             try:
-                # Other threads may do on the device what they like meanwhile.
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                     outputs = run()
             except BaseException:
+                torch.cuda.set_stream(stream)  # which PyTorch does not do where ending the capture fails
                 self._pool = None  # the next recording takes another, whatever state this one is in
                 raise
+            finally:
+                torch._C._cuda_clearCublasWorkspaces()  # type: ignore[attr-defined]
         return outputs, graph.replay
 
     @contextlib.contextmanager
     def in_order(self, owned: Sequence[Tensor], streams: set[Hashable]) -> Generator[None]:
-        with torch.cuda.device(self._device):
+        with torch.cuda.device(self.device):
             stream = torch.cuda.current_stream()
             if self._last is None:
                 self._last = stream, torch.cuda.Event()

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from adaptrt import tree
 from adaptrt.backend.guards import Known
-from adaptrt.errors import AdaptrtError, OutOfDeviceMemory, RecordingFailed, ShapeChanged
+from adaptrt.errors import AdaptrtError, DeviceMismatch, OutOfDeviceMemory, RecordingFailed, ShapeChanged
 from adaptrt.tree import Spec, Tree
 
 Constant = Callable[[], Tensor]
@@ -31,6 +31,8 @@ Constant = Callable[[], Tensor]
 
 class Recorder(abc.ABC):
     """What a device does for recordings. One belongs to one `Launcher`, and with it to one unroll."""
+
+    device: torch.device
 
     @abc.abstractmethod
     def refuse(self) -> None:
@@ -71,12 +73,25 @@ class Recorder(abc.ABC):
         """
 
 
+_RUNNING = threading.Lock()
+"""Held by whatever records or launches: PyTorch before 2.12 has one state of random numbers for all captures and launches of a device."""
+
+
+def _identity(value: Tensor, device: torch.device) -> Hashable:
+    """Changes where a recording that has read `value` would not see what is there now: it knows an address, or another device's numbers."""
+    return value.data_ptr(), value.stride(), None if value.device == device else value._version
+
+
 class Launcher:
     """Records calls and launches them. Safe to use from threads: `record` under the lock that captures take."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
-        self._running = threading.Lock()
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything has to be."""
+        return self._recorder.device
 
     def settings(self) -> Hashable:
         """What else a recording depends on."""
@@ -99,6 +114,12 @@ class Launcher:
           AdaptrtError: what `fn` raises.
         """
         values, structure = tree.flatten(tuple(args))
+        for value in values:  # a kernel would take the value of another device's number in when it is recorded
+            if value.device != self._recorder.device:
+                raise DeviceMismatch(
+                    f"'{name}' is given a tensor on {value.device} ({Spec.of(value)}), the model is on {self._recorder.device}; move the "
+                    "loss, or whatever holds it, to the model's device"
+                )
         result: list[tree.Structure] = []
         with torch.inference_mode(False), torch.no_grad():
             inputs = [torch.empty_like(value, memory_format=torch.contiguous_format) for value in values]
@@ -112,8 +133,9 @@ class Launcher:
             peak: int | None = None
             try:
                 peak = self._recorder.warm_up(run)
-                read = [(constant, constant()) for constant in constants()]
-                outputs, launch = self._recorder.record(run)
+                read = [(constant, value, _identity(value, self._recorder.device)) for constant in constants() for value in [constant()]]
+                with _RUNNING:
+                    outputs, launch = self._recorder.record(run)
             except AdaptrtError:
                 raise
             except torch.OutOfMemoryError as error:
@@ -132,12 +154,12 @@ class Launcher:
                 )
                 return Recording(name, fn, [], None, self)
         body = _Body(inputs, outputs, launch, tree.leaves_by(structure), tree.unflatten_by(result[0]))
-        return Recording(name, fn, read, body, self)
+        return Recording(name, None, read, body, self)
 
     def launch(self, body: _Body, values: list[Tensor]) -> list[Tensor]:
         """Copies `values` in, launches, and copies what came out."""
         fresh = [torch.empty_like(value) for value in body.outputs]
-        with self._running, self._recorder.in_order(body.inputs, body.streams), torch.no_grad():
+        with _RUNNING, self._recorder.in_order(body.inputs, body.streams), torch.no_grad():
             _copy(body.inputs, values)
             body.launch()
             _copy(fresh, body.outputs)
@@ -167,7 +189,12 @@ class Recording:
     """A recorded call, or one that could not be recorded and runs as it is."""
 
     def __init__(
-        self, name: str, fn: Callable[..., Tree], constants: Sequence[tuple[Constant, Tensor]], body: _Body | None, launcher: Launcher
+        self,
+        name: str,
+        fn: Callable[..., Tree] | None,
+        constants: Sequence[tuple[Constant, Tensor, Hashable]],
+        body: _Body | None,
+        launcher: Launcher,
     ) -> None:
         self.name = name
         self._fn = fn
@@ -183,7 +210,8 @@ class Recording:
     @property
     def is_current(self) -> bool:
         """Whether all that it has taken in besides its arguments is still what it was."""
-        return all([constant() is value for constant, value in self._constants])
+        device = self._launcher.device
+        return all([constant() is value and _identity(value, device) == identity for constant, value, identity in self._constants])
 
     def __call__(self, *args: Tree) -> Tree:
         """What the recorded function returns, in memory of its own.
@@ -193,6 +221,7 @@ class Recording:
         """
         body = self._body
         if body is None:
+            assert self._fn is not None
             return self._fn(*args)
         values = body.leaves_of(args)
         if values not in body.known:

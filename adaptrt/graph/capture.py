@@ -134,6 +134,8 @@ def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
+        # Else gradients of CUDA tensors are traced in a thread of the engine's, which may itself wait for this capture to end.
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(autocast_off())
         stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         # The context manager of torch.backends.mkldnn also writes its TF32 setting, which warns on machines without it.

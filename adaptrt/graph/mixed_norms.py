@@ -1,7 +1,7 @@
 """Layer and group norms of half-precision inputs with float32 weights, as autocast on the CPU calls them: in float32, rounded at the end.
 
-That is what their kernels do, which return means and standard deviations in float32. Fake tensors say that these have the input's dtype, and
-vmap's rules return results in the weight's (2.13), so a graph of the operations themselves would hold other dtypes than it names.
+That is what their kernels do, which return means and standard deviations in float32. Fake tensors say that these have the input's dtype,
+and vmap's rules return results in the weight's (2.13), so a graph of the operations themselves would hold other dtypes than it names.
 """
 
 from __future__ import annotations
