@@ -617,7 +617,7 @@ CASES: list[Case] = [
         "backend: unknown string",
         lambda: attempt(backend="tvm"),
         InvalidArgument,
-        r"backend must be one of 'auto', 'eager', 'inductor', got 'tvm'",
+        r"backend must be one of 'auto', 'eager', 'inductor', 'cudagraph', got 'tvm'",
     ),
     Case("backend: not one", lambda: attempt(backend=3), AdaptrtError, r"backend must be .*'eager'.*got 3"),
     Case(
