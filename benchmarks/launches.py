@@ -11,9 +11,7 @@ first, as in the suite. The bars: p99 at most 1.05 times p50, and exactly one gr
 from __future__ import annotations
 
 import argparse
-import gc
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile
 
 if __name__ == "__main__":  # run as a script
     sys.path.insert(0, str(Path(__file__).parents[1]))
-from benchmarks.suite.contest import check
+from benchmarks.suite.contest import by_turns, check
 from benchmarks.suite.contestants import ENTRANTS, first_calls
 from benchmarks.suite.report import RESULTS, table
 from benchmarks.suite.workloads import WORKLOADS
@@ -62,29 +60,10 @@ def measure(name: str, device: str, calls: int) -> list[Row]:
     rows: list[Row] = []
     for quantity in QUANTITIES:
         call = ours.calls[quantity]
-        times = timed(call, calls, wait)
+        times = by_turns({name: call}, calls, max(1, calls // 10), wait)[name]
         launches, peak = on_the_gpu(call) if device == "cuda" else (None, None)
         rows.append(Row(name, quantity, errors[quantity]["adaptrt"], percentile(times, 50), percentile(times, 99), launches, peak))
     return rows
-
-
-def timed(call: Callable[[], Any], count: int, wait: Callable[[], None]) -> list[float]:
-    """Seconds of each call, after a tenth as many that are not counted."""
-    times: list[float] = []
-    gc.collect()
-    gc.disable()
-    try:
-        for index in range(-max(1, count // 10), count):
-            wait()
-            began = time.perf_counter()
-            result = call()
-            wait()
-            if index >= 0:
-                times.append(time.perf_counter() - began)
-            del result
-    finally:
-        gc.enable()
-    return times
 
 
 def percentile(times: Sequence[float], percent: float) -> float:
