@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adaptrt import check, diagnose, tree
-from adaptrt.adjoint.auto import choose
+from adaptrt.adjoint.auto import MAX_KEPT_BYTES, choose
 from adaptrt.adjoint.base import Adjoint, Problem
 from adaptrt.backend.base import COMPILING
 from adaptrt.functional import refuse_state, watch_attributes
@@ -219,6 +219,7 @@ def plan_support(
     """
     step = step_of(adjoint is not None and adjoint.detach_gradient)
     found = probe(step, "support", carry, fixed, batch)
+    programs = make_programs(step, _explained(step, found.noise, carry, fixed, batch))
     if adjoint is None:
         noise = tuple(entry.spec for entry in found.noise)
         graph = capture(step, carry, fixed, batch, noise)
@@ -227,12 +228,15 @@ def plan_support(
         changing |= set(range(num_carry + num_fixed + (0 if per_step else num_batch), num_carry + num_fixed + num_batch + len(noise)))
         shared = graph.num_nodes - num_dependent(graph, changing)
         num_updates = k * step.optimizer.updates_per_step
-        kept = num_bytes_to_keep(graph) * num_updates * (num_tasks or 1)
+        each = num_bytes_to_keep(graph)
+        if each * num_updates * (num_tasks or 1) > MAX_KEPT_BYTES:
+            # Decomposed, more can be computed again, and less is kept; it takes another capture to see how much.
+            each = num_bytes_to_keep(programs.lowered(step, carry, fixed, batch, noise))
+        kept = each * num_updates * (num_tasks or 1)
         adjoint, reason = choose(graph.num_nodes, shared, num_updates, kept, next(iter(carry.params.values())).device)
     else:
         reason = "asked for"
     floating = [tree.Spec.of(leaf).dtype.is_floating_point for leaf in tree.leaves((carry.params, carry.opt_state))]
-    programs = make_programs(step, _explained(step, found.noise, carry, fixed, batch))
     return SupportPlan(step, adjoint, reason, found, programs, (*floating, *found.live_buffers), shapes, Cache(cache_size))
 
 

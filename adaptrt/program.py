@@ -220,6 +220,11 @@ class ProgramSet:
 
         return self._programs.get(forward, run_forward), self._programs.get(backward, run_backward)
 
+    def lowered(self, fn: Callable[..., Any], *examples: Tree) -> Graph:
+        """The graph of `fn` for one task as the backend gets to see it, from tensors or specs without task axes. Nothing is compiled."""
+        capturing = functools.partial(capture, fused_attention=self._fused_attention, for_fusion=self._backend.fuses)
+        return self._backend.lower(self._explain_failure(lambda: capturing(fn, *examples)))
+
     @property
     def launches_calls(self) -> bool:
         """Whether `launch` makes a call one launch."""

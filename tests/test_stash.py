@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -10,7 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import adaptrt
-from adaptrt import Replay, Stash, compile_unroll, optim
+from adaptrt import Replay, Stash, compile_unroll, optim, plan
+from adaptrt.adjoint import auto
 from adaptrt.adjoint.auto import MAX_KEPT_BYTES, choose
 from adaptrt.adjoint.base import Wrt, pull_back
 from adaptrt.graph.capture import capture
@@ -70,6 +75,17 @@ def test_the_estimate_of_what_is_kept_counts_products() -> None:
     assert num_bytes_to_keep(graph) == 4 * (5 * 3 + 5 * 6)
 
 
+def test_the_estimate_knows_what_differentiation_reads() -> None:
+    def all_kinds(x: Tensor, w: Tensor) -> Tensor:
+        y = (x @ w).relu()  # [5, 3]: relu reads its result, cheaply made of the product
+        z = 2 * y.sum(0) + y.mean(0)  # linear: nothing
+        mask = (y @ y.T) > 0  # no gradient flows through it, but where reads it: [5, 5]
+        return torch.where(mask, z.sum(), y.sum()).sum()
+
+    graph = capture(all_kinds, torch.randn(5, 4), torch.randn(4, 3))
+    assert num_bytes_to_keep(graph) == 4 * 5 * 3 + 5 * 5
+
+
 def test_auto_keeps_what_fits() -> None:
     cpu = torch.device("cpu")
     for kept, expected in ((MAX_KEPT_BYTES, Stash()), (MAX_KEPT_BYTES + 1, Replay())):
@@ -101,6 +117,45 @@ def test_stash_and_replay_agree(backend: str) -> None:
     # Adam divides by roots of second moments, some of them small: rounding is enlarged.
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_auto_looks_closer_before_it_finds_it_too_much(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Decomposed for Inductor, a step keeps less than its operations would; the estimate is of that."""
+    monkeypatch.setattr(auto, "MAX_UNROLLED_OPERATIONS", 0)
+    monkeypatch.setattr(plan, "MAX_KEPT_BYTES", 0)  # the first estimate is too much, and the second is judged by another limit
+    k = 40
+    unroll = compile_unroll(net().eval(), optim.sgd(lr=0.1), k, loss=F.cross_entropy, backend=backend)
+    unroll(data(0), data(1))
+    kept = k * sum(output.spec.num_bytes for output in unroll.graphs()["step with stash"].signature.outputs if output.kept)
+    stated = re.search(r"about ([\d.]+) MB", str(unroll.explain()))
+    assert stated is not None
+    assert 0.5 * kept <= 1e6 * float(stated[1]) <= 2 * kept
+
+
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_statistics_that_stay_as_they_are(backend: str) -> None:
+    """In eval mode the buffers before and after a step are one value; each is a result of its own."""
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(100, 3)).double().eval()
+    head = list(model.requires_grad_(False)[-1].requires_grad_(True).parameters())
+    found: list[Sequence[Tensor]] = []
+    for adjoint in (Replay(), Stash()):
+        unroll = compile_unroll(model, torch.optim.SGD(head, 0.1), 2, loss=F.cross_entropy, adjoint=adjoint, backend=backend)
+        found.append(torch.autograd.grad(unroll(data(0), data(1)), head))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+
+
+def test_inductors_rules_find_what_they_use_in_a_fresh_process() -> None:
+    """That of max-pooling uses a module of Inductor's that it does not import."""
+    code = """
+import torch
+from adaptrt.backend.inductor import Inductor
+from adaptrt.graph.capture import capture
+Inductor().lower(capture(lambda x: torch.nn.functional.max_pool2d(x, 3, 2, 1), torch.zeros(1, 1, 9, 9)))
+"""
+    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_two_calls_may_be_under_way_at_once() -> None:

@@ -35,7 +35,7 @@ def choose(num_operations: int, num_shared: int, k: int, num_kept_bytes: int, de
     if total <= MAX_UNROLLED_OPERATIONS:
         return Unrolled(), f"{size}, within the {MAX_UNROLLED_OPERATIONS} that compile well as one graph"
     size += f", above the {MAX_UNROLLED_OPERATIONS} that compile well as one graph"
-    kept = f"what the way back needs of them is about {num_kept_bytes / 1e6:.3g} MB"
+    kept = f"what the way back needs of them is about {num_kept_bytes / 1e6:,.1f} MB"
     if num_kept_bytes <= MAX_KEPT_BYTES:
-        return Stash(), f"{size}; {kept}, within {MAX_KEPT_BYTES / 1e6:.3g} MB"
-    return Replay(), f"{size}; {kept}, above {MAX_KEPT_BYTES / 1e6:.3g} MB"
+        return Stash(), f"{size}; {kept}, within {MAX_KEPT_BYTES / 1e6:,.0f} MB"
+    return Replay(), f"{size}; {kept}, above {MAX_KEPT_BYTES / 1e6:,.0f} MB"

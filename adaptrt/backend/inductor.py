@@ -43,6 +43,7 @@ buffer: with a task axis the numbers are silently wrong."""
 
 
 def _decompose(graph: Graph) -> Graph:
+    import torch._inductor.lowering  # pyright: ignore[reportUnusedImport]  (a rule uses it without importing it)
     from torch._inductor.decomposition import select_decomp_table
 
     table: dict[Any, Callable[..., Any]] = {op: rule for op, rule in select_decomp_table().items() if op != _KEPT}
@@ -91,7 +92,7 @@ class Inductor(Backend):
     fuses = True
 
     def lower(self, graph: Graph) -> Graph:
-        return apply(LOWERING, graph)
+        return apply((*LOWERING, own_outputs), graph)
 
     def compile(self, graph: Graph) -> Runner:
         with warnings.catch_warnings():

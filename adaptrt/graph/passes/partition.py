@@ -10,6 +10,7 @@ and views) are computed again. Inputs of the graph are at hand on the way back a
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import networkx
@@ -39,11 +40,51 @@ _CHEAP = {
 }
 
 
+# What differentiating an operation reads: nothing, its result, or else its arguments.
+_LINEAR = {
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.neg.default,
+    aten.sum.default,
+    aten.sum.dim_IntList,
+    aten.mean.default,
+    aten.mean.dim,
+    aten.clone.default,
+    aten._to_copy.default,
+    aten.constant_pad_nd.default,
+}
+_BY_RESULT = {
+    aten.relu.default,
+    aten.exp.default,
+    aten.tanh.default,
+    aten.sigmoid.default,
+    aten.sqrt.default,
+    aten.rsqrt.default,
+    aten.reciprocal.default,
+    aten._softmax.default,
+    aten._log_softmax.default,
+}
+
+
 def num_bytes_to_keep(step: Graph) -> int:
-    """About what `partition` keeps of a function like this: the results of all that is not cheap."""
-    nodes = [node for node in step.module.graph.nodes if node.op == "call_function"]
-    values = [node.meta.get("val") for node in nodes if node.target is operator.getitem or not is_cheap(node)]
-    return sum(value.numel() * value.element_size() for value in values if isinstance(value, Tensor))
+    """About what `partition` keeps of a function like this, without the graph of its gradients: what differentiating it would read."""
+    nodes = [node for node in step.module.graph.nodes if node.op != "output"]
+    read = {value for node in nodes if node.op == "call_function" for value in _read_on_the_way_back(node)}
+    return _minimum_cut(nodes, {node for node in nodes if node.op == "placeholder"}, read)[0]
+
+
+def _read_on_the_way_back(node: fx.Node) -> Sequence[fx.Node]:
+    value = node.meta.get("val")
+    target: Any = node.target
+    if isinstance(value, Tensor) and not value.dtype.is_floating_point:
+        return ()
+    if target is operator.getitem or target in _LINEAR or is_view(target):
+        return ()
+    if target is aten.where.self:
+        return [part for part in node.args[:1] if isinstance(part, fx.Node)]
+    if target in (aten.mul.Tensor, aten.div.Tensor) and not all(isinstance(part, fx.Node) for part in node.args):
+        return ()
+    return [node] if target in _BY_RESULT else node.all_input_nodes
 
 
 def partition(joint: Graph, num_results: int) -> tuple[Graph, Graph]:
@@ -60,7 +101,7 @@ def partition(joint: Graph, num_results: int) -> tuple[Graph, Graph]:
     results, gradients = outputs[:num_results], outputs[num_results:]
     cotangents = [node for node, entry in zip(placeholders, inputs, strict=True) if entry.role is Role.COTANGENT]
     given = [(node, entry) for node, entry in zip(placeholders, inputs, strict=True) if entry.role is not Role.COTANGENT]
-    kept = _minimum_cut(nodes, [node for node, _ in given], cotangents, gradients)
+    kept = _to_keep(nodes, [node for node, _ in given], cotangents, gradients)
 
     split = len(given) - len(joint.constants)
     args, constants = given[:split], given[split:]
@@ -100,21 +141,25 @@ def _tuple(children: list[Structure]) -> Structure:
     return Structure("sequence", tuple, tuple(range(len(children))), tuple(children))
 
 
-def _minimum_cut(nodes: list[fx.Node], given: list[fx.Node], cotangents: list[fx.Node], gradients: list[fx.Node]) -> list[fx.Node]:
+def _to_keep(nodes: list[fx.Node], given: list[fx.Node], cotangents: list[fx.Node], gradients: list[fx.Node]) -> list[fx.Node]:
     """The values to keep, in their order."""
     needed = _leading_to(gradients, set())  # on either side
     later = set(cotangents)
     for node in nodes:
         if not later.isdisjoint(node.all_input_nodes):
             later.add(node)
+    before = [node for node in nodes if node in needed and node not in later and node.op != "output"]
+    read = {node for node in before if node in gradients or any(user in later and user in needed for user in node.users)}
+    inputs = set(given)
+    return [node for node in _minimum_cut(before, inputs, read)[1] if node not in inputs]
 
+
+def _minimum_cut(nodes: list[fx.Node], inputs: set[fx.Node], read: set[fx.Node]) -> tuple[int, list[fx.Node]]:
+    """The fewest bytes from which, and from `inputs`, all of `read` is computed by cheap operations; and the values that these are."""
     flow = networkx.DiGraph()
     source, sink = "source", "sink"
     flow.add_nodes_from((source, sink))
-    inputs = set(given)
     for node in nodes:
-        if node not in needed or node in later or node.op == "output":
-            continue
         value = node.meta.get("val")
         size = {} if not isinstance(value, Tensor) else {"capacity": 0 if node in inputs else value.numel() * value.element_size()}
         flow.add_edge((node, "in"), (node, "out"), **size)
@@ -122,11 +167,11 @@ def _minimum_cut(nodes: list[fx.Node], given: list[fx.Node], cotangents: list[fx
             flow.add_edge(source, (node, "in"))
         for argument in node.all_input_nodes if is_cheap(node) else ():
             flow.add_edge((argument, "out"), (node, "in"))
-        if node in gradients or any(user in later and user in needed for user in node.users):
+        if node in read:
             flow.add_edge((node, "out"), sink)
-    _, (near, _) = networkx.minimum_cut(flow, source, sink)
+    num_bytes, (near, _) = networkx.minimum_cut(flow, source, sink)
     cut = [node for node in nodes if (node, "in") in near and flow.has_node((node, "out")) and (node, "out") not in near]
-    return [node for node in cut if node not in inputs]
+    return num_bytes, cut
 
 
 def is_cheap(node: fx.Node) -> bool:
