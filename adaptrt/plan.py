@@ -17,12 +17,12 @@ from adaptrt.adjoint.base import Adjoint, Problem
 from adaptrt.backend.base import COMPILING
 from adaptrt.functional import refuse_state, watch_attributes
 from adaptrt.graph.capture import capture, record_operations
-from adaptrt.graph.cost import num_dependent, unchanged_inputs
+from adaptrt.graph.cost import num_bytes_to_keep, returns_input
 from adaptrt.graph.indices import IndexBound, index_bounds
 from adaptrt.graph.ir import Graph, Role
 from adaptrt.graph.noise import Noise
+from adaptrt.graph.passes.cut import varying
 from adaptrt.graph.passes.lift_noise import record_noise
-from adaptrt.graph.passes.partition import num_bytes_to_keep
 from adaptrt.program import ProgramSet
 from adaptrt.step import Batch, Carry, Fixed, Step
 from adaptrt.tree import Spec, Tree
@@ -38,12 +38,14 @@ class Probe(NamedTuple):
       noise: what its random operations draw, in order.
       bounds: which data are class labels or indices.
       live_buffers: for each buffer whether its update can be differentiated.
+      unchanged_buffers: for each whether it is not updated at all.
       loss: spec of the loss.
     """
 
     noise: tuple[Noise, ...]
     bounds: tuple[IndexBound, ...]
     live_buffers: tuple[bool, ...]
+    unchanged_buffers: tuple[bool, ...]
     loss: Spec
 
 
@@ -53,6 +55,7 @@ class SupportPlan:
 
     Attributes:
       carry: for each leaf of the carry whether a gradient flows through it from step to step; through running statistics none does.
+      unchanged: for each whether every step returns it as it was.
       shapes: the data in words.
       problems: by which leaves the caller differentiates.
     """
@@ -63,6 +66,7 @@ class SupportPlan:
     probe: Probe
     programs: ProgramSet
     carry: tuple[bool, ...]
+    unchanged: tuple[bool, ...]
     shapes: tuple[str, ...]
     queries: Cache[QueryPlan]
     problems: dict[Hashable, Problem] = dataclasses.field(default_factory=dict[Hashable, Problem])
@@ -166,7 +170,9 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> Pr
         noise: list[Noise] = []
         before = dict(live)
 
-        def forward(carry: Carry, fixed: Fixed, batch: Batch, noise: list[Noise] = noise, before: dict[str, bool] = before) -> Tensor:
+        def forward(
+            carry: Carry, fixed: Fixed, batch: Batch, noise: list[Noise] = noise, before: dict[str, bool] = before
+        ) -> tuple[Tensor, list[Tensor]]:
             params, fixed, batch = tree.map_leaves(_differentiable, (carry.params, fixed, batch))
             buffers = {key: _differentiable(value) if before[key] else value for key, value in carry.buffers.items()}
             with record_noise() as drawn, diagnose.running(name, batch):
@@ -177,14 +183,16 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> Pr
                 grads = step.gradient(loss, params)
                 with diagnose.updating():
                     step.update(grads, carry.opt_state, params, fixed.hyper)
-            return loss
+            return loss, list(updated.values())
 
         with watch_attributes() as overwritten:
             graph = capture(forward, carry, fixed, batch, roles=_ROLES, names=_NAMES, fused_attention=step.detach_gradient)
         refuse_state(graph.constants, overwritten)
         # A buffer that is live may make others live, which read it; running statistics stay as they are.
         if live == before:
-            return Probe(tuple(noise), tuple(index_bounds(graph)), tuple(live.values()), graph.signature.outputs[0].spec)
+            first = len(tree.leaves((carry.params, carry.opt_state)))
+            unchanged = tuple([returns_input(graph, 1 + index, first + index) for index in range(len(live))])
+            return Probe(tuple(noise), tuple(index_bounds(graph)), tuple(live.values()), unchanged, graph.signature.outputs[0].spec)
 
 
 def _differentiable(value: Tensor) -> Tensor:
@@ -220,24 +228,26 @@ def plan_support(
     step = step_of(adjoint is not None and adjoint.detach_gradient)
     found = probe(step, "support", carry, fixed, batch)
     programs = make_programs(step, _explained(step, found.noise, carry, fixed, batch))
+    updated = tree.leaves((carry.params, carry.opt_state))
+    unchanged = (*(False for _ in updated), *found.unchanged_buffers)
     if adjoint is None:
         noise = tuple(entry.spec for entry in found.noise)
         graph = capture(step, carry, fixed, batch, noise)
         num_carry, num_fixed, num_batch = (len(tree.leaves(part)) for part in (carry, fixed, batch))
-        changing = set(range(num_carry)) - unchanged_inputs(graph, num_carry)
-        changing |= set(range(num_carry + num_fixed + (0 if per_step else num_batch), num_carry + num_fixed + num_batch + len(noise)))
-        shared = graph.num_nodes - num_dependent(graph, changing)
+        same = {index for index, flag in enumerate(unchanged) if flag}
+        same |= set(range(num_carry, num_carry + num_fixed + (0 if per_step else num_batch)))
+        num_shared = graph.num_nodes - sum(node.op == "call_function" for node in varying(graph, same))
         num_updates = k * step.optimizer.updates_per_step
-        each = num_bytes_to_keep(graph)
+        each = num_bytes_to_keep(graph, same)
         if each * num_updates * (num_tasks or 1) > MAX_KEPT_BYTES:
             # Decomposed, more can be computed again, and less is kept; it takes another capture to see how much.
-            each = num_bytes_to_keep(programs.lowered(step, carry, fixed, batch, noise))
+            each = num_bytes_to_keep(programs.lowered(step, carry, fixed, batch, noise), same)
         kept = each * num_updates * (num_tasks or 1)
-        adjoint, reason = choose(graph.num_nodes, shared, num_updates, kept, next(iter(carry.params.values())).device)
+        adjoint, reason = choose(graph.num_nodes, num_shared, num_updates, kept, next(iter(carry.params.values())).device)
     else:
         reason = "asked for"
-    floating = [tree.Spec.of(leaf).dtype.is_floating_point for leaf in tree.leaves((carry.params, carry.opt_state))]
-    return SupportPlan(step, adjoint, reason, found, programs, (*floating, *found.live_buffers), shapes, Cache(cache_size))
+    flows = (*(tree.Spec.of(leaf).dtype.is_floating_point for leaf in updated), *found.live_buffers)
+    return SupportPlan(step, adjoint, reason, found, programs, flows, unchanged, shapes, Cache(cache_size))
 
 
 def plan_query(

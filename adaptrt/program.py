@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptrt import tree
-from adaptrt.adjoint.base import Wrt, pull_back
+from adaptrt.adjoint.base import Loop, Wrt, pull_back
 from adaptrt.backend import Backend
 from adaptrt.backend.base import COMPILING, Runner
 from adaptrt.backend.guards import Known
@@ -23,6 +23,7 @@ from adaptrt.graph.capture import capture
 from adaptrt.graph.ir import Graph, Input, Role, autocast_off
 from adaptrt.graph.passes.batch import batch
 from adaptrt.graph.passes.check_finite import check_finite
+from adaptrt.graph.passes.hoist import hoist
 from adaptrt.graph.passes.partition import partition
 from adaptrt.step import Carry, Fixed
 from adaptrt.tree import Spec, Tree
@@ -108,8 +109,21 @@ class Program:
         raise AssertionError("every input is what was captured")
 
 
-def _as_it_is(entry: Input, value: Tensor) -> Input:
-    return dataclasses.replace(entry, spec=Spec.of(value), own_strides=value.stride())
+def _as_they_are(graph: Graph, kept: Sequence[Tensor]) -> Graph:
+    """The graph for these values of its inputs of role KEPT, which may have any strides.
+
+    Kernels differ from what fake tensors say of them: in layout, and layer_norm's of bfloat16 on the CPU in dtype.
+    """
+    values = iter(kept)
+
+    def real(entry: Input) -> Input:
+        if entry.role is not Role.KEPT:
+            return entry
+        value = next(values)
+        return dataclasses.replace(entry, spec=Spec.of(value), own_strides=value.stride())
+
+    inputs = tuple([real(entry) for entry in graph.signature.inputs])
+    return dataclasses.replace(graph, signature=dataclasses.replace(graph.signature, inputs=inputs))
 
 
 def _with_strides(value: Tensor, strides: tuple[int, ...]) -> Tensor:
@@ -174,21 +188,30 @@ class ProgramSet:
         self._explain_failure = explain_failure
         self._parent = parent
         self._programs: dict[_Key, Program] = {}
+        self._firsts: dict[_Key, Program] = {}  # computes what all calls of a loop share
         self._second_halves: dict[_Key, Graph] = {}
         self._refused: dict[_Key, NotDifferentiable] = {}
 
-    def program(self, name: str, fn: Callable[..., Any], arguments: Sequence[str]) -> Callable[..., Any]:
-        return self._lazy((name, None), fn, arguments, _sum_nothing)
+    def program(self, name: str, fn: Callable[..., Any], arguments: Sequence[str], loop: Loop | None = None) -> Callable[..., Any]:
+        return self._lazy((name, None), fn, arguments, _sum_nothing, loop)
 
-    def pullback(self, name: str, fn: Callable[..., Any], arguments: Sequence[str], wrt: Wrt, value: bool = False) -> Callable[..., Any]:
+    def pullback(
+        self,
+        name: str,
+        fn: Callable[..., Any],
+        arguments: Sequence[str],
+        wrt: Wrt,
+        value: bool = False,
+        loop: Loop | None = None,
+    ) -> Callable[..., Any]:
         kinds = (*arguments, "weights" if value else "cotangent")
-        return self._lazy((name, wrt), pull_back(fn, wrt, value), kinds, functools.partial(self._summed, arguments, value))
+        return self._lazy((name, wrt), pull_back(fn, wrt, value), kinds, functools.partial(self._summed, arguments, value), loop)
 
     def stashed(
-        self, name: str, fn: Callable[..., Any], arguments: Sequence[str], wrt: Wrt
+        self, name: str, fn: Callable[..., Any], arguments: Sequence[str], wrt: Wrt, loop: Loop
     ) -> tuple[Callable[..., Any], Callable[..., Any]]:
         if self._parent is not None and "query" not in arguments:
-            return self._parent.stashed(name, fn, arguments, wrt)
+            return self._parent.stashed(name, fn, arguments, wrt, loop)
         forward, backward = (f"{name} with stash", wrt), (f"{name} pullback from stash", wrt)
 
         def run_forward(*args: Tree) -> Any:
@@ -198,27 +221,29 @@ class ProgramSet:
                 if forward not in self._programs:
                     began = time.perf_counter()
                     try:
-                        first, second = self._halves(fn, arguments, args, wrt)
+                        joint, num_results = self._joint(fn, arguments, args, wrt)
                     except NotDifferentiable as error:
                         self._refused[forward] = NotDifferentiable(*error.args)
                         raise
-                    self._second_halves[backward] = second
-                    self._programs[forward] = self._finish(first, time.perf_counter() - began)
-            return self._programs[forward](*args)
+                    joint = self._hoisted(forward, joint, args, loop)
+                    first, self._second_halves[backward] = partition(joint, num_results)
+                    if forward in self._firsts:
+                        self._firsts[backward] = self._firsts[forward]
+                    self._programs[forward] = self._finish(_as_they_are(first, loop.shared or []), time.perf_counter() - began)
+            return self._in_loop(forward, loop)(*args)
 
         def run_backward(*args: Tree) -> Any:
             with COMPILING:
                 if backward not in self._programs:
-                    graph = self._second_halves[backward]
-                    kept = iter(tree.leaves(args[len(arguments)]))
-                    # Kernels differ from what fake tensors say of them: in layout, and layer_norm's of bfloat16 on the CPU in dtype.
-                    entries = [_as_it_is(entry, next(kept)) if entry.role is Role.KEPT else entry for entry in graph.signature.inputs]
-                    signature = dataclasses.replace(graph.signature, inputs=tuple(entries))
-                    self._programs[backward] = self._finish(dataclasses.replace(graph, signature=signature), 0.0)
+                    kept = [*(loop.shared or []), *tree.leaves(args[len(arguments)])]
+                    self._programs[backward] = self._finish(_as_they_are(self._second_halves[backward], kept), 0.0)
                     del self._second_halves[backward]
-            return self._programs[backward](*args)
+            return self._in_loop(backward, loop)(*args)
 
-        return self._programs.get(forward, run_forward), self._programs.get(backward, run_backward)
+        return (
+            self._in_loop(forward, loop) if forward in self._programs else run_forward,
+            self._in_loop(backward, loop) if backward in self._programs else run_backward,
+        )
 
     def lowered(self, fn: Callable[..., Any], *examples: Tree) -> Graph:
         """The graph of `fn` for one task as the backend gets to see it, from tensors or specs without task axes. Nothing is compiled."""
@@ -259,14 +284,44 @@ class ProgramSet:
         own = [read for program in list(self._programs.values()) for read in program.constants]
         return own if self._parent is None else [*own, *self._parent._constants()]
 
-    def _halves(self, fn: Callable[..., Any], arguments: Sequence[str], args: Sequence[Tree], wrt: Wrt) -> tuple[Graph, Graph]:
-        """The graphs before and after the stash."""
+    def _joint(self, fn: Callable[..., Any], arguments: Sequence[str], args: Sequence[Tree], wrt: Wrt) -> tuple[Graph, int]:
+        """The graph (*args, cotangents) -> (results, gradients) as the backend gets to see it, and the number of results."""
         plain = self._capture(fn, arguments, args, _sum_nothing)
         outputs = [entry.spec for entry in plain.signature.outputs]
         cotangents = [spec for spec, flag in zip(outputs, wrt.result, strict=True) if flag]
         summed = functools.partial(self._summed, arguments, True)
         joint = self._capture(pull_back(fn, wrt, True), (*arguments, "cotangent"), (*args, cotangents), summed)
-        return partition(self._backend.lower(joint), len(outputs))
+        return self._backend.lower(joint), len(outputs)
+
+    def _hoisted(self, key: _Key, graph: Graph, args: Sequence[Tree], loop: Loop | None) -> Graph:
+        """The graph without what is the same in all calls of the loop; that becomes a program of its own, which is run."""
+        if loop is None:
+            return graph
+        flags = [
+            flag
+            for arg, flags in zip(args, loop.same, strict=False)  # cotangents, after those, never are
+            for flag in flags or [False] * len(tree.leaves(arg))
+        ]
+        halves = hoist(graph, [index for index, flag in enumerate(flags) if flag])
+        if halves is None:
+            return graph
+        first = self._firsts[key] = self._programs[f"{key[0]}, what all steps share", key[1]] = self._finish(halves[0], 0.0)
+        loop.shared = first(*args[: len(loop.same)])
+        return halves[1]
+
+    def _in_loop(self, key: _Key, loop: Loop | None) -> Callable[..., Any]:
+        """The program, given what all calls of the loop share."""
+        program, first = self._programs[key], self._firsts.get(key)
+        if loop is None or first is None:
+            return program
+        place = len(loop.same)
+
+        def run(*args: Tree) -> Any:
+            if loop.shared is None:
+                loop.shared = first(*args[:place])
+            return program(*args[:place], loop.shared, *args[place:])
+
+        return run
 
     def _summed(self, arguments: Sequence[str], value: bool, graph: Graph) -> list[bool]:
         """Which results of a pullback's graph are summed over tasks: gradients of what tasks share. `value` as for `pullback`."""
@@ -283,19 +338,18 @@ class ProgramSet:
         return [(key[0], program) for key, program in list(self._programs.items())]
 
     def _lazy(
-        self, key: _Key, fn: Callable[..., Any], arguments: Sequence[str], summed: Callable[[Graph], list[bool]]
+        self, key: _Key, fn: Callable[..., Any], arguments: Sequence[str], summed: Callable[[Graph], list[bool]], loop: Loop | None
     ) -> Callable[..., Any]:
         if self._parent is not None and "query" not in arguments:
-            return self._parent._lazy(key, fn, arguments, summed)
-        found = self._programs.get(key)
-        if found is not None:
-            return found
+            return self._parent._lazy(key, fn, arguments, summed, loop)
+        if key in self._programs:
+            return self._in_loop(key, loop)
 
         def compile_and_run(*args: Tree) -> Any:
             with COMPILING:
                 if key not in self._programs:
-                    self._programs[key] = self._compile(fn, arguments, args, summed)
-            return self._programs[key](*args)
+                    self._programs[key] = self._compile(key, fn, arguments, args, summed, loop)
+            return self._in_loop(key, loop)(*args)
 
         return compile_and_run
 
@@ -303,10 +357,19 @@ class ProgramSet:
         return self._num_tasks is not None and kind != "fixed" and (kind != "start" or self._start_has_task_axis)
 
     def _compile(
-        self, fn: Callable[..., Any], arguments: Sequence[str], args: Sequence[Tree], summed: Callable[[Graph], list[bool]]
+        self,
+        key: _Key,
+        fn: Callable[..., Any],
+        arguments: Sequence[str],
+        args: Sequence[Tree],
+        summed: Callable[[Graph], list[bool]],
+        loop: Loop | None,
     ) -> Program:
         began = time.perf_counter()
-        graph = self._capture(fn, arguments, args, summed)
+        graph = self._hoisted(key, self._capture(fn, arguments, args, summed), args, loop)
+        if key in self._firsts:
+            assert loop is not None and loop.shared is not None
+            graph = _as_they_are(graph, loop.shared)
         checked: list[int] = []
         if self.checks_data and self._launcher is None and "support" in arguments and arguments[-1] != "cotangent":
             kinds = [kind for kind, arg in zip(arguments, args, strict=True) for _ in tree.leaves(arg)]

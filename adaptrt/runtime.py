@@ -541,6 +541,7 @@ class CompiledUnroll:
             support=support,
             query=query,
             carry=tuple([flows or asked for flows, asked in zip(plan.carry, start, strict=True)]),
+            unchanged=plan.unchanged,
             task_axis=self._task_axis,
             start_has_task_axis=start_has_task_axis,
             updates_per_step=plan.step.optimizer.updates_per_step,

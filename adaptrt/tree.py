@@ -71,6 +71,11 @@ class Structure:
 _LEAF = Structure("leaf")
 
 
+def tuple_of(children: Sequence[Structure]) -> Structure:
+    """The structure of a tuple of trees of these structures."""
+    return Structure("sequence", tuple, tuple(range(len(children))), tuple(children))
+
+
 @functools.lru_cache(maxsize=1024)  # looked up for every node of every tree of a call
 def _kind_of(cls: type) -> tuple[str, tuple[str, ...]]:
     """What instances of a class are in a tree, and the names of their fields if the class has some."""

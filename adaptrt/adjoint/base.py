@@ -30,17 +30,38 @@ class Programs(Protocol):
     an earlier adaptation. The function itself is always that of one task.
     """
 
-    def program(self, name: str, fn: Callable[..., Any], arguments: Sequence[str]) -> Callable[..., Any]: ...
+    def program(self, name: str, fn: Callable[..., Any], arguments: Sequence[str], loop: Loop | None = None) -> Callable[..., Any]: ...
 
     def stashed(
-        self, name: str, fn: Callable[..., Any], arguments: Sequence[str], wrt: Wrt
+        self, name: str, fn: Callable[..., Any], arguments: Sequence[str], wrt: Wrt, loop: Loop
     ) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """(*args) -> (outputs, stash), and (*args, stash, cotangents) -> gradients, as `pullback` but with nothing expensive done twice."""
         ...
 
-    def pullback(self, name: str, fn: Callable[..., Any], arguments: Sequence[str], wrt: Wrt, value: bool = False) -> Callable[..., Any]:
+    def pullback(
+        self,
+        name: str,
+        fn: Callable[..., Any],
+        arguments: Sequence[str],
+        wrt: Wrt,
+        value: bool = False,
+        loop: Loop | None = None,
+    ) -> Callable[..., Any]:
         """(*args, cotangents) -> gradients, or (outputs, gradients) if `value`; gradients of what tasks share are summed over them."""
         ...
+
+
+@dataclasses.dataclass(slots=True)
+class Loop:
+    """Calls of one function of which some arguments stay the same.
+
+    Attributes:
+      same: for each argument which of its leaves these are (None: none of them).
+      shared: what depends on them alone, as far as it is worth keeping; the first call computes it.
+    """
+
+    same: tuple[Sequence[bool] | None, ...]
+    shared: list[Tensor] | None = None
 
 
 class Wrt(NamedTuple):
@@ -58,6 +79,7 @@ class Problem:
       step, unroll, k, per_step, updates_per_step: the inner loop.
       start, fixed, support, query: for each leaf whether the caller wants its gradient.
       carry: for each leaf of the carry whether a gradient can flow through it from step to step.
+      unchanged: for each leaf of the carry whether every step returns it as it was.
       task_axis: whether data and results have a leading axis of tasks.
       start_has_task_axis: whether the first carry has one already, because it comes from an earlier adaptation.
     """
@@ -72,6 +94,7 @@ class Problem:
     support: tuple[bool, ...]
     query: tuple[bool, ...]
     carry: tuple[bool, ...]
+    unchanged: tuple[bool, ...]
     task_axis: bool = False
     start_has_task_axis: bool = False
     updates_per_step: int = 1

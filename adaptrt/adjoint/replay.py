@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -15,6 +15,7 @@ from adaptrt.adjoint.steps import (
     backwards,
     batch_of_update,
     first_carry,
+    loop_of,
     num_updates,
     query_loss,
     query_loss_and_gradients,
@@ -45,7 +46,7 @@ class Replay(Adjoint):
             raise InvalidArgument(f"Replay(every={self.every!r}): every must be an int of at least 1")
 
     def adapt(self, programs: Programs, problem: Problem, task: Task, keep: bool) -> Adaptation:
-        step = programs.program("step", problem.step, STEP)
+        step = programs.program("step", problem.step, STEP, loop_of(problem))
         carry = first_carry(problem, task)
         kept: list[Carry] = []
         losses: list[Tensor] = []
@@ -73,20 +74,20 @@ class Replay(Adjoint):
         return query_loss_and_gradients(programs, problem, task, query, cotangent, adapted, pull)
 
     def _pull(self, programs: Programs, problem: Problem, task: Task, kept: Sequence[Carry]) -> Pull:
-        pullback = programs.pullback("step pullback", problem.step, STEP, wrt_step(problem))
+        pullback = programs.pullback("step pullback", problem.step, STEP, wrt_step(problem), loop=loop_of(problem))
+        step = programs.program("step", problem.step, STEP, loop_of(problem))
         carries: list[Carry] = []
 
         def pull(index: int, cotangents: Sequence[Tensor]) -> Any:
             if not carries:
-                carries.extend(self._segment(programs, problem, task, kept, index - index % self.every, index))
+                carries.extend(self._segment(step, problem, task, kept, index - index % self.every, index))
             return pullback(carries.pop(), task.fixed, batch_of_update(problem, task, index), task.noise[index], cotangents)
 
         return pull
 
-    def _segment(self, programs: Programs, problem: Problem, task: Task, kept: Sequence[Carry], begin: int, end: int) -> list[Carry]:
+    def _segment(self, step: Callable[..., Any], problem: Problem, task: Task, kept: Sequence[Carry], begin: int, end: int) -> list[Carry]:
         """The carries before updates begin, begin + 1, ... end, of which the first was kept."""
         carries = [kept[begin // self.every - 1] if begin else first_carry(problem, task)]
-        step = programs.program("step", problem.step, STEP)
         for index in range(begin, end):
             carries.append(step(carries[-1], task.fixed, batch_of_update(problem, task, index), task.noise[index])[0])
         return carries

@@ -8,13 +8,14 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptrt.adjoint.base import Adaptation, Adjoint, Gradients, Problem, Programs, Query, Task
+from adaptrt.adjoint.base import Adaptation, Adjoint, Gradients, Loop, Problem, Programs, Query, Task
 from adaptrt.adjoint.steps import (
     STEP,
     Pull,
     backwards,
     batch_of_update,
     first_carry,
+    loop_of,
     num_updates,
     query_loss,
     query_loss_and_gradients,
@@ -34,18 +35,19 @@ class Stash(Adjoint):
     """
 
     def adapt(self, programs: Programs, problem: Problem, task: Task, keep: bool) -> Adaptation:
+        loop = loop_of(problem)
         if keep:
-            step, _ = programs.stashed("step", problem.step, STEP, wrt_step(problem))
+            step, _ = programs.stashed("step", problem.step, STEP, wrt_step(problem), loop)
             try:
-                return self._run(problem, task, step)
+                return self._run(problem, task, step, loop)
             except NotDifferentiable as error:
                 # There is nothing to leave behind. It is raised when the way back is asked for, which it may never be.
                 return self.adapt(programs, problem, task, keep=False)._replace(kept=error.with_traceback(None))
-        plain = programs.program("step", problem.step, STEP)
-        return self._run(problem, task, lambda *args: (plain(*args), None))
+        plain = programs.program("step", problem.step, STEP, loop)
+        return self._run(problem, task, lambda *args: (plain(*args), None), loop)
 
-    def _run(self, problem: Problem, task: Task, step: Callable[..., Any]) -> Adaptation:
-        """All steps, and for the way back before each its carry and what it left; the first carry is an argument of the call."""
+    def _run(self, problem: Problem, task: Task, step: Callable[..., Any], loop: Loop) -> Adaptation:
+        """All steps. For the way back: what they share, and before each its carry and what it left; the first carry is the call's own."""
         carry = first_carry(problem, task)
         kept: list[Any] = []
         losses: list[Tensor] = []
@@ -55,7 +57,7 @@ class Stash(Adjoint):
             losses.append(loss)
             if stash is not None:
                 kept.append((before, stash))
-        return Adaptation(carry, reported(problem, losses), kept)
+        return Adaptation(carry, reported(problem, losses), (loop.shared, kept))
 
     def adapt_pullback(
         self, programs: Programs, problem: Problem, task: Task, kept: Any, carry: Sequence[Tensor], losses: Tensor
@@ -75,10 +77,11 @@ class Stash(Adjoint):
     def _pull(self, programs: Programs, problem: Problem, task: Task, kept: Any) -> Pull:
         if isinstance(kept, NotDifferentiable):
             raise kept
-        _, pullback = programs.stashed("step", problem.step, STEP, wrt_step(problem))
+        shared, steps = kept
+        _, pullback = programs.stashed("step", problem.step, STEP, wrt_step(problem), loop_of(problem, shared))
 
         def pull(index: int, cotangents: Sequence[Tensor]) -> Any:
-            carry, stash = kept[index]
+            carry, stash = steps[index]
             carry = first_carry(problem, task) if carry is None else carry
             return pullback(carry, task.fixed, batch_of_update(problem, task, index), task.noise[index], stash, cotangents)
 

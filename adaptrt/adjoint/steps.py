@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adaptrt import tree
-from adaptrt.adjoint.base import Adaptation, Gradients, Problem, Programs, Query, Task, Wrt
+from adaptrt.adjoint.base import Adaptation, Gradients, Loop, Problem, Programs, Query, Task, Wrt
 from adaptrt.step import Batch, Carry
 
 STEP = ("carry", "fixed", "batch", "noise")
@@ -25,6 +25,12 @@ Pull = Callable[[int, Sequence[Tensor]], Any]
 def wrt_step(problem: Problem) -> Wrt:
     """What is differentiated in a step."""
     return Wrt((problem.carry, problem.fixed, problem.support, None), (*problem.carry, True))
+
+
+def loop_of(problem: Problem, shared: list[Tensor] | None = None) -> Loop:
+    """What stays the same from step to step, and what depends on that alone if it is known."""
+    support = None if problem.per_step else (True,) * len(problem.support)
+    return Loop((problem.unchanged, (True,) * len(problem.fixed), support, None), shared)
 
 
 def query_loss(programs: Programs, problem: Problem, task: Task, query: Query, carry: Carry) -> Tensor:

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import operator
+from collections.abc import Collection, Sequence
 from typing import Any, cast
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from adaptrt.graph.ir import Graph
+from adaptrt.graph.passes.cut import minimum_cut, varying
+from adaptrt.graph.passes.operations import is_view
+
+aten = torch.ops.aten
 
 
 def num_flops(graph: Graph) -> int:
@@ -29,27 +34,66 @@ def num_flops(graph: Graph) -> int:
     return total
 
 
-def num_dependent(graph: Graph, inputs: Collection[int]) -> int:
-    """Operations whose result depends on one of these inputs, given by position."""
-    nodes = list(graph.module.graph.nodes)
-    placeholders = [node for node in nodes if node.op == "placeholder"]
-    dependent = {placeholders[index] for index in inputs}
-    for node in nodes:
-        if node.op == "call_function" and not dependent.isdisjoint(node.all_input_nodes):
-            dependent.add(node)
-    return sum(node.op == "call_function" for node in dependent)
+# What differentiating an operation reads: nothing, its result, or else its arguments.
+_LINEAR = {
+    aten.add.Tensor,
+    aten.sub.Tensor,
+    aten.neg.default,
+    aten.sum.default,
+    aten.sum.dim_IntList,
+    aten.mean.default,
+    aten.mean.dim,
+    aten.clone.default,
+    aten._to_copy.default,
+    aten.constant_pad_nd.default,
+}
+_BY_RESULT = {
+    aten.relu.default,
+    aten.exp.default,
+    aten.tanh.default,
+    aten.sigmoid.default,
+    aten.sqrt.default,
+    aten.rsqrt.default,
+    aten.reciprocal.default,
+    aten._softmax.default,
+    aten._log_softmax.default,
+}
 
 
-def unchanged_inputs(graph: Graph, count: int) -> set[int]:
-    """Which of the first `count` inputs are, as they came or copied, the output of the same position."""
+def num_bytes_to_keep(step: Graph, same: Collection[int]) -> int:
+    """About what `partition` keeps of a step, without the graph of its gradients: what differentiating it would read.
+
+    Args:
+      step: one step.
+      same: positions of inputs that are the same in every step; what depends on those alone is kept once, and not counted.
+    """
+    nodes = [node for node in step.module.graph.nodes if node.op != "output"]
+    read = {value for node in nodes if node.op == "call_function" for value in _read_on_the_way_back(node)}
+    own = varying(step, same)
+    return minimum_cut(nodes, {node for node in nodes if node.op == "placeholder" or node not in own}, read)[0]
+
+
+def _read_on_the_way_back(node: fx.Node) -> Sequence[fx.Node]:
+    value = node.meta.get("val")
+    target: Any = node.target
+    if isinstance(value, Tensor) and not value.dtype.is_floating_point:
+        return ()
+    if target is operator.getitem or target in _LINEAR or is_view(target):
+        return ()
+    if target is aten.where.self:
+        return [part for part in node.args[:1] if isinstance(part, fx.Node)]
+    if target in (aten.mul.Tensor, aten.div.Tensor) and not all(isinstance(part, fx.Node) for part in node.args):
+        return ()
+    return [node] if target in _BY_RESULT else node.all_input_nodes
+
+
+def returns_input(graph: Graph, output: int, position: int) -> bool:
+    """Whether the output is that input, as it came or copied."""
     nodes = list(graph.module.graph.nodes)
-    placeholders = [node for node in nodes if node.op == "placeholder"]
-    outputs = list(nodes[-1].args[0])
-    for index, node in enumerate(outputs[:count]):
-        while node.target is torch.ops.aten.clone.default:
-            node = node.args[0]
-        outputs[index] = node
-    return {index for index in range(count) if outputs[index] is placeholders[index]}
+    node = nodes[-1].args[0][output]
+    while node.target is aten.clone.default:
+        node = node.args[0]
+    return node is [node for node in nodes if node.op == "placeholder"][position]
 
 
 def _value(node: fx.Node) -> Any:
