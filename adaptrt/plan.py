@@ -12,12 +12,13 @@ import torch
 from torch import Tensor
 
 from adaptrt import check, diagnose, tree
-from adaptrt.adjoint.auto import MAX_KEPT_BYTES, choose
+from adaptrt.adjoint.auto import MAX_KEPT_BYTES, choose, one_by_one
 from adaptrt.adjoint.base import Adjoint, Problem
+from adaptrt.adjoint.each_task import EachTask
 from adaptrt.backend.base import COMPILING
 from adaptrt.functional import refuse_state, watch_attributes
 from adaptrt.graph.capture import capture, record_operations
-from adaptrt.graph.cost import num_bytes_to_keep, returns_input
+from adaptrt.graph.cost import num_bytes_to_keep, num_flops, returns_input
 from adaptrt.graph.indices import IndexBound, index_bounds
 from adaptrt.graph.ir import Graph, Role
 from adaptrt.graph.noise import Noise
@@ -28,7 +29,8 @@ from adaptrt.step import Batch, Carry, Fixed, Step
 from adaptrt.tree import Spec, Tree
 
 Explain = Callable[[Callable[[], Graph]], Graph]
-MakePrograms = Callable[[Step, Explain], ProgramSet]
+MakePrograms = Callable[[Step, Explain, bool], ProgramSet]
+"""Of a step, of what explains a failure, and whether tasks are done one after the other."""
 
 
 class Probe(NamedTuple):
@@ -40,6 +42,7 @@ class Probe(NamedTuple):
       live_buffers: for each buffer whether its update can be differentiated.
       unchanged_buffers: for each whether it is not updated at all.
       loss: spec of the loss.
+      graph: model and loss.
     """
 
     noise: tuple[Noise, ...]
@@ -47,6 +50,7 @@ class Probe(NamedTuple):
     live_buffers: tuple[bool, ...]
     unchanged_buffers: tuple[bool, ...]
     loss: Spec
+    graph: Graph
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -192,7 +196,7 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> Pr
         if live == before:
             first = len(tree.leaves((carry.params, carry.opt_state)))
             unchanged = tuple([returns_input(graph, 1 + index, first + index) for index in range(len(live))])
-            return Probe(tuple(noise), tuple(index_bounds(graph)), tuple(live.values()), unchanged, graph.signature.outputs[0].spec)
+            return Probe(tuple(noise), tuple(index_bounds(graph)), tuple(live.values()), unchanged, graph.signature.outputs[0].spec, graph)
 
 
 def _differentiable(value: Tensor) -> Tensor:
@@ -227,7 +231,9 @@ def plan_support(
     """
     step = step_of(adjoint is not None and adjoint.detach_gradient)
     found = probe(step, "support", carry, fixed, batch)
-    programs = make_programs(step, _explained(step, found.noise, carry, fixed, batch))
+    device = next(iter(carry.params.values())).device
+    each_task = num_tasks is not None and device.type == "cpu" and one_by_one(num_flops(found.graph), device)
+    programs = make_programs(step, _explained(step, found.noise, carry, fixed, batch), each_task)
     updated = tree.leaves((carry.params, carry.opt_state))
     unchanged = (*(False for _ in updated), *found.unchanged_buffers)
     if adjoint is None:
@@ -243,9 +249,12 @@ def plan_support(
             # Decomposed, more can be computed again, and less is kept; it takes another capture to see how much.
             each = num_bytes_to_keep(programs.lowered(step, carry, fixed, batch, noise), same)
         kept = each * num_updates * (num_tasks or 1)
-        adjoint, reason = choose(graph.num_nodes, num_shared, num_updates, kept, next(iter(carry.params.values())).device)
+        adjoint, reason = choose(graph.num_nodes, num_shared, num_updates, kept, device)
     else:
         reason = "asked for"
+    if each_task:
+        adjoint = EachTask(adjoint)
+        reason += f"; each task is {num_flops(found.graph) / 1e6:,.0f} MFLOP a step, enough for one after the other"
     flows = (*(tree.Spec.of(leaf).dtype.is_floating_point for leaf in updated), *found.live_buffers)
     return SupportPlan(step, adjoint, reason, found, programs, flows, unchanged, shapes, Cache(cache_size))
 
@@ -264,7 +273,8 @@ def plan_query(
     shape = () if num_tasks is None else (num_tasks,)
     with torch.inference_mode(False):
         weights = torch.full(shape, 1.0 / (num_tasks or 1), dtype=found.loss.dtype, device=found.loss.device)
-    programs = make_programs(plan.step, _explained(plan.step, found.noise, carry, fixed, batch))
+    explained = _explained(plan.step, found.noise, carry, fixed, batch)
+    programs = make_programs(plan.step, explained, isinstance(plan.adjoint, EachTask))
     return QueryPlan(found, programs, shapes, weights)
 
 
@@ -281,7 +291,7 @@ def plan_prediction(
         return output
 
     graph = capture(forward, carry, fixed, inputs, roles=_ROLES, names=("carry", "fixed", "batch.inputs"))
-    programs = make_programs(step, _explained(step, noise, carry, fixed, Batch(inputs, None)))
+    programs = make_programs(step, _explained(step, noise, carry, fixed, Batch(inputs, None)), False)
     return PredictionPlan(tuple(index_bounds(graph)), tuple(noise), programs, shapes)
 
 

@@ -138,11 +138,11 @@ class Planner:
         return [*sets, *(prediction.programs for prediction in self.predictions.entries())]
 
     def _programs(self, num_tasks: int | None, carry_has_tasks: bool, parent: ProgramSet | None) -> MakePrograms:
-        def make(step: Step, explain_failure: Explain) -> ProgramSet:
+        def make(step: Step, explain_failure: Explain, each_task: bool) -> ProgramSet:
             return ProgramSet(
                 self._backend,
                 self._modules,
-                num_tasks,
+                None if each_task else num_tasks,
                 carry_has_tasks,
                 step.detach_gradient,
                 explain_failure,

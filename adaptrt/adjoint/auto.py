@@ -18,6 +18,21 @@ MAX_KEPT_BYTES = 1_000_000_000
 """Up to which the activations of all steps are kept rather than computed again."""
 
 
+MIN_FLOPS_OF_A_TASK = 10_000_000
+"""Of model and loss on the support batch, from which on tasks are done one after the other on the CPU: each keeps the processor busy, and a
+program of all tasks would have to fetch all of its intermediate results from memory again and again."""
+
+
+def one_by_one(num_flops: int, device: torch.device) -> bool:
+    """Whether tasks are best done one after the other.
+
+    Args:
+      num_flops: of model and loss on the support batch of one task.
+      device: where the model is.
+    """
+    return device.type == "cpu" and num_flops >= MIN_FLOPS_OF_A_TASK
+
+
 def choose(num_operations: int, num_shared: int, k: int, num_kept_bytes: int, device: torch.device) -> tuple[Adjoint, str]:
     """An adjoint, and the reason in words.
 
