@@ -18,7 +18,7 @@ MAX_KEPT_BYTES = 1_000_000_000
 """Up to which the activations of all steps are kept rather than computed again."""
 
 
-MIN_FLOPS_OF_A_TASK = 10_000_000
+MIN_FLOPS_OF_A_TASK = 50_000_000
 """Of model and loss on the support batch, from which on tasks are done one after the other on the CPU: each keeps the processor busy, and a
 program of all tasks would have to fetch all of its intermediate results from memory again and again."""
 

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from adaptrt import tree
 from adaptrt.adjoint.base import Adaptation, Adjoint, Gradients, Problem, Programs, Query, Task
-from adaptrt.tree import Tree
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -75,7 +74,9 @@ class _Gradients:
         self._parts.append(part._replace(start=part.start if self._problem.start_has_task_axis else (), fixed=()))
 
     def result(self) -> Gradients:
-        start, _, support, query = ([torch.stack(values) for values in zip(*group, strict=True)] for group in zip(*self._parts, strict=True))
+        start, _, support, query = (
+            [torch.stack(values) for values in zip(*group, strict=True)] for group in zip(*self._parts, strict=True)
+        )
         num_start = 0 if self._problem.start_has_task_axis else sum(self._problem.start)
         return Gradients([*start, *self._shared[:num_start]], self._shared[num_start:], support, query)
 

@@ -1,0 +1,145 @@
+"""Tasks one after the other give what a program of all tasks gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Generator, Tensor, nn
+
+from adaptrt import Adjoint, CompiledUnroll, CudaGraph, Eager, Replay, Stash, Unrolled, compile_unroll, optim
+from adaptrt.adjoint import auto
+from adaptrt.adjoint.auto import MIN_FLOPS_OF_A_TASK, one_by_one
+from adaptrt.errors import NonFiniteInput
+from adaptrt.graph.ir import Role
+from tests.recorders import TapeRecorder
+from tests.tolerances import assert_near
+
+ADJOINTS: dict[str, Adjoint] = {"unrolled": Unrolled(), "stash": Stash()}
+TASKS = 3
+
+
+@pytest.fixture
+def choose(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Sets from how many FLOPs on tasks are done one by one."""
+    yield lambda flops: monkeypatch.setattr(auto, "MIN_FLOPS_OF_A_TASK", flops)
+
+
+def net() -> nn.Module:
+    torch.manual_seed(0)
+    parts = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(64, 3)
+    return nn.Sequential(*parts).double()
+
+
+def data(seed: int, *leading: int) -> tuple[Tensor, Tensor]:
+    generator = Generator().manual_seed(seed)
+    labels = torch.randint(3, (*leading, 5), generator=generator)
+    return torch.randn(*leading, 5, 1, 6, 6, generator=generator, dtype=torch.float64), labels
+
+
+def compiled(model: nn.Module, adjoint: Adjoint, **options: Any) -> CompiledUnroll:
+    opt = optim.sgd(lr=0.1, momentum=0.9)
+    return compile_unroll(model, opt, 3, loss=F.cross_entropy, adjoint=adjoint, **{"backend": "eager", **options}).vmap()
+
+
+def everything(model: nn.Module, unroll: CompiledUnroll, *leading: int) -> dict[str, Tensor]:
+    """Adapted state, losses, meta-loss and all gradients, from the weights and from an earlier adaptation."""
+    support, query = data(0, TASKS, *leading), data(1, TASKS)
+    support[0].requires_grad_()
+    query[0].requires_grad_()
+    params = dict(model.named_parameters())
+    asked = {**params, "support": support[0], "query": query[0]}
+    found: dict[str, Tensor] = {}
+
+    def take(prefix: str, values: Any) -> None:
+        found.update({f"{prefix}.{name}": value.detach() for name, value in values.items()})
+
+    generator = Generator().manual_seed(5)
+    adapted = unroll.adapt(support, generator=generator)
+    take("params", adapted.params)
+    take("buffers", adapted.buffers)
+    found["losses"] = adapted.losses.detach()
+    total = torch.stack([(value**2).sum() for value in adapted.params.values()]).sum() + adapted.losses.sum()
+    wanted = {name: value for name, value in asked.items() if name != "query"}
+    take("of adapt", dict(zip(wanted, torch.autograd.grad(total, list(wanted.values()), retain_graph=True), strict=True)))
+
+    loss = unroll(support, query, generator=generator)
+    found["meta-loss"] = loss.detach()
+    take("of meta-loss", dict(zip(asked, torch.autograd.grad(3 * loss, list(asked.values())), strict=True)))
+    with torch.no_grad():
+        found["meta-loss without gradients"] = unroll(support, query, generator=Generator().manual_seed(6))
+
+    # From each task's own start, through which the gradient flows on.
+    again = unroll(support, query, start=adapted, generator=generator)
+    take("of a later meta-loss", dict(zip(asked, torch.autograd.grad(again, list(asked.values())), strict=True)))
+    return found
+
+
+@pytest.mark.parametrize("adjoint", ADJOINTS)
+def test_the_same_as_together(adjoint: str, choose: Any) -> None:
+    model, found = net(), list[dict[str, Tensor]]()
+    for flops in (0, 10**15):
+        choose(flops)
+        unroll = compiled(model, ADJOINTS[adjoint])
+        found.append(everything(model, unroll))
+        assert ("EachTask" in str(unroll.explain())) == (flops == 0)
+        data_of_first = [entry.spec.shape for entry in next(iter(unroll.graphs().values())).signature.inputs if entry.role is Role.DATA]
+        assert all(shape[0] == (5 if flops == 0 else TASKS) for shape in data_of_first)
+    assert_near(found[0], found[1])
+
+
+def test_on_inductor(choose: Any) -> None:
+    choose(0)
+    model = net()
+    one, two = (compiled(model, Stash(), backend=backend) for backend in ("inductor", "eager"))
+    assert_near(everything(model, one), everything(model, two))
+
+
+def test_a_batch_of_its_own_for_each_step(choose: Any) -> None:
+    model, found = net(), list[dict[str, Tensor]]()
+    for flops in (0, 10**15):
+        choose(flops)
+        found.append(everything(model, compiled(model, Replay(), per_step=True), 3))
+    assert_near(found[0], found[1])
+
+
+@pytest.mark.parametrize("adjoint", ["unrolled", "stash"])
+def test_in_one_launch(adjoint: str, choose: Any) -> None:
+    choose(0)
+    model = net()
+    one, two = (compiled(model, ADJOINTS[adjoint], backend=backend) for backend in (CudaGraph(Eager(), TapeRecorder), "eager"))
+    assert_near(everything(model, one), everything(model, two))
+
+
+def test_what_is_not_finite_is_refused(choose: Any) -> None:
+    choose(0)
+    for adjoint in (Unrolled(), Stash()):
+        unroll = compiled(net(), adjoint)
+        support = data(0, TASKS)
+        support[0][1, 2] = torch.nan
+        with pytest.raises(NonFiniteInput, match="support"):
+            unroll.adapt(support)
+
+
+def test_auto_says_why(choose: Any) -> None:
+    choose(0)
+    unroll = compiled(net(), "auto")  # type: ignore[arg-type]
+    unroll(data(0, TASKS), data(1, TASKS))
+    report = str(unroll.explain())
+    assert "EachTask(adjoint=Unrolled())" in report and "MFLOP a step" in report
+
+
+def test_only_large_tasks_on_the_cpu() -> None:
+    assert one_by_one(MIN_FLOPS_OF_A_TASK, torch.device("cpu"))
+    assert not one_by_one(MIN_FLOPS_OF_A_TASK - 1, torch.device("cpu"))
+    assert not one_by_one(10**15, torch.device("cuda"))
+
+
+def test_without_a_task_axis_nothing_changes(choose: Any) -> None:
+    choose(0)
+    unroll = compile_unroll(net(), optim.sgd(lr=0.1), 2, loss=F.cross_entropy, backend="eager")
+    unroll(data(0), data(1))
+    assert "EachTask" not in str(unroll.explain())
