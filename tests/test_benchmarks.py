@@ -17,7 +17,7 @@ from benchmarks.suite import contest as contests
 from benchmarks.suite.contest import WrongNumbers, by_turns, contest
 from benchmarks.suite.contestants import ENTRANTS, Entrant, loop
 from benchmarks.suite.playback import Playback
-from benchmarks.suite.report import bars_table, by_key, latency_table
+from benchmarks.suite.report import adjoints_table, bars_table, by_key, latency_table
 from benchmarks.suite.workloads import WORKLOADS
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")  # importing `higher`
@@ -60,6 +60,20 @@ def test_mixed_precision_is_held_against_autocast(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setitem(ENTRANTS, "other", Entrant(other, in_bfloat16=True))
     with pytest.raises(WrongNumbers, match=r"another, meta: other is off by .* where autocast is by"):
         contest(workload, ("eager loop", "other"), ("meta",))
+
+
+def test_adjoints_are_compared_with_the_best() -> None:
+    def row(workload: str, adjoint: str, longer: float) -> dict[str, Any]:
+        return {
+            "extra_info": {"workload": workload, "adjoint_of": adjoint, "times_longer": longer},
+            "stats": {"median": longer / 1000},
+        }
+
+    rows = [row("lstm", "auto", 1.0), row("lstm", "Stash()", 0.8), row("lstm", "Replay()", 2.0), row("sine", "auto", 1.0)]
+    assert adjoints_table(rows).splitlines()[2:] == [
+        "| lstm | 1.00 ms | 800 µs | 2.00 ms | 1.25 |",
+        "| sine | 1.00 ms |  |  | 1.00 |",
+    ]
 
 
 def test_launches() -> None:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import functools
 import itertools
-import statistics
 
 import pytest
 from pytest_benchmark.fixture import BenchmarkFixture
 
-from benchmarks.suite.contest import QUANTITIES, Result, contest
+from benchmarks.suite.contest import QUANTITIES, Result, contest, times_longer
 from benchmarks.suite.contestants import ENTRANTS
 from benchmarks.suite.playback import CLOCK, play_back
 from benchmarks.suite.workloads import WORKLOADS
@@ -41,10 +40,6 @@ def test_latency(workload: str, quantity: str, name: str, benchmark: BenchmarkFi
         contestant=name,
         error=mine.error,
         first_call_s=mine.compile_s,
-        # How many times longer each other one takes: the median over neighbouring calls.
-        times_longer={
-            other: statistics.median(theirs / own for theirs, own in zip(result.times_s, mine.times_s, strict=True))
-            for other, result in found.items()
-        },
+        times_longer=times_longer(found, name),
     )
     play_back(benchmark, mine.times_s)

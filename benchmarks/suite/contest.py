@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.suite.contestants import ENTRANTS, Contestant, first_calls, loop, loop_in_bfloat16
+from benchmarks.suite.contestants import ENTRANTS, Contestant, Entrant, first_calls, loop, loop_in_bfloat16
 from benchmarks.suite.workloads import Workload
 
 NUM_TURNS = 20
@@ -37,6 +38,12 @@ class Result(NamedTuple):
     error: float
     compile_s: float
     times_s: Sequence[float]
+
+
+def times_longer(found: Mapping[str, Result], name: str) -> dict[str, float]:
+    """How many times longer than this contestant each one takes: the median over neighbouring calls."""
+    own = found[name].times_s
+    return {other: statistics.median(a / b for a, b in zip(result.times_s, own, strict=True)) for other, result in found.items()}
 
 
 class WrongNumbers(RuntimeError):
@@ -85,48 +92,61 @@ def by_turns(
     return times
 
 
-def enter(workload: Workload, names: Sequence[str]) -> tuple[dict[str, Contestant], dict[str, str]]:
+def enter(
+    workload: Workload, names: Sequence[str], quantities: Sequence[str] = QUANTITIES, entrants: Mapping[str, Entrant] = ENTRANTS
+) -> tuple[dict[str, Contestant], dict[str, str]]:
     """The contestants, compiled, and for those that stay away the reason."""
-    absent = {name: reason for name in names if (reason := ENTRANTS[name].reason_against(workload))}
-    here = {name: first_calls(ENTRANTS[name].make(workload, torch.float32)) for name in names if name not in absent}
+    absent = {name: reason for name in names if (reason := entrants[name].reason_against(workload))}
+    here: dict[str, Contestant] = {}
+    for name in names:
+        if name not in absent:
+            calls = entrants[name].make(workload, torch.float32)
+            here[name] = first_calls({quantity: calls[quantity] for quantity in quantities})
     return here, absent
 
 
 def contest(
-    workload: Workload, names: Sequence[str], quantities: Sequence[str] = QUANTITIES, share: float = 1.0
+    workload: Workload,
+    names: Sequence[str],
+    quantities: Sequence[str] = QUANTITIES,
+    share: float = 1.0,
+    entrants: Mapping[str, Entrant] = ENTRANTS,
 ) -> dict[str, dict[str, Result]]:
     """Results by quantity and contestant.
 
     Args:
       workload: on what.
-      names: keys of `ENTRANTS`.
+      names: keys of `entrants`.
       quantities: which to measure.
       share: of the workload's number of calls.
+      entrants: who may compete.
     Raises:
       WrongNumbers: a contestant's error is too large.
     """
-    here, _ = enter(workload, names)
+    here, _ = enter(workload, names, quantities, entrants)
     count = max(3, round(share * workload.calls))
     wait = torch.cuda.synchronize if workload.device == "cuda" else lambda: None
     results: dict[str, dict[str, Result]] = {}
-    errors = check(workload, here, quantities)
+    errors = check(workload, here, quantities, entrants)
     for quantity in quantities:
         times = by_turns({name: entrant.calls[quantity] for name, entrant in here.items()}, count, max(1, count // 10), wait)
         results[quantity] = {name: Result(errors[quantity][name], here[name].compile_s[quantity], times[name]) for name in here}
     return results
 
 
-def check(workload: Workload, here: Mapping[str, Contestant], quantities: Sequence[str]) -> dict[str, dict[str, float]]:
+def check(
+    workload: Workload, here: Mapping[str, Contestant], quantities: Sequence[str], entrants: Mapping[str, Entrant] = ENTRANTS
+) -> dict[str, dict[str, float]]:
     """The error of each contestant by quantity.
 
     Raises:
       WrongNumbers: one is too large.
     """
     eager, oracle = loop(workload), loop(workload, torch.float64)
-    mixed = loop_in_bfloat16(workload) if any(ENTRANTS[name].in_bfloat16 for name in here) else {}
+    mixed = loop_in_bfloat16(workload) if any(entrants[name].in_bfloat16 for name in here) else {}
     errors: dict[str, dict[str, float]] = {quantity: {} for quantity in quantities}
     for name, contestant in here.items():
-        entrant = ENTRANTS[name]
+        entrant = entrants[name]
         own = entrant.oracle(workload)
         suspect: list[str] = []
         for quantity in quantities:

@@ -133,6 +133,18 @@ def tasks_table(rows: Sequence[Row]) -> str:
     return table(["contestant", "tasks in a call", "meta-gradients of tasks a second"], lines)
 
 
+def adjoints_table(rows: Sequence[Row]) -> str:
+    """Times of the meta-gradient by adjoint, and how many times as long as the best one the choice of "auto" takes."""
+    found = {(row["extra_info"]["workload"], row["extra_info"]["adjoint_of"]): row for row in rows if "adjoint_of" in row["extra_info"]}
+    names = list(dict.fromkeys(name for _, name in found))
+    lines: list[list[str]] = []
+    for workload in dict.fromkeys(workload for workload, _ in found):
+        own = [found.get((workload, name)) for name in names]
+        best = min(row["extra_info"]["times_longer"] for row in own if row is not None)
+        lines.append([workload, *["" if row is None else _time(row["stats"]["median"]) for row in own], f"{1 / best:.2f}"])
+    return table(["workload", *names, "auto, times the best"], lines)
+
+
 def report(data: Mapping[str, Any], command: str) -> str:
     """All of it as Markdown."""
     rows, machine = data["benchmarks"], data["machine_info"]
@@ -150,6 +162,8 @@ def report(data: Mapping[str, Any], command: str) -> str:
             parts += [f"## {workload}", f"{w.title}; {w.k} steps of {w.optimizer.upper()}.", latency_table(workload, keyed)]
     if keyed:
         parts += ["## Bars", bars_table(keyed, machine["kind"])]
+    if any("adjoint_of" in row["extra_info"] for row in rows):
+        parts += ["## Adjoints", "The meta-gradient; the last column is the median over neighbouring calls.", adjoints_table(rows)]
     if any(row["extra_info"].get("cache") for row in rows):
         parts += ["## Compilation", compile_table(rows)]
     if any("num_tasks" in row["extra_info"] for row in rows):
