@@ -40,17 +40,13 @@ class Probe(NamedTuple):
       noise: what its random operations draw, in order.
       bounds: which data are class labels or indices.
       live_buffers: for each buffer whether its update can be differentiated.
-      unchanged_buffers: for each whether it is not updated at all.
       loss: spec of the loss.
-      graph: model and loss.
     """
 
     noise: tuple[Noise, ...]
     bounds: tuple[IndexBound, ...]
     live_buffers: tuple[bool, ...]
-    unchanged_buffers: tuple[bool, ...]
     loss: Spec
-    graph: Graph
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -59,7 +55,6 @@ class SupportPlan:
 
     Attributes:
       carry: for each leaf of the carry whether a gradient flows through it from step to step; through running statistics none does.
-      unchanged: for each whether every step returns it as it was.
       shapes: the data in words.
       problems: by which leaves the caller differentiates.
     """
@@ -70,7 +65,6 @@ class SupportPlan:
     probe: Probe
     programs: ProgramSet
     carry: tuple[bool, ...]
-    unchanged: tuple[bool, ...]
     shapes: tuple[str, ...]
     queries: Cache[QueryPlan]
     problems: dict[Hashable, Problem] = dataclasses.field(default_factory=dict[Hashable, Problem])
@@ -159,8 +153,10 @@ _ROLES = (Role.PARAM, Role.PARAM, Role.DATA)
 _NAMES = ("carry", "fixed", "batch")
 
 
-def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> Probe:
+def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> tuple[Probe, Graph]:
     """Runs model and loss once on fake tensors, and for the support batch gradient and update, to find what goes wrong and what they need.
+
+    Returns that, and the graph of model and loss.
 
     Args:
       step: the inner step.
@@ -174,9 +170,7 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> Pr
         noise: list[Noise] = []
         before = dict(live)
 
-        def forward(
-            carry: Carry, fixed: Fixed, batch: Batch, noise: list[Noise] = noise, before: dict[str, bool] = before
-        ) -> tuple[Tensor, list[Tensor]]:
+        def forward(carry: Carry, fixed: Fixed, batch: Batch, noise: list[Noise] = noise, before: dict[str, bool] = before) -> Tensor:
             params, fixed, batch = tree.map_leaves(_differentiable, (carry.params, fixed, batch))
             buffers = {key: _differentiable(value) if before[key] else value for key, value in carry.buffers.items()}
             with record_noise() as drawn, diagnose.running(name, batch):
@@ -187,16 +181,14 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> Pr
                 grads = step.gradient(loss, params)
                 with diagnose.updating():
                     step.update(grads, carry.opt_state, params, fixed.hyper)
-            return loss, list(updated.values())
+            return loss
 
         with watch_attributes() as overwritten:
             graph = capture(forward, carry, fixed, batch, roles=_ROLES, names=_NAMES, fused_attention=step.detach_gradient)
         refuse_state(graph.constants, overwritten)
         # A buffer that is live may make others live, which read it; running statistics stay as they are.
         if live == before:
-            first = len(tree.leaves((carry.params, carry.opt_state)))
-            unchanged = tuple([returns_input(graph, 1 + index, first + index) for index in range(len(live))])
-            return Probe(tuple(noise), tuple(index_bounds(graph)), tuple(live.values()), unchanged, graph.signature.outputs[0].spec, graph)
+            return Probe(tuple(noise), tuple(index_bounds(graph)), tuple(live.values()), graph.signature.outputs[0].spec), graph
 
 
 def _differentiable(value: Tensor) -> Tensor:
@@ -230,33 +222,35 @@ def plan_support(
       cache_size: how many shapes of query data to keep.
     """
     step = step_of(adjoint is not None and adjoint.detach_gradient)
-    found = probe(step, "support", carry, fixed, batch)
+    found, forward = probe(step, "support", carry, fixed, batch)
     device = next(iter(carry.params.values())).device
-    each_task = num_tasks is not None and device.type == "cpu" and one_by_one(num_flops(found.graph), device)
+    each_task = num_tasks is not None and device.type == "cpu" and one_by_one(num_flops(forward))
     programs = make_programs(step, _explained(step, found.noise, carry, fixed, batch), each_task)
-    updated = tree.leaves((carry.params, carry.opt_state))
-    unchanged = (*(False for _ in updated), *found.unchanged_buffers)
     if adjoint is None:
         noise = tuple(entry.spec for entry in found.noise)
         graph = capture(step, carry, fixed, batch, noise)
         num_carry, num_fixed, num_batch = (len(tree.leaves(part)) for part in (carry, fixed, batch))
-        same = {index for index, flag in enumerate(unchanged) if flag}
+        same = {index for index in range(num_carry) if returns_input(graph, index)}
         same |= set(range(num_carry, num_carry + num_fixed + (0 if per_step else num_batch)))
-        num_shared = graph.num_nodes - sum(node.op == "call_function" for node in varying(graph, same))
         num_updates = k * step.optimizer.updates_per_step
-        each = num_bytes_to_keep(graph, same)
-        if each * num_updates * (num_tasks or 1) > MAX_KEPT_BYTES:
-            # Decomposed, more can be computed again, and less is kept; it takes another capture to see how much.
-            each = num_bytes_to_keep(programs.lowered(step, carry, fixed, batch, noise), same)
-        kept = each * num_updates * (num_tasks or 1)
-        adjoint, reason = choose(graph.num_nodes, num_shared, num_updates, kept, device)
+
+        def num_kept_bytes() -> int:
+            steps = num_updates * (num_tasks or 1)  # `adapt` keeps those of all tasks where it is differentiated
+            kept = num_bytes_to_keep(graph, same) * steps
+            if kept > MAX_KEPT_BYTES and programs.lowers:
+                # Decomposed, more can be computed again, and less is kept; it takes another capture to see how much.
+                kept = num_bytes_to_keep(programs.lowered(step, carry, fixed, batch, noise), same) * steps
+            return kept
+
+        num_shared = graph.num_nodes - sum(node.op == "call_function" for node in varying(graph, same))
+        adjoint, reason = choose(graph.num_nodes, num_shared, num_updates, num_kept_bytes, device)
     else:
         reason = "asked for"
     if each_task:
         adjoint = EachTask(adjoint)
-        reason += f"; each task is {num_flops(found.graph) / 1e6:,.0f} MFLOP a step, enough for one after the other"
-    flows = (*(tree.Spec.of(leaf).dtype.is_floating_point for leaf in updated), *found.live_buffers)
-    return SupportPlan(step, adjoint, reason, found, programs, flows, unchanged, shapes, Cache(cache_size))
+        reason += f"; model and loss on a task are {num_flops(forward) / 1e6:,.0f} MFLOP, enough for one task after the other"
+    floating = [tree.Spec.of(leaf).dtype.is_floating_point for leaf in tree.leaves((carry.params, carry.opt_state))]
+    return SupportPlan(step, adjoint, reason, found, programs, (*floating, *found.live_buffers), shapes, Cache(cache_size))
 
 
 def plan_query(
@@ -269,7 +263,7 @@ def plan_query(
     num_tasks: int | None,
 ) -> QueryPlan:
     """Decides how to evaluate query batches of one shape. Arguments as for `plan_support`; `num_tasks` is None without a task axis."""
-    found = probe(plan.step, "query", carry, fixed, batch)
+    found, _ = probe(plan.step, "query", carry, fixed, batch)
     shape = () if num_tasks is None else (num_tasks,)
     with torch.inference_mode(False):
         weights = torch.full(shape, 1.0 / (num_tasks or 1), dtype=found.loss.dtype, device=found.loss.device)

@@ -20,6 +20,7 @@ from adaptrt.backend.guards import Known
 from adaptrt.backend.launch import Constant, Launcher, Recording
 from adaptrt.errors import NonFiniteInput, NotDifferentiable, NotTraceable, ShapeChanged, UnsupportedParameter
 from adaptrt.graph.capture import capture
+from adaptrt.graph.cost import returns_input
 from adaptrt.graph.ir import Graph, Input, Role, autocast_off
 from adaptrt.graph.passes.batch import batch
 from adaptrt.graph.passes.check_finite import check_finite
@@ -109,6 +110,11 @@ class Program:
         raise AssertionError("every input is what was captured")
 
 
+def _unchanged(graph: Graph, args: Sequence[Tree]) -> set[int]:
+    """Which leaves of the carry, a graph's first argument and first result, are returned as they were."""
+    return {index for index in range(len(tree.leaves(args[0]))) if returns_input(graph, index)}
+
+
 def _as_they_are(graph: Graph, kept: Sequence[Tensor]) -> Graph:
     """The graph for these values of its inputs of role KEPT, which may have any strides.
 
@@ -189,6 +195,7 @@ class ProgramSet:
         self._parent = parent
         self._programs: dict[_Key, Program] = {}
         self._firsts: dict[_Key, Program] = {}  # computes what all calls of a loop share
+        self._unchanged: set[int] = set()  # leaves of the carry that a step returns as they were
         self._second_halves: dict[_Key, Graph] = {}
         self._refused: dict[_Key, NotDifferentiable] = {}
 
@@ -208,7 +215,7 @@ class ProgramSet:
         return self._lazy((name, wrt), pull_back(fn, wrt, value), kinds, functools.partial(self._summed, arguments, value), loop)
 
     def stashed(
-        self, name: str, fn: Callable[..., Any], arguments: Sequence[str], wrt: Wrt, loop: Loop
+        self, name: str, fn: Callable[..., Any], arguments: Sequence[str], wrt: Wrt, loop: Loop | None
     ) -> tuple[Callable[..., Any], Callable[..., Any]]:
         if self._parent is not None and "query" not in arguments:
             return self._parent.stashed(name, fn, arguments, wrt, loop)
@@ -225,17 +232,19 @@ class ProgramSet:
                     except NotDifferentiable as error:
                         self._refused[forward] = NotDifferentiable(*error.args)
                         raise
-                    joint = self._hoisted(forward, joint, args, loop)
+                    capture_s = time.perf_counter() - began
+                    joint, shared = self._hoisted(joint, args, loop, _unchanged(joint, args))
                     first, self._second_halves[backward] = partition(joint, num_results)
-                    if forward in self._firsts:
-                        self._firsts[backward] = self._firsts[forward]
-                    self._programs[forward] = self._finish(_as_they_are(first, loop.shared or []), time.perf_counter() - began)
+                    program = self._finish(_as_they_are(first, loop.shared or [] if loop else []), capture_s)
+                    self._add(forward, program, shared)
+                    if shared is not None:
+                        self._firsts[backward] = shared
             return self._in_loop(forward, loop)(*args)
 
         def run_backward(*args: Tree) -> Any:
             with COMPILING:
                 if backward not in self._programs:
-                    kept = [*(loop.shared or []), *tree.leaves(args[len(arguments)])]
+                    kept = [*((loop and loop.shared) or []), *tree.leaves(args[len(arguments)])]
                     self._programs[backward] = self._finish(_as_they_are(self._second_halves[backward], kept), 0.0)
                     del self._second_halves[backward]
             return self._in_loop(backward, loop)(*args)
@@ -244,6 +253,11 @@ class ProgramSet:
             self._in_loop(forward, loop) if forward in self._programs else run_forward,
             self._in_loop(backward, loop) if backward in self._programs else run_backward,
         )
+
+    @property
+    def lowers(self) -> bool:
+        """Whether the backend puts other operations in the place of a graph's."""
+        return self._backend.fuses
 
     def lowered(self, fn: Callable[..., Any], *examples: Tree) -> Graph:
         """The graph of `fn` for one task as the backend gets to see it, from tensors or specs without task axes. Nothing is compiled."""
@@ -293,21 +307,27 @@ class ProgramSet:
         joint = self._capture(pull_back(fn, wrt, True), (*arguments, "cotangent"), (*args, cotangents), summed)
         return self._backend.lower(joint), len(outputs)
 
-    def _hoisted(self, key: _Key, graph: Graph, args: Sequence[Tree], loop: Loop | None) -> Graph:
-        """The graph without what is the same in all calls of the loop; that becomes a program of its own, which is run."""
+    def _hoisted(self, graph: Graph, args: Sequence[Tree], loop: Loop | None, unchanged: set[int]) -> tuple[Graph, Program | None]:
+        """The graph without what is the same in all calls of the loop, and the program of that, which is run.
+
+        Args:
+          unchanged: positions of those leaves of the carry that every call returns as they were.
+        """
         if loop is None:
-            return graph
-        flags = [
-            flag
-            for arg, flags in zip(args, loop.same, strict=False)  # cotangents, after those, never are
-            for flag in flags or [False] * len(tree.leaves(arg))
-        ]
-        halves = hoist(graph, [index for index, flag in enumerate(flags) if flag])
+            return graph, None
+        # Cotangents come after the arguments that the loop knows of, and never stay the same.
+        flags = [flag for arg, flag in zip(args, loop.same, strict=False) for _ in tree.leaves(arg)]
+        halves = hoist(graph, {index for index, flag in enumerate(flags) if flag} | unchanged)
         if halves is None:
-            return graph
-        first = self._firsts[key] = self._programs[f"{key[0]}, what all steps share", key[1]] = self._finish(halves[0], 0.0)
+            return graph, None
+        first = self._finish(halves[0], 0.0)
         loop.shared = first(*args[: len(loop.same)])
-        return halves[1]
+        return halves[1], first
+
+    def _add(self, key: _Key, program: Program, shared: Program | None) -> None:
+        if shared is not None:
+            self._firsts[key] = self._programs[f"{key[0]}, what all steps share", key[1]] = shared
+        self._programs[key] = program
 
     def _in_loop(self, key: _Key, loop: Loop | None) -> Callable[..., Any]:
         """The program, given what all calls of the loop share."""
@@ -348,7 +368,7 @@ class ProgramSet:
         def compile_and_run(*args: Tree) -> Any:
             with COMPILING:
                 if key not in self._programs:
-                    self._programs[key] = self._compile(key, fn, arguments, args, summed, loop)
+                    self._compile(key, fn, arguments, args, summed, loop)
             return self._in_loop(key, loop)(*args)
 
         return compile_and_run
@@ -364,10 +384,14 @@ class ProgramSet:
         args: Sequence[Tree],
         summed: Callable[[Graph], list[bool]],
         loop: Loop | None,
-    ) -> Program:
+    ) -> None:
         began = time.perf_counter()
-        graph = self._hoisted(key, self._capture(fn, arguments, args, summed), args, loop)
-        if key in self._firsts:
+        graph = self._capture(fn, arguments, args, summed)
+        capture_s = time.perf_counter() - began
+        if loop is not None and key[1] is None:
+            self._unchanged = _unchanged(graph, args)  # which holds for the pullback, too: the steps are this program's
+        graph, shared = self._hoisted(graph, args, loop, self._unchanged)
+        if shared is not None:
             assert loop is not None and loop.shared is not None
             graph = _as_they_are(graph, loop.shared)
         checked: list[int] = []
@@ -377,7 +401,7 @@ class ProgramSet:
             checked = [i for i, kind in enumerate(kinds) if kind in ("support", "query") and specs[i].dtype.is_floating_point]
         if checked:
             graph = check_finite(graph, checked)
-        return self._finish(graph, time.perf_counter() - began, bool(checked))
+        self._add(key, self._finish(graph, capture_s, bool(checked)), shared)
 
     def _capture(
         self, fn: Callable[..., Any], arguments: Sequence[str], args: Sequence[Tree], summed: Callable[[Graph], list[bool]]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Generator, Tensor, nn
 
-from adaptrt import Adjoint, CompiledUnroll, CudaGraph, Eager, Replay, Stash, Unrolled, compile_unroll, optim
+from adaptrt import Adjoint, CompiledUnroll, CudaGraph, Eager, FirstOrder, Replay, Stash, Unrolled, compile_unroll, optim
 from adaptrt.adjoint import auto
 from adaptrt.adjoint.auto import MIN_FLOPS_OF_A_TASK, one_by_one
 from adaptrt.errors import NonFiniteInput
@@ -23,9 +23,9 @@ TASKS = 3
 
 
 @pytest.fixture
-def choose(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+def one_by_one_from(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     """Sets from how many FLOPs on tasks are done one by one."""
-    yield lambda flops: monkeypatch.setattr(auto, "MIN_FLOPS_OF_A_TASK", flops)
+    return lambda flops: monkeypatch.setattr(auto, "MIN_FLOPS_OF_A_TASK", flops)
 
 
 def net() -> nn.Module:
@@ -79,10 +79,10 @@ def everything(model: nn.Module, unroll: CompiledUnroll, *leading: int) -> dict[
 
 
 @pytest.mark.parametrize("adjoint", ADJOINTS)
-def test_the_same_as_together(adjoint: str, choose: Any) -> None:
+def test_the_same_as_together(adjoint: str, one_by_one_from: Callable[[int], None]) -> None:
     model, found = net(), list[dict[str, Tensor]]()
     for flops in (0, 10**15):
-        choose(flops)
+        one_by_one_from(flops)
         unroll = compiled(model, ADJOINTS[adjoint])
         found.append(everything(model, unroll))
         assert ("EachTask" in str(unroll.explain())) == (flops == 0)
@@ -91,31 +91,31 @@ def test_the_same_as_together(adjoint: str, choose: Any) -> None:
     assert_near(found[0], found[1])
 
 
-def test_on_inductor(choose: Any) -> None:
-    choose(0)
+def test_on_inductor(one_by_one_from: Callable[[int], None]) -> None:
+    one_by_one_from(0)
     model = net()
     one, two = (compiled(model, Stash(), backend=backend) for backend in ("inductor", "eager"))
     assert_near(everything(model, one), everything(model, two))
 
 
-def test_a_batch_of_its_own_for_each_step(choose: Any) -> None:
+def test_a_batch_of_its_own_for_each_step(one_by_one_from: Callable[[int], None]) -> None:
     model, found = net(), list[dict[str, Tensor]]()
     for flops in (0, 10**15):
-        choose(flops)
+        one_by_one_from(flops)
         found.append(everything(model, compiled(model, Replay(), per_step=True), 3))
     assert_near(found[0], found[1])
 
 
 @pytest.mark.parametrize("adjoint", ["unrolled", "stash"])
-def test_in_one_launch(adjoint: str, choose: Any) -> None:
-    choose(0)
+def test_in_one_launch(adjoint: str, one_by_one_from: Callable[[int], None]) -> None:
+    one_by_one_from(0)
     model = net()
     one, two = (compiled(model, ADJOINTS[adjoint], backend=backend) for backend in (CudaGraph(Eager(), TapeRecorder), "eager"))
     assert_near(everything(model, one), everything(model, two))
 
 
-def test_what_is_not_finite_is_refused(choose: Any) -> None:
-    choose(0)
+def test_what_is_not_finite_is_refused(one_by_one_from: Callable[[int], None]) -> None:
+    one_by_one_from(0)
     for adjoint in (Unrolled(), Stash()):
         unroll = compiled(net(), adjoint)
         support = data(0, TASKS)
@@ -124,22 +124,41 @@ def test_what_is_not_finite_is_refused(choose: Any) -> None:
             unroll.adapt(support)
 
 
-def test_auto_says_why(choose: Any) -> None:
-    choose(0)
+def test_auto_says_why(one_by_one_from: Callable[[int], None]) -> None:
+    one_by_one_from(0)
     unroll = compiled(net(), "auto")  # type: ignore[arg-type]
     unroll(data(0, TASKS), data(1, TASKS))
     report = str(unroll.explain())
-    assert "EachTask(adjoint=Unrolled())" in report and "MFLOP a step" in report
+    assert "EachTask(adjoint=Unrolled())" in report and "MFLOP, enough for one task after the other" in report
 
 
-def test_only_large_tasks_on_the_cpu() -> None:
-    assert one_by_one(MIN_FLOPS_OF_A_TASK, torch.device("cpu"))
-    assert not one_by_one(MIN_FLOPS_OF_A_TASK - 1, torch.device("cpu"))
-    assert not one_by_one(10**15, torch.device("cuda"))
+def test_only_large_tasks() -> None:
+    least = MIN_FLOPS_OF_A_TASK * torch.get_num_threads()
+    assert one_by_one(least) and not one_by_one(least - 1)
 
 
-def test_without_a_task_axis_nothing_changes(choose: Any) -> None:
-    choose(0)
+@pytest.mark.parametrize("adjoint", [Unrolled(), Stash(), Replay(every=2), FirstOrder()], ids=repr)
+def test_gradients_of_what_tasks_share(adjoint: Adjoint, one_by_one_from: Callable[[int], None]) -> None:
+    """Summed over tasks: of weights that do not adapt, of a learned rate, and of the start where it is one for all."""
+    model, rate = net(), torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    asked = {**dict(model.named_parameters()), "rate": rate}
+    found: list[dict[str, Tensor]] = []
+    for flops in (0, 10**15):
+        one_by_one_from(flops)
+        opt = optim.sgd(lr=rate, momentum=0.9)
+        unroll = compile_unroll(model, opt, 3, loss=F.cross_entropy, adjoint=adjoint, backend="eager", params=["5.*", "1.*"]).vmap()
+        generator = Generator().manual_seed(5)
+        adapted = unroll.adapt(data(0, TASKS), generator=generator)
+        fresh = unroll(data(0, TASKS), data(1, TASKS), generator=generator)
+        later = unroll(data(0, TASKS), data(1, TASKS), start=adapted, generator=generator)
+        for name, loss in (("fresh", fresh), ("later", later)):
+            gradients = torch.autograd.grad(loss, list(asked.values()))
+            found.append({f"{name}.{key}": value for key, value in zip(asked, gradients, strict=True)})
+    assert_near({**found[0], **found[1]}, {**found[2], **found[3]})
+
+
+def test_without_a_task_axis_nothing_changes(one_by_one_from: Callable[[int], None]) -> None:
+    one_by_one_from(0)
     unroll = compile_unroll(net(), optim.sgd(lr=0.1), 2, loss=F.cross_entropy, backend="eager")
     unroll(data(0), data(1))
     assert "EachTask" not in str(unroll.explain())

@@ -159,7 +159,7 @@ def test_statistics_in_training_mode_still_change_in_every_step(adjoint: str, mo
 
 
 @pytest.mark.parametrize("adjoint", STEPWISE)
-def test_tasks_share_nothing_but_weights(adjoint: str) -> None:
+def test_with_a_task_axis(adjoint: str) -> None:
     net = model(training=False, learned=True)
     found, wanted = compiled(net, STEPWISE[adjoint]).vmap(), compiled(net, Unrolled()).vmap()
     assert_near(gradients(found, net, data(0, 2), data(1, 2)), gradients(wanted, net, data(0, 2), data(1, 2)))
@@ -204,12 +204,61 @@ def test_first_order() -> None:
 
 @pytest.mark.parametrize("adjoint", STEPWISE)
 def test_in_one_launch(adjoint: str) -> None:
-    net = model(training=False, learned=True)
-    found = compiled(net, STEPWISE[adjoint], backend=CudaGraph(Eager(), TapeRecorder))
-    assert_near(gradients(found, net, data(0), data(1)), gradients(compiled(net, Unrolled()), net, data(0), data(1)))
-    adapted = found.adapt(data(0))
-    torch.stack([(value**2).sum() for value in adapted.params.values()]).sum().backward()
-    assert all(p.grad is not None for p in net.parameters())
+    net, found = model(training=False, learned=True), list[dict[str, Tensor]]()
+    params = dict(net.named_parameters())
+    for unroll in (compiled(net, STEPWISE[adjoint], backend=CudaGraph(Eager(), TapeRecorder)), compiled(net, Unrolled())):
+        adapted = unroll.adapt(data(0), generator=Generator().manual_seed(5))
+        loss = torch.stack([(value**2).sum() for value in adapted.params.values()]).sum()
+        of_adapt = torch.autograd.grad(loss, list(params.values()))
+        of_adapt = {f"adapt.{name}": value for name, value in zip(params, of_adapt, strict=True)}
+        found.append({**of_adapt, **gradients(unroll, net, data(0), data(1))})
+    assert_near(found[0], found[1])
+
+
+@pytest.mark.parametrize("adjoint", [Replay(), Stash(), FirstOrder()], ids=repr)
+def test_a_single_step_is_left_whole(adjoint: Adjoint) -> None:
+    net = model(training=False, learned=False)
+    unroll = compile_unroll(net, optim.sgd(lr=0.1), 1, loss=F.cross_entropy, adjoint=adjoint, backend="eager", params="head.*")
+    unroll(data(0), data(1))
+    assert unroll.graphs() and not any(SHARED in name for name in unroll.graphs())
+
+
+class Telling(nn.Module):
+    """A buffer is updated, or not, by something that differs between a first look at the model and its programs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.head = nn.Parameter(torch.randn(100, 200)), nn.Linear(200, 3)
+        self.register_buffer("scale", torch.ones(()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        features = (x * self.scale) @ self.weight
+        if not features.requires_grad:
+            self.scale = self.scale * 0.5
+        return self.head(torch.tanh(features))
+
+
+@pytest.mark.parametrize("adjoint", STEPWISE)
+def test_what_stays_the_same_is_read_off_the_program_itself(adjoint: str) -> None:
+    torch.manual_seed(0)
+    net = Telling().double()
+    net.weight.requires_grad_(False)
+    batch = torch.randn(60, 100, dtype=torch.float64), torch.arange(60) % 3
+    losses: list[Tensor] = []
+    for chosen in (STEPWISE[adjoint], Unrolled()):
+        unroll = compile_unroll(net, optim.sgd(lr=0.1), 3, loss=F.cross_entropy, adjoint=chosen, backend="eager", params="head.*")
+        losses.append(unroll.adapt(batch).losses.detach())
+    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=0)
+
+
+def test_several_updates_a_step() -> None:
+    net, found = model(training=False, learned=False), list[dict[str, Tensor]]()
+    for adjoint in (Stash(), Unrolled()):
+        opt = optim.lbfgs(lr=0.1, max_iter=2, history_size=2)
+        unroll = compile_unroll(net, opt, 2, loss=F.cross_entropy, adjoint=adjoint, backend="eager", params="head.*")
+        found.append(gradients(unroll, net, data(0), data(1)))
+        assert any(SHARED in name for name in unroll.graphs()) == isinstance(adjoint, Stash)
+    assert_near(found[0], found[1])
 
 
 def test_weights_that_change_between_calls_are_read_anew() -> None:

@@ -68,55 +68,44 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The code of Inductor's trials of vector instructions, which all succeed. What it knows of them is forgotten before and after."""
     from torch._inductor import cpu_vec_isa
 
-    def forget() -> None:
-        cpu_vec_isa.valid_vec_isa_list.cache_clear()
-        for isa in cpu_vec_isa.supported_vec_isa_list:
-            for function in (
-                type(isa).__bool__,
-                getattr(type(isa), "_VecISA__bool__impl", None),
-                getattr(isa, "_VecISA__bool__impl", None),
-            ):
-                clear = getattr(function, "cache_clear", None)
-                if clear is not None:
-                    clear()
-
     made: list[str] = []
     monkeypatch.setattr(cpu_vec_isa.VecISA, "check_build", lambda self, code: made.append(code) or True)
     monkeypatch.setattr(inductor, "_trusts_the_processor", True)
-    forget()
+    inductor._forget_instructions()
     yield made
-    forget()
+    inductor._forget_instructions()
 
 
-def test_no_large_trials_of_vector_instructions(trials: list[str]) -> None:
+def test_no_trials_of_vector_instructions(trials: list[str]) -> None:
     from torch._inductor import cpu_vec_isa
 
-    x = torch.randn(5)
+    x, trial = torch.randn(5), cpu_vec_isa.VecISA.check_build
     torch.testing.assert_close(compiled(lambda x: (3.5 * x).cos(), x), (3.5 * x).cos())
-    assert cpu_vec_isa.VecISA._avx_code not in trials and inductor._trusts_the_processor
+    assert not trials and inductor._trusts_the_processor
+    assert cpu_vec_isa.VecISA.check_build is trial
 
 
 @pytest.mark.parametrize("works_before", [False, True])
 def test_trials_where_a_program_cannot_be_built(works_before: bool, trials: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._inductor import compile_fx, config, cpu_vec_isa
+    from torch._inductor import compile_fx, cpu_vec_isa
 
-    asked: list[bool | None] = []
+    trusted: list[bool] = []
     compile_fx_inner = compile_fx.compile_fx_inner
     x = torch.randn(5)
     if works_before:
         compiled(lambda x: (7.5 * x).cos(), x)
 
     def without_instructions(*args: Any, **kwargs: Any) -> Any:
-        asked.append(config.cpp.vec_isa_ok)
+        trusted.append(cpu_vec_isa.VecISA.check_build is inductor._passes)
         cpu_vec_isa.valid_vec_isa_list()
-        if config.cpp.vec_isa_ok:
+        if trusted[-1]:
             raise RuntimeError("unrecognized option -mavx512f")
         return compile_fx_inner(*args, **kwargs)
 
     monkeypatch.setattr(compile_fx, "compile_fx_inner", without_instructions)
     for factor in (4.5, 5.5):
         torch.testing.assert_close(compiled(lambda x, factor=factor: (factor * x).cos(), x), (factor * x).cos())
-    assert asked == [True, None, None]
+    assert trusted == [True, False, False]
     if cpu_vec_isa.valid_vec_isa_list():  # a processor with none makes no trial
         assert cpu_vec_isa.VecISA._avx_code in trials
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from adaptrt.adjoint.base import Adjoint
@@ -18,22 +20,22 @@ MAX_KEPT_BYTES = 1_000_000_000
 """Up to which the activations of all steps are kept rather than computed again."""
 
 
-MIN_FLOPS_OF_A_TASK = 50_000_000
-"""Of model and loss on the support batch, from which on tasks are done one after the other on the CPU: each keeps the processor busy, and a
-program of all tasks would have to fetch all of its intermediate results from memory again and again."""
+MIN_FLOPS_OF_A_TASK = 25_000_000
+"""For each thread, of model and loss on the support batch, from which on tasks are done one after the other on the CPU: each keeps the
+processor busy, and a program of all tasks would have to fetch its intermediate results from memory again and again. Measured on two cores,
+by `benchmarks/convolutions_over_tasks.py`."""
 
 
-def one_by_one(num_flops: int, device: torch.device) -> bool:
-    """Whether tasks are best done one after the other.
+def one_by_one(num_flops: int) -> bool:
+    """Whether tasks are best done one after the other on the CPU.
 
     Args:
       num_flops: of model and loss on the support batch of one task.
-      device: where the model is.
     """
-    return device.type == "cpu" and num_flops >= MIN_FLOPS_OF_A_TASK
+    return num_flops >= MIN_FLOPS_OF_A_TASK * torch.get_num_threads()
 
 
-def choose(num_operations: int, num_shared: int, k: int, num_kept_bytes: int, device: torch.device) -> tuple[Adjoint, str]:
+def choose(num_operations: int, num_shared: int, k: int, num_kept_bytes: Callable[[], int], device: torch.device) -> tuple[Adjoint, str]:
     """An adjoint, and the reason in words.
 
     Args:
@@ -41,7 +43,7 @@ def choose(num_operations: int, num_shared: int, k: int, num_kept_bytes: int, de
       num_shared: those of them that are the same in every step, such as a frozen backbone on a support batch that all share; one graph
         holds them once.
       k: number of steps.
-      num_kept_bytes: about what the pullbacks of all steps need of their activations.
+      num_kept_bytes: about what the pullbacks of all steps need of their activations; asked where it matters.
       device: where the model is.
     """
     own = num_operations - num_shared
@@ -50,7 +52,8 @@ def choose(num_operations: int, num_shared: int, k: int, num_kept_bytes: int, de
     if total <= MAX_UNROLLED_OPERATIONS:
         return Unrolled(), f"{size}, within the {MAX_UNROLLED_OPERATIONS} that compile well as one graph"
     size += f", above the {MAX_UNROLLED_OPERATIONS} that compile well as one graph"
-    kept = f"what the way back needs of them is about {num_kept_bytes / 1e6:,.1f} MB"
-    if num_kept_bytes <= MAX_KEPT_BYTES:
+    num_bytes = num_kept_bytes()
+    kept = f"what the way back needs of them is about {num_bytes / 1e6:,.1f} MB"
+    if num_bytes <= MAX_KEPT_BYTES:
         return Stash(), f"{size}; {kept}, within {MAX_KEPT_BYTES / 1e6:,.0f} MB"
     return Replay(), f"{size}; {kept}, above {MAX_KEPT_BYTES / 1e6:,.0f} MB"

@@ -27,13 +27,13 @@ class Programs(Protocol):
 
     `arguments` says what each argument is: "start" (the first carry), "carry" (a later one), "fixed", "support" (all of it), "batch" (one
     step's), "query", "noise" or "cotangent". Under a task axis all but "start" and "fixed" have one, and "start" has one when it comes from
-    an earlier adaptation. The function itself is always that of one task.
+    an earlier adaptation. The function itself is always that of one task. `loop` makes the calls of what is returned those of a loop.
     """
 
     def program(self, name: str, fn: Callable[..., Any], arguments: Sequence[str], loop: Loop | None = None) -> Callable[..., Any]: ...
 
     def stashed(
-        self, name: str, fn: Callable[..., Any], arguments: Sequence[str], wrt: Wrt, loop: Loop
+        self, name: str, fn: Callable[..., Any], arguments: Sequence[str], wrt: Wrt, loop: Loop | None
     ) -> tuple[Callable[..., Any], Callable[..., Any]]:
         """(*args) -> (outputs, stash), and (*args, stash, cotangents) -> gradients, as `pullback` but with nothing expensive done twice."""
         ...
@@ -53,14 +53,16 @@ class Programs(Protocol):
 
 @dataclasses.dataclass(slots=True)
 class Loop:
-    """Calls of one function of which some arguments stay the same.
+    """Calls of one function from a carry to (the next carry, a loss), of which some arguments stay the same.
+
+    What the function returns of the carry as it was stays the same, too.
 
     Attributes:
-      same: for each argument which of its leaves these are (None: none of them).
-      shared: what depends on them alone, as far as it is worth keeping; the first call computes it.
+      same: for each argument whether it is the same in all calls.
+      shared: what depends on what is the same alone, as far as it is worth keeping; the first call computes it.
     """
 
-    same: tuple[Sequence[bool] | None, ...]
+    same: tuple[bool, ...]
     shared: list[Tensor] | None = None
 
 
@@ -79,7 +81,6 @@ class Problem:
       step, unroll, k, per_step, updates_per_step: the inner loop.
       start, fixed, support, query: for each leaf whether the caller wants its gradient.
       carry: for each leaf of the carry whether a gradient can flow through it from step to step.
-      unchanged: for each leaf of the carry whether every step returns it as it was.
       task_axis: whether data and results have a leading axis of tasks.
       start_has_task_axis: whether the first carry has one already, because it comes from an earlier adaptation.
     """
@@ -94,7 +95,6 @@ class Problem:
     support: tuple[bool, ...]
     query: tuple[bool, ...]
     carry: tuple[bool, ...]
-    unchanged: tuple[bool, ...]
     task_axis: bool = False
     start_has_task_axis: bool = False
     updates_per_step: int = 1

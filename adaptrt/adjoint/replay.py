@@ -32,8 +32,8 @@ class Replay(Adjoint):
 
     Compiles one step, one step's pullback and the query's, whatever k is. Memory is `k / every` copies of the carry (adapted
     parameters, optimiser state, buffers) plus `every` more and one step's activations, where reverse mode through the whole loop keeps k
-    steps' activations. Cost: one evaluation of each step besides its pullback, two for `every > 1`. Checkpointing as in Griewank & Walther
-    2000 (Algorithm 799), with a uniform schedule.
+    steps' activations; and what all steps share, once for the steps and once for their pullbacks. Cost: one evaluation of each step besides
+    its pullback, two for `every > 1`. Checkpointing as in Griewank & Walther 2000 (Algorithm 799), with a uniform schedule.
 
     Args:
       every: keep every n-th carry; n = sqrt(k) minimises the sum of both memories.
@@ -46,7 +46,13 @@ class Replay(Adjoint):
             raise InvalidArgument(f"Replay(every={self.every!r}): every must be an int of at least 1")
 
     def adapt(self, programs: Programs, problem: Problem, task: Task, keep: bool) -> Adaptation:
-        step = programs.program("step", problem.step, STEP, loop_of(problem))
+        return self._adapt(problem, task, keep, self._step(programs, problem))
+
+    def _step(self, programs: Programs, problem: Problem) -> Callable[..., Any]:
+        """One step. What all steps share is computed the first time, and held as long as the function is."""
+        return programs.program("step", problem.step, STEP, loop_of(problem))
+
+    def _adapt(self, problem: Problem, task: Task, keep: bool, step: Callable[..., Any]) -> Adaptation:
         carry = first_carry(problem, task)
         kept: list[Carry] = []
         losses: list[Tensor] = []
@@ -61,7 +67,8 @@ class Replay(Adjoint):
     def adapt_pullback(
         self, programs: Programs, problem: Problem, task: Task, kept: Any, carry: Sequence[Tensor], losses: Tensor
     ) -> Gradients:
-        return backwards(problem, task, self._pull(programs, problem, task, kept), carry, losses)
+        pull = self._pull(programs, problem, task, kept, self._step(programs, problem))
+        return backwards(problem, task, pull, carry, losses)
 
     def meta_loss(self, programs: Programs, problem: Problem, task: Task, query: Query) -> Tensor:
         return query_loss(programs, problem, task, query, self.adapt(programs, problem, task, keep=False).carry)
@@ -69,13 +76,13 @@ class Replay(Adjoint):
     def meta_loss_and_gradients(
         self, programs: Programs, problem: Problem, task: Task, query: Query, cotangent: Tensor
     ) -> tuple[Tensor, Gradients]:
-        adapted = self.adapt(programs, problem, task, keep=True)
-        pull = self._pull(programs, problem, task, adapted.kept)
+        step = self._step(programs, problem)
+        adapted = self._adapt(problem, task, True, step)
+        pull = self._pull(programs, problem, task, adapted.kept, step)
         return query_loss_and_gradients(programs, problem, task, query, cotangent, adapted, pull)
 
-    def _pull(self, programs: Programs, problem: Problem, task: Task, kept: Sequence[Carry]) -> Pull:
+    def _pull(self, programs: Programs, problem: Problem, task: Task, kept: Sequence[Carry], step: Callable[..., Any]) -> Pull:
         pullback = programs.pullback("step pullback", problem.step, STEP, wrt_step(problem), loop=loop_of(problem))
-        step = programs.program("step", problem.step, STEP, loop_of(problem))
         carries: list[Carry] = []
 
         def pull(index: int, cotangents: Sequence[Tensor]) -> Any:

@@ -46,7 +46,7 @@ class Stash(Adjoint):
         plain = programs.program("step", problem.step, STEP, loop)
         return self._run(problem, task, lambda *args: (plain(*args), None), loop)
 
-    def _run(self, problem: Problem, task: Task, step: Callable[..., Any], loop: Loop) -> Adaptation:
+    def _run(self, problem: Problem, task: Task, step: Callable[..., Any], loop: Loop | None) -> Adaptation:
         """All steps. For the way back: what they share, and before each its carry and what it left; the first carry is the call's own."""
         carry = first_carry(problem, task)
         kept: list[Any] = []
@@ -57,7 +57,8 @@ class Stash(Adjoint):
             losses.append(loss)
             if stash is not None:
                 kept.append((before, stash))
-        return Adaptation(carry, reported(problem, losses), (loop.shared, kept))
+        shared = None if loop is None else loop.shared
+        return Adaptation(carry, reported(problem, losses), (shared, kept) if kept else None)
 
     def adapt_pullback(
         self, programs: Programs, problem: Problem, task: Task, kept: Any, carry: Sequence[Tensor], losses: Tensor

@@ -27,10 +27,9 @@ def wrt_step(problem: Problem) -> Wrt:
     return Wrt((problem.carry, problem.fixed, problem.support, None), (*problem.carry, True))
 
 
-def loop_of(problem: Problem, shared: list[Tensor] | None = None) -> Loop:
-    """What stays the same from step to step, and what depends on that alone if it is known."""
-    support = None if problem.per_step else (True,) * len(problem.support)
-    return Loop((problem.unchanged, (True,) * len(problem.fixed), support, None), shared)
+def loop_of(problem: Problem, shared: list[Tensor] | None = None) -> Loop | None:
+    """What stays the same from step to step, and what depends on that alone if it is known; None for a single step."""
+    return Loop((False, True, not problem.per_step, False), shared) if num_updates(problem) > 1 else None
 
 
 def query_loss(programs: Programs, problem: Problem, task: Task, query: Query, carry: Carry) -> Tensor:

@@ -129,29 +129,50 @@ class Inductor(Backend):
 
 
 def _trusting_the_processor(compile_once: Callable[[], Any]) -> Any:
-    """Compiles for the vector instructions that the processor has, without Inductor's larger trials of them.
+    """Compiles for the vector instructions that the processor has, without Inductor's trials of them.
 
     Before its first kernel for the CPU Inductor builds and loads a small library for each set of instructions, to find out whether compiler
-    and PyTorch go along: up to four with PyTorch's headers, which take seconds each, and up to seven short ones. Here the four are left
-    out, and programs themselves are the trial: if one cannot be built or loaded, all is forgotten and Inductor's own trials are made.
+    and PyTorch go along: up to four with PyTorch's headers, which take seconds each, and up to seven short ones. Here programs themselves
+    are the trial: if one cannot be built or loaded, all is forgotten and Inductor's own trials are made.
     """
     from torch._inductor import config, cpu_vec_isa
 
     global _trusts_the_processor
     if config.cpp.vec_isa_ok is not None or not _trusts_the_processor:
         return compile_once()
+    trial = cpu_vec_isa.VecISA.check_build
+    cpu_vec_isa.VecISA.check_build = _passes
     try:
-        with config.patch({"cpp.vec_isa_ok": True}):
-            return compile_once()
+        return compile_once()
     except Exception:
-        cpu_vec_isa.valid_vec_isa_list.cache_clear()
-        for isa in cpu_vec_isa.supported_vec_isa_list:
-            forget = getattr(type(isa).__bool__, "cache_clear", None)
-            if forget is not None:
-                forget()
+        cpu_vec_isa.VecISA.check_build = trial
+        _forget_instructions()
         result = compile_once()  # raises again where the instructions were not the reason
         _trusts_the_processor = False
         return result
+    finally:
+        cpu_vec_isa.VecISA.check_build = trial
+
+
+def _passes(self: Any, code: str) -> bool:
+    """In place of `VecISA.check_build`."""
+    del self, code
+    return True
+
+
+def _forget_instructions() -> None:
+    """Lets Inductor find out anew which vector instructions can be used."""
+    from torch._inductor import cpu_vec_isa
+
+    cpu_vec_isa.valid_vec_isa_list.cache_clear()
+    for isa in cpu_vec_isa.supported_vec_isa_list:
+        for name in dir(type(isa)):
+            if name.startswith(("_is_", "is_")):
+                vars(isa).pop(name, None)  # what a trial has found, over the class's False
+        for name in ("__bool__", "_VecISA__bool__impl", "is_avx512_bf16_supported", "is_amx_fp16_supported"):
+            forget = getattr(getattr(type(isa), name, None), "cache_clear", None)
+            if forget is not None:
+                forget()
 
 
 _trusts_the_processor = True

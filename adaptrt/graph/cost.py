@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any, cast
 
 import torch
@@ -22,11 +22,16 @@ def num_flops(graph: Graph) -> int:
 
     Pointwise operations and reductions are not counted, as in `torch.utils.flop_counter`.
     """
+    return flops_of(graph.module.graph.nodes)
+
+
+def flops_of(nodes: Iterable[fx.Node]) -> int:
+    """The same for some operations of a graph."""
     # Imported here because it imports Triton where that is installed, which takes seconds.
     from torch.utils.flop_counter import flop_registry
 
     total = 0
-    for node in graph.module.graph.nodes:
+    for node in nodes:
         formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
         if node.op == "call_function" and formula is not None:
             args, kwargs = cast(Any, map_arg((node.args, node.kwargs), _value))
@@ -70,7 +75,9 @@ def num_bytes_to_keep(step: Graph, same: Collection[int]) -> int:
     nodes = [node for node in step.module.graph.nodes if node.op != "output"]
     read = {value for node in nodes if node.op == "call_function" for value in _read_on_the_way_back(node)}
     own = varying(step, same)
-    return minimum_cut(nodes, {node for node in nodes if node.op == "placeholder" or node not in own}, read)[0]
+    return sum(
+        _value(node).nbytes for node in minimum_cut(nodes, {node for node in nodes if node.op == "placeholder" or node not in own}, read)
+    )
 
 
 def _read_on_the_way_back(node: fx.Node) -> Sequence[fx.Node]:
@@ -87,13 +94,13 @@ def _read_on_the_way_back(node: fx.Node) -> Sequence[fx.Node]:
     return [node] if target in _BY_RESULT else node.all_input_nodes
 
 
-def returns_input(graph: Graph, output: int, position: int) -> bool:
-    """Whether the output is that input, as it came or copied."""
+def returns_input(graph: Graph, position: int) -> bool:
+    """Whether the output of this position is the input of the same one, as it came or copied."""
     nodes = list(graph.module.graph.nodes)
-    node = nodes[-1].args[0][output]
+    node = nodes[-1].args[0][position]
     while node.target is aten.clone.default:
         node = node.args[0]
-    return node is [node for node in nodes if node.op == "placeholder"][position]
+    return node is nodes[position]  # inputs come first
 
 
 def _value(node: fx.Node) -> Any:

@@ -48,8 +48,8 @@ def varying(graph: Graph, same: Collection[int]) -> set[fx.Node]:
     return found
 
 
-def minimum_cut(nodes: list[fx.Node], inputs: set[fx.Node], read: set[fx.Node]) -> tuple[int, list[fx.Node]]:
-    """The fewest bytes from which, and from `inputs`, all of `read` is computed by cheap operations; and the values that these are."""
+def minimum_cut(nodes: list[fx.Node], inputs: set[fx.Node], read: set[fx.Node]) -> list[fx.Node]:
+    """The values with the fewest bytes from which, and from `inputs`, all of `read` is computed by cheap operations."""
     flow = networkx.DiGraph()
     source, sink = "source", "sink"
     flow.add_nodes_from((source, sink))
@@ -63,9 +63,8 @@ def minimum_cut(nodes: list[fx.Node], inputs: set[fx.Node], read: set[fx.Node]) 
             flow.add_edge((argument, "out"), (node, "in"))
         if node in read:
             flow.add_edge((node, "out"), sink)
-    num_bytes, (near, _) = networkx.minimum_cut(flow, source, sink)
-    cut = [node for node in nodes if (node, "in") in near and flow.has_node((node, "out")) and (node, "out") not in near]
-    return num_bytes, cut
+    _, (near, _) = networkx.minimum_cut(flow, source, sink)
+    return [node for node in nodes if node not in inputs and (node, "in") in near and (node, "out") not in near]
 
 
 def leading_to(outputs: list[fx.Node], given: set[fx.Node]) -> set[fx.Node]:

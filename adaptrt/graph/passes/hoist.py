@@ -12,7 +12,7 @@ from collections.abc import Collection
 
 from torch import fx
 
-from adaptrt.graph.cost import num_flops
+from adaptrt.graph.cost import flops_of
 from adaptrt.graph.ir import Graph, Input, Output, Role, Signature
 from adaptrt.graph.passes.base import Pass, apply
 from adaptrt.graph.passes.cut import extract, minimum_cut, varying
@@ -21,7 +21,8 @@ from adaptrt.graph.passes.relax_views import relax_views
 from adaptrt.tree import Spec, flatten, tuple_of
 
 MIN_FLOPS = 1_000_000
-"""Of what is taken out. Less takes about as long as the call of another program."""
+"""Of the products and convolutions that are the same. Less takes about as long as the call of another program; so do small products, which
+count as nothing once a backend has made loops of them."""
 
 
 def hoist(graph: Graph, same: Collection[int]) -> tuple[Graph, Graph] | None:
@@ -42,7 +43,9 @@ def hoist(graph: Graph, same: Collection[int]) -> tuple[Graph, Graph] | None:
     common = [node for node in nodes if node.op != "output" and node not in own]
     read = {node for node in common if any(user in own or user.op == "output" for user in node.users)}
     given = {node for node in common if node.op == "placeholder"}
-    cut = [node for node in minimum_cut(common, given, read)[1] if node not in given]
+    if flops_of(common) < MIN_FLOPS:
+        return None
+    cut = minimum_cut(common, given, read)
     if not cut:
         return None
 
@@ -61,8 +64,6 @@ def hoist(graph: Graph, same: Collection[int]) -> tuple[Graph, Graph] | None:
         of_shared,
         graph.history,
     )
-    if num_flops(first) < MIN_FLOPS:
-        return None
     rest = [*before, *shared, *after, *constants]
     second = Graph(
         extract(graph, _nodes(rest), list(nodes[-1].args[0])),

@@ -78,5 +78,4 @@ def _to_keep(nodes: list[fx.Node], given: list[fx.Node], cotangents: list[fx.Nod
             later.add(node)
     before = [node for node in nodes if node in needed and node not in later and node.op != "output"]
     read = {node for node in before if node in gradients or any(user in later and user in needed for user in node.users)}
-    inputs = set(given)
-    return [node for node in minimum_cut(before, inputs, read)[1] if node not in inputs]
+    return minimum_cut(before, set(given), read)
