@@ -352,7 +352,8 @@ class Entrant(NamedTuple):
 
 _SLOW = {name: "compiles for many minutes" for name in WORKLOADS if name not in ("sine", "sine-tasks")}
 _ONE_TASK = {"sine-tasks": "has no task axis", "conv4-tasks": "has no task axis"}
-_TOO_SMALL = {name: "no work for mixed precision" for name in ("sine", "sine-tasks", "lstm", "adapters", "conv4-tasks")}
+_NOT_MIXED = {name: "no work for mixed precision" for name in ("sine", "sine-tasks", "lstm", "adapters", "conv4-tasks")}
+_NOT_MIXED["conv4-1shot"] = "autocast itself is off by half where BatchNorm sees so few images"
 ENTRANTS: dict[str, Entrant] = {
     "eager loop": Entrant(loop),
     "torch.func": Entrant(torch_func),
@@ -362,6 +363,6 @@ ENTRANTS: dict[str, Entrant] = {
     "JAX jit + optax": Entrant(jax, "jax"),
     "adaptrt, eager backend": Entrant(uncompiled),
     "adaptrt": Entrant(compiled),
-    "eager loop, bfloat16": Entrant(loop_in_bfloat16, except_for=_TOO_SMALL, in_bfloat16=True),
-    "adaptrt, bfloat16": Entrant(compiled_in_bfloat16, except_for=_TOO_SMALL, in_bfloat16=True),
+    "eager loop, bfloat16": Entrant(loop_in_bfloat16, except_for=_NOT_MIXED, in_bfloat16=True),
+    "adaptrt, bfloat16": Entrant(compiled_in_bfloat16, except_for=_NOT_MIXED, in_bfloat16=True),
 }
