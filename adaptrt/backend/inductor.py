@@ -60,7 +60,7 @@ def _first_of(rule: Callable[..., Any], other: Callable[..., Any] | None) -> Cal
     return either
 
 
-def _keep_strides(module: torch.fx.GraphModule, num_results: int) -> None:
+def _keep_strides(module: torch.fx.GraphModule, num_results: int) -> torch.fx.GraphModule:
     """Asks for the first `num_results` results in the memory layout that eager code gives them; the rest only a next program sees.
 
     Inductor chooses another where it is faster for a convolution. Such weights make eager code that follows compute in another layout, in
@@ -70,9 +70,10 @@ def _keep_strides(module: torch.fx.GraphModule, num_results: int) -> None:
     values = [value.meta["val"] for value in end.args[0]]  # type: ignore[union-attr]
     end.meta["user_visible_output_idxs"] = list(range(num_results))
     end.meta["original_output_strides"] = [value.stride() for value in values]
+    return module
 
 
-_CACHE_TAG = "adaptrt 2"
+_CACHE_TAG = "adaptrt 3"
 """Part of the key under which Inductor keeps a compiled graph on disk. The key knows the graph and Inductor's settings, not what this file
 changes in Inductor: a change of that needs a new tag."""
 
@@ -107,7 +108,6 @@ class Inductor(Backend):
             cache_config: Any = torch.compiler.config
             graph = apply(PASSES, graph)
             num_results = sum(not output.kept for output in graph.signature.outputs)
-            _keep_strides(graph.module, num_results)
             # Inductor keeps what it compiled on disk only where a tracing context with a shape environment is.
             mode = FakeTensorMode(shape_env=ShapeEnv())
             inputs = fake_inputs(mode, graph.signature.inputs)
@@ -116,7 +116,7 @@ class Inductor(Backend):
                     stack.enter_context(context)
                 stack.enter_context(config.patch(_WORKAROUNDS | _threads(graph)))
                 stack.enter_context(cache_config.patch(cache_key_tag=f"{_CACHE_TAG}, {num_results} results"))
-                compiled = _trusting_the_processor(lambda: compile_fx_inner(copy_module(graph), inputs))
+                compiled = _trusting_the_processor(lambda: compile_fx_inner(_keep_strides(copy_module(graph), num_results), inputs))
 
         recorded = record(getattr(compiled, "current_callable", None), len(inputs))
         if recorded is not None:
