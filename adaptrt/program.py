@@ -115,6 +115,11 @@ def _unchanged(graph: Graph, args: Sequence[Tree]) -> set[int]:
     return {index for index in range(len(tree.leaves(args[0]))) if returns_input(graph, index)}
 
 
+def _shared_by(loop: Loop | None) -> list[Tensor]:
+    """What all calls of the loop share, as far as it is known."""
+    return [] if loop is None or loop.shared is None else loop.shared
+
+
 def _as_they_are(graph: Graph, kept: Sequence[Tensor]) -> Graph:
     """The graph for these values of its inputs of role KEPT, which may have any strides.
 
@@ -235,7 +240,7 @@ class ProgramSet:
                     capture_s = time.perf_counter() - began
                     joint, shared = self._hoisted(joint, args, loop, _unchanged(joint, args))
                     first, self._second_halves[backward] = partition(joint, num_results)
-                    program = self._finish(_as_they_are(first, loop.shared or [] if loop else []), capture_s)
+                    program = self._finish(_as_they_are(first, _shared_by(loop)), capture_s)
                     self._add(forward, program, shared)
                     if shared is not None:
                         self._firsts[backward] = shared
@@ -244,7 +249,7 @@ class ProgramSet:
         def run_backward(*args: Tree) -> Any:
             with COMPILING:
                 if backward not in self._programs:
-                    kept = [*((loop and loop.shared) or []), *tree.leaves(args[len(arguments)])]
+                    kept = [*_shared_by(loop), *tree.leaves(args[len(arguments)])]
                     self._programs[backward] = self._finish(_as_they_are(self._second_halves[backward], kept), 0.0)
                     del self._second_halves[backward]
             return self._in_loop(backward, loop)(*args)
@@ -391,9 +396,7 @@ class ProgramSet:
         if loop is not None and key[1] is None:
             self._unchanged = _unchanged(graph, args)  # which holds for the pullback, too: the steps are this program's
         graph, shared = self._hoisted(graph, args, loop, self._unchanged)
-        if shared is not None:
-            assert loop is not None and loop.shared is not None
-            graph = _as_they_are(graph, loop.shared)
+        graph = _as_they_are(graph, _shared_by(loop))
         checked: list[int] = []
         if self.checks_data and self._launcher is None and "support" in arguments and arguments[-1] != "cotangent":
             kinds = [kind for kind, arg in zip(arguments, args, strict=True) for _ in tree.leaves(arg)]

@@ -13,7 +13,7 @@ from torch import fx
 
 from adaptrt.graph.ir import Graph, Input, Output, Role, Signature
 from adaptrt.graph.passes.base import apply
-from adaptrt.graph.passes.cut import extract, leading_to, minimum_cut
+from adaptrt.graph.passes.cut import extract, leading_to, minimum_cut, varying
 from adaptrt.graph.passes.own_outputs import own_outputs
 from adaptrt.graph.passes.relax_views import relax_views
 from adaptrt.tree import Spec, flatten, tuple_of
@@ -33,7 +33,8 @@ def partition(joint: Graph, num_results: int) -> tuple[Graph, Graph]:
     results, gradients = outputs[:num_results], outputs[num_results:]
     cotangents = [node for node, entry in zip(placeholders, inputs, strict=True) if entry.role is Role.COTANGENT]
     given = [(node, entry) for node, entry in zip(placeholders, inputs, strict=True) if entry.role is not Role.COTANGENT]
-    kept = _to_keep(nodes, [node for node, _ in given], cotangents, gradients)
+    later = varying(joint, {index for index, entry in enumerate(inputs) if entry.role is not Role.COTANGENT})
+    kept = _to_keep(nodes, {node for node, _ in given}, later, gradients)
 
     split = len(given) - len(joint.constants)
     args, constants = given[:split], given[split:]
@@ -69,13 +70,9 @@ def partition(joint: Graph, num_results: int) -> tuple[Graph, Graph]:
     return apply(passes, forward), apply(passes, backward)
 
 
-def _to_keep(nodes: list[fx.Node], given: list[fx.Node], cotangents: list[fx.Node], gradients: list[fx.Node]) -> list[fx.Node]:
-    """The values to keep, in their order."""
+def _to_keep(nodes: list[fx.Node], given: set[fx.Node], later: set[fx.Node], gradients: list[fx.Node]) -> list[fx.Node]:
+    """The values to keep, in their order; `later` are those that depend on a cotangent."""
     needed = leading_to(gradients, set())  # on either side
-    later = set(cotangents)
-    for node in nodes:
-        if not later.isdisjoint(node.all_input_nodes):
-            later.add(node)
     before = [node for node in nodes if node in needed and node not in later and node.op != "output"]
     read = {node for node in before if node in gradients or any(user in later and user in needed for user in node.users)}
-    return minimum_cut(before, set(given), read)
+    return minimum_cut(before, given, read)
