@@ -25,6 +25,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from adaptrt.backend.base import Backend, Runner
+from adaptrt.backend.few_libraries import few_libraries
+from adaptrt.backend.index_strides import quick_strides
 from adaptrt.backend.recorded import record
 from adaptrt.errors import CompilerUnavailable
 from adaptrt.graph.ir import Graph, autocast_off
@@ -73,7 +75,7 @@ def _keep_strides(module: torch.fx.GraphModule, num_results: int) -> torch.fx.Gr
     return module
 
 
-_CACHE_TAG = "adaptrt 3"
+_CACHE_TAG = "adaptrt 4"
 """Part of the key under which Inductor keeps a compiled graph on disk. The key knows the graph and Inductor's settings, not what this file
 changes in Inductor: a change of that needs a new tag."""
 
@@ -114,6 +116,8 @@ class Inductor(Backend):
             with contextlib.ExitStack() as stack:
                 for context in (torch.inference_mode(False), torch.no_grad(), autocast_off(), mode, tracing(TracingContext(mode))):
                     stack.enter_context(context)
+                stack.enter_context(few_libraries())
+                stack.enter_context(quick_strides())
                 stack.enter_context(config.patch(_WORKAROUNDS | _threads(graph)))
                 stack.enter_context(cache_config.patch(cache_key_tag=f"{_CACHE_TAG}, {num_results} results"))
                 compiled = _trusting_the_processor(lambda: compile_fx_inner(_keep_strides(copy_module(graph), num_results), inputs))

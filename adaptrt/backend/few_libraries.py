@@ -1,0 +1,151 @@
+"""The C++ kernels of a program in few libraries, where Inductor builds one for each.
+
+Half of the time that g++ takes for a kernel goes to the precompiled header and the link, whatever the kernel is. So the kernels of a
+program are dealt out to as many source files as Inductor has compile threads, each kernel in a namespace of its own.
+"""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+import contextlib
+import weakref
+from collections.abc import Callable, Generator, Sequence
+from typing import Any, NamedTuple
+
+_BINDINGS = """
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <cstdlib>
+#include <exception>
+#include <utility>
+
+namespace {
+void* (*data_of)(PyObject*);
+
+template <typename... T, size_t... place>
+void run(void (*kernel)(T...), PyObject* const* args, std::index_sequence<place...>) {
+    kernel(static_cast<T>(data_of(args[place]))...);
+}
+
+template <typename... T>
+PyObject* call(void (*kernel)(T...), PyObject* const* args, Py_ssize_t num_args) {
+    try {
+        if (num_args != sizeof...(T)) throw std::runtime_error("the kernel takes another number of tensors");
+        run(kernel, args, std::index_sequence_for<T...>{});
+        Py_RETURN_NONE;
+    } catch (std::exception const& error) {
+        PyErr_SetString(PyExc_RuntimeError, error.what());
+    } catch (...) {
+        PyErr_SetString(PyExc_RuntimeError, "unhandled error");
+    }
+    return nullptr;
+}
+
+template <auto kernel>
+PyObject* entry(PyObject*, PyObject* const* args, Py_ssize_t num_args) {
+    return call(kernel, args, num_args);
+}
+
+PyMethodDef methods[] = {
+    %s
+    {nullptr, nullptr, 0, nullptr}};
+PyModuleDef definition = {PyModuleDef_HEAD_INIT, "kernel", nullptr, -1, methods};
+}
+
+PyMODINIT_FUNC PyInit_kernel() {
+    const char* address = std::getenv("_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR");
+    if (address == nullptr) {
+        PyErr_SetString(PyExc_RuntimeError, "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR must be set");
+        return nullptr;
+    }
+    data_of = reinterpret_cast<decltype(data_of)>(std::strtoull(address, nullptr, 10));
+    PyObject* module = PyModule_Create(&definition);
+#ifdef Py_GIL_DISABLED
+    if (module != nullptr) PyUnstable_Module_SetGIL(module, Py_MOD_GIL_NOT_USED);
+#endif
+    return module;
+}
+"""
+"""Inductor loads a module `kernel`, and gives the address of the function that finds a tensor's memory in the environment."""
+
+
+@contextlib.contextmanager
+def few_libraries() -> Generator[None]:
+    """Within the block, kernels that get nothing but tensors share libraries."""
+    from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+    from torch._inductor.codecache import LambdaFuture
+
+    one_each: Callable[..., Any] = AsyncCompile.cpp_pybinding
+    programs: weakref.WeakKeyDictionary[AsyncCompile, _Kernels] = weakref.WeakKeyDictionary()
+
+    def cpp_pybinding(self: AsyncCompile, argtypes: list[str], source_code: str) -> Any:
+        # With one thread Inductor does not wait for kernels: each has to be there at once.
+        if get_compile_threads() <= 1 or not all(argtype.endswith("*") for argtype in argtypes):
+            return one_each(self, argtypes, source_code)
+        kernels = programs.setdefault(self, _Kernels())
+        place = kernels.add(source_code)
+        return LambdaFuture(lambda: kernels.functions(get_compile_threads())[place])
+
+    AsyncCompile.cpp_pybinding = cpp_pybinding
+    try:
+        yield
+    finally:
+        AsyncCompile.cpp_pybinding = one_each
+
+
+class _Kernels:
+    """Those of one program: first all are added, then all are built."""
+
+    def __init__(self) -> None:
+        self._sources: list[str] = []
+        self._functions: dict[int, Callable[..., None]] = {}
+
+    def add(self, source: str) -> int:
+        self._sources.append(source)
+        return len(self._sources) - 1
+
+    def functions(self, num_libraries: int) -> dict[int, Callable[..., None]]:
+        """Each kernel as a Python function of its tensors."""
+        from torch._inductor.async_compile import AsyncCompile
+        from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+        if not self._functions:
+            shares = _deal([len(source) for source in self._sources], num_libraries)
+            sources = [_one_source([self._sources[place] for place in share]) for share in shares]
+            libraries = [CppPythonBindingsCodeCache.load_async(source, submit_fn=AsyncCompile.submit) for source in sources]
+            for share, library in zip(shares, libraries, strict=True):
+                module = library()
+                self._functions |= {place: getattr(module, f"kernel{index}") for index, place in enumerate(share)}
+        return self._functions
+
+
+class _Share(NamedTuple):
+    size: int
+    places: list[int]
+
+
+def _deal(sizes: Sequence[int], num_shares: int) -> list[list[int]]:
+    """Places in at most `num_shares` shares of about the same total size."""
+    shares = [_Share(0, []) for _ in range(min(num_shares, len(sizes)))]
+    for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
+        smallest = min(range(len(shares)), key=lambda index: shares[index].size)
+        shares[smallest] = _Share(shares[smallest].size + sizes[place], [*shares[smallest].places, place])
+    return [sorted(share.places) for share in shares]
+
+
+def _one_source(sources: Sequence[str]) -> str:
+    """A library of kernels that are all called `kernel`, as `kernel0`, `kernel1` and so on."""
+    includes: dict[str, None] = {}
+    parts: list[str] = []
+    for index, source in enumerate(sources):
+        lines = source.splitlines()
+        includes |= dict.fromkeys(line for line in lines if line.startswith("#include"))
+        code = "\n".join(line for line in lines if not line.startswith("#include"))
+        parts.append(f"#define kernel kernel{index}\nnamespace source{index} {{\n{code}\n}}\n#undef kernel\n")
+    methods = [
+        f'{{"kernel{index}", reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(&entry<&source{index}::kernel{index}>)), '
+        "METH_FASTCALL, nullptr},"
+        for index in range(len(sources))
+    ]
+    return "\n".join([*includes, *parts, _BINDINGS % "\n    ".join(methods)])
