@@ -67,7 +67,9 @@ def meta_loss(call: Call) -> Tensor:
 def _adapt(call: Call, keep: bool) -> Adaptation:
     plan, problem = call.plan, call.problem
     if not plan.programs.launches_calls:
-        return plan.adjoint.adapt(plan.programs, problem, call.task, keep)
+        return plan.programs.rehearsed(
+            "adapt, kept" if keep else "adapt", lambda: plan.adjoint.adapt(plan.programs, problem, call.task, keep)
+        )
 
     def run(task: Task) -> tuple[Adaptation, Tensor | None]:
         support, is_sound = plan.look_at(task.support)
@@ -89,7 +91,8 @@ def _meta_loss(call: Call) -> Tensor:
     plan, query_plan, problem = call.plan, call.query_plan, call.problem
     assert call.query is not None and query_plan is not None
     if not query_plan.programs.launches_calls:
-        return plan.adjoint.meta_loss(query_plan.programs, problem, call.task, call.query)
+        programs, query = query_plan.programs, call.query
+        return programs.rehearsed("meta-loss", lambda: plan.adjoint.meta_loss(programs, problem, call.task, query))
 
     def run(task: Task, query: Query) -> tuple[Tensor, Any]:
         task, query, are_sound = _looked_at(plan, query_plan, task, query)
@@ -102,7 +105,10 @@ def _meta_loss_and_gradients(call: Call) -> tuple[Tensor, Gradients]:
     plan, query_plan, problem = call.plan, call.query_plan, call.problem
     assert call.query is not None and query_plan is not None
     if not query_plan.programs.launches_calls:
-        return plan.adjoint.meta_loss_and_gradients(query_plan.programs, problem, call.task, call.query, query_plan.weights)
+        programs, query, weights = query_plan.programs, call.query, query_plan.weights
+        return programs.rehearsed(
+            "meta-gradient", lambda: plan.adjoint.meta_loss_and_gradients(programs, problem, call.task, query, weights)
+        )
 
     def run(task: Task, query: Query) -> tuple[tuple[Tensor, Gradients], Any]:
         task, query, are_sound = _looked_at(plan, query_plan, task, query)

@@ -7,7 +7,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from adaptrt import tree
 from adaptrt.adjoint.base import Loop, Wrt, pull_back
 from adaptrt.backend import Backend
-from adaptrt.backend.base import COMPILING, Runner
+from adaptrt.backend.base import COMPILING, Building, Runner, rehearsal
 from adaptrt.backend.guards import Known
 from adaptrt.backend.launch import Constant, Launcher, Recording
 from adaptrt.errors import NonFiniteInput, NotDifferentiable, NotTraceable, ShapeChanged, UnsupportedParameter
@@ -159,6 +159,7 @@ def _roles(kind: str, example: Tree) -> list[Role]:
 
 
 _Key = tuple[str, Wrt | None]
+_T = TypeVar("_T")
 
 
 class ProgramSet:
@@ -203,6 +204,32 @@ class ProgramSet:
         self._unchanged: set[int] = set()  # leaves of the carry that a step returns as they were
         self._second_halves: dict[_Key, Graph] = {}
         self._refused: dict[_Key, NotDifferentiable] = {}
+        self._rehearsed: set[str] = set()
+
+    def rehearsed(self, name: str, fn: Callable[[], _T]) -> _T:
+        """`fn()`, which runs programs of this set; the first time they are compiled beforehand, while the code of others is being built.
+
+        Args:
+          name: what it is.
+        """
+        if name not in self._rehearsed and self._backend.builds_ahead:
+            with COMPILING:
+                if name not in self._rehearsed:
+                    with rehearsal():
+                        fn()
+                    self._take_what_was_built()
+                    self._rehearsed.add(name)
+        return fn()
+
+    def _take_what_was_built(self) -> None:
+        for table in (self._programs, self._firsts):
+            for key, program in table.items():
+                if isinstance(program.run, Building):
+                    began = time.perf_counter()
+                    run = program.run.finish()
+                    table[key] = dataclasses.replace(program, run=run, compile_s=program.compile_s + time.perf_counter() - began)
+        if self._parent is not None:
+            self._parent._take_what_was_built()
 
     def program(self, name: str, fn: Callable[..., Any], arguments: Sequence[str], loop: Loop | None = None) -> Callable[..., Any]:
         return self._lazy((name, None), fn, arguments, _sum_nothing, loop)
@@ -285,7 +312,7 @@ class ProgramSet:
         """
         launcher = self._launcher
         if launcher is None:
-            return fn(*args)
+            return self.rehearsed(name, lambda: fn(*args))
         key = name, key, launcher.settings()
         recording = self._recordings.get(key)
         if recording is None or not recording.is_current:

@@ -83,10 +83,10 @@ extern "C" void kernel(float* out_ptr0) { throw std::runtime_error("division by 
 
 
 def test_kernels_of_a_library_do_not_meet() -> None:
-    kernels = _Kernels()
+    kernels = _Kernels(1)
     for source in (*(_SCALE.format(factor=factor) for factor in (2, 3, 5)), _FAILS):
         kernels.add(source)
-    functions = kernels.functions(1)
+    functions = kernels.functions()
     x = torch.tensor([1.0, -2.0, 4.0])
     for place, factor in enumerate((2, 3, 5)):
         out = torch.empty(3)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,6 +29,8 @@ class Backend(abc.ABC):
     name: str
     fuses: bool = False
     """Whether small operations cost next to nothing beside others."""
+    builds_ahead: bool = False
+    """Whether `compile` may return a `Building` in a rehearsal."""
 
     def lower(self, graph: Graph) -> Graph:
         """The graph in the operations that `compile` would put in the place of its own, for what has to know which they are."""
@@ -40,3 +44,60 @@ class Backend(abc.ABC):
     @abc.abstractmethod
     def compile(self, graph: Graph) -> Runner:
         """The graph as a callable that computes the same values up to rounding."""
+
+
+_rehearsal = threading.local()
+
+
+@contextlib.contextmanager
+def rehearsal() -> Generator[None]:
+    """Within the block, this thread runs programs to find out which there are, not for what they compute."""
+    before, _rehearsal.is_on = rehearsing(), True
+    try:
+        yield
+    finally:
+        _rehearsal.is_on = before
+
+
+def rehearsing() -> bool:
+    """Whether this thread is in a rehearsal."""
+    return getattr(_rehearsal, "is_on", False)
+
+
+class Form(NamedTuple):
+    """What a result looks like."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    dtype: torch.dtype
+    device: torch.device
+
+
+class Building:
+    """A runner whose code is being built: in a rehearsal it returns memory of the right form, otherwise it waits.
+
+    Args:
+      forms: of the results.
+      finish: waits for the code; called once.
+    """
+
+    def __init__(self, forms: Sequence[Form], finish: Callable[[], Runner]) -> None:
+        self._forms = forms
+        self._finish = finish
+        self._built: Runner | None = None
+
+    def __call__(self, values: list[Tensor]) -> Sequence[Tensor]:
+        return [_without_values(form) for form in self._forms] if rehearsing() else self.finish()(values)
+
+    def finish(self) -> Runner:
+        """What has been built."""
+        with COMPILING:
+            if self._built is None:
+                self._built = self._finish()
+            return self._built
+
+
+def _without_values(form: Form) -> Tensor:
+    if not form.shape:  # a scalar may be looked at, as the one is that says whether data is finite
+        return torch.zeros((), dtype=form.dtype, device=form.device)
+    return torch.empty_strided(form.shape, form.strides, dtype=form.dtype, device=form.device)

@@ -9,6 +9,7 @@ program are dealt out to as many source files as Inductor has compile threads, e
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
@@ -71,50 +72,76 @@ PyMODINIT_FUNC PyInit_kernel() {
 
 
 @contextlib.contextmanager
-def few_libraries() -> Generator[None]:
-    """Within the block, kernels that get nothing but tensors share libraries."""
+def few_libraries(waits: list[Callable[[], None]] | None = None) -> Generator[None]:
+    """Within the block, kernels that get nothing but tensors share libraries.
+
+    Args:
+      waits: gets what waits for a program's kernels and puts them into it; None to wait before the program is returned.
+    """
     from torch._inductor.async_compile import AsyncCompile, get_compile_threads
     from torch._inductor.codecache import LambdaFuture
 
     one_each: Callable[..., Any] = AsyncCompile.cpp_pybinding
+    wait_now: Callable[..., None] = AsyncCompile.wait
     programs: weakref.WeakKeyDictionary[AsyncCompile, _Kernels] = weakref.WeakKeyDictionary()
 
     def cpp_pybinding(self: AsyncCompile, argtypes: list[str], source_code: str) -> Any:
         # With one thread Inductor does not wait for kernels: each has to be there at once.
         if get_compile_threads() <= 1 or not all(argtype.endswith("*") for argtype in argtypes):
             return one_each(self, argtypes, source_code)
-        kernels = programs.setdefault(self, _Kernels())
+        kernels = programs.setdefault(self, _Kernels(get_compile_threads()))
         place = kernels.add(source_code)
-        return LambdaFuture(lambda: kernels.functions(get_compile_threads())[place])
+        return LambdaFuture(lambda: kernels.functions()[place])
+
+    def wait(self: AsyncCompile, scope: dict[str, Any]) -> None:
+        if waits is None:
+            wait_now(self, scope)
+            return
+        if self in programs:
+            programs[self].start()
+        waits.append(functools.partial(wait_now, self, scope))
 
     AsyncCompile.cpp_pybinding = cpp_pybinding
+    AsyncCompile.wait = wait
     try:
         yield
     finally:
         AsyncCompile.cpp_pybinding = one_each
+        AsyncCompile.wait = wait_now
 
 
 class _Kernels:
-    """Those of one program: first all are added, then all are built."""
+    """Those of one program: first all are added, then all are built.
 
-    def __init__(self) -> None:
+    Args:
+      num_libraries: how many are built at once.
+    """
+
+    def __init__(self, num_libraries: int) -> None:
+        self._num_libraries = num_libraries
         self._sources: list[str] = []
+        self._libraries: list[tuple[list[int], Callable[[], Any]]] = []
         self._functions: dict[int, Callable[..., None]] = {}
 
     def add(self, source: str) -> int:
         self._sources.append(source)
         return len(self._sources) - 1
 
-    def functions(self, num_libraries: int) -> dict[int, Callable[..., None]]:
-        """Each kernel as a Python function of its tensors."""
+    def start(self) -> None:
+        """Begins to build."""
         from torch._inductor.async_compile import AsyncCompile
         from torch._inductor.codecache import CppPythonBindingsCodeCache
 
+        if not self._libraries:
+            for share in _deal([len(source) for source in self._sources], self._num_libraries):
+                source = _one_source([self._sources[place] for place in share])
+                self._libraries.append((share, CppPythonBindingsCodeCache.load_async(source, submit_fn=AsyncCompile.submit)))
+
+    def functions(self) -> dict[int, Callable[..., None]]:
+        """Each kernel as a Python function of its tensors."""
+        self.start()
         if not self._functions:
-            shares = _deal([len(source) for source in self._sources], num_libraries)
-            sources = [_one_source([self._sources[place] for place in share]) for share in shares]
-            libraries = [CppPythonBindingsCodeCache.load_async(source, submit_fn=AsyncCompile.submit) for source in sources]
-            for share, library in zip(shares, libraries, strict=True):
+            for share, library in self._libraries:
                 module = library()
                 self._functions |= {place: getattr(module, f"kernel{index}") for index, place in enumerate(share)}
         return self._functions

@@ -24,7 +24,7 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from adaptrt.backend.base import Backend, Runner
+from adaptrt.backend.base import Backend, Building, Form, Runner, rehearsing
 from adaptrt.backend.few_libraries import few_libraries
 from adaptrt.backend.index_strides import quick_strides
 from adaptrt.backend.recorded import record
@@ -93,43 +93,79 @@ class Inductor(Backend):
 
     name = "inductor"
     fuses = True
+    builds_ahead = True
 
     def lower(self, graph: Graph) -> Graph:
         return apply((*LOWERING, own_outputs), graph)
 
     def compile(self, graph: Graph) -> Runner:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=DeprecationWarning)
-            from torch._inductor import config
-            from torch._inductor.compile_fx import compile_fx_inner
-            from torch._inductor.lowering import lowerings, make_fallback
+        on_cpu = all(entry.spec.device.type == "cpu" for entry in graph.signature.inputs)
+        if not (on_cpu and rehearsing()):
+            return _runner(*_compile(graph, None))
+        waits: list[Callable[[], None]] = []
+        compiled, lowered = _compile(graph, waits)
 
-            if _KEPT not in lowerings:
-                make_fallback(_KEPT, warn=False, override_decomp=True)
+        def finish() -> Runner:
+            try:
+                for wait in waits:
+                    wait()
+            except Exception:  # where the processor was trusted in vain, it is not the second time
+                return _runner(*_compile(graph, None))
+            return _runner(compiled, lowered)
 
-            cache_config: Any = torch.compiler.config
-            graph = apply(PASSES, graph)
-            num_results = sum(not output.kept for output in graph.signature.outputs)
-            # Inductor keeps what it compiled on disk only where a tracing context with a shape environment is.
-            mode = FakeTensorMode(shape_env=ShapeEnv())
-            inputs = fake_inputs(mode, graph.signature.inputs)
-            with contextlib.ExitStack() as stack:
-                for context in (torch.inference_mode(False), torch.no_grad(), autocast_off(), mode, tracing(TracingContext(mode))):
-                    stack.enter_context(context)
-                stack.enter_context(few_libraries())
-                stack.enter_context(quick_strides())
-                stack.enter_context(config.patch(_WORKAROUNDS | _threads(graph)))
-                stack.enter_context(cache_config.patch(cache_key_tag=f"{_CACHE_TAG}, {num_results} results"))
-                compiled = _trusting_the_processor(lambda: compile_fx_inner(_keep_strides(copy_module(graph), num_results), inputs))
+        forms = _forms(compiled, lowered)
+        return finish() if forms is None else Building(forms, finish)
 
-        recorded = record(getattr(compiled, "current_callable", None), len(inputs))
-        if recorded is not None:
-            return recorded
 
-        def run(values: list[Tensor]) -> Sequence[Tensor]:
-            return compiled(values)
+def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any, Graph]:
+    """What Inductor makes of a graph, and the graph that it was given. `waits` as for `few_libraries`."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        from torch._inductor import config
+        from torch._inductor.compile_fx import compile_fx_inner
+        from torch._inductor.lowering import lowerings, make_fallback
 
-        return run
+        if _KEPT not in lowerings:
+            make_fallback(_KEPT, warn=False, override_decomp=True)
+
+        cache_config: Any = torch.compiler.config
+        graph = apply(PASSES, graph)
+        num_results = sum(not output.kept for output in graph.signature.outputs)
+        # Inductor keeps what it compiled on disk only where a tracing context with a shape environment is.
+        mode = FakeTensorMode(shape_env=ShapeEnv())
+        inputs = fake_inputs(mode, graph.signature.inputs)
+        with contextlib.ExitStack() as stack:
+            for context in (torch.inference_mode(False), torch.no_grad(), autocast_off(), mode, tracing(TracingContext(mode))):
+                stack.enter_context(context)
+            stack.enter_context(few_libraries(waits))
+            stack.enter_context(quick_strides())
+            stack.enter_context(config.patch(_WORKAROUNDS | _threads(graph)))
+            stack.enter_context(cache_config.patch(cache_key_tag=f"{_CACHE_TAG}, {num_results} results"))
+            compiled = _trusting_the_processor(lambda: compile_fx_inner(_keep_strides(copy_module(graph), num_results), inputs))
+    return compiled, graph
+
+
+def _runner(compiled: Any, graph: Graph) -> Runner:
+    recorded = record(getattr(compiled, "current_callable", None), len(graph.signature.inputs))
+    if recorded is not None:
+        return recorded
+
+    def run(values: list[Tensor]) -> Sequence[Tensor]:
+        return compiled(values)
+
+    return run
+
+
+def _forms(compiled: Any, graph: Graph) -> list[Form] | None:
+    """Of the results, in the layout that Inductor chose; None if it does not say."""
+    strides = getattr(compiled, "output_strides", None)
+    if strides is None or len(strides) != len(graph.signature.outputs) or None in strides:
+        return None
+    specs = [output.spec for output in graph.signature.outputs]
+    return [
+        Form(spec.shape, tuple([int(stride) for stride in of_one]), spec.dtype, spec.device)
+        for spec, of_one in zip(specs, strides, strict=True)
+    ]
 
 
 def _trusting_the_processor(compile_once: Callable[[], Any]) -> Any:

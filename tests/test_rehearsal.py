@@ -1,0 +1,173 @@
+"""The first call finds its programs in a rehearsal, whose results nobody sees; their code is built meanwhile."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import adaptrt
+from adaptrt import Replay, Stash, program
+from adaptrt.adjoint import Adjoint, auto
+from adaptrt.backend import base, inductor
+from adaptrt.backend.base import Building, Form, rehearsal, rehearsing
+from tests.tolerances import assert_near
+
+
+class Net(nn.Module):
+    """Convolution, batch statistics, dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(2, 8, 3, padding=1, dtype=torch.float64)
+        self.norm = nn.BatchNorm2d(8, dtype=torch.float64)
+        self.drop = nn.Dropout(0.25)
+        self.out = nn.Linear(8, 3, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.drop(F.max_pool2d(self.norm(self.conv(x)).relu(), 2).mean((2, 3))))
+
+
+def unrolled(adjoint: Adjoint, backend: str, num_tasks: int | None = None) -> tuple[nn.Module, adaptrt.CompiledUnroll]:
+    torch.manual_seed(0)
+    model = Net()
+    unroll = adaptrt.compile_unroll(model, adaptrt.optim.adam(lr=0.01), 3, loss=F.cross_entropy, adjoint=adjoint, backend=backend)
+    return model, unroll if num_tasks is None else unroll.vmap()
+
+
+def meta_gradient(model: nn.Module, unroll: adaptrt.CompiledUnroll, num_tasks: int | None = None) -> dict[str, Tensor]:
+    """The meta-loss and its gradients."""
+    draw = torch.Generator().manual_seed(1)
+    size = () if num_tasks is None else (num_tasks,)
+    support, query = (
+        (torch.randn(*size, 4, 2, 6, 6, dtype=torch.float64, generator=draw), torch.randint(0, 3, (*size, 4), generator=draw))
+        for _ in range(2)
+    )
+    loss = unroll(support, query, generator=torch.Generator().manual_seed(5))
+    names, params = zip(*model.named_parameters(), strict=True)
+    return {"loss": loss.detach(), **dict(zip(names, torch.autograd.grad(loss, params), strict=True))}
+
+
+CASES = [(Replay(), None), (Replay(every=2), None), (Stash(), None), (Stash(), 2)]
+
+
+@pytest.mark.parametrize("adjoint, num_tasks", CASES, ids=str)
+def test_what_a_rehearsal_computes_is_never_seen(adjoint: Adjoint, num_tasks: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(auto, "MIN_FLOPS_OF_A_TASK", 1)  # tasks one by one
+    made: list[Form] = []
+
+    def nonsense(form: Form) -> Tensor:
+        made.append(form)
+        value = float("nan") if form.dtype.is_floating_point and form.shape else 0
+        return torch.empty_strided(form.shape, form.strides, dtype=form.dtype).fill_(value)
+
+    monkeypatch.setattr(base, "_without_values", nonsense)
+    found, expected = [meta_gradient(*unrolled(adjoint, backend, num_tasks), num_tasks) for backend in ("inductor", "eager")]
+    assert made
+    assert_near(found, expected)
+
+
+def test_code_is_built_while_other_programs_are_generated(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import compile_fx
+    from torch._inductor.async_compile import AsyncCompile
+
+    events: list[str] = []
+    generate, wait = compile_fx.compile_fx_inner, AsyncCompile.wait
+
+    def generating(*args: Any, **kwargs: Any) -> Any:
+        events.append("generate")
+        return generate(*args, **kwargs)
+
+    def waiting(self: AsyncCompile, scope: dict[str, Any]) -> None:
+        events.append("wait")
+        wait(self, scope)
+
+    monkeypatch.setattr(compile_fx, "compile_fx_inner", generating)
+    monkeypatch.setattr(AsyncCompile, "wait", waiting)
+    model, unroll = unrolled(Replay(), "inductor")
+    first = meta_gradient(model, unroll)
+    assert events == ["generate"] * 3 + ["wait"] * 3
+    sets = unroll._planner.program_sets()
+    assert not any(isinstance(one.run, Building) for programs in sets for _, one in programs.named())
+    assert_near(meta_gradient(model, unroll), first)
+    assert len(events) == 6
+
+
+@pytest.mark.parametrize("adjoint", [Replay(), Stash()], ids=str)
+def test_results_have_the_layout_that_was_foretold(adjoint: Adjoint, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Otherwise what one program leaves for the next would be copied at every call."""
+    model, unroll = unrolled(adjoint, "inductor")
+    meta_gradient(model, unroll)
+    copied: list[Any] = []
+    monkeypatch.setattr(program, "_with_strides", lambda value, strides: copied.append(strides) or value)
+    meta_gradient(model, unroll)
+    assert not copied
+
+
+def test_a_program_that_cannot_be_built_is_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.async_compile import AsyncCompile
+
+    wait, failures = AsyncCompile.wait, []
+
+    def failing_at_first(self: AsyncCompile, scope: dict[str, Any]) -> None:
+        if not failures:
+            failures.append(inductor._trusts_the_processor)
+            raise RuntimeError("unrecognized option -mavx512f")
+        wait(self, scope)
+
+    monkeypatch.setattr(AsyncCompile, "wait", failing_at_first)
+    found, expected = [meta_gradient(*unrolled(Replay(), backend)) for backend in ("inductor", "eager")]
+    assert failures
+    assert_near(found, expected)
+
+
+def test_errors_of_a_rehearsal_are_those_of_the_call() -> None:
+    model, unroll = unrolled(Replay(), "inductor")
+    support = torch.randn(4, 2, 6, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 2])
+    query = torch.full((4, 2, 6, 6), torch.nan, dtype=torch.float64), support[1]
+    for _ in range(2):
+        with pytest.raises(adaptrt.errors.NonFiniteInput, match="query"):
+            unroll(support, query)
+    assert not rehearsing()
+    meta_gradient(model, unroll)
+
+
+def test_another_thread_waits_for_the_code() -> None:
+    calls: list[str] = []
+
+    def finish() -> Any:
+        calls.append("finish")
+        return lambda values: [2.0 * value for value in values]
+
+    building = Building([Form((3,), (1,), torch.float64, torch.device("cpu"))], finish)
+    x, found = torch.randn(3, dtype=torch.float64), []
+    with rehearsal():
+        assert building([x])[0].shape == (3,)
+        assert not calls
+        other = threading.Thread(target=lambda: found.append(building([x])[0]))
+        other.start()
+        other.join()
+        with rehearsal():
+            pass
+        assert rehearsing()
+    torch.testing.assert_close(found[0], 2.0 * x)
+    torch.testing.assert_close(building([x])[0], 2.0 * x)
+    assert calls == ["finish"]
+
+
+def test_threads_that_call_at_once_get_what_one_alone_gets() -> None:
+    model, unroll = unrolled(Replay(), "inductor")
+    found: list[dict[str, Tensor]] = []
+    threads = [threading.Thread(target=lambda: found.append(meta_gradient(model, unroll))) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    expected = meta_gradient(*unrolled(Replay(), "eager"))
+    assert len(found) == 3
+    for one in found:
+        assert_near(one, expected)
