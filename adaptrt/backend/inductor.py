@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from adaptrt.backend.base import Backend, Building, Form, Runner, rehearsing
+from adaptrt.backend.costly_loops import costly_loops_vectorised
 from adaptrt.backend.few_libraries import few_libraries
 from adaptrt.backend.index_strides import quick_strides
 from adaptrt.backend.recorded import record
@@ -137,8 +138,8 @@ def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any,
         with contextlib.ExitStack() as stack:
             for context in (torch.inference_mode(False), torch.no_grad(), autocast_off(), mode, tracing(TracingContext(mode))):
                 stack.enter_context(context)
-            stack.enter_context(few_libraries(waits))
-            stack.enter_context(quick_strides())
+            for context in (few_libraries(waits), quick_strides(), costly_loops_vectorised()):
+                stack.enter_context(context)
             stack.enter_context(config.patch(_WORKAROUNDS | _threads(graph)))
             stack.enter_context(cache_config.patch(cache_key_tag=f"{_CACHE_TAG}, {num_results} results"))
             compiled = _trusting_the_processor(lambda: compile_fx_inner(_keep_strides(copy_module(graph), num_results), inputs))

@@ -1,0 +1,106 @@
+"""Loops over expensive functions are vectorised where their loads are scattered; others are left to Inductor."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from adaptrt.backend import Inductor, costly_loops
+from adaptrt.graph.capture import capture
+
+ROWS, COLUMNS = 16, 256
+
+
+@pytest.fixture
+def empty_cache() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        from torch._inductor.utils import fresh_cache
+    with fresh_cache():
+        yield
+
+
+@pytest.fixture
+def sources(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The C++ code of every library that is built."""
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    found: list[str] = []
+    load = CppPythonBindingsCodeCache.load_async
+    monkeypatch.setattr(
+        CppPythonBindingsCodeCache, "load_async", lambda code, *args, **kwargs: found.append(code) or load(code, *args, **kwargs)
+    )
+    return found
+
+
+def low_rank(a: Tensor, b: Tensor) -> Tensor:
+    """A product of rank 4, for which `b` is read by columns: [ROWS, 4] and [COLUMNS, 4]."""
+    return a @ b.T
+
+
+def arguments() -> tuple[Tensor, Tensor]:
+    return torch.rand(ROWS, 4, dtype=torch.float64), torch.rand(COLUMNS, 4, dtype=torch.float64) + 0.1
+
+
+def compiled(fn: Callable[..., Any], *args: Tensor) -> Callable[[], Any]:
+    run = Inductor().compile(capture(fn, *args))
+    return lambda: run(list(args))
+
+
+def unit(z: Tensor) -> Tensor:
+    """Into (0, 1), where all functions are defined."""
+    return 0.1 + z / 6.0
+
+
+FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
+    *(torch.exp, torch.exp2, torch.expm1, torch.log, torch.log1p, torch.log2, torch.log10, torch.sigmoid, torch.tanh, torch.sinh),
+    *(torch.cosh, torch.asinh, torch.atanh, torch.sin, torch.cos, torch.tan, torch.asin, torch.acos, torch.atan, torch.erf, torch.erfc),
+    *(torch.erfinv, torch.lgamma, lambda z: torch.acosh(1.0 + z), lambda z: z**1.7, lambda z: torch.atan2(z, 1.0 - z)),
+]
+
+
+def test_numbers_of_all_functions(empty_cache: None, sources: list[str]) -> None:
+    assert len(FUNCTIONS) == len(costly_loops.COSTLY)
+    a, b = arguments()
+    found = compiled(lambda a, b: [fn(unit(low_rank(a, b))) for fn in FUNCTIONS], a, b)()
+    assert any("at::vec::Vectorized" in source for source in sources)
+    for fn, value in zip(FUNCTIONS, found, strict=True):
+        torch.testing.assert_close(value, fn(unit(low_rank(a, b))), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("fn, is_vectorised", [(torch.tanh, True), (torch.relu, False)])
+def test_only_costly_loops(fn: Callable[[Tensor], Tensor], is_vectorised: bool, empty_cache: None, sources: list[str]) -> None:
+    from torch._inductor.codegen import cpp
+
+    a, b = arguments()
+    by_heuristic = cpp.TilingSelect.select_tiling  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    (found,) = compiled(lambda a, b: fn(low_rank(a, b)), a, b)()
+    torch.testing.assert_close(found, fn(low_rank(a, b)), rtol=1e-12, atol=1e-12)
+    assert any("at::vec::Vectorized" in source for source in sources) == is_vectorised
+    assert cpp.TilingSelect.select_tiling is by_heuristic  # pyright: ignore[reportUnknownMemberType]
+
+
+@pytest.mark.slow
+def test_costly_loops_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    a, b = arguments()
+    calls: dict[bool, Callable[[], Any]] = {}
+    from torch._inductor.utils import fresh_cache
+
+    for vectorised in (True, False):
+        with fresh_cache(), monkeypatch.context() as patch:
+            if not vectorised:
+                patch.setattr(costly_loops, "COSTLY", frozenset())
+            calls[vectorised] = compiled(lambda a, b: low_rank(a, b).tanh(), a, b)
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(50):
+        for vectorised, call in calls.items():
+            began = time.perf_counter()
+            call()
+            seconds[vectorised].append(time.perf_counter() - began)
+    assert 2 * min(seconds[True]) < min(seconds[False])
