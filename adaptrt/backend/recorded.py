@@ -115,6 +115,7 @@ def _record(call: Any, num_inputs: int) -> _Recording | None:
     stand_ins: dict[str, Any] = {
         "torch": torch,
         "assert_size_stride": _nothing,
+        "assert_size_stride_grouped": _nothing,  # 2.14
         "empty_strided_cpu": _allocated,
         "reinterpret_tensor": _view,
         "extern_kernels": types.SimpleNamespace(
