@@ -56,6 +56,7 @@ class Planner:
         self._cache_size = cache_size
         self._must_be_warm = must_be_warm
         self._launcher = backend.launcher(device)
+        self._rehearses = backend.builds_ahead(device)
         self._checks_data = check_finite and backend.fuses
         self.supports: Cache[SupportPlan] = Cache(cache_size)
         self.predictions: Cache[PredictionPlan] = Cache(cache_size)
@@ -148,6 +149,7 @@ class Planner:
                 explain_failure,
                 self._checks_data,
                 self._launcher,
+                self._rehearses,
                 parent,
             )
 

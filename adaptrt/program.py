@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from adaptrt import tree
 from adaptrt.adjoint.base import Loop, Wrt, pull_back
 from adaptrt.backend import Backend
-from adaptrt.backend.base import COMPILING, Building, Runner, rehearsal
+from adaptrt.backend.base import COMPILING, Building, Form, Runner, rehearsal, rehearsing, without_values
 from adaptrt.backend.guards import Known
 from adaptrt.backend.launch import Constant, Launcher, Recording
 from adaptrt.errors import NonFiniteInput, NotDifferentiable, NotTraceable, ShapeChanged, UnsupportedParameter
@@ -44,6 +44,7 @@ class Program:
       checks_data: whether the graph is one of `check_finite`, whose last result says what it found.
       backend: the backend's name.
       capture_s, compile_s: seconds spent on each.
+      forms: of the results, if a rehearsal can do without computing them.
     """
 
     graph: Graph
@@ -60,6 +61,13 @@ class Program:
     backend: str
     capture_s: float
     compile_s: float
+    forms: Sequence[Form] | None
+
+    @property
+    def rehearsed(self) -> Program:
+        """The program as it runs in a rehearsal."""
+        forms = self.forms
+        return self if forms is None else dataclasses.replace(self, run=lambda values: [without_values(form) for form in forms])
 
     def __call__(self, *args: Tree) -> Tree:
         """Runs the program on arguments of the captured structure and shapes; records nothing for autograd.
@@ -174,6 +182,7 @@ class ProgramSet:
       explain_failure: runs a capture, and puts what goes wrong into the user's terms.
       checks_data: whether launches, or programs that see all data of a call, refuse NaN and infinity in it.
       launcher: makes a call one launch, None to run its programs one by one.
+      rehearses: whether the first call of a kind is preceded by a rehearsal.
       parent: holds the programs that see no query data, for sets that differ in the query's shape only.
     """
 
@@ -187,10 +196,12 @@ class ProgramSet:
         explain_failure: Callable[[Callable[[], Graph]], Graph],
         checks_data: bool,
         launcher: Launcher | None = None,
+        rehearses: bool = False,
         parent: ProgramSet | None = None,
     ) -> None:
         self.checks_data = checks_data
         self._launcher = launcher
+        self._rehearses = rehearses
         self._recordings: dict[Hashable, Recording] = {}
         self._backend = backend
         self._modules = modules
@@ -212,7 +223,7 @@ class ProgramSet:
         Args:
           name: what it is.
         """
-        if name not in self._rehearsed and self._backend.builds_ahead:
+        if name not in self._rehearsed and self._rehearses:
             with COMPILING:
                 if name not in self._rehearsed:
                     with rehearsal():
@@ -353,7 +364,7 @@ class ProgramSet:
         if halves is None:
             return graph, None
         first = self._finish(halves[0], 0.0)
-        loop.shared = first(*args[: len(loop.same)])
+        loop.shared = (first.rehearsed if rehearsing() else first)(*args[: len(loop.same)])
         return halves[1], first
 
     def _add(self, key: _Key, program: Program, shared: Program | None) -> None:
@@ -364,6 +375,8 @@ class ProgramSet:
     def _in_loop(self, key: _Key, loop: Loop | None) -> Callable[..., Any]:
         """The program, given what all calls of the loop share."""
         program, first = self._programs[key], self._firsts.get(key)
+        if rehearsing():
+            program, first = program.rehearsed, first and first.rehearsed
         if loop is None or first is None:
             return program
         place = len(loop.same)
@@ -469,6 +482,7 @@ class ProgramSet:
             self._backend.name,
             capture_s,
             time.perf_counter() - began,
+            run.forms if isinstance(run, Building) else None,
         )
 
 

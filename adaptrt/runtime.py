@@ -21,6 +21,7 @@ from adaptrt.adjoint import Adjoint
 from adaptrt.adjoint.base import Problem, Query, Task
 from adaptrt.autograd import Call
 from adaptrt.backend import Backend, CudaGraph, Eager, Inductor, Tiered
+from adaptrt.backend.base import Building
 from adaptrt.backend.guards import alike
 from adaptrt.backend.inductor import warn_if_missing
 from adaptrt.backend.tiered import TieredRunner, call_ended
@@ -442,8 +443,8 @@ class CompiledUnroll:
             found = plan.adjoint.adapt_alone(plan.programs, recent.problem)
         else:
             found = None if query_plan.probe.noise else plan.adjoint.meta_gradient_alone(query_plan.programs, recent.problem)
-        recent.alone = found if isinstance(found, Program) else None
-        recent.is_alone_known = found is None or isinstance(found, Program)  # not while it is still to be compiled
+        recent.alone = found if isinstance(found, Program) and not isinstance(found.run, Building) else None
+        recent.is_alone_known = found is None or recent.alone is not None  # not while it is still to be compiled, or built
 
     def _prepare_anew(self, support: Any, query: tuple[Any] | None, start: Adapted | None, warm: bool) -> _Ready:
         batch, num_tasks = self._support(support)

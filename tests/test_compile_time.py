@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adaptrt.backend import Inductor
-from adaptrt.backend.few_libraries import _deal, _Kernels
+from adaptrt.backend.few_libraries import _deal, _Kernels, few_libraries
 from adaptrt.backend.index_strides import StridesOf
 from adaptrt.graph.capture import capture
 
@@ -97,7 +98,7 @@ def test_kernels_of_a_library_do_not_meet() -> None:
     with pytest.raises(RuntimeError, match="another number of tensors"):
         functions[0](x)
     with pytest.raises(RuntimeError):
-        functions[3](1.0)
+        functions[0](1.0, torch.empty(3))
 
 
 @given(st.lists(st.integers(1, 1000), min_size=1, max_size=20), st.integers(1, 5))
@@ -109,6 +110,36 @@ def test_shares_are_about_equal(sizes: list[int], num_shares: int) -> None:
     # The largest got its last place when it was the smallest.
     largest = shares[totals.index(max(totals))]
     assert max(totals) - min(sizes[place] for place in largest) <= min(totals)
+
+
+def test_libraries_of_other_threads_are_left_alone() -> None:
+    from torch._inductor.async_compile import AsyncCompile
+
+    waits: list[Any] = []
+    before, found = AsyncCompile.wait, list[Any]()
+    with few_libraries(waits):
+        scope: dict[str, Any] = {}
+        other = threading.Thread(target=lambda: found.append(AsyncCompile().wait(scope)))
+        other.start()
+        other.join()
+        assert found == [None] and not waits
+        AsyncCompile().wait(scope)
+        assert len(waits) == 1
+    assert AsyncCompile.wait is before
+
+
+def test_a_library_that_fails_fails_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = _Kernels(2)
+    for source in (_SCALE.format(factor=7), _SCALE.format(factor=11)):
+        kernels.add(source)
+    kernels.start()
+    (first, library), (second, _) = kernels._libraries
+    kernels._libraries[1] = second, lambda: 1 / 0
+    for _ in range(2):
+        with pytest.raises(ZeroDivisionError):
+            kernels.functions()
+    kernels._libraries[1] = second, library
+    assert set(kernels.functions()) == {*first, *second}
 
 
 # --- strides of indices
@@ -162,14 +193,20 @@ def test_algebra_is_asked_for_what_cannot_be_read_off() -> None:
     assert stride(64 * d0 + _index([("floor", "d1", 1, 3)]), d0, 16) == 64
     assert stride(d1, d0, 16) == 0
     assert not asked
+    s0, x = sympy.Symbol("s0", integer=True, positive=True), sympy.Symbol("x")
+    assert stride(7, d0, 16) == 0
+    assert not asked
+    for other in (s0 * d0, d0 * d1, d0**2, 2**d0):
+        stride(other + x + 3 * d1, d0, 16)
+        assert asked.pop() == other
     rest = _index([("floor", "d0", 2, 3)])
     for _ in range(2):
         assert stride(64 * d0 + rest + d1, d0, 16) == 65
     assert asked == [rest]
 
 
-def test_an_index_with_a_window_is_vectorised_as_before() -> None:
-    """Slices of a padded image, whose indices hold quotients and remainders."""
+def test_indices_with_quotients_and_remainders() -> None:
+    """Slices of a padded image; the numbers are right, and PyTorch's function is back in its place."""
 
     def fn(x: Tensor) -> Tensor:
         padded = torch.nn.functional.pad(x, (1, 2, 2, 1))

@@ -63,6 +63,19 @@ def test_another_graph_is_not_taken_for_it() -> None:
     assert hits() == before
 
 
+def test_code_for_other_instructions_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor import cpu_vec_isa
+
+    instructions = cpu_vec_isa.valid_vec_isa_list()
+    if len(instructions) < 2:
+        pytest.skip("the processor has one set of vector instructions")
+    x, before = torch.randn(40), hits()
+    for isa in instructions[-2:]:
+        monkeypatch.setattr(cpu_vec_isa, "pick_vec_isa", lambda isa=isa: isa)
+        torch.testing.assert_close(compiled(lambda x: (8.5 * x).exp(), x), (8.5 * x).exp())
+    assert hits() == before
+
+
 @pytest.fixture
 def trials(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
     """The code of Inductor's trials of vector instructions, which all succeed. What it knows of them is forgotten before and after."""
@@ -90,13 +103,13 @@ def test_trials_where_a_program_cannot_be_built(works_before: bool, trials: list
     from torch._inductor import compile_fx, cpu_vec_isa
 
     trusted: list[bool] = []
-    compile_fx_inner = compile_fx.compile_fx_inner
+    trial, compile_fx_inner = cpu_vec_isa.VecISA.check_build, compile_fx.compile_fx_inner
     x = torch.randn(5)
     if works_before:
         compiled(lambda x: (7.5 * x).cos(), x)
 
     def without_instructions(*args: Any, **kwargs: Any) -> Any:
-        trusted.append(cpu_vec_isa.VecISA.check_build is inductor._passes)
+        trusted.append(cpu_vec_isa.VecISA.check_build is not trial)
         cpu_vec_isa.valid_vec_isa_list()
         if trusted[-1]:
             raise RuntimeError("unrecognized option -mavx512f")

@@ -11,10 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import adaptrt
-from adaptrt import Replay, Stash, program
+from adaptrt import Replay, Stash, Unrolled, program
 from adaptrt.adjoint import Adjoint, auto
-from adaptrt.backend import base, inductor
-from adaptrt.backend.base import Building, Form, rehearsal, rehearsing
+from adaptrt.backend import inductor
+from adaptrt.backend.base import COMPILING, Building, Form, rehearsal, rehearsing
 from tests.tolerances import assert_near
 
 
@@ -35,38 +35,51 @@ class Net(nn.Module):
 def unrolled(adjoint: Adjoint, backend: str, num_tasks: int | None = None) -> tuple[nn.Module, adaptrt.CompiledUnroll]:
     torch.manual_seed(0)
     model = Net()
-    unroll = adaptrt.compile_unroll(model, adaptrt.optim.adam(lr=0.01), 3, loss=F.cross_entropy, adjoint=adjoint, backend=backend)
+    unroll = adaptrt.compile_unroll(
+        model, adaptrt.optim.sgd(lr=0.05, momentum=0.9), 3, loss=F.cross_entropy, adjoint=adjoint, backend=backend
+    )
     return model, unroll if num_tasks is None else unroll.vmap()
 
 
-def meta_gradient(model: nn.Module, unroll: adaptrt.CompiledUnroll, num_tasks: int | None = None) -> dict[str, Tensor]:
+def batch(draw: torch.Generator, num: int, num_tasks: int | None) -> tuple[Tensor, Tensor]:
+    size = (num,) if num_tasks is None else (num_tasks, num)
+    return torch.randn(*size, 2, 6, 6, dtype=torch.float64, generator=draw), torch.randint(0, 3, size, generator=draw)
+
+
+def meta_gradient(
+    model: nn.Module, unroll: adaptrt.CompiledUnroll, num_tasks: int | None = None, num_queries: int = 4
+) -> dict[str, Tensor]:
     """The meta-loss and its gradients."""
-    draw = torch.Generator().manual_seed(1)
-    size = () if num_tasks is None else (num_tasks,)
-    support, query = (
-        (torch.randn(*size, 4, 2, 6, 6, dtype=torch.float64, generator=draw), torch.randint(0, 3, (*size, 4), generator=draw))
-        for _ in range(2)
-    )
-    loss = unroll(support, query, generator=torch.Generator().manual_seed(5))
+    draw = torch.Generator().manual_seed(2)
+    loss = unroll(batch(draw, 4, num_tasks), batch(draw, num_queries, num_tasks), generator=draw)
     names, params = zip(*model.named_parameters(), strict=True)
     return {"loss": loss.detach(), **dict(zip(names, torch.autograd.grad(loss, params), strict=True))}
 
 
-CASES = [(Replay(), None), (Replay(every=2), None), (Stash(), None), (Stash(), 2)]
+def everything(model: nn.Module, unroll: adaptrt.CompiledUnroll, num_tasks: int | None = None) -> dict[str, Tensor]:
+    """Gradients through `adapt`, and meta-gradients on two sizes of queries."""
+    draw = torch.Generator().manual_seed(1)
+    adapted = unroll.adapt(batch(draw, 4, num_tasks), generator=draw)
+    total = torch.stack([(value**2).sum() for value in adapted.params.values()]).sum() + adapted.losses.sum()
+    names, params = zip(*model.named_parameters(), strict=True)
+    found = {f"adapt: {name}": value for name, value in zip(names, torch.autograd.grad(total, params), strict=True)}
+    for num_queries in (4, 6):
+        found |= {f"{num_queries}: {name}": value for name, value in meta_gradient(model, unroll, num_tasks, num_queries).items()}
+    return found
 
 
-@pytest.mark.parametrize("adjoint, num_tasks", CASES, ids=str)
+@pytest.mark.parametrize("adjoint, num_tasks", [(Replay(every=2), None), (Stash(), None), (Unrolled(), None), (Stash(), 2)], ids=str)
 def test_what_a_rehearsal_computes_is_never_seen(adjoint: Adjoint, num_tasks: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto, "MIN_FLOPS_OF_A_TASK", 1)  # tasks one by one
     made: list[Form] = []
 
     def nonsense(form: Form) -> Tensor:
         made.append(form)
-        value = float("nan") if form.dtype.is_floating_point and form.shape else 0
-        return torch.empty_strided(form.shape, form.strides, dtype=form.dtype).fill_(value)
+        value = float("nan") if form.dtype.is_floating_point else torch.iinfo(form.dtype).max
+        return torch.empty_strided(form.shape, form.strides, dtype=form.dtype).fill_(value if form.shape else 0)
 
-    monkeypatch.setattr(base, "_without_values", nonsense)
-    found, expected = [meta_gradient(*unrolled(adjoint, backend, num_tasks), num_tasks) for backend in ("inductor", "eager")]
+    monkeypatch.setattr(program, "without_values", nonsense)
+    found, expected = [everything(*unrolled(adjoint, backend, num_tasks), num_tasks) for backend in ("inductor", "eager")]
     assert made
     assert_near(found, expected)
 
@@ -144,19 +157,39 @@ def test_another_thread_waits_for_the_code() -> None:
         return lambda values: [2.0 * value for value in values]
 
     building = Building([Form((3,), (1,), torch.float64, torch.device("cpu"))], finish)
-    x, found = torch.randn(3, dtype=torch.float64), []
-    with rehearsal():
-        assert building([x])[0].shape == (3,)
-        assert not calls
-        other = threading.Thread(target=lambda: found.append(building([x])[0]))
+    x, found = torch.randn(3, dtype=torch.float64), list[Tensor]()
+    other = threading.Thread(target=lambda: found.append(building([x])[0]))
+    with COMPILING:
         other.start()
-        other.join()
+        other.join(0.2)
+        assert other.is_alive() and not calls
+    other.join()
+    torch.testing.assert_close(found[0], 2.0 * x)
+    with COMPILING:  # once it is built, nobody waits for others
+        again = threading.Thread(target=lambda: found.append(building([x])[0]))
+        again.start()
+        again.join()
+    assert len(found) == 2 and calls == ["finish"]
+
+
+def test_rehearsals_end_one_by_one() -> None:
+    with rehearsal():
         with rehearsal():
             pass
         assert rehearsing()
-    torch.testing.assert_close(found[0], 2.0 * x)
-    torch.testing.assert_close(building([x])[0], 2.0 * x)
-    assert calls == ["finish"]
+    assert not rehearsing()
+
+
+def test_a_program_that_is_being_built_is_not_taken_for_all_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(program.ProgramSet, "_take_what_was_built", lambda self: None)  # as another thread finds it meanwhile
+        model = nn.Linear(2, 1, dtype=torch.float64)
+        unroll = adaptrt.compile_unroll(model, adaptrt.optim.sgd(lr=0.1), 2, loss=F.mse_loss, adjoint=Unrolled(), backend="inductor")
+        support, query = [(torch.randn(4, 2, dtype=torch.float64), torch.randn(4, 1, dtype=torch.float64)) for _ in range(2)]
+        first = [unroll(support, query).item() for _ in range(3)]
+        (recent,) = unroll._recent.values()
+        assert recent.alone is None
+    assert len(set(first)) == 1
 
 
 def test_threads_that_call_at_once_get_what_one_alone_gets() -> None:

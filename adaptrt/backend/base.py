@@ -29,8 +29,6 @@ class Backend(abc.ABC):
     name: str
     fuses: bool = False
     """Whether small operations cost next to nothing beside others."""
-    builds_ahead: bool = False
-    """Whether `compile` may return a `Building` in a rehearsal."""
 
     def lower(self, graph: Graph) -> Graph:
         """The graph in the operations that `compile` would put in the place of its own, for what has to know which they are."""
@@ -40,6 +38,11 @@ class Backend(abc.ABC):
         """What makes the calls of one unroll, whose model is on `device`, one launch each; None if programs are run one by one."""
         del device
         return None
+
+    def builds_ahead(self, device: torch.device) -> bool:
+        """Whether `compile` returns a `Building` in a rehearsal, for programs on `device`."""
+        del device
+        return False
 
     @abc.abstractmethod
     def compile(self, graph: Graph) -> Runner:
@@ -51,7 +54,7 @@ _rehearsal = threading.local()
 
 @contextlib.contextmanager
 def rehearsal() -> Generator[None]:
-    """Within the block, this thread runs programs to find out which there are, not for what they compute."""
+    """Within the block, this thread runs programs to find out which there are: their results have the right form and no values."""
     before, _rehearsal.is_on = rehearsing(), True
     try:
         yield
@@ -74,30 +77,32 @@ class Form(NamedTuple):
 
 
 class Building:
-    """A runner whose code is being built: in a rehearsal it returns memory of the right form, otherwise it waits.
+    """A runner whose code is being built; called, it waits.
 
     Args:
       forms: of the results.
-      finish: waits for the code; called once.
+      finish: waits for the code.
     """
 
     def __init__(self, forms: Sequence[Form], finish: Callable[[], Runner]) -> None:
-        self._forms = forms
+        self.forms = forms
         self._finish = finish
         self._built: Runner | None = None
 
     def __call__(self, values: list[Tensor]) -> Sequence[Tensor]:
-        return [_without_values(form) for form in self._forms] if rehearsing() else self.finish()(values)
+        return self.finish()(values)
 
     def finish(self) -> Runner:
         """What has been built."""
-        with COMPILING:
-            if self._built is None:
-                self._built = self._finish()
-            return self._built
+        if self._built is None:
+            with COMPILING:
+                if self._built is None:
+                    self._built = self._finish()
+        return self._built
 
 
-def _without_values(form: Form) -> Tensor:
+def without_values(form: Form) -> Tensor:
+    """Memory for a result."""
     if not form.shape:  # a scalar may be looked at, as the one is that says whether data is finite
         return torch.zeros((), dtype=form.dtype, device=form.device)
     return torch.empty_strided(form.shape, form.strides, dtype=form.dtype, device=form.device)

@@ -13,6 +13,8 @@ import contextlib
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
+from adaptrt.backend.exchange import exchanged
+
 COSTLY = frozenset(
     [
         *("exp", "exp2", "expm1", "log", "log1p", "log2", "log10", "pow", "sigmoid", "tanh", "sinh", "cosh", "asinh", "acosh", "atanh"),
@@ -24,7 +26,7 @@ COSTLY = frozenset(
 
 @contextlib.contextmanager
 def costly_loops_vectorised() -> Generator[None]:
-    """Within the block, Inductor's heuristic is asked only about loops in which no function is costly."""
+    """Within the block, Inductor's heuristic is overruled where it would leave a loop scalar that holds a costly function."""
     from torch._inductor import config
     from torch._inductor.codegen import cpp
 
@@ -41,13 +43,11 @@ def costly_loops_vectorised() -> Generator[None]:
         if found[0] or not any(_is_costly(body) for body in bodies_of(fn_list)):
             return found
         with config.patch("cpp.enable_tiling_heuristics", False):
-            return by_heuristic(self, fn_list, var_sizes_list)
+            tiling = by_heuristic(self, fn_list, var_sizes_list)
+        return *tiling[:2], *found[2:]  # newer versions count operations besides, with the heuristic only
 
-    chooser.select_tiling = select_tiling
-    try:
+    with exchanged(chooser, "select_tiling", select_tiling):
         yield
-    finally:
-        chooser.select_tiling = by_heuristic
 
 
 def _is_costly(body: Any) -> bool:

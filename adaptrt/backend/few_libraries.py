@@ -14,11 +14,14 @@ import weakref
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple
 
+from adaptrt.backend.exchange import exchanged
+
 _BINDINGS = """
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 #include <cstdlib>
 #include <exception>
+#include <stdexcept>
 #include <utility>
 
 namespace {
@@ -76,9 +79,9 @@ def few_libraries(waits: list[Callable[[], None]] | None = None) -> Generator[No
     """Within the block, kernels that get nothing but tensors share libraries.
 
     Args:
-      waits: gets what waits for a program's kernels and puts them into it; None to wait before the program is returned.
+      waits: if given, programs are returned before their kernels are built, and for each a function is added here that waits for them.
     """
-    from torch._inductor.async_compile import AsyncCompile, get_compile_threads
+    from torch._inductor.async_compile import AsyncCompile, get_compile_threads, kernel_code_log
     from torch._inductor.codecache import LambdaFuture
 
     one_each: Callable[..., Any] = AsyncCompile.cpp_pybinding
@@ -89,6 +92,7 @@ def few_libraries(waits: list[Callable[[], None]] | None = None) -> Generator[No
         # With one thread Inductor does not wait for kernels: each has to be there at once.
         if get_compile_threads() <= 1 or not all(argtype.endswith("*") for argtype in argtypes):
             return one_each(self, argtypes, source_code)
+        kernel_code_log.info("C++ kernel:\n%s", source_code)
         kernels = programs.setdefault(self, _Kernels(get_compile_threads()))
         place = kernels.add(source_code)
         return LambdaFuture(lambda: kernels.functions()[place])
@@ -101,13 +105,8 @@ def few_libraries(waits: list[Callable[[], None]] | None = None) -> Generator[No
             programs[self].start()
         waits.append(functools.partial(wait_now, self, scope))
 
-    AsyncCompile.cpp_pybinding = cpp_pybinding
-    AsyncCompile.wait = wait
-    try:
+    with exchanged(AsyncCompile, "cpp_pybinding", cpp_pybinding), exchanged(AsyncCompile, "wait", wait):
         yield
-    finally:
-        AsyncCompile.cpp_pybinding = one_each
-        AsyncCompile.wait = wait_now
 
 
 class _Kernels:
@@ -141,9 +140,12 @@ class _Kernels:
         """Each kernel as a Python function of its tensors."""
         self.start()
         if not self._functions:
-            for share, library in self._libraries:
-                module = library()
-                self._functions |= {place: getattr(module, f"kernel{index}") for index, place in enumerate(share)}
+            modules = [library() for _, library in self._libraries]
+            self._functions = {
+                place: getattr(module, f"kernel{index}")
+                for (share, _), module in zip(self._libraries, modules, strict=True)
+                for index, place in enumerate(share)
+            }
         return self._functions
 
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import sympy
 
+from adaptrt.backend.exchange import exchanged
+
 _Stride = Callable[[Any, Any, int | None], Any]
 
 
@@ -24,11 +26,8 @@ def quick_strides() -> Generator[None]:
     if by_algebra is None:
         yield
         return
-    cpp.stride_at_vec_range = StridesOf(by_algebra)  # type: ignore[attr-defined]
-    try:
+    with exchanged(cpp, "stride_at_vec_range", StridesOf(by_algebra)):
         yield
-    finally:
-        cpp.stride_at_vec_range = by_algebra  # type: ignore[attr-defined]
 
 
 class StridesOf:

@@ -24,8 +24,9 @@ from torch._guards import TracingContext, tracing
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-from adaptrt.backend.base import Backend, Building, Form, Runner, rehearsing
+from adaptrt.backend.base import COMPILING, Backend, Building, Form, Runner, rehearsing
 from adaptrt.backend.costly_loops import costly_loops_vectorised
+from adaptrt.backend.exchange import exchanged
 from adaptrt.backend.few_libraries import few_libraries
 from adaptrt.backend.index_strides import quick_strides
 from adaptrt.backend.recorded import record
@@ -94,14 +95,15 @@ class Inductor(Backend):
 
     name = "inductor"
     fuses = True
-    builds_ahead = True
+
+    def builds_ahead(self, device: torch.device) -> bool:
+        return device.type == "cpu"
 
     def lower(self, graph: Graph) -> Graph:
         return apply((*LOWERING, own_outputs), graph)
 
     def compile(self, graph: Graph) -> Runner:
-        on_cpu = all(entry.spec.device.type == "cpu" for entry in graph.signature.inputs)
-        if not (on_cpu and rehearsing()):
+        if not rehearsing():
             return _runner(*_compile(graph, None))
         waits: list[Callable[[], None]] = []
         compiled, lowered = _compile(graph, waits)
@@ -110,7 +112,7 @@ class Inductor(Backend):
             try:
                 for wait in waits:
                     wait()
-            except Exception:  # where the processor was trusted in vain, it is not the second time
+            except Exception:  # fails again, unless the processor was trusted in vain: then instructions are tried out
                 return _runner(*_compile(graph, None))
             return _runner(compiled, lowered)
 
@@ -120,10 +122,11 @@ class Inductor(Backend):
 
 def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any, Graph]:
     """What Inductor makes of a graph, and the graph that it was given. `waits` as for `few_libraries`."""
-    with warnings.catch_warnings():
+    with COMPILING, warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         from torch._inductor import config
         from torch._inductor.compile_fx import compile_fx_inner
+        from torch._inductor.cpu_vec_isa import pick_vec_isa
         from torch._inductor.lowering import lowerings, make_fallback
 
         if _KEPT not in lowerings:
@@ -141,8 +144,13 @@ def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any,
             for context in (few_libraries(waits), quick_strides(), costly_loops_vectorised()):
                 stack.enter_context(context)
             stack.enter_context(config.patch(_WORKAROUNDS | _threads(graph)))
-            stack.enter_context(cache_config.patch(cache_key_tag=f"{_CACHE_TAG}, {num_results} results"))
-            compiled = _trusting_the_processor(lambda: compile_fx_inner(_keep_strides(copy_module(graph), num_results), inputs))
+
+            def compile_once() -> Any:
+                # Code is for the instructions that were picked when it was generated, which the key does not know.
+                with cache_config.patch(cache_key_tag=f"{_CACHE_TAG}, {num_results} results, {pick_vec_isa()}"):
+                    return compile_fx_inner(_keep_strides(copy_module(graph), num_results), inputs)
+
+            compiled = _trusting_the_processor(compile_once)
     return compiled, graph
 
 
@@ -181,18 +189,14 @@ def _trusting_the_processor(compile_once: Callable[[], Any]) -> Any:
     global _trusts_the_processor
     if config.cpp.vec_isa_ok is not None or not _trusts_the_processor:
         return compile_once()
-    trial = cpu_vec_isa.VecISA.check_build
-    cpu_vec_isa.VecISA.check_build = _passes
     try:
-        return compile_once()
+        with exchanged(cpu_vec_isa.VecISA, "check_build", _passes):
+            return compile_once()
     except Exception:
-        cpu_vec_isa.VecISA.check_build = trial
         _forget_instructions()
         result = compile_once()  # raises again where the instructions were not the reason
         _trusts_the_processor = False
         return result
-    finally:
-        cpu_vec_isa.VecISA.check_build = trial
 
 
 def _passes(self: Any, code: str) -> bool:
