@@ -1,8 +1,10 @@
-"""What all tests share: their seed, the fixture `double`, and `--full`, which runs whole products of tables."""
+"""What all tests share: their seed, fixtures, and `--full`, which runs whole products of tables."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -30,6 +32,32 @@ def double() -> Iterator[None]:
     torch.set_default_dtype(torch.float64)
     yield
     torch.set_default_dtype(before)
+
+
+@pytest.fixture(scope="module")
+def empty_cache() -> Iterator[None]:
+    """A cache of compiled graphs on disk that is the file's own."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=DeprecationWarning)
+        from torch._inductor.utils import fresh_cache
+    with fresh_cache():
+        yield
+
+
+@pytest.fixture
+def libraries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The C++ code of each library that is asked for."""
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    found: list[str] = []
+    load = CppPythonBindingsCodeCache.load_async
+
+    def noted(main_code: str, *args: Any, **kwargs: Any) -> Any:
+        found.append(main_code)
+        return load(main_code, *args, **kwargs)
+
+    monkeypatch.setattr(CppPythonBindingsCodeCache, "load_async", noted)
+    return found
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -19,34 +18,10 @@ from adaptrt.backend.few_libraries import _deal, _Kernels, few_libraries
 from adaptrt.backend.index_strides import StridesOf
 from adaptrt.graph.capture import capture
 
-
-@pytest.fixture(autouse=True, scope="module")
-def empty_cache() -> Iterator[None]:
-    """A cache on disk of this file's own."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        from torch._inductor.utils import fresh_cache
-    with fresh_cache():
-        yield
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 # --- few libraries
-
-
-@pytest.fixture
-def libraries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The source of each library that is asked for."""
-    from torch._inductor.codecache import CppPythonBindingsCodeCache
-
-    found: list[str] = []
-    load = CppPythonBindingsCodeCache.load_async
-
-    def noted(main_code: str, *args: Any, **kwargs: Any) -> Any:
-        found.append(main_code)
-        return load(main_code, *args, **kwargs)
-
-    monkeypatch.setattr(CppPythonBindingsCodeCache, "load_async", noted)
-    return found
 
 
 @pytest.mark.parametrize("num_threads, num_libraries", [(1, 4), (2, 2), (3, 3), (16, 4)])
@@ -128,7 +103,7 @@ def test_libraries_of_other_threads_are_left_alone() -> None:
     assert AsyncCompile.wait is before
 
 
-def test_a_library_that_fails_fails_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_library_that_fails_fails_again() -> None:
     kernels = _Kernels(2)
     for source in (_SCALE.format(factor=7), _SCALE.format(factor=11)):
         kernels.add(source)

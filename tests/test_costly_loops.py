@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,29 +13,8 @@ from torch import Tensor
 from adaptrt.backend import Inductor, costly_loops
 from adaptrt.graph.capture import capture
 
+pytestmark = pytest.mark.usefixtures("empty_cache")
 ROWS, COLUMNS = 16, 256
-
-
-@pytest.fixture
-def empty_cache() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        from torch._inductor.utils import fresh_cache
-    with fresh_cache():
-        yield
-
-
-@pytest.fixture
-def sources(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The C++ code of every library that is built."""
-    from torch._inductor.codecache import CppPythonBindingsCodeCache
-
-    found: list[str] = []
-    load = CppPythonBindingsCodeCache.load_async
-    monkeypatch.setattr(
-        CppPythonBindingsCodeCache, "load_async", lambda code, *args, **kwargs: found.append(code) or load(code, *args, **kwargs)
-    )
-    return found
 
 
 def low_rank(a: Tensor, b: Tensor) -> Tensor:
@@ -65,24 +43,24 @@ FUNCTIONS: list[Callable[[Tensor], Tensor]] = [
 ]
 
 
-def test_numbers_of_all_functions(empty_cache: None, sources: list[str]) -> None:
+def test_numbers_of_all_functions(libraries: list[str]) -> None:
     assert len(FUNCTIONS) == len(costly_loops.COSTLY)
     a, b = arguments()
     found = compiled(lambda a, b: [fn(unit(low_rank(a, b))) for fn in FUNCTIONS], a, b)()
-    assert any("at::vec::Vectorized" in source for source in sources)
+    assert any("at::vec::Vectorized" in source for source in libraries)
     for fn, value in zip(FUNCTIONS, found, strict=True):
         torch.testing.assert_close(value, fn(unit(low_rank(a, b))), rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("fn, is_vectorised", [(torch.tanh, True), (torch.relu, False)])
-def test_only_costly_loops(fn: Callable[[Tensor], Tensor], is_vectorised: bool, empty_cache: None, sources: list[str]) -> None:
+def test_only_costly_loops(fn: Callable[[Tensor], Tensor], is_vectorised: bool, libraries: list[str]) -> None:
     from torch._inductor.codegen import cpp
 
     a, b = arguments()
     by_heuristic = cpp.TilingSelect.select_tiling  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     (found,) = compiled(lambda a, b: fn(low_rank(a, b)), a, b)()
     torch.testing.assert_close(found, fn(low_rank(a, b)), rtol=1e-12, atol=1e-12)
-    assert any("at::vec::Vectorized" in source for source in sources) == is_vectorised
+    assert any("at::vec::Vectorized" in source for source in libraries) == is_vectorised
     assert cpp.TilingSelect.select_tiling is by_heuristic  # pyright: ignore[reportUnknownMemberType]
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,15 +13,7 @@ from torch import Tensor
 from adaptrt.backend import Inductor, inductor
 from adaptrt.graph.capture import capture
 
-
-@pytest.fixture(autouse=True, scope="module")
-def empty_cache() -> Iterator[None]:
-    """A cache on disk of this file's own."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", category=DeprecationWarning)
-        from torch._inductor.utils import fresh_cache
-    with fresh_cache():
-        yield
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 def hits() -> int:

@@ -181,14 +181,13 @@ def test_rehearsals_end_one_by_one() -> None:
 
 
 def test_a_program_that_is_being_built_is_not_taken_for_all_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    with monkeypatch.context() as patch:
-        patch.setattr(program.ProgramSet, "_take_what_was_built", lambda self: None)  # as another thread finds it meanwhile
-        model = nn.Linear(2, 1, dtype=torch.float64)
-        unroll = adaptrt.compile_unroll(model, adaptrt.optim.sgd(lr=0.1), 2, loss=F.mse_loss, adjoint=Unrolled(), backend="inductor")
-        support, query = [(torch.randn(4, 2, dtype=torch.float64), torch.randn(4, 1, dtype=torch.float64)) for _ in range(2)]
-        first = [unroll(support, query).item() for _ in range(3)]
-        (recent,) = unroll._recent.values()
-        assert recent.alone is None
+    monkeypatch.setattr(program.ProgramSet, "_take_what_was_built", lambda self: None)  # as another thread finds it meanwhile
+    model = nn.Linear(2, 1, dtype=torch.float64)
+    unroll = adaptrt.compile_unroll(model, adaptrt.optim.sgd(lr=0.1), 2, loss=F.mse_loss, adjoint=Unrolled(), backend="inductor")
+    support, query = [(torch.randn(4, 2, dtype=torch.float64), torch.randn(4, 1, dtype=torch.float64)) for _ in range(2)]
+    first = [unroll(support, query).item() for _ in range(3)]
+    (recent,) = unroll._recent.values()
+    assert recent.alone is None
     assert len(set(first)) == 1
 
 

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from adaptrt.backend.exchange import exchanged
 
@@ -149,18 +149,16 @@ class _Kernels:
         return self._functions
 
 
-class _Share(NamedTuple):
-    size: int
-    places: list[int]
-
-
 def _deal(sizes: Sequence[int], num_shares: int) -> list[list[int]]:
     """Places in at most `num_shares` shares of about the same total size."""
-    shares = [_Share(0, []) for _ in range(min(num_shares, len(sizes)))]
+    num_shares = min(num_shares, len(sizes))
+    shares: list[list[int]] = [[] for _ in range(num_shares)]
+    totals = [0] * num_shares
     for place in sorted(range(len(sizes)), key=lambda place: -sizes[place]):
-        smallest = min(range(len(shares)), key=lambda index: shares[index].size)
-        shares[smallest] = _Share(shares[smallest].size + sizes[place], [*shares[smallest].places, place])
-    return [sorted(share.places) for share in shares]
+        smallest = totals.index(min(totals))
+        shares[smallest].append(place)
+        totals[smallest] += sizes[place]
+    return [sorted(share) for share in shares]
 
 
 def _one_source(sources: Sequence[str]) -> str:
