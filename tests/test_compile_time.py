@@ -34,7 +34,7 @@ def test_as_many_libraries_as_threads_and_no_more_than_kernels(num_threads: int,
             x = (factor * x).sin() @ w  # a product of its own between kernels, one of whose names is that of another
         return x.cos().softmax(-1) + num_threads
 
-    x, w = torch.randn(64, 64, dtype=torch.float64), torch.randn(64, 64, dtype=torch.float64)
+    x, w = torch.randn(65, 65, dtype=torch.float64), torch.randn(65, 65, dtype=torch.float64)
     one_each = AsyncCompile.cpp_pybinding
     with config.patch(compile_threads=num_threads):
         (result,) = Inductor().compile(capture(fn, x, w))([x, w])

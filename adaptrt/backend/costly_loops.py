@@ -2,7 +2,7 @@
 
 Inductor leaves a loop scalar where more than about an eighth of its operations are loads and stores that are not contiguous. That is right
 for sums and products, and wrong where the loop is over `tanh`, which takes many times longer one value at a time: in an MLP with low-rank
-adapters that was two thirds of an adaptation, because each loop over `tanh` reads an adapter by columns.
+adapters that was two thirds of an adaptation, when their products were part of the loops over `tanh` and read an adapter by columns.
 """
 
 # pyright: reportPrivateUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false

@@ -30,10 +30,11 @@ from adaptrt.backend.exchange import exchanged
 from adaptrt.backend.few_libraries import few_libraries
 from adaptrt.backend.index_strides import quick_strides
 from adaptrt.backend.recorded import record
+from adaptrt.backend.small_matmuls import small_matmuls_in_place_of_loops
 from adaptrt.errors import CompilerUnavailable
 from adaptrt.graph.ir import Graph, autocast_off
 from adaptrt.graph.passes.base import Pass, apply, copy_module
-from adaptrt.graph.passes.inline_small_matmuls import RULES
+from adaptrt.graph.passes.inline_small_matmuls import RULES, small_matmul
 from adaptrt.graph.passes.merge_duplicates import merge_duplicates
 from adaptrt.graph.passes.one_channel_last import one_channel_last
 from adaptrt.graph.passes.own_outputs import own_outputs
@@ -77,7 +78,7 @@ def _keep_strides(module: torch.fx.GraphModule, num_results: int) -> torch.fx.Gr
     return module
 
 
-_CACHE_TAG = "adaptrt 4"
+_CACHE_TAG = "adaptrt 5"
 """Part of the key under which Inductor keeps a compiled graph on disk. The key knows the graph and Inductor's settings, not what this file
 changes in Inductor: a change of that needs a new tag."""
 
@@ -141,7 +142,7 @@ def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any,
         with contextlib.ExitStack() as stack:
             for context in (torch.inference_mode(False), torch.no_grad(), autocast_off(), mode, tracing(TracingContext(mode))):
                 stack.enter_context(context)
-            for context in (few_libraries(waits), quick_strides(), costly_loops_vectorised()):
+            for context in (few_libraries(waits), quick_strides(), costly_loops_vectorised(), small_matmuls_in_place_of_loops()):
                 stack.enter_context(context)
             stack.enter_context(config.patch(_WORKAROUNDS | _threads(graph)))
 
@@ -222,14 +223,19 @@ def _forget_instructions() -> None:
 
 _trusts_the_processor = True
 
-_MAX_ELEMENTS_OF_ONE_THREAD = 1 << 14
+_MAX_ELEMENTS_OF_ONE_THREAD = 1 << 13
 
 
 def _threads(graph: Graph) -> dict[str, int]:
     """One thread for operations that are over before a second one has started; the process's setting otherwise."""
-    values = [node.meta.get("val") for node in graph.module.graph.nodes if node.op == "call_function"]
-    sizes = [value.numel() for value in values if isinstance(value, Tensor)]
-    return {"cpp.threads": 1} if sizes and sum(sizes) <= _MAX_ELEMENTS_OF_ONE_THREAD * len(sizes) else {}
+    nodes = [node for node in graph.module.graph.nodes if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor)]
+    return {"cpp.threads": 1} if sum(map(_num_elements, nodes)) <= _MAX_ELEMENTS_OF_ONE_THREAD * len(nodes) else {}
+
+
+def _num_elements(node: torch.fx.Node) -> int:
+    """Of the result; a product counts as the loop that takes as long."""
+    size = node.meta["val"].numel()
+    return size if node.target != small_matmul() else size * max(1, node.all_input_nodes[0].meta["val"].shape[-1] // 16)
 
 
 def warn_if_missing(device: torch.device) -> bool:

@@ -12,6 +12,7 @@ from torch.fx.node import map_arg
 
 from adaptrt.graph.ir import Graph
 from adaptrt.graph.passes.cut import minimum_cut, varying
+from adaptrt.graph.passes.inline_small_matmuls import small_matmul
 from adaptrt.graph.passes.operations import is_view
 
 aten = torch.ops.aten
@@ -32,6 +33,9 @@ def flops_of(nodes: Iterable[fx.Node]) -> int:
 
     total = 0
     for node in nodes:
+        if node.target == small_matmul():
+            total += 2 * _value(node).numel() * _value(node.all_input_nodes[0]).shape[-1]
+            continue
         formula = flop_registry.get(getattr(node.target, "overloadpacket", None))
         if node.op == "call_function" and formula is not None:
             args, kwargs = cast(Any, map_arg((node.args, node.kwargs), _value))

@@ -1,11 +1,13 @@
-"""Small matrix products on the CPU become multiplications and a sum, which a compiler makes loops of and fuses with what surrounds them.
+"""Small matrix products on the CPU become what a compiler makes part of the kernels around them.
 
 A call of a matrix library costs a microsecond or two whatever the sizes, and ends the kernel before it and begins one behind it. In a model
-whose layers have some tens of units that is most of the time.
+whose layers have some tens of units that is most of the time. Products with a vector become multiplications and a sum, loops that are
+fused with others; products of matrices an operation of its own, for which the backend has code.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,41 +16,63 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
-MAX_TOTAL, MAX_EACH = 1 << 15, 1 << 12
-"""Multiplications up to which loops are faster, by benchmarks/small_matmuls.py: of all products of an operation, or of each of them."""
+MAX_EACH = 1 << 18
+"""Multiplications of one product up to which the backend's code is as fast as the library, by benchmarks/small_matmuls.py."""
+
+MAX_SECOND_FACTOR = 1 << 14
+"""Elements of the second factor, which that code may copy to the stack."""
+
+MAX_TOTAL_IN_LOOPS, MAX_EACH_IN_LOOPS = 1 << 15, 1 << 12
+"""Multiplications with a vector up to which loops are faster than the library: of all products of an operation, or of each of them."""
 
 _DTYPES = (torch.float32, torch.float64)
 """In half precision a product would be rounded before it is summed."""
 
 
-def _is_small(a: Tensor, b: Tensor) -> bool:
+def _product(a: Tensor, b: Tensor) -> Any:
+    """[..., M, K] times [..., K, N]; NotImplemented if it is not small."""
     if a.device.type != "cpu" or a.dtype not in _DTYPES:
-        return False
-    return a.numel() * b.shape[-1] <= MAX_TOTAL or a.shape[-2] * a.shape[-1] * b.shape[-1] <= MAX_EACH
-
-
-def _product(a: Tensor, b: Tensor) -> Tensor:
-    """[..., M, K] times [..., K, N]."""
-    return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2)
-
-
-def _mm(a: Tensor, b: Tensor) -> Any:
-    return _product(a, b) if _is_small(a, b) else NotImplemented
+        return NotImplemented
+    m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
+    each, total = m * k * n, a.numel() * n
+    if min(m, k, n) > 1:
+        return small_matmul()(a, b) if each <= MAX_EACH and k * n <= MAX_SECOND_FACTOR else NotImplemented
+    if total <= MAX_TOTAL_IN_LOOPS or each <= MAX_EACH_IN_LOOPS:
+        return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2)
+    return NotImplemented
 
 
 def _addmm(c: Tensor, a: Tensor, b: Tensor, *, beta: float = 1, alpha: float = 1) -> Any:
-    if not _is_small(a, b):
-        return NotImplemented
-    product = _product(a, b) if alpha == 1 else _product(a, b) * alpha
+    product = _product(a, b)
+    if product is NotImplemented:
+        return product
+    if alpha != 1:
+        product = product * alpha
     if beta == 0:  # as in addmm, NaN in `c` is not looked at
         return product
     return (c if beta == 1 else c * beta) + product
 
 
 RULES: dict[Any, Callable[..., Any]] = {
-    aten.mm.default: _mm,
-    aten.bmm.default: _mm,
+    aten.mm.default: _product,
+    aten.bmm.default: _product,
     aten.addmm.default: _addmm,
     aten.baddbmm.default: _addmm,
 }
 """For each operation what it becomes; NotImplemented where the product is not small. A backend applies them with its own."""
+
+
+@functools.cache
+def small_matmul() -> Any:
+    """The operation a [M, K], b [K, N] -> [M, N], or T of them at once."""
+    _LIBRARY.define("small_matmul(Tensor a, Tensor b) -> Tensor")
+    _LIBRARY.impl("small_matmul", torch.matmul, "CPU")
+    _LIBRARY.impl("small_matmul", _shape, "Meta")
+    return torch.ops.adaptrt.small_matmul.default
+
+
+def _shape(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(*a.shape[:-1], b.shape[-1])
+
+
+_LIBRARY: Any = torch.library.Library("adaptrt", "FRAGMENT")

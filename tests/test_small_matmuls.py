@@ -1,0 +1,122 @@
+"""Small matrix products in the code of a program: all layouts, sizes that fill registers and that do not, and every set of instructions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from adaptrt.backend import Inductor, inductor, small_matmuls
+from adaptrt.graph.capture import capture
+
+pytestmark = pytest.mark.usefixtures("empty_cache")
+
+SIZES = [(2, 2, 2), (3, 5, 7), (10, 40, 40), (33, 17, 16), (5, 129, 3), (16, 16, 64), (31, 9, 65), (64, 64, 48), (7, 3, 130)]
+"""Rows, sum, columns."""
+
+
+def pairs(sizes: Sequence[tuple[int, int, int]], dtype: torch.dtype, *lead: int) -> list[Tensor]:
+    def values(*shape: int) -> Tensor:
+        return torch.randn(*lead, *shape, dtype=dtype)
+
+    return [value for m, k, n in sizes for value in (values(m, k), values(k, n), values(k, m), values(n, k))]
+
+
+def in_all_layouts(*values: Tensor) -> list[Tensor]:
+    """a b with each of them as it is and transposed."""
+    found: list[Tensor] = []
+    for place in range(0, len(values), 4):
+        a, b, a_t, b_t = values[place : place + 4]
+        found += [a @ b, a @ b_t.mT, a_t.mT @ b, a_t.mT @ b_t.mT]
+    return found
+
+
+def compiled(fn: Callable[..., Any], *args: Tensor) -> Callable[[], list[Tensor]]:
+    run = Inductor().compile(capture(fn, *args))
+    return lambda: list(run(list(args)))
+
+
+def check(fn: Callable[..., Sequence[Tensor]], *args: Tensor) -> None:
+    exact = fn(*[value.double() for value in args])
+    tolerance = {torch.float32: 3e-6, torch.float64: 1e-14}[args[0].dtype]
+    for found, value in zip(compiled(fn, *args)(), exact, strict=True):
+        assert (found.double() - value).abs().max() <= tolerance * value.abs().max()
+
+
+def instructions() -> list[int | None]:
+    """Bits of a vector register that this processor can be limited to; None for its widest, 1 for no vectors."""
+    from torch._inductor.cpu_vec_isa import valid_vec_isa_list
+
+    return [None, *sorted({isa.bit_width() for isa in valid_vec_isa_list()})[:-1], 1]
+
+
+@pytest.mark.parametrize("bits", instructions())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numbers(bits: int | None, dtype: torch.dtype, libraries: list[str]) -> None:
+    from torch._inductor import config
+
+    with config.patch({"cpp.simdlen": bits}):
+        check(in_all_layouts, *pairs(SIZES, dtype))
+    code = "".join(libraries)
+    assert code.count(" small_matmul<") == (0 if bits == 1 else 4 * len(SIZES)) and code
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_numbers_of_several_tasks(threads: int, libraries: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inductor, "_threads", lambda graph: {"cpp.threads": threads})
+    values = pairs(SIZES[:4], torch.float32, 3)
+    check(in_all_layouts, *values)
+    # A factor that all tasks share, a part of each, and one product between those of all tasks.
+    check(lambda a, b: [a @ b[0].expand(3, -1, -1), a[:, 1:, 2:] @ b[:, 2:, 1:], a[1] @ b[2], (a @ b).tanh()], values[4], values[5])
+    code = "".join(libraries)
+    assert " small_matmul<" in code and ("omp for\n" in code) == ("omp single\n" in code) == (threads > 1)
+
+
+def test_what_stands_around_a_product() -> None:
+    x, w = torch.randn(10, 12), torch.randn(12, 12)
+    check(lambda x, w: [(torch.tanh(x @ w) @ w + x).relu() @ w.T, w @ w, (x.T @ x - w) @ (x.T @ x)], x, w)
+    # A factor that is computed, not read, and in another layout; a result that is changed at once, and itself needed.
+    check(lambda x, w: [((x * 2).T.contiguous().T @ w.cos()), (x @ w).exp(), x @ w], x, w)
+
+
+def test_kernels_without_products_are_left_alone(libraries: list[str]) -> None:
+    from torch._inductor.codegen import cpp
+
+    before = cpp.KernelGroup.finalize_kernel  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
+    check(lambda x: [(x * 2).sum(1)], torch.randn(5, 40))
+    assert libraries and "small_matmul" not in "".join(libraries)
+    assert cpp.KernelGroup.finalize_kernel is before  # pyright: ignore[reportUnknownMemberType]
+
+
+def test_what_is_not_a_number_stays(libraries: list[str]) -> None:
+    a, b = torch.zeros(4, 18), torch.ones(18, 9)
+    b[3, 2], b[5, 8] = float("inf"), float("nan")
+    (found,) = compiled(lambda a, b: [a @ b], a, b)()
+    assert " small_matmul<" in "".join(libraries)
+    wanted = torch.zeros(4, 9)
+    wanted[:, 2], wanted[:, 8] = float("nan"), float("nan")
+    torch.testing.assert_close(found, wanted, equal_nan=True)
+
+
+@pytest.mark.slow
+def test_function_is_faster_than_loops(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.utils import fresh_cache
+
+    args = torch.randn(10, 40), torch.randn(40, 40), torch.randn(40, 40)
+    calls: dict[bool, Callable[[], Any]] = {}
+    for ours in (True, False):
+        with fresh_cache(), monkeypatch.context() as patch:
+            if not ours:
+                patch.setattr(small_matmuls, "_product_of", lambda node: None)
+            calls[ours] = compiled(lambda x, v, w: (x @ v.T).relu() @ w.T, *args)
+    seconds: dict[bool, list[float]] = {True: [], False: []}
+    for _ in range(500):
+        for ours, call in calls.items():
+            began = time.perf_counter()
+            call()
+            seconds[ours].append(time.perf_counter() - began)
+    assert 1.5 * min(seconds[True]) < min(seconds[False])
