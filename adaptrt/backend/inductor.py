@@ -33,8 +33,9 @@ from adaptrt.backend.recorded import record
 from adaptrt.backend.small_matmuls import small_matmuls_in_place_of_loops
 from adaptrt.errors import CompilerUnavailable
 from adaptrt.graph.ir import Graph, autocast_off
+from adaptrt.graph.passes import convolutions_as_products, inline_small_matmuls
 from adaptrt.graph.passes.base import Pass, apply, copy_module
-from adaptrt.graph.passes.inline_small_matmuls import RULES, small_matmul
+from adaptrt.graph.passes.inline_small_matmuls import small_matmul
 from adaptrt.graph.passes.merge_duplicates import merge_duplicates
 from adaptrt.graph.passes.one_channel_last import one_channel_last
 from adaptrt.graph.passes.own_outputs import own_outputs
@@ -52,7 +53,7 @@ def _decompose(graph: Graph) -> Graph:
     from torch._inductor.decomposition import select_decomp_table
 
     table: dict[Any, Callable[..., Any]] = {op: rule for op, rule in select_decomp_table().items() if op != _KEPT}
-    for op, rule in RULES.items():
+    for op, rule in (*inline_small_matmuls.RULES.items(), *convolutions_as_products.RULES.items()):
         table[op] = _first_of(rule, table.get(op))
     return retrace(graph, torch.func.functionalize, table)
 
@@ -83,7 +84,11 @@ _CACHE_TAG = "adaptrt 5"
 changes in Inductor: a change of that needs a new tag."""
 
 # Recording a graph anew takes about a second for a convolutional network's step, so both are done in one go.
-LOWERING = (Pass("inline_small_matmuls and decompose for Inductor", _decompose), remove_identities, merge_duplicates)
+LOWERING = (
+    Pass("convolutions_as_products, inline_small_matmuls and decompose for Inductor", _decompose),
+    remove_identities,
+    merge_duplicates,
+)
 PASSES = (*LOWERING, one_channel_last, products_by_onednn, own_outputs)
 
 

@@ -1,0 +1,91 @@
+"""Convolutions with more weights than windows as matrix products: the same numbers, only there, and faster."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adaptrt.backend import Inductor
+from adaptrt.backend.inductor import LOWERING
+from adaptrt.graph.capture import capture
+from adaptrt.graph.cost import num_flops
+from adaptrt.graph.passes import convolutions_as_products
+from adaptrt.graph.passes.base import apply
+
+aten = torch.ops.aten
+
+# image, weight, options; of 8 outputs or more, on 8 windows or fewer
+FEW_WINDOWS: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
+    ((2, 3, 2, 2), (8, 3, 3, 3), {"padding": 1}),
+    ((1, 3, 5, 6), (9, 3, 3, 2), {"padding": (1, 0), "stride": 2}),
+    ((2, 5, 7, 5), (16, 5, 2, 2), {"dilation": (3, 2), "stride": (2, 1)}),
+    ((4, 6, 1, 2), (8, 6, 1, 1), {}),
+]
+
+
+@pytest.mark.parametrize("image, weights, options", FEW_WINDOWS)
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_numbers(image: tuple[int, ...], weights: tuple[int, ...], options: dict[str, Any], with_bias: bool) -> None:
+    values = [torch.randn(shape, dtype=torch.float64) for shape in (image, weights, weights[:1])]
+    graph = capture(lambda x, w, b: F.conv2d(x.sin(), w, b if with_bias else None, **options).exp(), *values)
+    lowered = apply(LOWERING, graph)
+    assert aten.convolution.default not in targets(lowered)
+    assert num_flops(lowered) == num_flops(graph)
+    wanted = graph.run(*values)
+    torch.testing.assert_close(lowered.run(*values), wanted, rtol=1e-12, atol=1e-12)
+    (found,) = Inductor().compile(graph)(list(values))
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    "fn, image, weights",
+    [
+        (F.conv2d, (9, 3, 2, 2), (8, 3, 1, 1)),  # 36 windows
+        (lambda x, w: F.conv2d(x, w, groups=3), (1, 3, 2, 2), (9, 1, 2, 2)),
+        (lambda x, w: F.conv2d(x.bfloat16(), w.bfloat16()), (1, 3, 2, 2), (9, 3, 2, 2)),
+        (F.conv_transpose2d, (1, 3, 1, 1), (3, 40, 2, 2)),
+        (F.conv1d, (1, 3, 2), (9, 3, 2)),
+    ],
+)
+def test_others_stay(fn: Callable[[Tensor, Tensor], Tensor], image: tuple[int, ...], weights: tuple[int, ...]) -> None:
+    graph = capture(fn, torch.randn(image), torch.randn(weights))
+    assert aten.convolution.default in targets(apply(LOWERING, graph))
+
+
+def test_gradients_of_gradients() -> None:
+    def fn(x: Tensor, w: Tensor) -> Tensor:
+        (gradient,) = torch.autograd.grad(F.conv2d(x, w, padding=1).tanh().square().sum(), w, create_graph=True)
+        return torch.autograd.grad((gradient * gradient).sum(), x)[0]
+
+    x, w = torch.randn(1, 3, 2, 2, dtype=torch.float64), torch.randn(10, 3, 3, 3, dtype=torch.float64)
+    graph = capture(lambda x, w: fn(x.detach().requires_grad_(), w.detach().requires_grad_()), x, w)
+    (found,) = Inductor().compile(graph)([x, w])
+    torch.testing.assert_close(found, fn(x.requires_grad_(), w.requires_grad_()), rtol=1e-12, atol=1e-12)
+
+
+def targets(graph: Any) -> list[Any]:
+    return [node.target for node in graph.module.graph.nodes]
+
+
+@pytest.mark.slow
+def test_products_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = torch.randn(25, 512, 2, 2), torch.randn(512, 512, 3, 3)
+    graph = capture(lambda x, w: F.conv2d(x, w, padding=1), x, w)
+    runs = [Inductor().compile(graph)]
+    monkeypatch.setattr(convolutions_as_products, "RULES", {})
+    runs.append(Inductor().compile(graph))
+    seconds: list[list[float]] = [[], []]
+    for _ in range(20):
+        for run, into in zip(runs, seconds, strict=True):
+            began = time.perf_counter()
+            run([x, w])
+            into.append(time.perf_counter() - began)
+    product, convolution = map(statistics.median, seconds)
+    assert 1.5 * product < convolution
