@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 aten = torch.ops.aten
@@ -41,7 +40,7 @@ def _convolution(
     )
     if not 0 < images * height * width <= outputs:
         return NotImplemented
-    windows = F.unfold(x, window, list(dilation), list(padding), list(stride)).transpose(1, 2)  # [N, H' W', C h w]
+    windows = aten.im2col.default(x, window, dilation, padding, stride).transpose(1, 2)  # [N, H' W', C h w]
     found = windows.reshape(images * height * width, -1) @ weight.reshape(outputs, -1).T
     if bias is not None:
         found = found + bias
