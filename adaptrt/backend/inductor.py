@@ -35,6 +35,7 @@ from adaptrt.errors import CompilerUnavailable
 from adaptrt.graph.ir import Graph, autocast_off
 from adaptrt.graph.passes import convolutions_as_products, inline_small_matmuls
 from adaptrt.graph.passes.base import Pass, apply, copy_module
+from adaptrt.graph.passes.functionalise import functionalise
 from adaptrt.graph.passes.inline_small_matmuls import small_matmul
 from adaptrt.graph.passes.merge_duplicates import merge_duplicates
 from adaptrt.graph.passes.one_channel_last import one_channel_last
@@ -49,13 +50,12 @@ buffer: with a task axis the numbers are silently wrong."""
 
 
 def _decompose(graph: Graph) -> Graph:
-    import torch._inductor.lowering  # pyright: ignore[reportUnusedImport]  (a rule uses it without importing it)
     from torch._inductor.decomposition import select_decomp_table
 
     table: dict[Any, Callable[..., Any]] = {op: rule for op, rule in select_decomp_table().items() if op != _KEPT}
     for op, rule in (*inline_small_matmuls.RULES.items(), *convolutions_as_products.RULES.items()):
         table[op] = _first_of(rule, table.get(op))
-    return retrace(graph, torch.func.functionalize, table)
+    return retrace(graph, lambda fn: fn, table)
 
 
 def _first_of(rule: Callable[..., Any], other: Callable[..., Any] | None) -> Callable[..., Any]:
@@ -86,6 +86,7 @@ changes in Inductor: a change of that needs a new tag."""
 # Recording a graph anew takes about a second for a convolutional network's step, so both are done in one go.
 LOWERING = (
     Pass("convolutions_as_products, inline_small_matmuls and decompose for Inductor", _decompose),
+    functionalise,
     remove_identities,
     merge_duplicates,
 )

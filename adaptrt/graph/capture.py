@@ -33,6 +33,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from adaptrt import tree
 from adaptrt.errors import UnsupportedRandomness
 from adaptrt.graph import mixed_norms
+from adaptrt.graph.collector import collector_rests
 from adaptrt.graph.ir import Graph, Input, Output, PassRecord, Role, Signature, autocast_off
 from adaptrt.graph.passes.base import apply
 from adaptrt.graph.passes.lift_noise import forbid_noise
@@ -47,6 +48,7 @@ _WEIGHT_NORM: Any = torch._weight_norm  # pyright: ignore[reportPrivateImportUsa
 _PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.mv.default, aten.dot.default}
 
 
+@collector_rests()
 def capture(
     fn: Callable[..., Tree],
     *examples: Tree,

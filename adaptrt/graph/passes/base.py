@@ -14,6 +14,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.node import map_arg
 
+from adaptrt.graph.collector import collector_rests
 from adaptrt.graph.ir import Graph, PassRecord
 from adaptrt.graph.verify import verify
 
@@ -35,6 +36,7 @@ class Pass:
     ensures: Callable[[Graph], None] = _anything
 
 
+@collector_rests()
 def apply(passes: Sequence[Pass], graph: Graph) -> Graph:
     """Applies the passes in order; the result's `history` tells what each did.
 
