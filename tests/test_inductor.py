@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import functools
+import platform
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -127,3 +130,31 @@ def test_an_error_of_another_kind_says_nothing_about_the_processor(trials: list[
         with pytest.raises(RuntimeError, match="no lowering"):
             compiled(lambda x: (6.5 * x).cos(), torch.randn(5))
     assert inductor._trusts_the_processor
+
+
+_FAULTS = """
+import resource, sys
+import torch
+from adaptrt.backend.inductor import let_freed_memory_stay
+
+if sys.argv[1] == "stays":
+    let_freed_memory_stay()
+
+def work():
+    blocks = [torch.ones(1 << 20) for _ in range(8)]  # 4 MiB each
+    del blocks
+
+work(), work()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    work()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="how other C libraries keep memory is not known")
+def test_freed_memory_stays() -> None:
+    def faults(what: str) -> int:
+        return int(subprocess.check_output([sys.executable, "-c", _FAULTS, what], text=True))
+
+    assert 10 * faults("stays") < faults("goes")

@@ -127,8 +127,25 @@ class Inductor(Backend):
         return finish() if forms is None else Building(forms, finish)
 
 
+@functools.cache
+def let_freed_memory_stay() -> None:
+    """Lets the C library keep up to 64 MiB that were freed, where it would give back to the system what the next call asks for again.
+
+    Every page of memory that is fresh from the system costs a fault: of adapting a convolutional network on the CPU that was a third. The C
+    library of GNU adapts to what a program does: whoever frees a large block will ask for more of its size. So one is freed, which was
+    never written to. Others do not mind, and a limit that the user has set (MALLOC_MMAP_THRESHOLD_) stands.
+    """
+    torch.empty(_LARGEST_BLOCK, dtype=torch.uint8)
+
+
+_LARGEST_BLOCK = (1 << 25) - (1 << 13)
+"""Bytes, below the 32 MiB from which on GNU's C library learns nothing."""
+
+
 def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any, Graph]:
     """What Inductor makes of a graph, and the graph that it was given. `waits` as for `few_libraries`."""
+    if all(entry.spec.device.type == "cpu" for entry in graph.signature.inputs):
+        let_freed_memory_stay()
     with COMPILING, warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         from torch._inductor import config
