@@ -13,7 +13,7 @@ BENCH_ARGS ?=
 .PHONY: help demo test bench bench-quick check format clean
 
 help:
-	@echo "make demo    meta-train and adapt on real handwriting, about 4 minutes (DEMO_ARGS='--minutes 1' for less)"
+	@echo "make demo    meta-train and adapt on real handwriting, about 2 minutes (DEMO_ARGS='--minutes 1' for less)"
 	@echo "make test    run all tests (PYTEST_ARGS='-k name' for some)"
 	@echo "make bench   adaptrt and its peers on all workloads (BENCH_ARGS='-k sine' for some); bench-quick: 3 minutes"
 	@echo "make check   formatting, lint, types, import layers"
