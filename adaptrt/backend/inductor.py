@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import importlib
 import shutil
 import sysconfig
 import warnings
@@ -52,6 +53,7 @@ buffer: with a task axis the numbers are silently wrong."""
 def _decompose(graph: Graph) -> Graph:
     from torch._inductor.decomposition import select_decomp_table
 
+    importlib.import_module("torch._inductor.lowering")  # a rule uses it without importing it
     table: dict[Any, Callable[..., Any]] = {op: rule for op, rule in select_decomp_table().items() if op != _KEPT}
     for op, rule in (*inline_small_matmuls.RULES.items(), *convolutions_as_products.RULES.items()):
         table[op] = _first_of(rule, table.get(op))
