@@ -27,6 +27,8 @@ FEW_WINDOWS: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
     ((1, 3, 5, 6), (9, 3, 3, 2), {"padding": (1, 0), "stride": 2}),
     ((2, 5, 7, 5), (16, 5, 2, 2), {"dilation": (3, 2), "stride": (2, 1)}),
     ((4, 6, 1, 2), (8, 6, 1, 1), {}),
+    ((3, 2, 2, 2), (6, 2, 2, 2), {"padding": "valid"}),
+    ((1, 2, 3, 3), (9, 2, 3, 3), {"padding": "same"}),
 ]
 
 
@@ -42,6 +44,20 @@ def test_numbers(image: tuple[int, ...], weights: tuple[int, ...], options: dict
     torch.testing.assert_close(lowered.run(*values), wanted, rtol=1e-12, atol=1e-12)
     (found,) = Inductor().compile(graph)(list(values))
     torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert found.stride() == wanted.stride()
+
+
+@pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])
+def test_layout(format: torch.memory_format) -> None:
+    x, w = torch.randn(2, 3, 3, 3), torch.randn(16, 3, 2, 2)
+
+    def fn(x: Tensor, w: Tensor) -> Tensor:
+        return F.conv2d((x + 1).contiguous(memory_format=format), w)
+
+    graph = capture(fn, x, w)
+    assert aten.convolution.default not in targets(apply(LOWERING, graph))
+    (found,) = Inductor().compile(graph)([x, w])
+    assert found.stride() == fn(x, w).stride()
 
 
 @pytest.mark.parametrize(
@@ -66,6 +82,7 @@ def test_gradients_of_gradients() -> None:
 
     x, w = torch.randn(1, 3, 2, 2, dtype=torch.float64), torch.randn(10, 3, 3, 3, dtype=torch.float64)
     graph = capture(lambda x, w: fn(x.detach().requires_grad_(), w.detach().requires_grad_()), x, w)
+    assert targets(apply(LOWERING, graph)).count(aten.convolution.default) < targets(graph).count(aten.convolution.default)
     (found,) = Inductor().compile(graph)([x, w])
     torch.testing.assert_close(found, fn(x.requires_grad_(), w.requires_grad_()), rtol=1e-12, atol=1e-12)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import platform
 import subprocess
 import sys
@@ -154,7 +155,13 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="how other C libraries keep memory is not known")
 def test_freed_memory_stays() -> None:
-    def faults(what: str) -> int:
-        return int(subprocess.check_output([sys.executable, "-c", _FAULTS, what], text=True))
+    changes = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(changes)}
 
-    assert 10 * faults("stays") < faults("goes")
+    def faults(what: str) -> int:
+        return int(subprocess.check_output([sys.executable, "-c", _FAULTS, what], env=environment, text=True))
+
+    goes = faults("goes")
+    if goes < 1000:
+        pytest.skip("the system gives memory without faults, or does not count them")
+    assert 10 * faults("stays") < goes

@@ -131,13 +131,14 @@ class Inductor(Backend):
 
 @functools.cache
 def let_freed_memory_stay() -> None:
-    """Lets the C library keep up to 64 MiB that were freed, where it would give back to the system what the next call asks for again.
+    """Lets the C library keep memory that was freed, where it would give back to the system what the next call asks for again.
 
     Every page of memory that is fresh from the system costs a fault: of adapting a convolutional network on the CPU that was a third. The C
-    library of GNU adapts to what a program does: whoever frees a large block will ask for more of its size. So one is freed, which was
-    never written to. Others do not mind, and a limit that the user has set (MALLOC_MMAP_THRESHOLD_) stands.
+    library of GNU adapts to what a process does: whoever frees a large block will ask for more of its size. So one is freed, which was
+    never written to. From then on the process's blocks of up to 32 MiB lie in its heaps, each of which keeps up to 64 MiB free at its end.
+    Other C libraries do not mind, and limits that the user has set (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_) stand.
     """
-    torch.empty(_LARGEST_BLOCK, dtype=torch.uint8)
+    torch.empty(_LARGEST_BLOCK, dtype=torch.uint8, device="cpu")
 
 
 _LARGEST_BLOCK = (1 << 25) - (1 << 13)
@@ -258,9 +259,9 @@ def _threads(graph: Graph) -> dict[str, int]:
 
 
 def _num_elements(node: torch.fx.Node) -> int:
-    """Of the result; a product counts as the loop that takes as long."""
+    """Of the result; a product counts as a loop that takes as long, and computes 16 sums of products in the time of one element."""
     size = node.meta["val"].numel()
-    return size if node.target != small_matmul() else size * max(1, node.all_input_nodes[0].meta["val"].shape[-1] // 16)
+    return size if node.target != small_matmul else size * max(1, node.all_input_nodes[0].meta["val"].shape[-1] // 16)
 
 
 def warn_if_missing(device: torch.device) -> bool:

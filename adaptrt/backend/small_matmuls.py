@@ -21,7 +21,8 @@ import torch
 from adaptrt.backend.exchange import exchanged
 from adaptrt.graph.passes.inline_small_matmuls import small_matmul
 
-_FUNCTION = """
+_FUNCTION = """#include <torch/csrc/inductor/cpp_prefix.h>
+
 // c[M, N] = a[M, K] b[K, N], with strides; c is contiguous.
 template <typename T, int M, int N, int K, int64_t a_row, int64_t a_column, int64_t b_row, int64_t b_column>
 void small_matmul(const T* __restrict__ a, const T* __restrict__ b, T* __restrict__ c) {
@@ -82,12 +83,11 @@ void small_matmul(const T* __restrict__ a, const T* __restrict__ b, T* __restric
         if constexpr (M % rows != 0) block.template operator()<M % rows, V, last>(m, n);
     };
     constexpr int whole = (width - 1) / columns * columns;  // registers of a row before the last block
-    for (int n = 0; n < whole * L; n += columns * L) strip.template operator()<columns, L>(n);
+    if constexpr (whole > 0)
+        for (int n = 0; n < whole * L; n += columns * L) strip.template operator()<columns, L>(n);
     strip.template operator()<width - whole, N - (width - 1) * L>(whole * L);
 }
 """
-
-_INCLUDE = "#include <torch/csrc/inductor/cpp_prefix.h>\n"
 
 
 class _Operand(NamedTuple):
@@ -168,14 +168,14 @@ def _place(pointer: str, operand: _Operand) -> str:
 
 def _codegen(original: Callable[..., str], self: Any, *args: Any, **kwargs: Any) -> str:
     code = original(self, *args, **kwargs)
-    return code.replace(_INCLUDE, _INCLUDE + _FUNCTION, 1) if "small_matmul<" in code else code
+    return _FUNCTION + code if "small_matmul<" in code else code
 
 
 @functools.cache
 def _register() -> None:
     from torch._inductor.lowering import register_lowering
 
-    register_lowering(small_matmul(), type_promotion_kind=None)(_lower)
+    register_lowering(small_matmul, type_promotion_kind=None)(_lower)
 
 
 def _lower(a: Any, b: Any) -> Any:
@@ -215,6 +215,8 @@ def _realized(x: Any) -> Any:
     from torch._inductor import ir
 
     x = ir.ExternKernel.realize_input(x)
+    if isinstance(x, ir.ReinterpretView) and x.data.get_dtype() != x.get_dtype():  # the kernel gets a pointer to the other dtype
+        x = ir.ExternKernel.copy_input(x)
     ir.as_storage_and_layout(x, freeze=True)
     return x
 

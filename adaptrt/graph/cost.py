@@ -33,7 +33,7 @@ def flops_of(nodes: Iterable[fx.Node]) -> int:
 
     total = 0
     for node in nodes:
-        if node.target == small_matmul():
+        if node.target == small_matmul:
             total += 2 * _value(node).numel() * _value(node.all_input_nodes[0]).shape[-1]
             continue
         formula = flop_registry.get(getattr(node.target, "overloadpacket", None))

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._prims_common import suggest_memory_format
 
 aten = torch.ops.aten
 
@@ -33,6 +34,7 @@ def _convolution(
     del output_padding
     if x.device.type != "cpu" or x.dtype not in _DTYPES or x.dim() != 4 or transposed or groups != 1:
         return NotImplemented
+    stride, padding, dilation = (list(numbers) * (3 - len(numbers)) for numbers in (stride, padding, dilation))  # one number is for both
     images, (outputs, _, *window) = x.shape[0], weight.shape
     height, width = (
         (length + 2 * pad - spread * (size - 1) - 1) // step + 1
@@ -44,7 +46,11 @@ def _convolution(
     found = windows.reshape(images * height * width, -1) @ weight.reshape(outputs, -1).T
     if bias is not None:
         found = found + bias
-    return found.reshape(images, height, width, outputs).permute(0, 3, 1, 2)
+    found = found.reshape(images, height, width, outputs).permute(0, 3, 1, 2)
+    if torch.channels_last in (suggest_memory_format(x), suggest_memory_format(weight)):
+        return found
+    # In the layout that the convolution gives: in another, eager code that follows draws other random numbers.
+    return found.clone(memory_format=torch.contiguous_format)
 
 
 RULES: dict[Any, Callable[..., Any]] = {aten.convolution.default: _convolution}

@@ -21,8 +21,7 @@ from adaptrt.graph.passes.relax_views import relax_views
 from adaptrt.tree import Spec, flatten, tuple_of
 
 MIN_FLOPS = 1_000_000
-"""Of the products and convolutions that are the same. Less takes about as long as the call of another program; so do small products, which
-count as nothing once a backend has made loops of them."""
+"""Of the products and convolutions that are the same. Less takes about as long as the call of another program."""
 
 
 def hoist(graph: Graph, same: Collection[int]) -> tuple[Graph, Graph] | None:

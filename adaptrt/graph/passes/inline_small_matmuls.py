@@ -7,7 +7,6 @@ fused with others; products of matrices an operation of its own, for which the b
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -20,10 +19,23 @@ MAX_EACH = 1 << 18
 """Multiplications of one product up to which the backend's code is as fast as the library, by benchmarks/small_matmuls.py."""
 
 MAX_SECOND_FACTOR = 1 << 14
-"""Elements of the second factor, which that code may copy to the stack."""
+"""Elements of the second factor, which that code may copy to the stack; a row takes up a register of 16 at least."""
 
 MAX_TOTAL_IN_LOOPS, MAX_EACH_IN_LOOPS = 1 << 15, 1 << 12
 """Multiplications with a vector up to which loops are faster than the library: of all products of an operation, or of each of them."""
+
+
+def _shape(a: Tensor, b: Tensor) -> Tensor:
+    return a.new_empty(*a.shape[:-1], b.shape[-1])
+
+
+_LIBRARY: Any = torch.library.Library("adaptrt", "FRAGMENT")
+_LIBRARY.define("small_matmul(Tensor a, Tensor b) -> Tensor")
+_LIBRARY.impl("small_matmul", torch.matmul, "CPU")
+_LIBRARY.impl("small_matmul", _shape, "Meta")
+
+small_matmul: Any = torch.ops.adaptrt.small_matmul.default
+"""The operation a [M, K], b [K, N] -> [M, N], or T of them at once."""
 
 _DTYPES = (torch.float32, torch.float64)
 """In half precision a product would be rounded before it is summed."""
@@ -36,7 +48,7 @@ def _product(a: Tensor, b: Tensor) -> Any:
     m, k, n = a.shape[-2], a.shape[-1], b.shape[-1]
     each, total = m * k * n, a.numel() * n
     if min(m, k, n) > 1:
-        return small_matmul()(a, b) if each <= MAX_EACH and k * n <= MAX_SECOND_FACTOR else NotImplemented
+        return small_matmul(a, b) if each <= MAX_EACH and k * max(n, 16) <= MAX_SECOND_FACTOR else NotImplemented
     if total <= MAX_TOTAL_IN_LOOPS or each <= MAX_EACH_IN_LOOPS:
         return (a.unsqueeze(-1) * b.unsqueeze(-3)).sum(-2)
     return NotImplemented
@@ -60,19 +72,3 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.baddbmm.default: _addmm,
 }
 """For each operation what it becomes; NotImplemented where the product is not small. A backend applies them with its own."""
-
-
-@functools.cache
-def small_matmul() -> Any:
-    """The operation a [M, K], b [K, N] -> [M, N], or T of them at once."""
-    _LIBRARY.define("small_matmul(Tensor a, Tensor b) -> Tensor")
-    _LIBRARY.impl("small_matmul", torch.matmul, "CPU")
-    _LIBRARY.impl("small_matmul", _shape, "Meta")
-    return torch.ops.adaptrt.small_matmul.default
-
-
-def _shape(a: Tensor, b: Tensor) -> Tensor:
-    return a.new_empty(*a.shape[:-1], b.shape[-1])
-
-
-_LIBRARY: Any = torch.library.Library("adaptrt", "FRAGMENT")
