@@ -35,7 +35,7 @@ if __name__ == "__main__":  # run as a script
 from adaptrt import Adjoint, Replay, Stash
 from benchmarks.adjoint_scaling import RESULTS, peak_of
 from benchmarks.suite.contest import TOLERANCE, TOLERANCE_IN_FLOAT64, error
-from benchmarks.suite.contestants import Call, higher_original, loop, ours
+from benchmarks.suite.contestants import ENTRANTS, Call, higher_original, loop, ours
 from benchmarks.suite.workloads import WORKLOADS
 
 COMMAND = "python benchmarks/time_and_memory.py"
@@ -68,7 +68,10 @@ def gate(workload: str, line: str) -> float:
     """
     asked = WORKLOADS[workload]._replace(k=GATE_K)
     exact = loop(asked, torch.float64)["meta"]()
-    found, eager = error(meta_gradient(workload, line, GATE_K)(), exact), error(loop(asked)["meta"](), exact)
+    eager = error(loop(asked)["meta"](), exact)
+    if LINES[line] is None:
+        exact = ENTRANTS["higher"].oracle(asked)["meta"]()  # its Adam is another
+    found = error(meta_gradient(workload, line, GATE_K)(), exact)
     if not found <= max(TOLERANCE, TIMES_EAGER * eager):
         # As in the suite: where rounding has turned some ReLU, the same must be computed in float64.
         in_float64 = error(meta_gradient(workload, line, GATE_K, torch.float64)(), exact)
