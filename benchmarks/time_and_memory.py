@@ -156,14 +156,15 @@ def figure(rows: Sequence[dict[str, Any]], path: Path) -> None:
     workloads = list(dict.fromkeys(row["workload"] for row in rows))
     canvas, axes = plt.subplots(1, len(workloads), figsize=(6 * len(workloads), 4.5), squeeze=False)
     for axis, workload in zip(axes[0], workloads, strict=True):
-        for line in LINES:
+        for number, line in enumerate(LINES):
             own = [row for row in rows if row["workload"] == workload and row["line"] == line and "time_s" in row]
             if not own:
                 continue
-            (drawn,) = axis.plot([row["peak_bytes"] / 1e6 for row in own], [row["time_s"] for row in own], marker="o", label=line)
+            color = f"C{number}"  # the same in every panel
+            axis.plot([row["peak_bytes"] / 1e6 for row in own], [row["time_s"] for row in own], marker="o", label=line, color=color)
             last = own[-1]
             place = (last["peak_bytes"] / 1e6, last["time_s"])
-            axis.annotate(f"k={last['k']}", place, xytext=(4, 4), textcoords="offset points", color=drawn.get_color(), fontsize=8)
+            axis.annotate(f"k={last['k']}", place, xytext=(4, 4), textcoords="offset points", color=color, fontsize=8)
         axis.set(xscale="log", yscale="log", xlabel="peak memory, MB", ylabel="time of a meta-gradient, s", title=WORKLOADS[workload].title)
         axis.grid(alpha=0.3)
         axis.legend()
