@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,9 +22,10 @@ from adaptrt.backend import Inductor
 from adaptrt.backend.base import Runner
 from adaptrt.graph.capture import capture
 from adaptrt.graph.passes import inline_small_matmuls as limit
+from benchmarks.suite.contest import by_turns
 
 LENGTH = 4
-CALLS = 300
+CALLS = 280
 SIZES = [
     (10, 16),
     (10, 32),
@@ -65,13 +65,9 @@ def medians_s(fn: Callable[..., Tensor], tasks: int | None, m: int, k: int) -> l
     finally:
         limit.MAX_EACH = before
     torch.testing.assert_close(runs[0](list(values))[0], runs[1](list(values))[0], rtol=1e-4, atol=1e-4)
-    times: list[list[float]] = [[], []]
-    for _ in range(CALLS):
-        for run, into in zip(runs, times, strict=True):
-            started = time.perf_counter()
-            run(list(values))
-            into.append(time.perf_counter() - started)
-    return [statistics.median(column[20:]) for column in times]
+    library, ours = runs
+    times = by_turns({"library": lambda: library(list(values)), "ours": lambda: ours(list(values))}, CALLS, 20)
+    return [statistics.median(column) for column in times.values()]
 
 
 def main() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -18,6 +17,7 @@ from adaptrt.graph.capture import capture
 from adaptrt.graph.cost import num_flops
 from adaptrt.graph.passes import convolutions_as_products
 from adaptrt.graph.passes.base import apply
+from benchmarks.suite.contest import by_turns
 
 aten = torch.ops.aten
 
@@ -95,14 +95,8 @@ def targets(graph: Any) -> list[Any]:
 def test_products_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = torch.randn(25, 512, 2, 2), torch.randn(512, 512, 3, 3)
     graph = capture(lambda x, w: F.conv2d(x, w, padding=1), x, w)
-    runs = [Inductor().compile(graph)]
+    product = Inductor().compile(graph)
     monkeypatch.setattr(convolutions_as_products, "RULES", {})
-    runs.append(Inductor().compile(graph))
-    seconds: list[list[float]] = [[], []]
-    for _ in range(20):
-        for run, into in zip(runs, seconds, strict=True):
-            began = time.perf_counter()
-            run([x, w])
-            into.append(time.perf_counter() - began)
-    product, convolution = map(statistics.median, seconds)
-    assert 1.5 * product < convolution
+    convolution = Inductor().compile(graph)
+    seconds = by_turns({"product": lambda: product([x, w]), "convolution": lambda: convolution([x, w])}, 20, 0)
+    assert 1.5 * statistics.median(seconds["product"]) < statistics.median(seconds["convolution"])

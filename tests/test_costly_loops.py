@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from adaptrt.backend import Inductor, costly_loops
 from adaptrt.graph.capture import capture
+from benchmarks.suite.contest import by_turns
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 ROWS, COLUMNS = 16, 256
@@ -67,18 +67,13 @@ def test_only_costly_loops(fn: Callable[[Tensor], Tensor], is_vectorised: bool, 
 @pytest.mark.slow
 def test_costly_loops_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = (value.float() for value in arguments())
-    calls: dict[bool, Callable[[], Any]] = {}
+    calls: dict[str, Callable[[], Any]] = {}
     from torch._inductor.utils import fresh_cache
 
-    for vectorised in (True, False):
+    for name in ("vectorised", "scalar"):
         with fresh_cache(), monkeypatch.context() as patch:
-            if not vectorised:
+            if name == "scalar":
                 patch.setattr(costly_loops, "COSTLY", frozenset())
-            calls[vectorised] = compiled(lambda a, b: low_rank(a, b).tanh(), a, b)
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    for _ in range(50):
-        for vectorised, call in calls.items():
-            began = time.perf_counter()
-            call()
-            seconds[vectorised].append(time.perf_counter() - began)
-    assert 2 * min(seconds[True]) < min(seconds[False])
+            calls[name] = compiled(lambda a, b: low_rank(a, b).tanh(), a, b)
+    seconds = by_turns(calls, 50, 0)
+    assert 2 * min(seconds["vectorised"]) < min(seconds["scalar"])

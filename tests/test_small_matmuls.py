@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor
 
 from adaptrt.backend import Inductor, inductor, small_matmuls
 from adaptrt.graph.capture import capture
+from benchmarks.suite.contest import by_turns
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 
@@ -122,16 +122,11 @@ def test_function_is_faster_than_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     if not has_vectors():
         pytest.skip("the processor has no vectors")
     args = torch.randn(10, 40), torch.randn(40, 40), torch.randn(40, 40)
-    calls: dict[bool, Callable[[], Any]] = {}
-    for ours in (True, False):
+    calls: dict[str, Callable[[], Any]] = {}
+    for name in ("function", "loops"):
         with fresh_cache(), monkeypatch.context() as patch:
-            if not ours:
+            if name == "loops":
                 patch.setattr(small_matmuls, "_product_of", lambda node: None)
-            calls[ours] = compiled(lambda x, v, w: (x @ v.T).relu() @ w.T, *args)
-    seconds: dict[bool, list[float]] = {True: [], False: []}
-    for _ in range(500):
-        for ours, call in calls.items():
-            began = time.perf_counter()
-            call()
-            seconds[ours].append(time.perf_counter() - began)
-    assert 1.5 * min(seconds[True]) < min(seconds[False])
+            calls[name] = compiled(lambda x, v, w: (x @ v.T).relu() @ w.T, *args)
+    seconds = by_turns(calls, 500, 0)
+    assert 1.5 * min(seconds["function"]) < min(seconds["loops"])

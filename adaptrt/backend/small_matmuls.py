@@ -119,11 +119,15 @@ def small_matmuls_in_place_of_loops() -> Generator[None]:
     if not all(hasattr(group, name) for name in ("finalize_kernel", "codegen_group")):
         yield
         return
+    others: list[tuple[Any, str, Callable[..., Any]]] = [
+        (scheduling, "can_fuse_horizontal", _only_others),
+        (scheduling, "can_fuse_vertical", _only_others),
+        (group, "finalize_kernel", _finalize),
+        (group, "codegen_group", _codegen),
+    ]
     with contextlib.ExitStack() as stack:
-        for name in ("can_fuse_horizontal", "can_fuse_vertical"):
-            stack.enter_context(exchanged(scheduling, name, functools.partial(_only_others, getattr(scheduling, name))))
-        stack.enter_context(exchanged(group, "finalize_kernel", functools.partial(_finalize, group.finalize_kernel)))
-        stack.enter_context(exchanged(group, "codegen_group", functools.partial(_codegen, group.codegen_group)))
+        for owner, name, other in others:
+            stack.enter_context(exchanged(owner, name, functools.partial(other, getattr(owner, name))))
         yield
 
 
