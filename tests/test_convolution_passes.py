@@ -13,16 +13,12 @@ from torch import Tensor, nn
 
 from adaptrt.backend import Inductor
 from adaptrt.graph.capture import capture
-from adaptrt.graph.ir import Graph
 from adaptrt.graph.passes.convolution_gradients import convolution_gradients
 from adaptrt.graph.passes.one_channel_last import one_channel_last
 from adaptrt.graph.passes.pool_as_maxima import PoolAsMaxima
+from tests.graphs import targets
 
 aten = torch.ops.aten
-
-
-def targets(graph: Graph) -> list[Any]:
-    return [node.target for node in graph.module.graph.nodes if node.op == "call_function"]
 
 
 # --- pooling

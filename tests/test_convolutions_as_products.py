@@ -18,6 +18,7 @@ from adaptrt.graph.cost import num_flops
 from adaptrt.graph.passes import convolutions_as_products
 from adaptrt.graph.passes.base import apply
 from benchmarks.suite.contest import by_turns
+from tests.graphs import targets
 
 aten = torch.ops.aten
 
@@ -85,10 +86,6 @@ def test_gradients_of_gradients() -> None:
     assert targets(apply(LOWERING, graph)).count(aten.convolution.default) < targets(graph).count(aten.convolution.default)
     (found,) = Inductor().compile(graph)([x, w])
     torch.testing.assert_close(found, fn(x.requires_grad_(), w.requires_grad_()), rtol=1e-12, atol=1e-12)
-
-
-def targets(graph: Any) -> list[Any]:
-    return [node.target for node in graph.module.graph.nodes]
 
 
 @pytest.mark.slow

@@ -13,9 +13,10 @@ from adaptrt import Adjoint, CompiledUnroll, CudaGraph, Eager, FirstOrder, Repla
 from adaptrt.adjoint.base import Wrt, pull_back
 from adaptrt.graph.capture import capture
 from adaptrt.graph.cost import num_bytes_to_keep, num_flops
-from adaptrt.graph.ir import Graph, Role
+from adaptrt.graph.ir import Role
 from adaptrt.graph.passes import hoist as module
 from adaptrt.graph.passes.hoist import MIN_FLOPS, hoist
+from tests.graphs import targets
 from tests.recorders import TapeRecorder
 from tests.tolerances import assert_near
 
@@ -32,10 +33,6 @@ def body(carry: Tensor, fixed: Tensor, batch: Tensor) -> Tensor:
 def values() -> list[Tensor]:
     generator = Generator().manual_seed(0)
     return [torch.randn(shape, dtype=torch.float64, generator=generator) for shape in ((80, 1), (90, 80), (100, 90))]
-
-
-def targets(graph: Graph) -> list[Any]:
-    return [node.target for node in graph.module.graph.nodes if node.op == "call_function"]
 
 
 def test_the_halves_are_the_whole() -> None:

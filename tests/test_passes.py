@@ -39,6 +39,7 @@ from adaptrt.graph.passes.standard import STANDARD
 from adaptrt.graph.verify import verify
 from adaptrt.tree import Spec
 from benchmarks.small_matmuls import chain, medians_s
+from tests.graphs import targets
 
 aten = torch.ops.aten
 Function = Callable[..., Any]
@@ -151,10 +152,6 @@ def raw(fn: Function, *examples: Tensor) -> Graph:
 
 def output_nodes(module: fx.GraphModule) -> list[fx.Node]:
     return list(list(module.graph.nodes)[-1].args[0])
-
-
-def targets(graph: Graph) -> list[Any]:
-    return [node.target for node in graph.module.graph.nodes if node.op == "call_function"]
 
 
 def assert_equal(found: Any, expected: Any) -> None:
