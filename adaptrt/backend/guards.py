@@ -15,10 +15,27 @@ MAX_KNOWN = 4
 def alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """A function of as many tensors: whether each has the class, dtype, device, layout, sizes, strides and `requires_grad` of its example.
 
-    It depends on inference mode as well: what it accepts in one mode it refuses in the other.
+    Tensors that are one object must be one object again. It depends on inference mode as well: what it accepts in one mode it refuses in the
+    other.
     """
     if any(tensor.layout is not torch.strided for tensor in tensors):
         return lambda *others: False
+    first = {id(tensor): place for place, tensor in reversed([*enumerate(tensors)])}
+    places = [first[id(tensor)] for tensor in tensors]  # of each tensor where the same object is for the first time
+    distinct = sorted(first.values())
+    check = _check_of([tensors[place] for place in distinct])
+    if len(distinct) == len(tensors):
+        return check
+    again = [(place, of) for place, of in enumerate(places) if place != of]
+
+    def both(*others: Tensor) -> bool:
+        return check(*[others[place] for place in distinct]) and all(others[place] is others[of] for place, of in again)
+
+    return both
+
+
+def _check_of(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """As `alike`, of tensors that are different objects, as it wants them."""
     sizes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
     return torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check  # type: ignore[attr-defined]
 

@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import importlib
+import itertools
 import shutil
 import sysconfig
 import warnings
@@ -34,8 +35,9 @@ from adaptrt.backend.recorded import record
 from adaptrt.backend.small_matmuls import small_matmuls_in_place_of_loops
 from adaptrt.errors import CompilerUnavailable
 from adaptrt.graph.ir import Graph, autocast_off
-from adaptrt.graph.passes import convolutions_as_products, inline_small_matmuls
+from adaptrt.graph.passes import channel_sums, convolutions_as_products, inline_small_matmuls
 from adaptrt.graph.passes.base import Pass, apply, copy_module
+from adaptrt.graph.passes.compute_once import compute_once, computed_once
 from adaptrt.graph.passes.functionalise import functionalise
 from adaptrt.graph.passes.inline_small_matmuls import small_matmul
 from adaptrt.graph.passes.merge_duplicates import merge_duplicates
@@ -55,7 +57,7 @@ def _decompose(graph: Graph) -> Graph:
 
     importlib.import_module("torch._inductor.lowering")  # a rule uses it without importing it
     table: dict[Any, Callable[..., Any]] = {op: rule for op, rule in select_decomp_table().items() if op != _KEPT}
-    for op, rule in (*inline_small_matmuls.RULES.items(), *convolutions_as_products.RULES.items()):
+    for op, rule in itertools.chain(*(part.RULES.items() for part in (inline_small_matmuls, convolutions_as_products, channel_sums))):
         table[op] = _first_of(rule, table.get(op))
     return retrace(graph, lambda fn: fn, table)
 
@@ -81,7 +83,7 @@ def _keep_strides(module: torch.fx.GraphModule, num_results: int) -> torch.fx.Gr
     return module
 
 
-_CACHE_TAG = "adaptrt 5"
+_CACHE_TAG = "adaptrt 6"
 """Part of the key under which Inductor keeps a compiled graph on disk. The key knows the graph and Inductor's settings, not what this file
 changes in Inductor: a change of that needs a new tag."""
 
@@ -92,7 +94,7 @@ LOWERING = (
     remove_identities,
     merge_duplicates,
 )
-PASSES = (*LOWERING, one_channel_last, products_by_onednn, own_outputs)
+PASSES = (*LOWERING, one_channel_last, products_by_onednn, compute_once, own_outputs)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -152,12 +154,15 @@ def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any,
     with COMPILING, warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         from torch._inductor import config
+        from torch._inductor.codegen.wrapper import PythonWrapperCodegen
         from torch._inductor.compile_fx import compile_fx_inner
         from torch._inductor.cpu_vec_isa import pick_vec_isa
-        from torch._inductor.lowering import lowerings, make_fallback
+        from torch._inductor.lowering import lowerings, make_fallback, register_lowering
 
         if _KEPT not in lowerings:
             make_fallback(_KEPT, warn=False, override_decomp=True)
+        if computed_once not in lowerings:
+            register_lowering(computed_once, type_promotion_kind=None)(_in_memory)
 
         cache_config: Any = torch.compiler.config
         graph = apply(PASSES, graph)
@@ -170,6 +175,7 @@ def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any,
                 stack.enter_context(context)
             for context in (few_libraries(waits), quick_strides(), costly_loops_vectorised(), small_matmuls_in_place_of_loops()):
                 stack.enter_context(context)
+            stack.enter_context(exchanged(PythonWrapperCodegen, "codegen_input_size_asserts", _nothing))  # `Program` looks at inputs
             stack.enter_context(config.patch(_WORKAROUNDS | _threads(graph)))
 
             def compile_once() -> Any:
@@ -179,6 +185,16 @@ def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any,
 
             compiled = _trusting_the_processor(compile_once)
     return compiled, graph
+
+
+def _nothing(*args: Any) -> None:
+    del args
+
+
+def _in_memory(x: Any) -> Any:
+    """Of an expression, as Inductor has it: the buffer in which it is computed."""
+    x.realize()
+    return x
 
 
 def _runner(compiled: Any, graph: Graph) -> Runner:

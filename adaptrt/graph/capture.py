@@ -37,6 +37,7 @@ from adaptrt.graph.collector import collector_rests
 from adaptrt.graph.ir import Graph, Input, Output, PassRecord, Role, Signature, autocast_off
 from adaptrt.graph.passes.base import apply
 from adaptrt.graph.passes.lift_noise import forbid_noise
+from adaptrt.graph.passes.gelu_by_sigmoid import GeluBySigmoid
 from adaptrt.graph.passes.operations import name_of
 from adaptrt.graph.passes.pool_as_maxima import PoolAsMaxima
 from adaptrt.graph.passes.retrace import fake_tensors
@@ -66,7 +67,8 @@ def capture(
       roles: for each argument a role, or a tree of roles with a role at each leaf. DATA if left out.
       names: for each argument the name its inputs' names start with. `arg0`, `arg1`, ... if left out.
       fused_attention: keep fused attention kernels. They have no second derivative; otherwise attention is traced as matmul and softmax.
-      for_fusion: write what a compiler could not fuse with what surrounds it in terms of pointwise operations (`pool_as_maxima`).
+      for_fusion: write what a compiler could not fuse with what surrounds it in terms of pointwise operations, and few of them
+        (`pool_as_maxima`, `gelu_by_sigmoid`).
     Raises:
       UnsupportedRandomness: a random operation outside `lift_noise`, or one that cannot be lifted.
       InvalidGraph: a defect of a pass.
@@ -75,10 +77,12 @@ def capture(
     result: list[tree.Structure] = []
     output_names: list[str] = []
 
-    pools = PoolAsMaxima()
+    pools, gelus = PoolAsMaxima(), GeluBySigmoid()
 
     def flat(*inputs: Tensor) -> list[Tensor]:
-        with _EagerRules(), forbid_noise(), _deterministic(), pools if for_fusion else contextlib.nullcontext():
+        with contextlib.ExitStack() as stack:
+            for context in (_EagerRules(), forbid_noise(), _deterministic(), *((pools, gelus) if for_fusion else ())):
+                stack.enter_context(context)
             returned = fn(*tree.unflatten(arguments, inputs))
         outputs, structure = tree.flatten(returned)
         result.append(structure)
@@ -98,9 +102,9 @@ def capture(
     inputs += [Input(f"const.{index}", Role.CONST, Spec.of(value)) for index, value in enumerate(constants)]
     outputs = [Output(name, Spec.of(node.meta["val"])) for name, node in zip(output_names, _outputs(module), strict=True)]
     graph = Graph(module, Signature(tuple(inputs), tuple(outputs)), constants, arguments, result[0])
-    if pools.num_written:
-        written = f"pool_as_maxima of {pools.num_written} pools"
-        graph = dataclasses.replace(graph, history=(PassRecord(written, graph.num_nodes, graph.num_nodes),))
+    written = [(pools.num_written, "pool_as_maxima of {} pools"), (gelus.num_written, "gelu_by_sigmoid of {} functions")]
+    history = [PassRecord(text.format(count), graph.num_nodes, graph.num_nodes) for count, text in written if count]
+    graph = dataclasses.replace(graph, history=tuple(history))
     return apply(STANDARD, graph)
 
 

@@ -63,3 +63,8 @@ def memory_of(node: fx.Node) -> fx.Node:
 def name_of(target: Any) -> str:
     """The operation's name without namespace and overload, for messages."""
     return str(target).removeprefix("aten.").split(".")[0]
+
+
+def is_pointwise(target: Any) -> bool:
+    """Whether each element of the operation's result is a function of those of its arguments at the same place."""
+    return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags

@@ -1,0 +1,81 @@
+"""Marks what has to be computed once, before a loop over a larger tensor, and not again for each of its elements.
+
+A compiler that fuses makes one expression of all pointwise operations. Bias corrections of Adam, two powers in double precision, would be
+computed for every few parameters; what normalisation derives from its statistics, with divisions and roots, for every few activations.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+
+from adaptrt.graph.ir import Graph
+from adaptrt.graph.passes.base import Pass, add_call, copy_module
+from adaptrt.graph.passes.operations import is_pointwise, is_view, name_of
+
+MIN_RATIO = 8
+"""How many times as many elements the loop must have as what is computed before it."""
+
+MIN_COST = 1 << 18
+"""What is saved at least, in additions. Another loop, with threads that wait for each other, costs about as much."""
+
+_COSTS = dict.fromkeys(("div", "reciprocal", "sqrt", "rsqrt", "remainder", "fmod"), 10) | dict.fromkeys(
+    ("exp", "expm1", "log", "log1p", "pow", "tanh", "sigmoid", "erf", "sin", "cos"), 20
+)
+"""In additions, roughly; of all others one."""
+
+_LIBRARY: Any = torch.library.Library("adaptrt", "FRAGMENT")
+_LIBRARY.define("computed_once(Tensor x) -> Tensor")
+_LIBRARY.impl("computed_once", torch.clone, "CPU")
+_LIBRARY.impl("computed_once", torch.clone, "Meta")
+
+computed_once: Any = torch.ops.adaptrt.computed_once.default
+"""The operation x -> x, whose result lies in memory."""
+
+
+def _run(graph: Graph) -> Graph:
+    module = copy_module(graph)
+    nodes = [node for node in module.graph.nodes if is_pointwise(node.target) and isinstance(node.meta.get("val"), Tensor)]
+    loops: dict[fx.Node, set[fx.Node]] = {}  # for each operation the larger ones that it is part of
+    for node in nodes:
+        for part in _parts(node):
+            if part.meta["val"].numel() * MIN_RATIO <= node.meta["val"].numel():
+                loops.setdefault(part, set()).add(node)
+    for node in nodes:
+        total = sum(loop.meta["val"].numel() for loop in loops.get(node, ()))
+        if total == 0 or _cost(node) * total < MIN_COST or node.meta["val"].device.type != "cpu":
+            continue
+        users = list(node.users)
+        with module.graph.inserting_after(node):
+            once = add_call(module, computed_once, node)
+        for user in users:
+            user.replace_input_with(node, once)
+    module.recompile()
+    return dataclasses.replace(graph, module=module)
+
+
+def _parts(node: fx.Node) -> Iterator[fx.Node]:
+    """The pointwise operations whose results the operation reads, directly or through views."""
+    for argument in node.all_input_nodes:
+        while is_view(argument.target) and isinstance(argument.args[0], fx.Node):
+            argument = argument.args[0]
+        if is_pointwise(argument.target):
+            yield argument
+
+
+def _cost(node: fx.Node) -> int:
+    """Of one element, with all that is computed for it."""
+    seen: dict[fx.Node, None] = {node: None}
+    for found in (waiting := [node]):
+        for part in _parts(found):
+            if part not in seen:
+                seen[part] = None
+                waiting.append(part)
+    return sum(_COSTS.get(name_of(found.target), 1) for found in seen)
+
+
+compute_once = Pass("compute_once", _run)

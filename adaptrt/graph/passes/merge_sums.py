@@ -1,0 +1,50 @@
+"""Adds up over several axes at once what was added up over one axis after the other.
+
+So the second derivative of batch normalisation comes from autograd: over the images, then over rows, then over columns. Compiled, the first
+sum reads memory across the images and writes a whole image of partial sums, for each of four sums a layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+from torch import fx
+
+from adaptrt.graph.ir import Graph
+from adaptrt.graph.passes.base import Pass, copy_module
+
+_SUM = torch.ops.aten.sum.dim_IntList
+
+
+def _run(graph: Graph) -> Graph:
+    module = copy_module(graph)
+    for node in module.graph.find_nodes(op="call_function", target=_SUM):
+        before: Any = node.args[0]
+        axes, keeps = _axes(node)
+        # Where others need the partial sums, they are there anyway.
+        while before.target is _SUM and len(before.users) == 1 and not node.kwargs and not before.kwargs:
+            earlier, kept = _axes(before)
+            if kept != keeps:
+                break
+            if not kept:  # the axes are counted without the earlier ones
+                left = [axis for axis in range(before.args[0].meta["val"].dim()) if axis not in earlier]
+                axes = [left[axis] for axis in axes]
+            axes, before = sorted({*axes, *earlier}), before.args[0]
+        if before is not node.args[0]:
+            node.args = (before, axes, keeps)
+    module.graph.eliminate_dead_code()
+    module.recompile()
+    return dataclasses.replace(graph, module=module)
+
+
+def _axes(node: fx.Node) -> tuple[list[int], bool]:
+    """Over which axes a sum is, counted from the first, and whether it keeps them."""
+    args: Any = node.args
+    dim = args[0].meta["val"].dim()
+    keeps = bool(args[2]) if len(args) > 2 else bool(node.kwargs.get("keepdim", False))
+    return [axis % dim for axis in args[1]] if args[1] else list(range(dim)), keeps
+
+
+merge_sums = Pass("merge_sums", _run)
