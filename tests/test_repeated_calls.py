@@ -225,6 +225,14 @@ def test_alike_sees_every_difference() -> None:
         assert not check(x, y)
 
 
+def test_alike_knows_one_tensor_given_twice() -> None:
+    x, y, other = torch.randn(3), torch.randn(3), torch.randn(3)
+    twice = alike([x, y, x, y, x])
+    assert twice(y, x, y, x, y)
+    assert not twice(x, y, other, y, x) and not twice(x, x, x, x, x) and not twice(x, y, x, y, x.double())
+    assert not alike([x, y])(x, x)
+
+
 def test_known_is_bounded() -> None:
     known = Known()
     sorts = [[torch.zeros(size)] for size in range(1, MAX_KNOWN + 3)]

@@ -15,8 +15,8 @@ MAX_KNOWN = 4
 def alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """A function of as many tensors: whether each has the class, dtype, device, layout, sizes, strides and `requires_grad` of its example.
 
-    Tensors that are one object must be one object again. It depends on inference mode as well: what it accepts in one mode it refuses in the
-    other.
+    Tensors that are one object must be one object again. It depends on inference mode as well: what it accepts in one mode it refuses in
+    the other.
     """
     if any(tensor.layout is not torch.strided for tensor in tensors):
         return lambda *others: False

@@ -36,8 +36,8 @@ from adaptrt.graph import mixed_norms
 from adaptrt.graph.collector import collector_rests
 from adaptrt.graph.ir import Graph, Input, Output, PassRecord, Role, Signature, autocast_off
 from adaptrt.graph.passes.base import apply
-from adaptrt.graph.passes.lift_noise import forbid_noise
 from adaptrt.graph.passes.gelu_by_sigmoid import GeluBySigmoid
+from adaptrt.graph.passes.lift_noise import forbid_noise
 from adaptrt.graph.passes.operations import name_of
 from adaptrt.graph.passes.pool_as_maxima import PoolAsMaxima
 from adaptrt.graph.passes.retrace import fake_tensors

@@ -23,9 +23,10 @@ MIN_RATIO = 8
 MIN_COST = 1 << 18
 """What is saved at least, in additions. Another loop, with threads that wait for each other, costs about as much."""
 
-_COSTS = dict.fromkeys(("div", "reciprocal", "sqrt", "rsqrt", "remainder", "fmod"), 10) | dict.fromkeys(
-    ("exp", "expm1", "log", "log1p", "pow", "tanh", "sigmoid", "erf", "sin", "cos"), 20
-)
+_COSTS: dict[str, int] = {
+    **dict.fromkeys(("div", "reciprocal", "sqrt", "rsqrt", "remainder", "fmod"), 10),
+    **dict.fromkeys(("exp", "expm1", "log", "log1p", "pow", "tanh", "sigmoid", "erf", "sin", "cos"), 20),
+}
 """In additions, roughly; of all others one."""
 
 _LIBRARY: Any = torch.library.Library("adaptrt", "FRAGMENT")
@@ -75,7 +76,13 @@ def _cost(node: fx.Node) -> int:
             if part not in seen:
                 seen[part] = None
                 waiting.append(part)
-    return sum(_COSTS.get(name_of(found.target), 1) for found in seen)
+    return sum(_cost_of_operation(found) for found in seen)
+
+
+def _cost_of_operation(node: fx.Node) -> int:
+    if node.target is torch.ops.aten.pow.Tensor_Scalar and float(node.args[1]).is_integer():  # type: ignore[arg-type]
+        return 1  # multiplications
+    return _COSTS.get(name_of(node.target), 1)
 
 
 compute_once = Pass("compute_once", _run)

@@ -44,8 +44,12 @@ class GeluBySigmoid(TorchFunctionMode):
             x: Tensor = args[0] if args else kwargs["input"]
             if x.dtype in _DTYPES and _peek_transform() is None:  # none of a `torch.func` transform in the model
                 self.num_written += 1
-                return _Gelu.apply(x)
+                return _gelu(x)
         return func(*args, **kwargs)
+
+
+def _gelu(x: Tensor) -> Tensor:
+    return _Gelu.apply(x)  # type: ignore[return-value]
 
 
 class _Gelu(Function):
@@ -56,7 +60,11 @@ class _Gelu(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        return gradient * _Slope.apply(*ctx.saved_tensors)
+        return gradient * _slope(*ctx.saved_tensors)
+
+
+def _slope(x: Tensor) -> Tensor:
+    return _Slope.apply(x)  # type: ignore[return-value]
 
 
 class _Slope(Function):

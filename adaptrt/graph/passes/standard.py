@@ -11,4 +11,12 @@ from adaptrt.graph.passes.own_outputs import own_outputs
 from adaptrt.graph.passes.relax_views import relax_views
 from adaptrt.graph.passes.remove_identities import remove_identities
 
-STANDARD: tuple[Pass, ...] = (functionalise, relax_views, remove_identities, convolution_gradients, merge_duplicates, merge_sums, own_outputs)
+STANDARD: tuple[Pass, ...] = (
+    functionalise,
+    relax_views,
+    remove_identities,
+    convolution_gradients,
+    merge_duplicates,
+    merge_sums,
+    own_outputs,
+)

@@ -1,0 +1,122 @@
+"""Sums one axis after the other become one sum; sums over all but the channels are taken image by image. The same numbers, and faster."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adaptrt.backend import Inductor
+from adaptrt.graph.capture import capture
+from adaptrt.graph.passes import channel_sums
+from benchmarks.suite.contest import by_turns
+from tests.graphs import targets
+
+aten = torch.ops.aten
+SUM = aten.sum.dim_IntList
+
+
+# --- one sum
+
+MERGED: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+    "kept axes": (lambda x: x.sum(0, True).sum(3, True).sum(-2, True), 1),
+    "dropped axes": (lambda x: x.sum(0).sum(2).sum(1), 1),
+    "several at once": (lambda x: x.sum((0, -1)).sum(-1), 1),
+    "all that is left": (lambda x: x.sum((1, 2)).sum(()), 1),
+    "kept, then dropped": (lambda x: x.sum(0, True).sum(3), 2),
+    "dropped, then kept": (lambda x: x.sum(0).sum(2, True), 2),
+    "in another dtype": (lambda x: x.sum(0).sum(0, dtype=torch.float32), 2),
+    "used otherwise": (lambda x: (lambda y: y.sum(0) * y)(x.sum(0)), 2),
+    "an axis twice": (lambda x: x.sum(0, True).sum(0, True), 1),
+}
+
+
+@pytest.mark.parametrize("fn, count", MERGED.values(), ids=MERGED)
+def test_sums_are_merged(fn: Callable[[Tensor], Tensor], count: int) -> None:
+    x = torch.randn(3, 4, 5, 6, dtype=torch.float64)
+    graph = capture(fn, x)
+    assert targets(graph).count(SUM) == count
+    torch.testing.assert_close(graph.run(x), fn(x), rtol=1e-13, atol=1e-13)
+
+
+def test_the_second_derivative_of_batch_normalisation_has_no_partial_sums() -> None:
+    def fn(x: Tensor, y: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        (gradient,) = torch.autograd.grad(F.batch_norm(x, None, None, training=True).sin().sum(), x, create_graph=True)
+        return torch.autograd.grad(gradient, x, y)[0]
+
+    x, y = torch.randn(3, 4, 5, 6, dtype=torch.float64), torch.randn(3, 4, 5, 6, dtype=torch.float64)
+    graph = capture(fn, x, y)
+    sums = [node for node in graph.module.graph.nodes if node.target is SUM]
+    assert sums and all(node.meta["val"].numel() == 4 for node in sums)
+    torch.testing.assert_close(graph.run(x, y), fn(x, y), rtol=1e-10, atol=1e-12)
+
+
+# --- image by image
+
+
+def statistics_of(x: Tensor) -> list[Tensor]:
+    axes = (0, *range(2, x.dim()))
+    found = [torch.var_mean(x, axes, correction=correction, keepdim=keepdim) for correction in (0, 1) for keepdim in (True, False)]
+    return [
+        *[value for pair in found for value in pair],
+        x.sum(axes),
+        x.sum(axes, keepdim=True),
+        (x * x).sum(tuple(-axis for axis in axes)),
+    ]
+
+
+@pytest.mark.parametrize("shape", [(5, 64, 20, 21), (3, 16, 9, 20, 16), (2, 128, 32, 32)])
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_numbers(shape: tuple[int, ...], channels_last: bool) -> None:
+    def fn(x: Tensor) -> list[Tensor]:
+        last = torch.channels_last if len(shape) == 4 else torch.channels_last_3d
+        return statistics_of((x + 1).contiguous(memory_format=last if channels_last else torch.contiguous_format))
+
+    x = 100 + torch.randn(shape, dtype=torch.float64)
+    graph = capture(fn, x)
+    lowered = Inductor().lower(graph)
+    assert aten.var_mean.correction not in targets(lowered)
+    wanted = fn(x)
+    for found in (lowered.run(x), Inductor().compile(graph)([x])):
+        for ours, theirs in zip(found, wanted, strict=True):
+            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+            assert ours.shape == theirs.shape
+    single = Inductor().compile(capture(fn, x.float()))([x.float()])
+    for ours, theirs in zip(single, fn(x.float().double()), strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=0)
+
+
+OTHERS: dict[str, tuple[Callable[[Tensor], Any], Tensor]] = {
+    "few elements": (lambda x: torch.var_mean(x, (0, 2, 3)), torch.empty(2, 3, 4, 5)),
+    "large images": (lambda x: torch.var_mean(x, (0, 2, 3)), torch.empty(2, 300, 32, 32)),
+    "other axes": (lambda x: torch.var_mean(x, (2, 3)), torch.empty(8, 64, 20, 20)),
+    "rows": (lambda x: torch.var_mean(x, (0,)), torch.empty(8192, 64)),
+    "half precision": (lambda x: torch.var_mean(x, (0, 2, 3)), torch.empty(8, 64, 20, 20, dtype=torch.bfloat16)),
+}
+
+
+@pytest.mark.parametrize("fn, x", OTHERS.values(), ids=OTHERS)
+def test_other_statistics_are_left_alone(fn: Callable[[Tensor], Any], x: Tensor) -> None:
+    assert aten.var_mean.correction in targets(Inductor().lower(capture(fn, x)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "fn",
+    [lambda x: torch.var_mean(x, (0, 2, 3)), lambda x: [(x + scale).square().sum((0, 2, 3)) for scale in (1.0, 2.0, 3.0)]],
+    ids=["statistics", "sums"],
+)
+def test_images_one_by_one_are_faster(fn: Callable[[Tensor], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.randn(25, 64, 28, 28).contiguous(memory_format=torch.channels_last)
+    graph = capture(fn, x)
+    staged = Inductor().compile(graph)
+    monkeypatch.setattr(channel_sums, "RULES", {})
+    at_once = Inductor().compile(graph)
+    seconds = by_turns({"staged": lambda: staged([x]), "at once": lambda: at_once([x])}, 40, 2)
+    assert 1.1 * statistics.median(seconds["staged"]) < statistics.median(seconds["at once"])
