@@ -46,7 +46,10 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def compile(self, graph: Graph) -> Runner:
-        """The graph as a callable that computes the same values up to rounding."""
+        """The graph as a callable that computes the same values up to rounding.
+
+        It need not look at its inputs: `Program` sees to it that they have the shapes, dtypes, devices and strides of the signature.
+        """
 
 
 _rehearsal = threading.local()
