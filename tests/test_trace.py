@@ -161,6 +161,7 @@ def test_history_tells_what_each_pass_did() -> None:
         "remove_identities",
         "convolution_gradients",
         "merge_duplicates",
+        "merge_sums",
         "own_outputs",
     ]
     assert graph.history[-1].num_nodes_after == graph.num_nodes
