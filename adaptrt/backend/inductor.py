@@ -175,7 +175,8 @@ def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any,
                 stack.enter_context(context)
             for context in (few_libraries(waits), quick_strides(), costly_loops_vectorised(), small_matmuls_in_place_of_loops()):
                 stack.enter_context(context)
-            stack.enter_context(exchanged(PythonWrapperCodegen, "codegen_input_size_asserts", _nothing))  # `Program` looks at inputs
+            if hasattr(PythonWrapperCodegen, "codegen_input_size_asserts"):  # `Program` has looked at inputs
+                stack.enter_context(exchanged(PythonWrapperCodegen, "codegen_input_size_asserts", _nothing))
             stack.enter_context(config.patch(_WORKAROUNDS | _threads(graph)))
 
             def compile_once() -> Any:
@@ -270,7 +271,8 @@ _MAX_ELEMENTS_OF_ONE_THREAD = 1 << 13
 
 def _threads(graph: Graph) -> dict[str, int]:
     """One thread for operations that are over before a second one has started; the process's setting otherwise."""
-    nodes = [node for node in graph.module.graph.nodes if node.op == "call_function" and isinstance(node.meta.get("val"), Tensor)]
+    operations = [node for node in graph.module.graph.nodes if node.op == "call_function" and node.target != computed_once]
+    nodes = [node for node in operations if isinstance(node.meta.get("val"), Tensor)]
     return {"cpp.threads": 1} if sum(map(_num_elements, nodes)) <= _MAX_ELEMENTS_OF_ONE_THREAD * len(nodes) else {}
 
 

@@ -16,41 +16,56 @@ from torch import Tensor
 
 aten = torch.ops.aten
 
-MIN_ELEMENTS, MAX_ELEMENTS_OF_IMAGE = 1 << 17, 1 << 18
-"""With fewer all images are in that cache; with more in one, not even that."""
+MIN_ELEMENTS = 1 << 17
+"""Below, all images are in that cache."""
 
 _DTYPES = (torch.float32, torch.float64)
 
 
-def _over_all_but_channels(x: Tensor, axes: Sequence[int] | None) -> bool:
-    if x.device.type != "cpu" or x.dtype not in _DTYPES or x.dim() < 4 or axes is None:
-        return False
-    if x.numel() < MIN_ELEMENTS or x.numel() > MAX_ELEMENTS_OF_IMAGE * x.shape[0]:
-        return False
-    return {axis % x.dim() for axis in axes} == set(range(x.dim())) - {1}
+def _stages(x: Tensor, axes: Sequence[int] | None) -> list[list[int]] | None:
+    """The axes within an image and those of images, if `axes` are both: of [..., N, C, H, W] those of H and W, and of N."""
+    if x.device.type != "cpu" or x.dtype not in _DTYPES or axes is None or x.numel() < MIN_ELEMENTS:
+        return None
+    summed = {axis % x.dim() for axis in axes}
+    first = x.dim()
+    while first - 1 in summed:
+        first -= 1
+    within, images = list(range(first, x.dim())), sorted(axis for axis in summed if axis < first)
+    return [within, images] if len(within) > 1 and images else None
 
 
-def _in_stages(x: Tensor) -> Tensor:
-    """[N, C, ...] -> [1, C, ...] with axes of length one."""
-    return aten.sum.dim_IntList(aten.sum.dim_IntList(x, list(range(2, x.dim())), True), [0], True)
+def _in_stages(x: Tensor, stages: list[list[int]]) -> Tensor:
+    """With axes of length one for those that are summed over."""
+    for axes in stages:
+        x = aten.sum.dim_IntList(x, axes, True)
+    return x
+
+
+def _without(x: Tensor, stages: list[list[int]]) -> Tensor:
+    """Without those axes."""
+    summed = {axis for axes in stages for axis in axes}
+    return x.reshape([length for axis, length in enumerate(x.shape) if axis not in summed])
 
 
 def _sum(x: Tensor, axes: Sequence[int] | None, keepdim: bool = False, *, dtype: torch.dtype | None = None) -> Any:
-    if dtype is not None or not _over_all_but_channels(x, axes):
+    stages = _stages(x, axes)
+    if dtype is not None or stages is None:
         return NotImplemented
-    found = _in_stages(x)
-    return found if keepdim else found.reshape(-1)
+    found = _in_stages(x, stages)
+    return found if keepdim else _without(found, stages)
 
 
 def _var_mean(x: Tensor, axes: Sequence[int] | None, *, correction: float | None = None, keepdim: bool = False) -> Any:
-    if not _over_all_but_channels(x, axes):
+    stages = _stages(x, axes)
+    if stages is None:
         return NotImplemented
-    count = x.numel() // x.shape[1]
-    mean = _in_stages(x) / count
+    total = _in_stages(x, stages)
+    count = x.numel() // total.numel()
+    mean = total / count
     around = x - mean
-    variance = _in_stages(around * around) / max(count - (1 if correction is None else correction), 0)
-    return (variance, mean) if keepdim else (variance.reshape(-1), mean.reshape(-1))
+    variance = _in_stages(around * around, stages) / max(count - (1 if correction is None else correction), 0)
+    return (variance, mean) if keepdim else (_without(variance, stages), _without(mean, stages))
 
 
 RULES: dict[Any, Callable[..., Any]] = {aten.sum.dim_IntList: _sum, aten.var_mean.correction: _var_mean}
-"""What the operations become; NotImplemented where they sum over other axes. A backend applies them with its own."""
+"""What the operations become; NotImplemented where they do not sum over images. A backend applies them with its own."""

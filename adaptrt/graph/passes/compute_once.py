@@ -25,7 +25,8 @@ MIN_COST = 1 << 18
 
 _COSTS: dict[str, int] = {
     **dict.fromkeys(("div", "reciprocal", "sqrt", "rsqrt", "remainder", "fmod"), 10),
-    **dict.fromkeys(("exp", "expm1", "log", "log1p", "pow", "tanh", "sigmoid", "erf", "sin", "cos"), 20),
+    **dict.fromkeys(("exp", "exp2", "expm1", "log", "log1p", "log2", "log10", "pow", "sigmoid", "tanh", "sinh", "cosh"), 20),
+    **dict.fromkeys(("sin", "cos", "tan", "asin", "acos", "atan", "atan2", "asinh", "acosh", "atanh", "erf", "erfc", "lgamma"), 20),
 }
 """In additions, roughly; of all others one."""
 
@@ -40,7 +41,7 @@ computed_once: Any = torch.ops.adaptrt.computed_once.default
 
 def _run(graph: Graph) -> Graph:
     module = copy_module(graph)
-    nodes = [node for node in module.graph.nodes if is_pointwise(node.target) and isinstance(node.meta.get("val"), Tensor)]
+    nodes = [node for node in module.graph.nodes if is_pointwise(node.target) and _is_on_cpu(node)]
     loops: dict[fx.Node, set[fx.Node]] = {}  # for each operation the larger ones that it is part of
     for node in nodes:
         for part in _parts(node):
@@ -48,7 +49,7 @@ def _run(graph: Graph) -> Graph:
                 loops.setdefault(part, set()).add(node)
     for node in nodes:
         total = sum(loop.meta["val"].numel() for loop in loops.get(node, ()))
-        if total == 0 or _cost(node) * total < MIN_COST or node.meta["val"].device.type != "cpu":
+        if total == 0 or _cost(node) * total < MIN_COST:
             continue
         users = list(node.users)
         with module.graph.inserting_after(node):
@@ -57,6 +58,11 @@ def _run(graph: Graph) -> Graph:
             user.replace_input_with(node, once)
     module.recompile()
     return dataclasses.replace(graph, module=module)
+
+
+def _is_on_cpu(node: fx.Node) -> bool:
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and value.device.type == "cpu"
 
 
 def _parts(node: fx.Node) -> Iterator[fx.Node]:
@@ -80,7 +86,7 @@ def _cost(node: fx.Node) -> int:
 
 
 def _cost_of_operation(node: fx.Node) -> int:
-    if node.target is torch.ops.aten.pow.Tensor_Scalar and float(node.args[1]).is_integer():  # type: ignore[arg-type]
+    if node.target is torch.ops.aten.pow.Tensor_Scalar and node.args[1] in (1, 2, 3, 4):
         return 1  # multiplications
     return _COSTS.get(name_of(node.target), 1)
 

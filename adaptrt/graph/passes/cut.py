@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from adaptrt.graph.ir import Graph
-from adaptrt.graph.passes.operations import is_view
+from adaptrt.graph.passes.operations import is_pointwise, is_view
 
 aten = torch.ops.aten
 _CHEAP = {
@@ -34,7 +34,7 @@ _CHEAP = {
 def is_cheap(node: fx.Node) -> bool:
     """Whether the operation is computed again rather than its result kept."""
     target: Any = node.target
-    return target is operator.getitem or target in _CHEAP or is_view(target) or torch.Tag.pointwise in getattr(target, "tags", ())
+    return target is operator.getitem or target in _CHEAP or is_view(target) or is_pointwise(target)
 
 
 def varying(graph: Graph, same: Collection[int]) -> set[fx.Node]:

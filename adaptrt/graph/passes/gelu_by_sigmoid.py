@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
-_peek_transform: Any = torch._C._functorch.peek_interpreter_stack  # type: ignore[attr-defined]
+from adaptrt.graph.passes.operations import under_transform
 
 _C = 2 * math.sqrt(2 / math.pi)
 _AC = 0.044715 * _C
@@ -40,9 +40,9 @@ class GeluBySigmoid(TorchFunctionMode):
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         del types
         kwargs = kwargs or {}
-        if func is F.gelu and kwargs.get("approximate") == "tanh":
+        if func is F.gelu and kwargs.get("approximate") == "tanh" and "out" not in kwargs:
             x: Tensor = args[0] if args else kwargs["input"]
-            if x.dtype in _DTYPES and _peek_transform() is None:  # none of a `torch.func` transform in the model
+            if x.dtype in _DTYPES and not under_transform():
                 self.num_written += 1
                 return _gelu(x)
         return func(*args, **kwargs)
@@ -82,7 +82,8 @@ class _Slope(Function):
         s, p = _sigmoid(x)
         bend = 3 * _AC * (x * x)
         slope = _C + bend
-        return gradient * (p * (2 * (slope + bend) + x * (1 - 2 * s) * (slope * slope)))
+        # p first: it is zero where the squares overflow
+        return gradient * (2 * p * (slope + bend) + x * (1 - 2 * s) * (p * slope * slope))
 
 
 def _sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -43,8 +43,8 @@ def _axes(node: fx.Node) -> tuple[list[int], bool]:
     """Over which axes a sum is, counted from the first, and whether it keeps them."""
     args: Any = node.args
     dim = args[0].meta["val"].dim()
-    keeps = bool(args[2]) if len(args) > 2 else bool(node.kwargs.get("keepdim", False))
-    return [axis % dim for axis in args[1]] if args[1] else list(range(dim)), keeps
+    keeps = len(args) > 2 and bool(args[2])
+    return [axis % dim for axis in args[1]] if args[1] and dim else list(range(dim)), keeps
 
 
 merge_sums = Pass("merge_sums", _run)

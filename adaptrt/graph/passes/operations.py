@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.autograd import forward_ad
 
 
 def is_operation(target: Any) -> bool:
@@ -68,3 +69,8 @@ def name_of(target: Any) -> str:
 def is_pointwise(target: Any) -> bool:
     """Whether each element of the operation's result is a function of those of its arguments at the same place."""
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
+
+
+def under_transform() -> bool:
+    """Whether a `torch.func` transform or forward mode is going on, for which an autograd `Function` needs rules of its own."""
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0  # type: ignore[attr-defined]

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.overrides import TorchFunctionMode
 
-_C: Any = torch._C
+from adaptrt.graph.passes.operations import under_transform
 
 MAX_WINDOW = 16
 """Elements of a window. The choice is written out for each."""
@@ -57,7 +57,7 @@ def _window(
     strides = _pair(stride) if stride else (height, width)
     if strides != (height, width) or _pair(padding) != (0, 0) or _pair(dilation) != (1, 1) or ceil_mode or any(rest) or any(more.values()):
         return None
-    if _C._functorch.peek_interpreter_stack() is not None:  # a `torch.func` transform in the model, which these functions do not have
+    if under_transform():
         return None
     if input.device.type != "cpu" or not input.is_floating_point() or input.dim() < 3 or not 1 < height * width <= MAX_WINDOW:
         return None
