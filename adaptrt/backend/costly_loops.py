@@ -14,14 +14,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from adaptrt.backend.exchange import exchanged
-
-COSTLY = frozenset(
-    [
-        *("exp", "exp2", "expm1", "log", "log1p", "log2", "log10", "pow", "sigmoid", "tanh", "sinh", "cosh", "asinh", "acosh", "atanh"),
-        *("sin", "cos", "tan", "asin", "acos", "atan", "atan2", "erf", "erfc", "erfinv", "lgamma"),
-    ]
-)
-"""Functions of Inductor's loop bodies that the C library computes one by one and PyTorch's vector library many at once."""
+from adaptrt.graph.passes.operations import COSTLY
 
 
 @contextlib.contextmanager

@@ -20,13 +20,12 @@ def alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """
     if any(tensor.layout is not torch.strided for tensor in tensors):
         return lambda *others: False
-    first = {id(tensor): place for place, tensor in reversed([*enumerate(tensors)])}
-    places = [first[id(tensor)] for tensor in tensors]  # of each tensor where the same object is for the first time
+    first = {id(tensor): place for place, tensor in reversed([*enumerate(tensors)])}  # where an object is for the first time
     distinct = sorted(first.values())
     check = _check_of([tensors[place] for place in distinct])
     if len(distinct) == len(tensors):
         return check
-    again = [(place, of) for place, of in enumerate(places) if place != of]
+    again = [(place, first[id(tensor)]) for place, tensor in enumerate(tensors) if place != first[id(tensor)]]
 
     def both(*others: Tensor) -> bool:
         return check(*[others[place] for place in distinct]) and all(others[place] is others[of] for place, of in again)

@@ -176,7 +176,7 @@ def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any,
             for context in (few_libraries(waits), quick_strides(), costly_loops_vectorised(), small_matmuls_in_place_of_loops()):
                 stack.enter_context(context)
             if hasattr(PythonWrapperCodegen, "codegen_input_size_asserts"):  # `Program` has looked at inputs
-                stack.enter_context(exchanged(PythonWrapperCodegen, "codegen_input_size_asserts", _nothing))
+                stack.enter_context(exchanged(PythonWrapperCodegen, "codegen_input_size_asserts", lambda wrapper: None))
             stack.enter_context(config.patch(_WORKAROUNDS | _threads(graph)))
 
             def compile_once() -> Any:
@@ -186,10 +186,6 @@ def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any,
 
             compiled = _trusting_the_processor(compile_once)
     return compiled, graph
-
-
-def _nothing(*args: Any) -> None:
-    del args
 
 
 def _in_memory(x: Any) -> Any:

@@ -77,11 +77,11 @@ def capture(
     result: list[tree.Structure] = []
     output_names: list[str] = []
 
-    pools, gelus = PoolAsMaxima(), GeluBySigmoid()
+    writers = (PoolAsMaxima(), GeluBySigmoid()) if for_fusion else ()
 
     def flat(*inputs: Tensor) -> list[Tensor]:
         with contextlib.ExitStack() as stack:
-            for context in (_EagerRules(), forbid_noise(), _deterministic(), *((pools, gelus) if for_fusion else ())):
+            for context in (_EagerRules(), forbid_noise(), _deterministic(), *writers):
                 stack.enter_context(context)
             returned = fn(*tree.unflatten(arguments, inputs))
         outputs, structure = tree.flatten(returned)
@@ -102,10 +102,9 @@ def capture(
     inputs += [Input(f"const.{index}", Role.CONST, Spec.of(value)) for index, value in enumerate(constants)]
     outputs = [Output(name, Spec.of(node.meta["val"])) for name, node in zip(output_names, _outputs(module), strict=True)]
     graph = Graph(module, Signature(tuple(inputs), tuple(outputs)), constants, arguments, result[0])
-    written = [(pools.num_written, "pool_as_maxima of {} pools"), (gelus.num_written, "gelu_by_sigmoid of {} functions")]
-    history = [PassRecord(text.format(count), graph.num_nodes, graph.num_nodes) for count, text in written if count]
-    graph = dataclasses.replace(graph, history=tuple(history))
-    return apply(STANDARD, graph)
+    written = [f"{writer.name} of {writer.num_written} {writer.noun}" for writer in writers if writer.num_written]
+    history = tuple([PassRecord(text, graph.num_nodes, graph.num_nodes) for text in written])
+    return apply(STANDARD, dataclasses.replace(graph, history=history))
 
 
 @contextlib.contextmanager

@@ -57,8 +57,8 @@ def add_call(module: fx.GraphModule, target: Any, *args: Any, **kwargs: Any) -> 
     """An operation where the graph is being written to, with its value."""
     node = module.graph.call_function(target, args, kwargs)
     values, named = cast(Any, map_arg((args, kwargs), lambda arg: arg.meta["val"]))
-    known = [other.meta["val"] for other in module.graph.nodes if isinstance(other.meta.get("val"), FakeTensor)]
-    with known[0].fake_mode if known else contextlib.nullcontext():
+    known = next((other.meta["val"] for other in module.graph.nodes if isinstance(other.meta.get("val"), FakeTensor)), None)
+    with contextlib.nullcontext() if known is None else known.fake_mode:
         node.meta["val"] = target(*values, **named)
     return node
 

@@ -15,7 +15,7 @@ from torch import Tensor, fx
 
 from adaptrt.graph.ir import Graph
 from adaptrt.graph.passes.base import Pass, add_call, copy_module
-from adaptrt.graph.passes.operations import is_pointwise, is_view, name_of
+from adaptrt.graph.passes.operations import COSTLY, is_pointwise, is_view, name_of
 
 MIN_RATIO = 8
 """How many times as many elements the loop must have as what is computed before it."""
@@ -25,8 +25,7 @@ MIN_COST = 1 << 18
 
 _COSTS: dict[str, int] = {
     **dict.fromkeys(("div", "reciprocal", "sqrt", "rsqrt", "remainder", "fmod"), 10),
-    **dict.fromkeys(("exp", "exp2", "expm1", "log", "log1p", "log2", "log10", "pow", "sigmoid", "tanh", "sinh", "cosh"), 20),
-    **dict.fromkeys(("sin", "cos", "tan", "asin", "acos", "atan", "atan2", "asinh", "acosh", "atanh", "erf", "erfc", "lgamma"), 20),
+    **dict.fromkeys(COSTLY, 20),
 }
 """In additions, roughly; of all others one."""
 

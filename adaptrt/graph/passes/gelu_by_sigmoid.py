@@ -12,16 +12,14 @@ PyTorch has it by `tanh`, which takes four times as long as the exponential in a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.overrides import TorchFunctionMode
 
-from adaptrt.graph.passes.operations import under_transform
+from adaptrt.graph.passes.write_out import WriteOut
 
 _C = 2 * math.sqrt(2 / math.pi)
 _AC = 0.044715 * _C
@@ -30,22 +28,14 @@ _DTYPES = (torch.float32, torch.float64)
 """In half precision the operation rounds once, and the formula at every step."""
 
 
-class GeluBySigmoid(TorchFunctionMode):
-    """While it is active `gelu(x, approximate="tanh")` is written so where it can be; `num_written` counts."""
+class GeluBySigmoid(WriteOut):
+    """Writes out `gelu(x, approximate="tanh")`."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_written = 0
+    functions = (F.gelu,)
+    name, noun = "gelu_by_sigmoid", "functions"
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        del types
-        kwargs = kwargs or {}
-        if func is F.gelu and kwargs.get("approximate") == "tanh" and "out" not in kwargs:
-            x: Tensor = args[0] if args else kwargs["input"]
-            if x.dtype in _DTYPES and not under_transform():
-                self.num_written += 1
-                return _gelu(x)
-        return func(*args, **kwargs)
+    def write(self, input: Tensor, *, approximate: str = "none", **more: Any) -> Any:
+        return _gelu(input) if approximate == "tanh" and not more and input.dtype in _DTYPES else NotImplemented
 
 
 def _gelu(x: Tensor) -> Tensor:

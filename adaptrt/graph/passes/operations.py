@@ -9,7 +9,14 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch.autograd import forward_ad
+
+COSTLY = frozenset(
+    [
+        *("exp", "exp2", "expm1", "log", "log1p", "log2", "log10", "pow", "sigmoid", "tanh", "sinh", "cosh", "asinh", "acosh", "atanh"),
+        *("sin", "cos", "tan", "asin", "acos", "atan", "atan2", "erf", "erfc", "erfinv", "lgamma"),
+    ]
+)
+"""Pointwise functions, by name, that the C library computes one by one and PyTorch's vector library many at once."""
 
 
 def is_operation(target: Any) -> bool:
@@ -69,8 +76,3 @@ def name_of(target: Any) -> str:
 def is_pointwise(target: Any) -> bool:
     """Whether each element of the operation's result is a function of those of its arguments at the same place."""
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags
-
-
-def under_transform() -> bool:
-    """Whether a `torch.func` transform or forward mode is going on, for which an autograd `Function` needs rules of its own."""
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0  # type: ignore[attr-defined]

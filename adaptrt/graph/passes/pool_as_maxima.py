@@ -9,37 +9,28 @@ the first of equal ones, and NaN before any number.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd import Function
-from torch.overrides import TorchFunctionMode
 
-from adaptrt.graph.passes.operations import under_transform
+from adaptrt.graph.passes.write_out import WriteOut
 
 MAX_WINDOW = 16
 """Elements of a window. The choice is written out for each."""
 
 
-class PoolAsMaxima(TorchFunctionMode):
-    """While it is active `torch.nn.functional.max_pool2d` is written so where it can be; `num_written` counts."""
+class PoolAsMaxima(WriteOut):
+    """Writes out `torch.nn.functional.max_pool2d`."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_written = 0
+    functions = (F.max_pool2d, torch.max_pool2d)
+    name, noun = "pool_as_maxima", "pools"
 
-    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
-        del types
-        kwargs = kwargs or {}
-        if func in (F.max_pool2d, torch.max_pool2d):
-            window = _window(*args, **kwargs)
-            if window is not None:
-                self.num_written += 1
-                return _maximum(args[0] if args else kwargs["input"], *window)
-        return func(*args, **kwargs)
+    def write(self, *args: Any, **kwargs: Any) -> Any:
+        window = _window(*args, **kwargs)
+        return NotImplemented if window is None else _maximum(args[0] if args else kwargs["input"], *window)
 
 
 def _window(
@@ -56,8 +47,6 @@ def _window(
     height, width = _pair(kernel_size)
     strides = _pair(stride) if stride else (height, width)
     if strides != (height, width) or _pair(padding) != (0, 0) or _pair(dilation) != (1, 1) or ceil_mode or any(rest) or any(more.values()):
-        return None
-    if under_transform():
         return None
     if input.device.type != "cpu" or not input.is_floating_point() or input.dim() < 3 or not 1 < height * width <= MAX_WINDOW:
         return None
