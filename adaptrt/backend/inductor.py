@@ -38,6 +38,7 @@ from adaptrt.graph.ir import Graph, autocast_off
 from adaptrt.graph.passes import channel_sums, convolutions_as_products, inline_small_matmuls
 from adaptrt.graph.passes.base import Pass, apply, copy_module
 from adaptrt.graph.passes.compute_once import compute_once, computed_once
+from adaptrt.graph.passes.decompose import decompose
 from adaptrt.graph.passes.functionalise import functionalise
 from adaptrt.graph.passes.inline_small_matmuls import small_matmul
 from adaptrt.graph.passes.merge_duplicates import merge_duplicates
@@ -45,7 +46,7 @@ from adaptrt.graph.passes.one_channel_last import one_channel_last
 from adaptrt.graph.passes.own_outputs import own_outputs
 from adaptrt.graph.passes.products_by_onednn import products_by_onednn
 from adaptrt.graph.passes.remove_identities import remove_identities
-from adaptrt.graph.passes.retrace import fake_inputs, retrace
+from adaptrt.graph.passes.retrace import fake_inputs
 
 _KEPT = torch.ops.aten.embedding_dense_backward.default
 """Left to ATen. Decomposed, the gradient of an embedding is a scatter into a buffer, and the CPU code of 2.13 fuses with it what reads that
@@ -59,7 +60,7 @@ def _decompose(graph: Graph) -> Graph:
     table: dict[Any, Callable[..., Any]] = {op: rule for op, rule in select_decomp_table().items() if op != _KEPT}
     for op, rule in itertools.chain(*(part.RULES.items() for part in (inline_small_matmuls, convolutions_as_products, channel_sums))):
         table[op] = _first_of(rule, table.get(op))
-    return retrace(graph, lambda fn: fn, table)
+    return decompose(graph, table)
 
 
 def _first_of(rule: Callable[..., Any], other: Callable[..., Any] | None) -> Callable[..., Any]:
@@ -87,7 +88,6 @@ _CACHE_TAG = "adaptrt 6"
 """Part of the key under which Inductor keeps a compiled graph on disk. The key knows the graph and Inductor's settings, not what this file
 changes in Inductor: a change of that needs a new tag."""
 
-# Recording a graph anew takes about a second for a convolutional network's step, so both are done in one go.
 LOWERING = (
     Pass("convolutions_as_products, inline_small_matmuls and decompose for Inductor", _decompose),
     functionalise,

@@ -19,13 +19,11 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx._lazy_graph_module import _use_lazy_graph_module
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -40,6 +38,7 @@ from adaptrt.graph.passes.gelu_by_sigmoid import GeluBySigmoid
 from adaptrt.graph.passes.lift_noise import forbid_noise
 from adaptrt.graph.passes.operations import name_of
 from adaptrt.graph.passes.pool_as_maxima import PoolAsMaxima
+from adaptrt.graph.passes.recorder import record
 from adaptrt.graph.passes.retrace import fake_tensors
 from adaptrt.graph.passes.standard import STANDARD
 from adaptrt.tree import Spec, Tree
@@ -92,8 +91,7 @@ def capture(
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = fake_tensors(mode, [Spec.of(value) for value in values])
     with _tracing(mode, fused_attention):
-        module = make_fx(flat, tracing_mode="real")(*fakes)
-    constants = _lift_constants(module)
+        module, constants = record(flat, fakes)
     labels = list(names) or [f"arg{index}" for index in range(len(examples))]
     given = list(roles) or [Role.DATA] * len(examples)
     input_names = [path for label, example in zip(labels, examples, strict=True) for path in tree.paths(example, label)]
@@ -142,6 +140,8 @@ def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[None]:
         # Else gradients of CUDA tensors are traced in a thread of the engine's, which may itself wait for this capture to end.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(autocast_off())
+        stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
+        torch.set_autocast_cache_enabled(False)  # a cast that one function made is none of another's
         stack.enter_context(torch.backends.cudnn.flags(enabled=False))
         # The context manager of torch.backends.mkldnn also writes its TF32 setting, which warns on machines without it.
         stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
@@ -153,7 +153,6 @@ def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[None]:
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         stack.enter_context(_WeightNormByFormula())
         stack.enter_context(mode)
-        stack.enter_context(_use_lazy_graph_module(True))
         yield
 
 
@@ -179,31 +178,6 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 def _outputs(module: fx.GraphModule) -> Sequence[fx.Node]:
     return next(iter(reversed(module.graph.nodes))).args[0]
-
-
-def _lift_constants(module: fx.GraphModule) -> tuple[Tensor, ...]:
-    """Turns tensors that the function closed over into inputs after all others; returns their values."""
-    placeholders: dict[str, fx.Node] = {}
-    constants: list[Tensor] = []
-    after = [node for node in module.graph.nodes if node.op == "placeholder"]
-    for node in list(module.graph.nodes):
-        if node.op != "get_attr":
-            continue
-        value = cast(Tensor, getattr(module, cast(str, node.target)))
-        if node.target not in placeholders:
-            anchor = after[-1] if after else next(iter(module.graph.nodes))
-            with module.graph.inserting_after(anchor) if after else module.graph.inserting_before(anchor):
-                lifted = module.graph.placeholder(f"const_{len(constants)}")
-            lifted.meta = dict(node.meta)
-            placeholders[cast(str, node.target)] = lifted
-            after.append(lifted)
-            constants.append(value)
-        node.replace_all_uses_with(placeholders[cast(str, node.target)])
-        module.graph.erase_node(node)
-    for name in placeholders:
-        delattr(module, name)
-    module.recompile()
-    return tuple(constants)
 
 
 class _EagerRules(TorchDispatchMode):

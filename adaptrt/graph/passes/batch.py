@@ -18,6 +18,7 @@ from torch._decomp import get_decompositions  # pyright: ignore[reportUnknownVar
 
 from adaptrt.graph.ir import Graph, Input
 from adaptrt.graph.passes.base import Pass, apply, copy_module
+from adaptrt.graph.passes.decompose import decompose
 from adaptrt.graph.passes.functionalise import functionalise
 from adaptrt.graph.passes.merge_duplicates import merge_duplicates
 from adaptrt.graph.passes.own_outputs import own_outputs
@@ -60,9 +61,9 @@ def batch(graph: Graph, batched: Sequence[bool], summed: Sequence[bool], num_tas
         return run
 
     def simplify(graph: Graph) -> Graph:
-        decompositions = _decompositions()
-        if any(node.target in decompositions for node in graph.module.graph.nodes):
-            graph = retrace(graph, decompositions=decompositions)
+        rules = _rules()
+        if any(node.target in rules for node in graph.module.graph.nodes):
+            graph = decompose(graph, rules)
         return _with_closed_slices(graph)
 
     def stack(graph: Graph) -> Graph:
@@ -77,6 +78,7 @@ def batch(graph: Graph, batched: Sequence[bool], summed: Sequence[bool], num_tas
 
     passes = (
         Pass("decompose", simplify),
+        functionalise,
         relax_views,
         Pass("batch", stack),
         functionalise,
@@ -88,7 +90,7 @@ def batch(graph: Graph, batched: Sequence[bool], summed: Sequence[bool], num_tas
     return apply(passes, graph)
 
 
-def _decompositions() -> dict[Any, Callable[..., Any]]:
+def _rules() -> dict[Any, Callable[..., Any]]:
     def copied(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
         del non_blocking
         return source.to(target.dtype).expand(target.shape).clone()

@@ -4,6 +4,7 @@
 
 from __future__ import annotations
 
+import functools
 import operator
 from typing import Any
 
@@ -22,6 +23,17 @@ COSTLY = frozenset(
 def is_operation(target: Any) -> bool:
     """Whether `target` is an ATen (or other registered) operation, or the selection of one of its results."""
     return target is operator.getitem or isinstance(target, torch._ops.OpOverload)
+
+
+@functools.cache
+def is_composite(target: Any) -> bool:
+    """Whether PyTorch itself writes the operation as others, on each device: a reshape as a view or a copy."""
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    composite, *devices = (
+        torch._C._dispatch_has_kernel_for_dispatch_key(target.name(), key) for key in ("CompositeImplicitAutograd", "CPU", "CUDA")
+    )
+    return composite and not any(devices)
 
 
 def is_mutable(target: Any) -> bool:

@@ -5,11 +5,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -34,7 +34,6 @@ def fake_inputs(mode: FakeTensorMode, inputs: Sequence[Input]) -> list[Tensor]:
 def retrace(
     graph: Graph,
     transform: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.func.functionalize,
-    decompositions: Mapping[Any, Callable[..., Any]] | None = None,
     inputs: Sequence[Input] | None = None,
 ) -> Graph:
     """The graph of `transform(graph.module)`.
@@ -42,15 +41,19 @@ def retrace(
     Args:
       graph: what to run.
       transform: from a flat function of tensors to one, for example `torch.func.functionalize`.
-      decompositions: operations to replace by simpler ones while recording.
       inputs: the inputs of the transformed function where they differ from the graph's.
     """
     inputs = graph.signature.inputs if inputs is None else inputs
     mode = FakeTensorMode()
     fakes = fake_inputs(mode, inputs)
     with torch.inference_mode(False), torch.no_grad(), autocast_off(), _use_lazy_graph_module(True), mode:
-        module = make_fx(transform(graph.module), decomposition_table=dict(decompositions or {}), tracing_mode="real")(*fakes)
-    values = list(module.graph.nodes)[-1].args[0]
+        module = make_fx(transform(graph.module), tracing_mode="real")(*fakes)
+    return renewed(graph, module, inputs)
+
+
+def renewed(graph: Graph, module: fx.GraphModule, inputs: Sequence[Input]) -> Graph:
+    """The graph with other operations and inputs; its outputs are what these compute."""
+    values = module.graph.output_node().args[0]
     outputs = [
         dataclasses.replace(entry, spec=Spec.of(node.meta["val"])) for entry, node in zip(graph.signature.outputs, values, strict=True)
     ]

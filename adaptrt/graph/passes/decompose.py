@@ -1,0 +1,92 @@
+"""Replaces operations by simpler ones, by a table of rules.
+
+Only operations that have a rule are traced; what they consist of is written where they stood. All others are copied. `make_fx`, which traces
+a whole graph anew, takes several times as long.
+"""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx.experimental.proxy_tensor import extract_val
+from torch.fx.node import map_arg
+
+from adaptrt.graph.ir import Graph, autocast_off
+from adaptrt.graph.passes.operations import is_composite
+from adaptrt.graph.passes.recorder import Recorder, Rules
+from adaptrt.graph.passes.retrace import fake_inputs, renewed
+
+
+def decompose(graph: Graph, rules: Rules) -> Graph:
+    """The graph with every operation replaced that has a rule.
+
+    Inputs have the strides that the signature gives them, and of what follows from them, strides are worked out anew.
+
+    Args:
+      graph: any.
+      rules: by operation a function of the operation's arguments. The rules hold for the operations that it calls, too. NotImplemented
+        leaves the operation as it is.
+    """
+    known = [node.meta.get("val") for node in graph.module.graph.nodes]
+    # Values of two modes cannot be computed with together.
+    mode = next((value.fake_mode for value in known if isinstance(value, FakeTensor)), FakeTensorMode())
+    with contextlib.ExitStack() as stack:
+        for context in (torch.inference_mode(False), torch.no_grad(), autocast_off(), mode):
+            stack.enter_context(context)
+        return renewed(graph, _decomposed(graph, rules, mode), graph.signature.inputs)
+
+
+def _decomposed(graph: Graph, rules: Rules, mode: FakeTensorMode) -> fx.GraphModule:
+    written = fx.Graph()
+    copies: dict[fx.Node, Any] = {}  # a node, or a tuple of nodes of what has several results
+    inputs = iter(fake_inputs(mode, graph.signature.inputs))
+    for node in graph.module.graph.nodes:
+        args, kwargs = cast(Any, map_arg((node.args, node.kwargs), copies.__getitem__))
+        if node.op == "output":
+            written.output(*args)
+        elif node.op == "placeholder":
+            copies[node] = written.node_copy(node)
+            copies[node].meta["val"] = next(inputs)
+        elif node.target is operator.getitem and isinstance(args[0], tuple):
+            copies[node] = args[0][args[1]]
+        elif node.target in rules or is_composite(node.target):
+            copies[node] = _written_out(node.target, args, kwargs, written, rules)
+        else:
+            copies[node] = written.node_copy(node, copies.__getitem__)
+            if any(_strides(copies[argument]) != _strides(argument) for argument in node.all_input_nodes):
+                copies[node].meta["val"] = node.target(*_values(args), **_values(kwargs))
+    written.eliminate_dead_code()
+    return _LazyGraphModule(graph.module, written)
+
+
+def _written_out(target: Any, args: Any, kwargs: Any, graph: fx.Graph, rules: Rules) -> Any:
+    """Writes to `graph` what the operation consists of; returns its result as a node, or a tuple of nodes."""
+    recorder = Recorder(graph, rules)
+
+    def value_of(node: fx.Node) -> Any:
+        value = extract_val(node.meta["val"])  # one of its own: that of two nodes may be one tensor
+        recorder.know(node, value)
+        return value
+
+    args, kwargs = cast(Any, map_arg((args, kwargs), value_of))
+    with recorder:
+        result = target(*args, **kwargs)
+    found = recorder.nodes_of(result)
+    return tuple(found) if isinstance(found, list) else found
+
+
+def _values(arguments: Any) -> Any:
+    return map_arg(arguments, lambda argument: argument.meta["val"])
+
+
+def _strides(node: fx.Node) -> list[Any]:
+    value = node.meta["val"]
+    return [part.stride() if isinstance(part, Tensor) else None for part in (value if isinstance(value, list | tuple) else (value,))]

@@ -1,0 +1,114 @@
+"""Records the operations that a function of tensors calls.
+
+PyTorch's `make_fx` does the same and much more (dynamic shapes, subclasses of tensors, control flow), at three times the cost for each
+operation. Where one of its transformations is needed, `retrace` has it.
+"""
+
+# pyright: reportPrivateUsage=false
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.fx._lazy_graph_module import _LazyGraphModule
+from torch.fx.experimental.proxy_tensor import extract_val
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from adaptrt.graph.passes.operations import is_composite
+
+aten = torch.ops.aten
+_DEVICE = torch.ops.prim.device.default  # by which a fake tensor is asked for its device
+
+Rules = Mapping[Any, Callable[..., Any]]
+
+
+def record(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
+    """The operations that `fn` calls, as a module, and the values of its last inputs: tensors that `fn` uses and did not get.
+
+    Args:
+      fn: of fake tensors; it runs once, with autograd.
+      inputs: what it is called with, in the fake mode that is active.
+    """
+    recorder = Recorder(fx.Graph())
+    for index, value in enumerate(inputs):
+        recorder.place(f"arg{index}", value)
+    with recorder:
+        outputs = fn(*inputs)
+    recorder.graph.output(recorder.nodes_of(list(outputs)))
+    recorder.graph.eliminate_dead_code()
+    return _LazyGraphModule({}, recorder.graph), tuple(recorder.constants)
+
+
+class Recorder(TorchDispatchMode):
+    """While it is active, operations are written to `graph`, or by a rule as others.
+
+    Attributes:
+      graph: the operations, with their values.
+      constants: tensors that were not known, in the order of their placeholders.
+    """
+
+    def __init__(self, graph: fx.Graph, rules: Rules | None = None) -> None:
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
+        self.graph = graph
+        self.constants: list[Tensor] = []
+        self._rules = rules or {}
+        self._known: dict[int, tuple[fx.Node, Tensor]] = {}  # by address of the tensor, which is kept so that it stays its own
+        self._last_placeholder: fx.Node | None = None
+
+    def place(self, name: str, value: Tensor) -> None:
+        """Writes an input, behind all others."""
+        first = next(iter(self.graph.nodes), self.graph._root)
+        with self.graph.inserting_before(first) if self._last_placeholder is None else self.graph.inserting_after(self._last_placeholder):
+            self._last_placeholder = self.graph.placeholder(name)
+        self.know(self._last_placeholder, value)
+
+    def know(self, node: fx.Node, value: Tensor) -> None:
+        """Takes `value` for what `node` computes."""
+        self._known[id(value)] = node, value
+        if "val" not in node.meta:
+            node.meta["val"] = extract_val(value)
+
+    def nodes_of(self, value: Any) -> Any:
+        """An argument or a result with nodes in place of tensors."""
+        if isinstance(value, Tensor):
+            if id(value) not in self._known:
+                self.place(f"const_{len(self.constants)}", value)
+                self.constants.append(value)
+            return self._known[id(value)][0]
+        if isinstance(value, dict):
+            return {name: self.nodes_of(part) for name, part in value.items()}
+        return type(value)([self.nodes_of(part) for part in value]) if isinstance(value, list | tuple) else value
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        del types
+        kwargs = kwargs or {}
+        if func is _DEVICE:
+            return func(*args)
+        if func in self._rules:
+            with self:
+                written = self._rules[func](*args, **kwargs)
+            if written is not NotImplemented:
+                return written
+        if is_composite(func):
+            with self:
+                return func.decompose(*args, **kwargs)
+        if func is aten.lift_fresh.default:  # what is written to a tensor that was just made must not change the constant it was made of
+            func = aten.lift_fresh_copy.default
+        result = func(*args, **kwargs)
+        if isinstance(result, Tensor):
+            self.know(self._write(func, args, kwargs), result)
+        elif result is None or isinstance(result, list | tuple):
+            node = self._write(func, args, kwargs)
+            node.meta["val"] = extract_val(result)
+            for index, part in enumerate(result or ()):
+                if isinstance(part, Tensor):
+                    self.know(self.graph.call_function(operator.getitem, (node, index)), part)
+        return result  # a number is the function's affair
+
+    def _write(self, func: Any, args: Any, kwargs: Any) -> fx.Node:
+        name = func.overloadpacket.__name__
+        return self.graph.create_node("call_function", func, self.nodes_of(args), self.nodes_of(kwargs), name)
