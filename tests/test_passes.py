@@ -28,13 +28,13 @@ from adaptrt.graph.noise import Noise, draw
 from adaptrt.graph.passes import functionalise as functionalise_file
 from adaptrt.graph.passes.base import Pass, apply, copy_module
 from adaptrt.graph.passes.batch import batch
+from adaptrt.graph.passes.decompose import decompose
 from adaptrt.graph.passes.functionalise import functionalise
 from adaptrt.graph.passes.lift_noise import lift_noise, record_noise
 from adaptrt.graph.passes.merge_duplicates import merge_duplicates
 from adaptrt.graph.passes.operations import is_mutable, is_random
 from adaptrt.graph.passes.own_outputs import own_outputs
 from adaptrt.graph.passes.remove_identities import remove_identities
-from adaptrt.graph.passes.retrace import retrace
 from adaptrt.graph.passes.standard import STANDARD
 from adaptrt.graph.verify import verify
 from adaptrt.tree import Spec
@@ -343,13 +343,12 @@ def test_own_outputs_copies_inputs_and_repeated_results() -> None:
     assert_equal(owned.run(*args), returns_inputs(*args))
 
 
-def test_passes_leave_the_graph_they_are_given_alone() -> None:
+def test_apply_leaves_the_graph_it_is_given_alone() -> None:
     args = arguments()
     for fn in (repeats, detaches, returns_inputs):
         graph = raw(fn, *args)
         before = str(graph)
-        for rewrite in (remove_identities, merge_duplicates, own_outputs):
-            rewrite.run(graph)
+        apply((remove_identities, merge_duplicates, own_outputs), graph)
         assert str(graph) == before
 
 
@@ -386,11 +385,11 @@ def test_copy_module_is_a_copy() -> None:
     assert verify(graph) is graph
 
 
-def test_retrace_can_decompose() -> None:
+def test_decompose() -> None:
     x, w = arguments()
     graph = capture(lambda x, w: F.silu(x @ w), x, w)
     assert aten.silu.default in targets(graph)
-    simple = retrace(graph, decompositions=get_decompositions([aten.silu]))
+    simple = decompose(graph, get_decompositions([aten.silu]))
     assert aten.silu.default not in targets(simple)
     assert_equal(simple.run(x, w), graph.run(x, w))
 

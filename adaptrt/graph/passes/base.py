@@ -27,7 +27,8 @@ def _anything(graph: Graph) -> None:
 class Pass:
     """A rewrite that keeps the graph's values.
 
-    `requires` raises InvalidGraph if the pass cannot be applied; `ensures` if it did not do what it is for.
+    `run` gets a graph of its own, which it may edit in place. `requires` raises InvalidGraph if the pass cannot be applied; `ensures` if it
+    did not do what it is for.
     """
 
     name: str
@@ -38,11 +39,12 @@ class Pass:
 
 @collector_rests()
 def apply(passes: Sequence[Pass], graph: Graph) -> Graph:
-    """Applies the passes in order; the result's `history` tells what each did.
+    """A graph to which the passes were applied in order; its `history` tells what each did.
 
     The invariants of `verify` hold for the result of all passes together, and between any two once they hold: the first passes are
     what makes a fresh capture functional.
     """
+    graph = dataclasses.replace(graph, module=copy_module(graph))
     for rewrite in passes:
         rewrite.requires(graph)
         before = graph.num_nodes
@@ -50,6 +52,7 @@ def apply(passes: Sequence[Pass], graph: Graph) -> Graph:
         rewrite.ensures(graph)
         record = PassRecord(rewrite.name, before, graph.num_nodes)
         graph = dataclasses.replace(graph, history=(*graph.history, record))
+    graph.module.recompile()
     return verify(graph)
 
 
@@ -64,7 +67,7 @@ def add_call(module: fx.GraphModule, target: Any, *args: Any, **kwargs: Any) -> 
 
 
 def copy_module(graph: Graph) -> fx.GraphModule:
-    """A copy of the graph's operations that a pass may edit in place."""
+    """A copy of the graph's operations."""
     copy = fx.Graph()
     copy.output(copy.graph_copy(graph.module.graph, {}))
     # graph_copy leaves out the output's own node, whose metadata no pass reads. Python code is generated when the module is first called:

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch._decomp import get_decompositions  # pyright: ignore[reportUnknownVariableType]
 
 from adaptrt.graph.ir import Graph, Input
-from adaptrt.graph.passes.base import Pass, apply, copy_module
+from adaptrt.graph.passes.base import Pass, apply
 from adaptrt.graph.passes.decompose import decompose
 from adaptrt.graph.passes.functionalise import functionalise
 from adaptrt.graph.passes.merge_duplicates import merge_duplicates
@@ -100,15 +100,14 @@ def _rules() -> dict[Any, Callable[..., Any]]:
 
 def _with_closed_slices(graph: Graph) -> Graph:
     """Gives open slices an end: the batching rule of slice_scatter overflows on the largest integer, which an open end is recorded as."""
-    module = copy_module(graph)
+    module = graph.module
     for node in module.graph.nodes:
         if node.target in (aten.slice.Tensor, aten.slice_scatter.default):
             end = 3 if node.target is aten.slice.Tensor else 4
             dim = node.args[end - 2] if len(node.args) > end - 2 else 0
             if len(node.args) > end and isinstance(node.args[end], int):
                 node.update_arg(end, min(node.args[end], node.args[0].meta["val"].shape[dim]))
-    module.recompile()
-    return dataclasses.replace(graph, module=module)
+    return graph
 
 
 def _stacked(entry: Input, num_tasks: int) -> Input:

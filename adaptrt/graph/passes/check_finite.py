@@ -12,7 +12,7 @@ import torch
 from torch import fx
 
 from adaptrt.graph.ir import Graph, Output, Signature
-from adaptrt.graph.passes.base import Pass, add_call, apply, copy_module
+from adaptrt.graph.passes.base import Pass, add_call, apply
 from adaptrt.tree import Spec, Structure, flatten
 
 aten = torch.ops.aten
@@ -27,7 +27,7 @@ def check_finite(graph: Graph, inputs: Sequence[int]) -> Graph:
     """
 
     def run(graph: Graph) -> Graph:
-        module = copy_module(graph)
+        module = graph.module
         nodes = list(module.graph.nodes)
         placeholders, end = [node for node in nodes if node.op == "placeholder"], nodes[-1]
 
@@ -43,7 +43,7 @@ def check_finite(graph: Graph, inputs: Sequence[int]) -> Graph:
         end.args = ((*end.args[0], largest),)
         outputs = (*graph.signature.outputs, Output("largest", Spec.of(largest.meta["val"])))
         result = dataclasses.replace(_PAIR, children=(graph.result, _PAIR.children[1]))
-        return dataclasses.replace(graph, module=module, signature=Signature(graph.signature.inputs, outputs), result=result)
+        return dataclasses.replace(graph, signature=Signature(graph.signature.inputs, outputs), result=result)
 
     return apply([Pass("check_finite", run)], graph)
 

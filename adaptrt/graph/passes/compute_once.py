@@ -6,7 +6,6 @@ computed for every few parameters; what normalisation derives from its statistic
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from adaptrt.graph.ir import Graph
-from adaptrt.graph.passes.base import Pass, add_call, copy_module
+from adaptrt.graph.passes.base import Pass, add_call
 from adaptrt.graph.passes.operations import COSTLY, is_pointwise, is_view, name_of
 
 MIN_RATIO = 8
@@ -39,7 +38,7 @@ computed_once: Any = torch.ops.adaptrt.computed_once.default
 
 
 def _run(graph: Graph) -> Graph:
-    module = copy_module(graph)
+    module = graph.module
     nodes = [node for node in module.graph.nodes if is_pointwise(node.target) and _is_on_cpu(node)]
     loops: dict[fx.Node, set[fx.Node]] = {}  # for each operation the larger ones that it is part of
     for node in nodes:
@@ -55,8 +54,7 @@ def _run(graph: Graph) -> Graph:
             once = add_call(module, computed_once, node)
         for user in users:
             user.replace_input_with(node, once)
-    module.recompile()
-    return dataclasses.replace(graph, module=module)
+    return graph
 
 
 def _is_on_cpu(node: fx.Node) -> bool:

@@ -7,7 +7,6 @@ images, batch and channels exchanged: the same sums, in a shape that libraries a
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from typing import Any
 
@@ -15,25 +14,24 @@ import torch
 from torch import Tensor, fx
 
 from adaptrt.graph.ir import Graph
-from adaptrt.graph.passes.base import Pass, add_call, copy_module
+from adaptrt.graph.passes.base import Pass, add_call
 
 aten = torch.ops.aten
 
 
 def _narrow(graph: Graph) -> Graph:
-    module = copy_module(graph)
+    module = graph.module
     for node in module.graph.find_nodes(op="call_function", target=aten.convolution_backward.default):
         used = {user.args[1] for user in node.users}
         mask = [asked and index in used for index, asked in enumerate(node.args[-1])]
         if mask != list(node.args[-1]) and all(user.target is operator.getitem for user in node.users):
             node.args = (*node.args[:-1], mask)
             node.meta["val"] = tuple(value if asked else None for value, asked in zip(node.meta["val"], mask, strict=True))
-    module.recompile()
-    return dataclasses.replace(graph, module=module)
+    return graph
 
 
 def _name_weight_gradients(graph: Graph) -> Graph:
-    module = copy_module(graph)
+    module = graph.module
     for node in module.graph.find_nodes(op="call_function", target=aten.convolution.default):
         arguments = _as_weight_gradient(node)
         if arguments is None:
@@ -49,8 +47,7 @@ def _name_weight_gradients(graph: Graph) -> Graph:
         node.replace_all_uses_with(renewed)
         module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
-    module.recompile()
-    return dataclasses.replace(graph, module=module)
+    return graph
 
 
 def _as_weight_gradient(node: fx.Node) -> tuple[fx.Node, fx.Node, list[int], tuple[Any, ...]] | None:

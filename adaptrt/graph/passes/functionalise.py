@@ -8,7 +8,6 @@ follows views and costs as much as capturing did.
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from collections.abc import Iterator
 from typing import Any, cast
@@ -19,7 +18,7 @@ from torch.fx.node import map_arg
 
 from adaptrt.errors import NotTraceable
 from adaptrt.graph.ir import Graph
-from adaptrt.graph.passes.base import Pass, copy_module
+from adaptrt.graph.passes.base import Pass
 from adaptrt.graph.passes.operations import is_mutable, memory_of, name_of, out_of_place
 from adaptrt.graph.passes.retrace import retrace
 
@@ -29,9 +28,9 @@ aten = torch.ops.aten
 def _run(graph: Graph) -> Graph:
     if not any(is_mutable(node.target) for node in graph.module.graph.nodes):
         return graph
-    module = copy_module(graph)
+    module = graph.module
     if all(_exchange(node) for node in list(module.graph.nodes) if is_mutable(node.target)):
-        return dataclasses.replace(graph, module=module)
+        return graph
     return retrace(graph, lambda fn: torch.func.functionalize(fn, remove="mutations"))
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import Any, cast
 
 from torch import fx
 
 from adaptrt.graph.ir import Graph
-from adaptrt.graph.passes.base import Pass, copy_module
+from adaptrt.graph.passes.base import Pass
 
 
 def _key(value: Any) -> Any:
@@ -22,7 +21,7 @@ def _key(value: Any) -> Any:
 
 
 def _run(graph: Graph) -> Graph:
-    module = copy_module(graph)
+    module = graph.module
     seen: dict[Any, fx.Node] = {}
     for node in list(module.graph.nodes):
         if node.op != "call_function":
@@ -33,8 +32,7 @@ def _run(graph: Graph) -> Graph:
             continue
         node.replace_all_uses_with(seen[key])
         module.graph.erase_node(node)
-    module.recompile()
-    return dataclasses.replace(graph, module=module)
+    return graph
 
 
 merge_duplicates = Pass("merge_duplicates", _run)

@@ -6,7 +6,6 @@ multiplications on, as much at two million, and more below, where MKL has less t
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from adaptrt.graph.ir import Graph
-from adaptrt.graph.passes.base import Pass, add_call, copy_module
+from adaptrt.graph.passes.base import Pass, add_call
 
 aten = torch.ops.aten
 
@@ -33,7 +32,7 @@ def mkl_is_slow() -> bool:
 def _run(graph: Graph) -> Graph:
     if not mkl_is_slow():
         return graph
-    module = copy_module(graph)
+    module = graph.module
     for node in list(module.graph.nodes):
         if node.target is aten.mm.default:
             bias, (a, b) = None, node.args
@@ -49,8 +48,7 @@ def _run(graph: Graph) -> Graph:
                 product = add_call(module, _linear(), a, weights, bias)
             node.replace_all_uses_with(product)
             module.graph.erase_node(node)
-    module.recompile()
-    return dataclasses.replace(graph, module=module)
+    return graph
 
 
 def _is_large(a: fx.Node, b: fx.Node) -> bool:

@@ -7,7 +7,6 @@ batch normalisation returns its running statistics as they were.
 
 from __future__ import annotations
 
-import dataclasses
 import operator
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from adaptrt.graph.ir import Graph
-from adaptrt.graph.passes.base import Pass, copy_module
+from adaptrt.graph.passes.base import Pass
 
 aten = torch.ops.aten
 _IDENTITIES = {aten.detach.default, aten.alias.default, aten.lift_fresh.default, aten.lift_fresh_copy.default, aten.clone.default}
@@ -34,15 +33,14 @@ def _same(node: fx.Node) -> fx.Node | None:
 
 
 def _run(graph: Graph) -> Graph:
-    module = copy_module(graph)
+    module = graph.module
     for node in list(module.graph.nodes):
         same = _same(node)
         if same is not None:
             node.replace_all_uses_with(same)
             module.graph.erase_node(node)
     module.graph.eliminate_dead_code()
-    module.recompile()
-    return dataclasses.replace(graph, module=module)
+    return graph
 
 
 remove_identities = Pass("remove_identities", _run)

@@ -44,6 +44,7 @@ def retrace(
       inputs: the inputs of the transformed function where they differ from the graph's.
     """
     inputs = graph.signature.inputs if inputs is None else inputs
+    graph.module.recompile()  # a pass may have edited it
     mode = FakeTensorMode()
     fakes = fake_inputs(mode, inputs)
     with torch.inference_mode(False), torch.no_grad(), autocast_off(), _use_lazy_graph_module(True), mode:
