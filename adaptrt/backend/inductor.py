@@ -34,6 +34,7 @@ from adaptrt.backend.index_strides import quick_strides
 from adaptrt.backend.recorded import record
 from adaptrt.backend.small_matmuls import small_matmuls_in_place_of_loops
 from adaptrt.errors import CompilerUnavailable
+from adaptrt.graph.collector import collecting, collector_rests
 from adaptrt.graph.ir import Graph, autocast_off
 from adaptrt.graph.passes import channel_sums, convolutions_as_products, inline_small_matmuls
 from adaptrt.graph.passes.base import Pass, apply, copy_module
@@ -153,9 +154,8 @@ def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any,
         let_freed_memory_stay()
     with COMPILING, warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)
-        from torch._inductor import config
+        from torch._inductor import compile_fx, config
         from torch._inductor.codegen.wrapper import PythonWrapperCodegen
-        from torch._inductor.compile_fx import compile_fx_inner
         from torch._inductor.cpu_vec_isa import pick_vec_isa
         from torch._inductor.lowering import lowerings, make_fallback, register_lowering
 
@@ -177,12 +177,15 @@ def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any,
                 stack.enter_context(context)
             if hasattr(PythonWrapperCodegen, "codegen_input_size_asserts"):  # `Program` has looked at inputs
                 stack.enter_context(exchanged(PythonWrapperCodegen, "codegen_input_size_asserts", lambda wrapper: None))
+            # What is not in the cache is made by this function.
+            stack.enter_context(exchanged(compile_fx, "fx_codegen_and_compile", collecting(compile_fx.fx_codegen_and_compile)))
+            stack.enter_context(collector_rests())
             stack.enter_context(config.patch(_WORKAROUNDS | _threads(graph)))
 
             def compile_once() -> Any:
                 # Code is for the instructions that were picked when it was generated, which the key does not know.
                 with cache_config.patch(cache_key_tag=f"{_CACHE_TAG}, {num_results} results, {pick_vec_isa()}"):
-                    return compile_fx_inner(_keep_strides(copy_module(graph), num_results), inputs)
+                    return compile_fx.compile_fx_inner(_keep_strides(copy_module(graph), num_results), inputs)
 
             compiled = _trusting_the_processor(compile_once)
     return compiled, graph

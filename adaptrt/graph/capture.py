@@ -19,11 +19,12 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import _symbolic_trace
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -148,12 +149,25 @@ def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[None]:
         torch._C._set_mkldnn_enabled(False)
         if not fused_attention:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        # What `torch.compile` compiled for fake tensors would not be recorded; in this state it refuses to be called.
+        stack.callback(setattr, _symbolic_trace, "_is_fx_tracing_flag", _symbolic_trace._is_fx_tracing_flag)
+        _symbolic_trace._is_fx_tracing_flag = cast(bool, _InThisThread())
         # The transformer layer's inference kernel ignores dropout and has no gradient.
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         stack.enter_context(_WeightNormByFormula())
         stack.enter_context(mode)
         yield
+
+
+class _InThisThread:
+    """True in the thread that made it, and False in others."""
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+
+    def __bool__(self) -> bool:
+        return threading.get_ident() == self._thread
 
 
 class _WeightNormByFormula(TorchFunctionMode):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from typing import Any
 
 
 @contextlib.contextmanager
 def collector_rests() -> Generator[None]:
-    """Within the block garbage in cycles is not collected.
+    """Within the block garbage in cycles is not collected, save in functions that are `collecting`.
 
     Recording a graph makes hundreds of thousands of objects and next to no garbage, and each collection goes through all of them: a tenth
     of the time from a warm cache. A capture takes parts of a second, many steps in one graph some seconds; other threads' garbage waits
@@ -22,3 +24,21 @@ def collector_rests() -> Generator[None]:
     finally:
         if collects:
             gc.enable()
+
+
+def collecting(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """`fn`, which takes long: when called from a block of `collector_rests`, garbage is collected as outside of it."""
+    collects = gc.isenabled()
+
+    @functools.wraps(fn)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        rests = not gc.isenabled()
+        if collects:
+            gc.enable()
+        try:
+            return fn(*args, **kwargs)
+        finally:
+            if rests:
+                gc.disable()
+
+    return run

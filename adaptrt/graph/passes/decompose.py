@@ -18,7 +18,9 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.proxy_tensor import extract_val
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_map_only
 
+from adaptrt.errors import InvalidGraph
 from adaptrt.graph.ir import Graph, autocast_off
 from adaptrt.graph.passes.operations import is_composite
 from adaptrt.graph.passes.recorder import Recorder, Rules
@@ -34,6 +36,8 @@ def decompose(graph: Graph, rules: Rules) -> Graph:
       graph: any.
       rules: by operation a function of the operation's arguments. The rules hold for the operations that it calls, too. NotImplemented
         leaves the operation as it is.
+    Raises:
+      InvalidGraph: a rule uses a tensor that it did not get.
     """
     known = [node.meta.get("val") for node in graph.module.graph.nodes]
     # Values of two modes cannot be computed with together.
@@ -46,7 +50,7 @@ def decompose(graph: Graph, rules: Rules) -> Graph:
 
 def _decomposed(graph: Graph, rules: Rules, mode: FakeTensorMode) -> fx.GraphModule:
     written = fx.Graph()
-    copies: dict[fx.Node, Any] = {}  # a node, or a tuple of nodes of what has several results
+    copies: dict[fx.Node, Any] = {}  # a node, or several of what has several results
     inputs = iter(fake_inputs(mode, graph.signature.inputs))
     for node in graph.module.graph.nodes:
         args, kwargs = cast(Any, map_arg((node.args, node.kwargs), copies.__getitem__))
@@ -55,24 +59,24 @@ def _decomposed(graph: Graph, rules: Rules, mode: FakeTensorMode) -> fx.GraphMod
         elif node.op == "placeholder":
             copies[node] = written.node_copy(node)
             copies[node].meta["val"] = next(inputs)
-        elif node.target is operator.getitem and isinstance(args[0], tuple):
+        elif node.target is operator.getitem and not isinstance(args[0], fx.Node):
             copies[node] = args[0][args[1]]
         elif node.target in rules or is_composite(node.target):
             copies[node] = _written_out(node.target, args, kwargs, written, rules)
         else:
             copies[node] = written.node_copy(node, copies.__getitem__)
-            if any(_strides(copies[argument]) != _strides(argument) for argument in node.all_input_nodes):
+            if any(_has_other_strides(copies[argument], argument) for argument in node.all_input_nodes):
                 copies[node].meta["val"] = node.target(*_values(args), **_values(kwargs))
     written.eliminate_dead_code()
     return _LazyGraphModule(graph.module, written)
 
 
 def _written_out(target: Any, args: Any, kwargs: Any, graph: fx.Graph, rules: Rules) -> Any:
-    """Writes to `graph` what the operation consists of; returns its result as a node, or a tuple of nodes."""
+    """Writes to `graph` what the operation consists of; returns its result as a node, or as several."""
     recorder = Recorder(graph, rules)
 
     def value_of(node: fx.Node) -> Any:
-        value = extract_val(node.meta["val"])  # one of its own: that of two nodes may be one tensor
+        value: Any = extract_val(node.meta["val"])  # one of its own: that of two nodes may be one tensor
         recorder.know(node, value)
         return value
 
@@ -80,13 +84,19 @@ def _written_out(target: Any, args: Any, kwargs: Any, graph: fx.Graph, rules: Ru
     with recorder:
         result = target(*args, **kwargs)
     found = recorder.nodes_of(result)
-    return tuple(found) if isinstance(found, list) else found
+    if recorder.constants:
+        raise InvalidGraph(f"the rule of {target} uses a tensor that is no argument of the operation")
+    return found
 
 
 def _values(arguments: Any) -> Any:
     return map_arg(arguments, lambda argument: argument.meta["val"])
 
 
-def _strides(node: fx.Node) -> list[Any]:
-    value = node.meta["val"]
-    return [part.stride() if isinstance(part, Tensor) else None for part in (value if isinstance(value, list | tuple) else (value,))]
+def _has_other_strides(copy: fx.Node, node: fx.Node) -> bool:
+    one, other = copy.meta["val"], node.meta["val"]
+    return one is not other and _strides(one) != _strides(other)
+
+
+def _strides(value: Any) -> Any:
+    return tree_map_only(Tensor, lambda part: part.stride(), value)

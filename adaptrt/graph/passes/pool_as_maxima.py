@@ -122,4 +122,4 @@ class _Chosen(Function):
 def _slices(x: Tensor, height: int, width: int) -> list[Tensor]:
     """For each place in a window that element of all windows."""
     rows, columns = x.shape[-2] // height * height, x.shape[-1] // width * width
-    return [x[..., i:rows:height, j:columns:width] for i in range(height) for j in range(width)]
+    return [row[..., j:columns:width] for row in (x[..., i:rows:height, :] for i in range(height)) for j in range(width)]

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.proxy_tensor import extract_val
+from torch.fx.node import map_aggregate
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptrt.graph.passes.operations import is_composite
@@ -57,12 +58,11 @@ class Recorder(TorchDispatchMode):
         self.constants: list[Tensor] = []
         self._rules = rules or {}
         self._known: dict[int, tuple[fx.Node, Tensor]] = {}  # by address of the tensor, which is kept so that it stays its own
-        self._last_placeholder: fx.Node | None = None
+        self._last_placeholder = graph._root  # the place before all nodes
 
     def place(self, name: str, value: Tensor) -> None:
         """Writes an input, behind all others."""
-        first = next(iter(self.graph.nodes), self.graph._root)
-        with self.graph.inserting_before(first) if self._last_placeholder is None else self.graph.inserting_after(self._last_placeholder):
+        with self.graph.inserting_after(self._last_placeholder):
             self._last_placeholder = self.graph.placeholder(name)
         self.know(self._last_placeholder, value)
 
@@ -74,14 +74,15 @@ class Recorder(TorchDispatchMode):
 
     def nodes_of(self, value: Any) -> Any:
         """An argument or a result with nodes in place of tensors."""
-        if isinstance(value, Tensor):
-            if id(value) not in self._known:
-                self.place(f"const_{len(self.constants)}", value)
-                self.constants.append(value)
-            return self._known[id(value)][0]
-        if isinstance(value, dict):
-            return {name: self.nodes_of(part) for name, part in value.items()}
-        return type(value)([self.nodes_of(part) for part in value]) if isinstance(value, list | tuple) else value
+        return map_aggregate(value, self._node_of)
+
+    def _node_of(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return value
+        if id(value) not in self._known:
+            self.place(f"const_{len(self.constants)}", value)
+            self.constants.append(value)
+        return self._known[id(value)][0]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         del types
@@ -98,17 +99,15 @@ class Recorder(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         if func is aten.lift_fresh.default:  # what is written to a tensor that was just made must not change the constant it was made of
             func = aten.lift_fresh_copy.default
-        result = func(*args, **kwargs)
+        result: Any = func(*args, **kwargs)
+        if not isinstance(result, Tensor | list | tuple) and not (result is None and any(isinstance(arg, Tensor | list) for arg in args)):
+            return result  # no operation on tensors: a profiler's mark, or a number that is known
+        node = self.graph.create_node("call_function", func, self.nodes_of(args), self.nodes_of(kwargs), func.overloadpacket.__name__)
         if isinstance(result, Tensor):
-            self.know(self._write(func, args, kwargs), result)
-        elif result is None or isinstance(result, list | tuple):
-            node = self._write(func, args, kwargs)
-            node.meta["val"] = extract_val(result)
-            for index, part in enumerate(result or ()):
-                if isinstance(part, Tensor):
-                    self.know(self.graph.call_function(operator.getitem, (node, index)), part)
-        return result  # a number is the function's affair
-
-    def _write(self, func: Any, args: Any, kwargs: Any) -> fx.Node:
-        name = func.overloadpacket.__name__
-        return self.graph.create_node("call_function", func, self.nodes_of(args), self.nodes_of(kwargs), name)
+            self.know(node, result)
+            return result
+        node.meta["val"] = extract_val(cast(Any, result))
+        for index, part in enumerate(cast(Sequence[Any], result or ())):
+            if isinstance(part, Tensor):
+                self.know(self.graph.call_function(operator.getitem, (node, index)), part)
+        return cast(Any, result)

@@ -54,7 +54,7 @@ def retrace(
 
 def renewed(graph: Graph, module: fx.GraphModule, inputs: Sequence[Input]) -> Graph:
     """The graph with other operations and inputs; its outputs are what these compute."""
-    values = module.graph.output_node().args[0]
+    values: Any = module.graph.output_node().args[0]
     outputs = [
         dataclasses.replace(entry, spec=Spec.of(node.meta["val"])) for entry, node in zip(graph.signature.outputs, values, strict=True)
     ]

@@ -1,0 +1,154 @@
+"""What a captured function may do besides operations on the tensors that it is given."""
+
+from __future__ import annotations
+
+import threading
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, fx, nn
+from torch._decomp import get_decompositions
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from adaptrt.errors import InvalidGraph
+from adaptrt.graph.capture import capture
+from adaptrt.graph.ir import Role
+from adaptrt.graph.passes.decompose import decompose
+from adaptrt.graph.passes.recorder import record
+from tests.graphs import targets
+
+aten = torch.ops.aten
+
+
+def gradient_of_gradient(x: Tensor, w: Tensor) -> list[Tensor]:
+    """With several results of one operation, writes in place, a constant, and a tensor that is given twice."""
+    x, w = x.detach().requires_grad_(), w.detach().requires_grad_()
+    y = F.layer_norm(F.conv2d(x, w, padding=1), (4, 4)).mul_(torch.tensor(0.5, dtype=x.dtype)).relu_()
+    first, second = torch.chunk(y, 2, dim=1)
+    (gradient,) = torch.autograd.grad((first * second * second).sum(), w, create_graph=True)
+    return [y, *torch.autograd.grad(gradient.square().sum(), (x, w))]
+
+
+def test_the_same_operations_as_make_fx() -> None:
+    with FakeTensorMode(), torch.enable_grad():
+        x, w = torch.empty(2, 3, 4, 4, dtype=torch.float64), torch.empty(4, 3, 3, 3, dtype=torch.float64)
+        module, constants = record(gradient_of_gradient, (x, w))
+        expected = make_fx(gradient_of_gradient, tracing_mode="real")(x, w)
+    expected.graph.eliminate_dead_code()
+    assert [value.item() for value in constants] == [0.5]
+
+    def operations(graph: fx.Graph) -> list[object]:
+        # How often autograd detaches what it saves depends on who else holds it.
+        return [node.target for node in graph.nodes if node.op == "call_function" and node.target is not aten.detach.default]
+
+    assert operations(module.graph) == operations(expected.graph)
+    args = torch.randn(2, 3, 4, 4, dtype=torch.float64), torch.randn(4, 3, 3, 3, dtype=torch.float64)
+    with torch.no_grad():
+        results = module(*args, *constants)
+    for found, wanted in zip(results, gradient_of_gradient(*args), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_values_are_those_before_what_changes_them_in_place() -> None:
+    with FakeTensorMode():
+        module, _ = record(lambda x: [(x + 1.0).unsqueeze_(0)], (torch.empty(3),))
+    shapes = {node.target: tuple(node.meta["val"].shape) for node in module.graph.nodes if node.op == "call_function"}
+    assert shapes == {aten.add.Tensor: (3,), aten.unsqueeze_.default: (1, 3)}
+
+
+def test_what_is_no_operation_leaves_no_trace() -> None:
+    def fn(x: Tensor) -> Tensor:
+        factor = torch.tensor(2.0, dtype=torch.float64)
+        factor.add_(1.0)
+        with torch.profiler.record_function("scale"):
+            x = x * factor if float(torch.tensor(3.0)) == 3.0 else x
+        return torch.vmap(torch.sin)(x)
+
+    x = torch.randn(3, 2, dtype=torch.float64)
+    graph = capture(fn, x)
+    for _ in range(2):  # a write to a tensor that was made of a constant does not change the constant
+        assert torch.equal(graph.run(x), fn(x))
+    assert sorted(map(str, targets(graph))) == ["aten.add.Tensor", "aten.mul.Tensor", "aten.sin.default"]
+    assert [entry.role for entry in graph.signature.inputs] == [Role.DATA, Role.CONST, Role.CONST]
+
+
+def test_a_cast_of_one_function_is_none_of_the_next() -> None:
+    """Autocast keeps casts of weights from one operation to the next, and would keep one that belongs to another graph."""
+    w = torch.randn(4, 4, requires_grad=True)
+
+    def fn(x: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return x @ w
+
+    x = torch.randn(2, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            graph = capture(fn, x)
+            assert len(graph.constants) == 1
+            assert graph.constants[0] is w
+            assert torch.equal(graph.run(x), fn(x))
+
+
+def test_a_compiled_module_is_refused() -> None:
+    """Its kernels would compute on fake tensors, unseen."""
+    compiled = torch.compile(nn.Linear(2, 2), backend="eager")
+    with pytest.raises(RuntimeError, match="dynamo-optimized"):
+        capture(lambda x: compiled(x) * 2.0, torch.zeros(1, 2))
+
+
+def test_a_compiled_module_runs_in_another_thread_meanwhile() -> None:
+    compiled = torch.compile(nn.Linear(2, 2), backend="eager")
+    results: list[Tensor] = []
+
+    def fn(x: Tensor) -> Tensor:
+        other = threading.Thread(target=lambda: results.append(compiled(torch.ones(1, 2))))
+        other.start()
+        other.join()
+        return x * 2.0
+
+    capture(fn, torch.zeros(1, 2))
+    assert len(results) == 1
+
+
+# --- decompose
+
+
+def test_rules_hold_for_what_rules_call() -> None:
+    x = torch.randn(5, dtype=torch.float64)
+    graph = capture(lambda x: (F.silu(x), F.hardswish(x)), x)
+    assert set(targets(graph)) == {aten.silu.default, aten.hardswish.default}
+    rules = get_decompositions([aten.silu, aten.hardswish]) | {aten.sigmoid.default: lambda x: 1.0 / (1.0 + torch.exp(-x))}
+    simple = decompose(graph, rules)
+    assert not {aten.silu.default, aten.hardswish.default, aten.sigmoid.default} & set(targets(simple))
+    for found, wanted in zip(simple.run(x), graph.run(x), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-15, atol=1e-15)
+
+
+def test_a_rule_may_leave_an_operation_or_have_several_results() -> None:
+    def smallest(x: Tensor, *rest: object) -> list[Tensor] | object:
+        return NotImplemented if x.dim() > 1 else list(torch.topk(x, len(x), largest=False))
+
+    x = torch.randn(5), torch.randn(2, 5)
+    graph = capture(lambda x, y: (*torch.sort(x), *torch.sort(y)), *x)
+    simple = decompose(graph, {aten.sort.default: smallest})
+    assert (targets(simple).count(aten.sort.default), targets(simple).count(aten.topk.default)) == (1, 1)
+    for found, wanted in zip(simple.run(*x), graph.run(*x), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_strides_follow_from_inputs_and_rules() -> None:
+    """A rule may give its result another layout than the operation has; what reads it gets the layout that follows."""
+    x = torch.randn(2, 3)
+    graph = capture(lambda x: torch.cos(torch.relu(x)).view(-1), x)
+    simple = decompose(graph, {aten.relu.default: lambda x: x.t().contiguous().t().clamp_min(0.0)})
+    value = next(node for node in simple.module.graph.nodes if node.target is aten.cos.default).meta["val"]
+    assert value.stride() == (1, 2)
+    assert torch.equal(simple.run(x), graph.run(x)), "the view became a copy"
+
+
+def test_a_rule_with_a_tensor_of_its_own_is_refused() -> None:
+    graph, ones = capture(torch.sin, torch.zeros(2)), torch.ones(2)
+    with pytest.raises(InvalidGraph, match="the rule of aten.sin.default uses a tensor"):
+        decompose(graph, {aten.sin.default: lambda x: x * ones})
