@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, fx
-from torch._decomp import get_decompositions
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -28,7 +27,6 @@ from adaptrt.graph.noise import Noise, draw
 from adaptrt.graph.passes import functionalise as functionalise_file
 from adaptrt.graph.passes.base import Pass, apply, copy_module
 from adaptrt.graph.passes.batch import batch
-from adaptrt.graph.passes.decompose import decompose
 from adaptrt.graph.passes.functionalise import functionalise
 from adaptrt.graph.passes.lift_noise import lift_noise, record_noise
 from adaptrt.graph.passes.merge_duplicates import merge_duplicates
@@ -383,15 +381,6 @@ def test_copy_module_is_a_copy() -> None:
         if node.op == "output":
             node.args = ([next(iter(copied.graph.nodes))],)
     assert verify(graph) is graph
-
-
-def test_decompose() -> None:
-    x, w = arguments()
-    graph = capture(lambda x, w: F.silu(x @ w), x, w)
-    assert aten.silu.default in targets(graph)
-    simple = decompose(graph, get_decompositions([aten.silu]))
-    assert aten.silu.default not in targets(simple)
-    assert_equal(simple.run(x, w), graph.run(x, w))
 
 
 # --- the task axis

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+from typing import Any
 
 import pytest
 import torch
@@ -10,10 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch._decomp import get_decompositions
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx import _symbolic_trace
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils._pytree import tree_map_only
 
-from adaptrt.errors import InvalidGraph
+from adaptrt.backend.inductor import Inductor
+from adaptrt.errors import InvalidGraph, NotTraceable
 from adaptrt.graph.capture import capture
+from adaptrt.graph.collector import collecting, collector_rests
 from adaptrt.graph.ir import Role
 from adaptrt.graph.passes.decompose import decompose
 from adaptrt.graph.passes.recorder import record
@@ -112,6 +118,144 @@ def test_a_compiled_module_runs_in_another_thread_meanwhile() -> None:
     assert len(results) == 1
 
 
+class Scaled(Tensor):
+    """Small integers and a scale, as quantised weights are kept."""
+
+    quantised: Tensor
+    scale: Tensor
+
+    @staticmethod
+    def __new__(cls, quantised: Tensor, scale: Tensor) -> Scaled:
+        made: Scaled = Tensor._make_wrapper_subclass(cls, quantised.size(), dtype=scale.dtype)
+        made.quantised, made.scale = quantised, scale
+        return made
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        args, kwargs = tree_map_only(Scaled, lambda value: value.quantised * value.scale, (args, kwargs or {}))
+        return func(*args, **kwargs)
+
+
+def test_a_tensor_of_tensors_computes_by_these() -> None:
+    weights = Scaled(torch.randint(-8, 8, (3, 2)), torch.tensor(0.1, dtype=torch.float64))
+    x = torch.randn(4, 3, dtype=torch.float64)
+    graph = capture(lambda x: x @ weights, x)
+    assert [type(value) for value in graph.constants] == [Tensor, Tensor]
+    assert torch.equal(graph.run(x), x @ weights)
+
+
+@torch.library.custom_op("adaptrt_tests::halve_", mutates_args=("x",))
+def halve_(x: Tensor) -> int:
+    x.div_(2.0)
+    return x.numel()
+
+
+@halve_.register_fake
+def _(x: Tensor) -> int:
+    return x.numel()
+
+
+def test_a_write_that_returns_a_number_is_not_lost() -> None:
+    def fn(x: Tensor) -> Tensor:
+        y = x.clone()
+        halve_(y)
+        return y
+
+    with pytest.raises(RuntimeError, match="halve_"):  # PyTorch's functionalisation does not know it
+        capture(fn, torch.ones(3))
+
+
+def test_writes_to_lists_and_to_given_outputs() -> None:
+    def fn(x: Tensor) -> list[Tensor]:
+        values, out = [x + 1.0, x * 2.0], torch.empty_like(x)
+        torch._foreach_mul_(values, 3.0)  # pyright: ignore[reportPrivateImportUsage]
+        torch.add(values[0], values[1], out=out)
+        return [*values, out]
+
+    x = torch.randn(4, dtype=torch.float64)
+    for found, wanted in zip(capture(fn, x).run(x), fn(x), strict=True):
+        assert torch.equal(found, wanted)
+
+
+def test_assigned_data_is_refused() -> None:
+    def fn(x: Tensor, y: Tensor) -> Tensor:
+        x = x.clone()
+        x.data = y
+        return x * 2.0
+
+    with pytest.raises(NotTraceable, match=r"\.data"):
+        capture(fn, torch.zeros(2), torch.ones(2))
+
+
+def test_a_tensor_of_an_earlier_capture_is_refused() -> None:
+    kept: list[Tensor] = []
+
+    def fn(x: Tensor) -> Tensor:
+        kept.append(x * 2.0)
+        return kept[0] + x
+
+    capture(fn, torch.zeros(2))
+    with pytest.raises(NotTraceable, match="where it was not traced"):
+        capture(fn, torch.zeros(2))
+
+
+def test_a_failure_leaves_pytorch_as_it_was() -> None:
+    def fn(x: Tensor) -> Tensor:
+        raise KeyError("on purpose")
+
+    before = _symbolic_trace._is_fx_tracing_flag, torch.is_autocast_cache_enabled(), gc.isenabled()
+    with pytest.raises(KeyError, match="on purpose"):
+        capture(fn, torch.zeros(2))
+    assert (_symbolic_trace._is_fx_tracing_flag, torch.is_autocast_cache_enabled(), gc.isenabled()) == before == (False, True, True)
+
+
+# --- the garbage collector
+
+
+def test_the_collector_rests_but_for_what_takes_long() -> None:
+    def state() -> bool:
+        return gc.isenabled()
+
+    def fails() -> None:
+        raise KeyError("on purpose")
+
+    with collector_rests():
+        assert not state()
+        assert not collecting(state)(), "as it was where `collecting` was called"
+    long, long_failing = collecting(state), collecting(fails)
+    with collector_rests():
+        assert long()
+        with pytest.raises(KeyError):
+            long_failing()
+        assert not state()
+    assert state()
+
+
+def test_the_collector_is_not_left_off_by_two_threads() -> None:
+    """One measures without collector, another begins to compile meanwhile, and ends later."""
+    compiling, measured = threading.Event(), threading.Event()
+
+    def long() -> None:
+        compiling.set()
+        assert measured.wait(60)
+
+    def compile_in_background() -> None:
+        fn = collecting(long)
+        with collector_rests():
+            fn()
+
+    other = threading.Thread(target=compile_in_background)
+    gc.disable()
+    try:
+        other.start()
+        assert compiling.wait(60)
+    finally:
+        gc.enable()
+    measured.set()
+    other.join()
+    assert gc.isenabled()
+
+
 # --- decompose
 
 
@@ -146,6 +290,32 @@ def test_strides_follow_from_inputs_and_rules() -> None:
     value = next(node for node in simple.module.graph.nodes if node.target is aten.cos.default).meta["val"]
     assert value.stride() == (1, 2)
     assert torch.equal(simple.run(x), graph.run(x)), "the view became a copy"
+
+
+def test_strides_that_a_pass_changed_are_followed() -> None:
+    """A convolution that is named a weight gradient has other strides; a reshape of what follows has to copy."""
+
+    def fn(a: Tensor, b: Tensor) -> Tensor:
+        return torch.exp(F.conv2d(a.transpose(0, 1), b.transpose(0, 1))).reshape(-1)
+
+    a, b = torch.randn(8, 4, 9, 9, dtype=torch.float64), torch.randn(8, 3, 7, 7, dtype=torch.float64)
+    graph = capture(fn, a, b)
+    assert aten.convolution_backward.default in targets(graph)
+    lowered = Inductor().lower(graph)
+    torch.testing.assert_close(lowered.run(a, b), fn(a, b), rtol=1e-12, atol=1e-12)
+
+
+def test_one_tensor_given_twice_to_a_rule_is_one() -> None:
+    seen: list[bool] = []
+
+    def rule(tensors: list[Tensor], dim: int = 0) -> object:
+        seen.append(tensors[0] is tensors[1])
+        return NotImplemented
+
+    x, y = torch.randn(2), torch.randn(2)
+    graph = capture(lambda x, y: torch.cat([torch.cat([x, x]), torch.cat([x, y])]), x, y)
+    decompose(graph, {aten.cat.default: rule})
+    assert seen == [True, False, False]
 
 
 def test_a_rule_with_a_tensor_of_its_own_is_refused() -> None:

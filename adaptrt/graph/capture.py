@@ -6,7 +6,8 @@ for its backward is detached in it, so the result would be silently wrong. Loss,
 captured once.
 
 Known limits: Python numbers that the function reads (attributes of a module, say) are constants of the graph; a function that depends on
-its arguments' shapes is captured for these shapes; no other thread may trace meanwhile.
+its arguments' shapes is captured for these shapes; no other thread may trace meanwhile; what a `TorchDispatchMode` around the call does to
+operations is not in the graph.
 """
 
 # pyright: reportPrivateUsage=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
@@ -30,7 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptrt import tree
-from adaptrt.errors import UnsupportedRandomness
+from adaptrt.errors import NotTraceable, UnsupportedRandomness
 from adaptrt.graph import mixed_norms
 from adaptrt.graph.collector import collector_rests
 from adaptrt.graph.ir import Graph, Input, Output, PassRecord, Role, Signature, autocast_off
@@ -46,6 +47,7 @@ from adaptrt.tree import Spec, Tree
 
 aten = torch.ops.aten
 _WEIGHT_NORM: Any = torch._weight_norm  # pyright: ignore[reportPrivateImportUsage]
+_SET_DATA: Any = Tensor.data.__set__  # pyright: ignore
 _PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.mv.default, aten.dot.default}
 
 
@@ -155,7 +157,7 @@ def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[None]:
         # The transformer layer's inference kernel ignores dropout and has no gradient.
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
-        stack.enter_context(_WeightNormByFormula())
+        stack.enter_context(_Functions())
         stack.enter_context(mode)
         yield
 
@@ -170,11 +172,13 @@ class _InThisThread:
         return threading.get_ident() == self._thread
 
 
-class _WeightNormByFormula(TorchFunctionMode):
-    """Computes `torch._weight_norm`, behind both of PyTorch's weight norms, by its formula."""
+class _Functions(TorchFunctionMode):
+    """Computes `torch._weight_norm`, behind both of PyTorch's weight norms, by its formula; refuses what no operation would tell of."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
+        if func == _SET_DATA:
+            raise NotTraceable("the model assigns to the `.data` of a tensor, which cannot be traced; compute a new tensor, or use copy_()")
         return (weight_norm if func is _WEIGHT_NORM else func)(*args, **(kwargs or {}))
 
 

@@ -32,13 +32,13 @@ def collecting(fn: Callable[..., Any]) -> Callable[..., Any]:
 
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> Any:
-        rests = not gc.isenabled()
-        if collects:
+        enables = collects and not gc.isenabled()
+        if enables:
             gc.enable()
         try:
             return fn(*args, **kwargs)
         finally:
-            if rests:
+            if enables:
                 gc.disable()
 
     return run

@@ -9,10 +9,11 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
-from torch import fx
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.node import map_arg
+from torch.utils._pytree import tree_map_only
 
 from adaptrt.graph.collector import collector_rests
 from adaptrt.graph.ir import Graph, PassRecord
@@ -59,11 +60,32 @@ def apply(passes: Sequence[Pass], graph: Graph) -> Graph:
 def add_call(module: fx.GraphModule, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
     """An operation where the graph is being written to, with its value."""
     node = module.graph.call_function(target, args, kwargs)
-    values, named = cast(Any, map_arg((args, kwargs), lambda arg: arg.meta["val"]))
-    known = next((other.meta["val"] for other in module.graph.nodes if isinstance(other.meta.get("val"), FakeTensor)), None)
-    with contextlib.nullcontext() if known is None else known.fake_mode:
-        node.meta["val"] = target(*values, **named)
+    renew_value(node)
     return node
+
+
+def renew_value(node: fx.Node) -> None:
+    """Computes a node's value from those of its arguments."""
+    args, kwargs = cast(Any, map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"]))
+    with _mode_of(node.graph):
+        node.meta["val"] = cast(Any, node.target)(*args, **kwargs)
+
+
+def has_other_strides(one: fx.Node, other: fx.Node) -> bool:
+    """Whether the values of two nodes, of one shape, lie otherwise in memory."""
+    values = one.meta["val"], other.meta["val"]
+    return values[0] is not values[1] and strides_of(values[0]) != strides_of(values[1])
+
+
+def strides_of(value: Any) -> Any:
+    """How a value lies in memory: strides and offset of a tensor, or of several."""
+    return tree_map_only(Tensor, lambda part: (part.stride(), part.storage_offset()), value)
+
+
+def _mode_of(graph: fx.Graph) -> contextlib.AbstractContextManager[Any]:
+    """The mode in which the graph's values were made."""
+    known = next((node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), FakeTensor)), None)
+    return contextlib.nullcontext() if known is None else known.fake_mode
 
 
 def copy_module(graph: Graph) -> fx.GraphModule:

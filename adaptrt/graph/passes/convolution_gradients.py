@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, fx
 
 from adaptrt.graph.ir import Graph
-from adaptrt.graph.passes.base import Pass, add_call
+from adaptrt.graph.passes.base import Pass, add_call, has_other_strides, renew_value, strides_of
 
 aten = torch.ops.aten
 
@@ -32,6 +32,7 @@ def _narrow(graph: Graph) -> Graph:
 
 def _name_weight_gradients(graph: Graph) -> Graph:
     module = graph.module
+    changed: set[fx.Node] = set()
     for node in module.graph.find_nodes(op="call_function", target=aten.convolution.default):
         arguments = _as_weight_gradient(node)
         if arguments is None:
@@ -45,7 +46,15 @@ def _name_weight_gradients(graph: Graph) -> Graph:
             of_weights = add_call(module, operator.getitem, found, 1)
             renewed = add_call(module, aten.transpose.int, of_weights, 0, 1)
         node.replace_all_uses_with(renewed)
+        if has_other_strides(renewed, node):
+            changed.add(renewed)
         module.graph.erase_node(node)
+    for node in module.graph.nodes if changed else ():  # of what follows strides may be others, too
+        if node.op == "call_function" and not changed.isdisjoint(node.all_input_nodes):
+            before = strides_of(node.meta["val"])
+            renew_value(node)
+            if strides_of(node.meta["val"]) != before:
+                changed.add(node)
     module.graph.eliminate_dead_code()
     return graph
 

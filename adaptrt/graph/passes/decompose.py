@@ -1,7 +1,6 @@
 """Replaces operations by simpler ones, by a table of rules.
 
-Only operations that have a rule are traced; what they consist of is written where they stood, and all others are copied. To trace a whole
-graph anew takes three times as long.
+Only operations that have a rule are traced; what they consist of is written where they stood, and all others are copied.
 """
 
 # pyright: reportPrivateUsage=false
@@ -13,15 +12,15 @@ import operator
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.proxy_tensor import extract_val
 from torch.fx.node import map_arg
-from torch.utils._pytree import tree_map_only
 
 from adaptrt.errors import InvalidGraph
 from adaptrt.graph.ir import Graph, autocast_off
+from adaptrt.graph.passes.base import has_other_strides, renew_value
 from adaptrt.graph.passes.operations import is_composite
 from adaptrt.graph.passes.recorder import Recorder, Rules
 from adaptrt.graph.passes.retrace import fake_inputs, renewed
@@ -65,8 +64,8 @@ def _decomposed(graph: Graph, rules: Rules, mode: FakeTensorMode) -> fx.GraphMod
             copies[node] = _written_out(node.target, args, kwargs, written, rules)
         else:
             copies[node] = written.node_copy(node, copies.__getitem__)
-            if any(_has_other_strides(copies[argument], argument) for argument in node.all_input_nodes):
-                copies[node].meta["val"] = node.target(*_values(args), **_values(kwargs))
+            if any(has_other_strides(copies[argument], argument) for argument in node.all_input_nodes):
+                renew_value(copies[node])
     written.eliminate_dead_code()
     return _LazyGraphModule(graph.module, written)
 
@@ -74,11 +73,13 @@ def _decomposed(graph: Graph, rules: Rules, mode: FakeTensorMode) -> fx.GraphMod
 def _written_out(target: Any, args: Any, kwargs: Any, graph: fx.Graph, rules: Rules) -> Any:
     """Writes to `graph` what the operation consists of; returns its result as a node, or as several."""
     recorder = Recorder(graph, rules)
+    values: dict[fx.Node, Any] = {}  # one for each node: rules may ask whether arguments are the same tensor
 
     def value_of(node: fx.Node) -> Any:
-        value: Any = extract_val(node.meta["val"])  # one of its own: that of two nodes may be one tensor
-        recorder.know(node, value)
-        return value
+        if node not in values:
+            values[node] = extract_val(node.meta["val"])
+            recorder.know(node, values[node])
+        return values[node]
 
     args, kwargs = cast(Any, map_arg((args, kwargs), value_of))
     with recorder:
@@ -87,16 +88,3 @@ def _written_out(target: Any, args: Any, kwargs: Any, graph: fx.Graph, rules: Ru
     if recorder.constants:
         raise InvalidGraph(f"the rule of {target} uses a tensor that is no argument of the operation")
     return found
-
-
-def _values(arguments: Any) -> Any:
-    return map_arg(arguments, lambda argument: argument.meta["val"])
-
-
-def _has_other_strides(copy: fx.Node, node: fx.Node) -> bool:
-    one, other = copy.meta["val"], node.meta["val"]
-    return one is not other and _strides(one) != _strides(other)
-
-
-def _strides(value: Any) -> Any:
-    return tree_map_only(Tensor, lambda part: part.stride(), value)

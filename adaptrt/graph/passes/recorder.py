@@ -1,7 +1,7 @@
 """Records the operations that a function of tensors calls.
 
-PyTorch's `make_fx` does the same and much more (dynamic shapes, subclasses of tensors, control flow), at three times the cost for each
-operation. Where one of its transformations is needed, `retrace` has it.
+PyTorch's `make_fx` does the same and much more (dynamic shapes, control flow as operations), in twice the time. Where a graph has to run
+under one of PyTorch's transformations, `retrace` uses it.
 """
 
 # pyright: reportPrivateUsage=false
@@ -9,17 +9,20 @@ operation. Where one of its transformations is needed, `retrace` has it.
 from __future__ import annotations
 
 import operator
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.proxy_tensor import extract_val
-from torch.fx.node import map_aggregate
+from torch.fx.node import map_aggregate, map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from adaptrt.graph.passes.operations import is_composite
+from adaptrt.errors import NotTraceable
+from adaptrt.graph.passes.operations import is_composite, is_mutable
 
 aten = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default  # by which a fake tensor is asked for its device
@@ -57,7 +60,8 @@ class Recorder(TorchDispatchMode):
         self.graph = graph
         self.constants: list[Tensor] = []
         self._rules = rules or {}
-        self._known: dict[int, tuple[fx.Node, Tensor]] = {}  # by address of the tensor, which is kept so that it stays its own
+        # By address of the tensor, which is kept so that it stays its own; the weak reference keeps `swap_tensors` from exchanging it.
+        self._known: dict[int, tuple[fx.Node, Tensor, weakref.ref[Tensor]]] = {}
         self._last_placeholder = graph._root  # the place before all nodes
 
     def place(self, name: str, value: Tensor) -> None:
@@ -68,7 +72,7 @@ class Recorder(TorchDispatchMode):
 
     def know(self, node: fx.Node, value: Tensor) -> None:
         """Takes `value` for what `node` computes."""
-        self._known[id(value)] = node, value
+        self._known[id(value)] = node, value, weakref.ref(value)
         if "val" not in node.meta:
             node.meta["val"] = extract_val(value)
 
@@ -80,12 +84,18 @@ class Recorder(TorchDispatchMode):
         if not isinstance(value, Tensor):
             return value
         if id(value) not in self._known:
+            if isinstance(value, FakeTensor):
+                raise NotTraceable(
+                    f"the model uses a tensor (shape {list(value.shape)}) that it made where it was not traced: in another thread, or "
+                    "in an earlier run, kept since then. Make it where it is used, or keep it as a buffer"
+                )
             self.place(f"const_{len(self.constants)}", value)
             self.constants.append(value)
         return self._known[id(value)][0]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        del types
+        if any(kind is not FakeTensor for kind in types):
+            return NotImplemented  # a tensor of tensors: it calls operations on these itself
         kwargs = kwargs or {}
         if func is _DEVICE:
             return func(*args)
@@ -100,14 +110,22 @@ class Recorder(TorchDispatchMode):
         if func is aten.lift_fresh.default:  # what is written to a tensor that was just made must not change the constant it was made of
             func = aten.lift_fresh_copy.default
         result: Any = func(*args, **kwargs)
-        if not isinstance(result, Tensor | list | tuple) and not (result is None and any(isinstance(arg, Tensor | list) for arg in args)):
-            return result  # no operation on tensors: a profiler's mark, or a number that is known
-        node = self.graph.create_node("call_function", func, self.nodes_of(args), self.nodes_of(kwargs), func.overloadpacket.__name__)
+        node_args, node_kwargs = self.nodes_of(args), self.nodes_of(kwargs)
+        several = isinstance(result, list | tuple)
+        if not (several or isinstance(result, Tensor) or is_mutable(func) or (result is None and _has_node((node_args, node_kwargs)))):
+            return result  # a profiler's mark, or a number that is known
+        node = self.graph.create_node("call_function", func, node_args, node_kwargs, func.overloadpacket.__name__)
         if isinstance(result, Tensor):
             self.know(node, result)
             return result
         node.meta["val"] = extract_val(cast(Any, result))
-        for index, part in enumerate(cast(Sequence[Any], result or ())):
+        for index, part in enumerate(cast(Sequence[Any], result) if several else ()):
             if isinstance(part, Tensor):
                 self.know(self.graph.call_function(operator.getitem, (node, index)), part)
         return cast(Any, result)
+
+
+def _has_node(arguments: Any) -> bool:
+    found: list[fx.Node] = []
+    map_arg(arguments, found.append)
+    return bool(found)
