@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from adaptrt import optim
@@ -33,6 +34,9 @@ CASES: dict[str, tuple[Callable[..., Any], list[Tensor], int]] = {
     "for little": (lambda x, a: x * a.exp(), [torch.rand(8, 8), torch.rand(())], 0),
     "as large": (lambda x, a: x * a.exp().t(), [torch.rand(LARGE), torch.rand(LARGE)], 0),
     "an input": (lambda x, a: x * a, [torch.rand(LARGE), torch.rand(())], 0),
+    "positions": (lambda x: x > torch.arange(LARGE[1], dtype=x.dtype) * 3.0 + 1.0, [torch.rand(LARGE)], 0),
+    "a function of positions": (lambda x: x + torch.arange(LARGE[1], dtype=x.dtype).sin(), [torch.rand(LARGE)], 1),
+    "positions and an input": (lambda x, a: x * (torch.arange(LARGE[1]) / a / a), [torch.rand(LARGE), torch.rand(())], 1),
     "a sum": (lambda x, a: x * a.sum(), [torch.rand(LARGE), torch.rand(9)], 0),
 }
 
@@ -46,6 +50,21 @@ def test_what_is_computed_once(fn: Callable[..., Any], values: list[Tensor], cou
     torch.testing.assert_close(marked.run(*values), wanted, rtol=0, atol=0)
     found = Inductor().compile(graph)(list(values))
     torch.testing.assert_close(list(found), list(wanted) if isinstance(wanted, tuple) else [wanted], rtol=1e-6, atol=1e-6)
+
+
+def test_second_derivatives_of_pools_write_no_choices() -> None:
+    """Whether an element was chosen is used several times, and read from four; with one tensor more it became a tensor of its own."""
+
+    def fn(x: Tensor, v: Tensor) -> Tensor:
+        x = x.detach().requires_grad_()
+        y = F.max_pool2d(torch.tanh(x), 2)
+        (gradient,) = torch.autograd.grad(y.square().sum(), x, create_graph=True)
+        return torch.autograd.grad((gradient * v).sum(), x)[0]
+
+    args = torch.randn(16, 16, 32, 32), torch.randn(16, 16, 32, 32)
+    graph = apply(inductor.PASSES, capture(fn, *args, for_fusion=True))
+    assert computed_once not in targets(graph)
+    torch.testing.assert_close(Inductor().compile(capture(fn, *args, for_fusion=True))(list(args))[0], fn(*args), rtol=1e-5, atol=1e-5)
 
 
 def adam(size: int) -> tuple[Any, list[Tensor]]:

@@ -22,6 +22,10 @@ MIN_RATIO = 8
 MIN_COST = 1 << 18
 """What is saved at least, in additions. Another loop, with threads that wait for each other, costs about as much."""
 
+MIN_COST_OF_POSITIONS = 10
+"""In additions, for one element of what reads nothing from memory. Less is computed as fast as it would be read, and a tensor more that is
+read may be the one too many for the compiler to fuse what reads it."""
+
 _COSTS: dict[str, int] = {
     **dict.fromkeys(("div", "reciprocal", "sqrt", "rsqrt", "remainder", "fmod"), 10),
     **dict.fromkeys(COSTLY, 20),
@@ -47,7 +51,11 @@ def _run(graph: Graph) -> Graph:
                 loops.setdefault(part, set()).add(node)
     for node in nodes:
         total = sum(loop.meta["val"].numel() for loop in loops.get(node, ()))
-        if total == 0 or _cost(node) * total < MIN_COST:
+        if total == 0:
+            continue
+        expression = _expression(node)
+        cost = sum(map(_cost_of_operation, expression))
+        if cost * total < MIN_COST or (cost < MIN_COST_OF_POSITIONS and not _reads(expression)):
             continue
         users = list(node.users)
         with module.graph.inserting_after(node):
@@ -64,22 +72,32 @@ def _is_on_cpu(node: fx.Node) -> bool:
 
 def _parts(node: fx.Node) -> Iterator[fx.Node]:
     """The pointwise operations whose results the operation reads, directly or through views."""
-    for argument in node.all_input_nodes:
-        while is_view(argument.target) and isinstance(argument.args[0], fx.Node):
-            argument = argument.args[0]
+    for argument in map(_behind_views, node.all_input_nodes):
         if is_pointwise(argument.target):
             yield argument
 
 
-def _cost(node: fx.Node) -> int:
-    """Of one element, with all that is computed for it."""
+def _behind_views(node: fx.Node) -> fx.Node:
+    while is_view(node.target) and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return node
+
+
+def _expression(node: fx.Node) -> list[fx.Node]:
+    """All pointwise operations that one element is computed by."""
     seen: dict[fx.Node, None] = {node: None}
     for found in (waiting := [node]):
         for part in _parts(found):
             if part not in seen:
                 seen[part] = None
                 waiting.append(part)
-    return sum(_cost_of_operation(found) for found in seen)
+    return waiting
+
+
+def _reads(expression: list[fx.Node]) -> bool:
+    """Whether anything in memory goes into it, rather than constants and positions only."""
+    operands = {_behind_views(operand) for node in expression for operand in node.all_input_nodes}
+    return any(operand.op == "placeholder" or bool(operand.all_input_nodes) for operand in operands.difference(expression))
 
 
 def _cost_of_operation(node: fx.Node) -> int:
