@@ -23,7 +23,7 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import _symbolic_trace
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -101,7 +101,8 @@ def capture(
     input_roles = [role for example, entry in zip(examples, given, strict=True) for role in _spread(entry, example)]
     inputs = [Input(name, role, Spec.of(fake)) for name, role, fake in zip(input_names, input_roles, fakes, strict=True)]
     inputs += [Input(f"const.{index}", Role.CONST, Spec.of(value)) for index, value in enumerate(constants)]
-    outputs = [Output(name, Spec.of(node.meta["val"])) for name, node in zip(output_names, _outputs(module), strict=True)]
+    computed: Any = module.graph.output_node().args[0]
+    outputs = [Output(name, Spec.of(node.meta["val"])) for name, node in zip(output_names, computed, strict=True)]
     graph = Graph(module, Signature(tuple(inputs), tuple(outputs)), constants, arguments, result[0])
     written = [f"{writer.name} of {writer.num_written} {writer.noun}" for writer in writers if writer.num_written]
     history = tuple([PassRecord(text, graph.num_nodes, graph.num_nodes) for text in written])
@@ -192,10 +193,6 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     wide = torch.promote_types(dtype, torch.float32)
     direction, length = v.to(wide), g.to(wide)
     return (direction * (length / torch.norm_except_dim(direction, 2, dim))).to(dtype)
-
-
-def _outputs(module: fx.GraphModule) -> Sequence[fx.Node]:
-    return next(iter(reversed(module.graph.nodes))).args[0]
 
 
 class _EagerRules(TorchDispatchMode):

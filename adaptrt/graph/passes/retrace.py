@@ -33,7 +33,7 @@ def fake_inputs(mode: FakeTensorMode, inputs: Sequence[Input]) -> list[Tensor]:
 
 def retrace(
     graph: Graph,
-    transform: Callable[[Callable[..., Any]], Callable[..., Any]] = torch.func.functionalize,
+    transform: Callable[[Callable[..., Any]], Callable[..., Any]],
     inputs: Sequence[Input] | None = None,
 ) -> Graph:
     """The graph of `transform(graph.module)`.
