@@ -4,8 +4,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# One file to a worker: a file's tests share the programs that they compile.
+# One file to a worker: a file's tests share the programs that they compile. Exit code 5: no test of that kind was asked for.
 PYTEST_ARGS ?= -n 2 --dist loadfile
+PYTEST = $(BIN)/python -m pytest --benchmark-disable
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 
@@ -24,7 +25,8 @@ demo: $(VENV)/.demo
 	$(BIN)/adaptrt demo $(DEMO_ARGS)
 
 test: $(VENV)/.test
-	$(BIN)/python -m pytest --benchmark-disable $(PYTEST_ARGS)
+	$(PYTEST) -m 'not alone' $(PYTEST_ARGS) || [ $$? -eq 5 ]
+	$(PYTEST) -m alone $(PYTEST_ARGS) -n 0 || [ $$? -eq 5 ]
 
 # The report's tables go to the screen, JSON, tables and plot to build/.
 BENCH = $(BIN)/python -m pytest -o python_files='bench_*.py' -o filterwarnings=default -q --show-capture=no benchmarks/suite --benchmark-json=build/$@.json

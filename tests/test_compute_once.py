@@ -85,7 +85,7 @@ def test_adams_bias_corrections_are_in_no_loop_over_parameters(libraries: list[s
     assert loops and not any("std::pow" in loop for loop in loops)
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_that_is_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     update, values = adam(1 << 18)
     graph = capture(update, *values)

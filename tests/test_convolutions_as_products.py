@@ -88,7 +88,7 @@ def test_gradients_of_gradients() -> None:
     torch.testing.assert_close(found, fn(x.requires_grad_(), w.requires_grad_()), rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_products_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     x, w = torch.randn(25, 512, 2, 2), torch.randn(512, 512, 3, 3)
     graph = capture(lambda x, w: F.conv2d(x, w, padding=1), x, w)

@@ -64,7 +64,7 @@ def test_only_costly_loops(fn: Callable[[Tensor], Tensor], is_vectorised: bool, 
     assert cpp.TilingSelect.select_tiling is by_heuristic  # pyright: ignore[reportUnknownMemberType]
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_costly_loops_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
     a, b = (value.float() for value in arguments())
     calls: dict[str, Callable[[], Any]] = {}

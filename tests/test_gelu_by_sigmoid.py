@@ -114,7 +114,7 @@ def test_others_are_left_alone(fn: Callable[[Tensor], Tensor], dtype: torch.dtyp
     assert mode.num_written == 0 and torch.equal(found, fn(x))
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_a_pullback_is_faster() -> None:
     def fn(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
         x = x.detach().requires_grad_()

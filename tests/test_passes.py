@@ -854,7 +854,7 @@ def test_inline_small_matmuls() -> None:
     assert num_flops(inlined) == num_flops(graph) - 2 * 4 * 5  # without the one that became a loop
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_inlined_products_are_faster() -> None:
     library, ours = medians_s(chain, None, 10, 32)
     assert ours < library

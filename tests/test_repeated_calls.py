@@ -275,6 +275,7 @@ def test_compiled_programs_refuse_what_is_not_finite_and_say_where() -> None:
     ignoring.adapt(wrong)
 
 
+@pytest.mark.alone
 def test_a_program_with_next_to_nothing_to_do_is_called_in_15_microseconds(monkeypatch: pytest.MonkeyPatch) -> None:
     called: list[tuple[Program, list[Tensor]]] = []
     run = Program.run_leaves

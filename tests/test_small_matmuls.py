@@ -115,7 +115,7 @@ def test_what_is_not_a_number_stays(libraries: list[str]) -> None:
     torch.testing.assert_close(found, wanted, equal_nan=True)
 
 
-@pytest.mark.slow
+@pytest.mark.alone
 def test_function_is_faster_than_loops(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor.utils import fresh_cache
 

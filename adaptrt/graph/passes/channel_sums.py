@@ -1,13 +1,14 @@
-"""Sums over all but the channels of images are taken image by image, and then over images.
+"""Sums over all but the channels of images are taken image by image, and then over images. Large images are taken row by row.
 
 Batch normalisation needs them, for its statistics and for each of its derivatives. On the CPU images lie with their channels last, and in
-one go Inductor adds up one register of channels over all images, then the next: it reads memory with gaps, several times over. One image
-fits into the cache that is next to the processor. The statistics come as a mean and the squares around it: two readings, with additions
-only, where one reading needs a division for each element.
+one go Inductor adds up one register of channels over all images, then the next: it reads memory with gaps, several times over. One image,
+or one row of it, fits into the cache that is next to the processor. The statistics come as a mean and the squares around it: two readings,
+with additions only, where one reading needs a division for each element.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,11 +20,20 @@ aten = torch.ops.aten
 MIN_ELEMENTS = 1 << 17
 """Below, all images are in that cache."""
 
+MAX_IMAGE_BYTES = 1 << 18
+"""Above, rows are read faster than images: measured in docs/notes/0005-speed-on-the-cpu.md."""
+
+MIN_ROW = 14
+"""Shorter rows leave too many sums to add up afterwards: those of 7 took up to twice as long as images."""
+
 _DTYPES = (torch.float32, torch.float64)
 
 
 def _stages(x: Tensor, axes: Sequence[int] | None) -> list[list[int]] | None:
-    """The axes within an image and those of images, if `axes` are both: of [..., N, C, H, W] those of H and W, and of N."""
+    """The axes summed over first, and those after them, if `axes` are some of images and all within one.
+
+    Of [..., N, C, H, W] those of H and W, and of N; of large images that of W, and those of N and H.
+    """
     if x.device.type != "cpu" or x.dtype not in _DTYPES or axes is None or x.numel() < MIN_ELEMENTS:
         return None
     summed = {axis % x.dim() for axis in axes}
@@ -31,7 +41,12 @@ def _stages(x: Tensor, axes: Sequence[int] | None) -> list[list[int]] | None:
     while first - 1 in summed:
         first -= 1
     within, images = list(range(first, x.dim())), sorted(axis for axis in summed if axis < first)
-    return [within, images] if len(within) > 1 and images else None
+    if len(within) < 2 or not images:
+        return None
+    image_bytes = math.prod(x.shape[images[-1] + 1 :]) * x.element_size()
+    if image_bytes > MAX_IMAGE_BYTES and x.shape[-1] >= MIN_ROW:
+        return [within[-1:], images + within[:-1]]
+    return [within, images]
 
 
 def _in_stages(x: Tensor, stages: list[list[int]]) -> Tensor:
