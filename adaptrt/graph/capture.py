@@ -16,11 +16,12 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import random
 import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -152,15 +153,28 @@ def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[None]:
         torch._C._set_mkldnn_enabled(False)
         if not fused_attention:
             stack.enter_context(sdpa_kernel(SDPBackend.MATH))
-        # What `torch.compile` compiled for fake tensors would not be recorded; in this state it refuses to be called.
-        stack.callback(setattr, _symbolic_trace, "_is_fx_tracing_flag", _symbolic_trace._is_fx_tracing_flag)
-        _symbolic_trace._is_fx_tracing_flag = cast(bool, _InThisThread())
+        stack.enter_context(_refusing_compiled_modules())
         # The transformer layer's inference kernel ignores dropout and has no gradient.
         torch.backends.mha.set_fastpath_enabled(False)
         stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         stack.enter_context(_Functions())
         stack.enter_context(mode)
         yield
+
+
+@contextlib.contextmanager
+def _refusing_compiled_modules() -> Generator[None]:
+    """What `torch.compile` compiled for fake tensors would not be recorded; while this thread traces, it refuses to be called."""
+    trace: Any = _symbolic_trace
+    if hasattr(trace, "_set_is_fx_tracing"):  # a thread's own, since PyTorch 2.14
+        before, flag, put = trace._get_is_fx_tracing(), True, trace._set_is_fx_tracing
+    else:
+        before, flag, put = trace._is_fx_tracing_flag, _InThisThread(), functools.partial(setattr, trace, "_is_fx_tracing_flag")
+    put(flag)
+    try:
+        yield
+    finally:
+        put(before)
 
 
 class _InThisThread:
