@@ -10,7 +10,9 @@ from torch import Tensor, nn
 from adaptrt import tree
 from adaptrt.adjoint import Adjoint
 from adaptrt.backend import Backend
+from adaptrt.backend.launch import RUNNING
 from adaptrt.errors import ShapeChanged
+from adaptrt.graph.noise import Noise, draw
 from adaptrt.plan import Cache, Explain, MakePrograms, PredictionPlan, QueryPlan, SupportPlan, plan_prediction, plan_query, plan_support
 from adaptrt.program import ProgramSet, without_leading_axis
 from adaptrt.reader import Reader, Start
@@ -126,6 +128,13 @@ class Planner:
     def launches_calls(self) -> bool:
         """Whether each call is one launch."""
         return self._launcher is not None
+
+    def draw(self, noises: Sequence[Noise], generator: torch.Generator | None, num_tasks: int | None) -> tuple[Tensor, ...]:
+        """As `graph.noise.draw`; where calls are launches, not while another thread records one."""
+        if self._launcher is None or not noises:
+            return draw(noises, generator, num_tasks)
+        with RUNNING:
+            return draw(noises, generator, num_tasks)
 
     def refuse(self) -> None:
         """Raises `CannotRecord` if calls are launches, and none can be made here and now."""

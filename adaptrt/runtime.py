@@ -29,7 +29,7 @@ from adaptrt.errors import InvalidArgument, InvalidType, NonFiniteInput, Optimiz
 from adaptrt.explain import Explanation, explain
 from adaptrt.graph.indices import IndexBound
 from adaptrt.graph.ir import Graph
-from adaptrt.graph.noise import draw, restored_on_error
+from adaptrt.graph.noise import restored_on_error
 from adaptrt.optim import Optimizer
 from adaptrt.optim.source import Source, source
 from adaptrt.plan import PredictionPlan, QueryPlan, SupportPlan
@@ -370,7 +370,7 @@ class CompiledUnroll:
         self._check_values("query", ready.query, query_plan.probe.bounds, plan.checks_data)
         with restored_on_error((*plan.probe.noise, *query_plan.probe.noise), generator):
             task = Task(begin.carry, begin.fixed, ready.support, self._step_noise(plan, generator, num_tasks))
-            asked = Query(ready.query, draw(query_plan.probe.noise, generator, num_tasks))
+            asked = Query(ready.query, self._planner.draw(query_plan.probe.noise, generator, num_tasks))
             try:
                 call = Call(plan, query_plan, ready.problem, task, asked, num_tasks, ready.inputs, ready.alone)
                 return autograd.meta_loss(call)
@@ -385,7 +385,7 @@ class CompiledUnroll:
         plan, step = self._prepare_prediction(adapted, carry, fixed, inputs, warm)
         self._check_values("input", Batch(inputs, None), plan.bounds)
         with restored_on_error(plan.noise, generator):
-            noise = draw(plan.noise, generator, adapted.num_tasks)
+            noise = self._planner.draw(plan.noise, generator, adapted.num_tasks)
             try:
                 return autograd.predict(plan, step, carry, fixed, inputs, noise, torch.is_grad_enabled())
             except NonFiniteInput:
@@ -505,7 +505,7 @@ class CompiledUnroll:
         num_updates = self._settings.k * plan.step.optimizer.updates_per_step
         if not plan.probe.noise:
             return ((),) * num_updates
-        return tuple([draw(plan.probe.noise, generator, num_tasks) for _ in range(num_updates)])
+        return tuple([self._planner.draw(plan.probe.noise, generator, num_tasks) for _ in range(num_updates)])
 
     def _problem(self, plan: SupportPlan, begin: Start, batch: Batch, query: Batch | None) -> tuple[Problem, tuple[Tensor, ...]]:
         """The problem, and the leaves that the caller differentiates."""

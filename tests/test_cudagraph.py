@@ -5,6 +5,7 @@ On the CPU a recorder of `tests/recorders.py` stands in for CUDA's; where there 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import threading
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from adaptrt import Adjoint, CompiledUnroll, CudaGraph, Eager, FirstOrder, Inductor, Replay, Stash, Unrolled, compile_unroll, optim, tree
 from adaptrt.backend.cudagraph import CudaRecorder
+from adaptrt.backend.launch import Launcher
 from adaptrt.errors import (
     CannotRecord,
     DeviceMismatch,
@@ -290,6 +292,29 @@ def test_threads(place: Place) -> None:
         thread.join()
     assert not wrong, wrong[0]
     assert place.recordings == 7
+
+
+def test_noise_is_not_drawn_while_another_thread_records(on_cpu: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    entry = MODELS["dropout"]
+    unrolls = [compile_unroll(entry.model(), optim.sgd(lr=0.1), 2, loss=entry.loss, backend=on_cpu.backend) for _ in range(2)]
+    support, query = entry.data(0, 4), entry.data(5, 3)
+    results = [unrolls[0](support, query)]
+    other = threading.Thread(target=lambda: results.append(unrolls[0](support, query)))
+    states: list[Tensor] = []
+    record = TapeRecorder.record
+
+    def slowly(self: TapeRecorder, run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
+        states.append(torch.get_rng_state())
+        other.start()
+        other.join(0.3)
+        states.append(torch.get_rng_state())
+        return record(self, run)
+
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(TapeRecorder, "record", slowly)
+        unrolls[1](support, query)
+    other.join()
+    assert torch.equal(*states) and len(results) == 2 and not torch.equal(*results)
 
 
 def test_data_that_is_not_sound_is_refused_by_name(place: Place) -> None:
@@ -573,6 +598,51 @@ def test_a_forked_process_is_told_to_start_anew(monkeypatch: pytest.MonkeyPatch)
 # --- on a GPU only
 
 
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_broken_capture_is_put_in_order(ended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With PyTorch's part played by stand-ins; `test_a_capture_that_cuda_breaks` is the same on CUDA."""
+    done: list[str] = []
+
+    class Graph:
+        replay = None
+
+    @contextlib.contextmanager
+    def capturing(graph: Graph, pool: str = "its own", **kwargs: Any) -> Iterator[None]:
+        done.append(f"capture in {pool}")
+        yield
+
+    def end(index: int, pool: str) -> None:
+        if ended:
+            raise RuntimeError("endAllocatePool: not currently recording to mempool_id")
+        done.append(f"end {pool} of {index}")
+
+    pools = iter(["pool 1", "pool 2"])
+    for module, name, stand_in in [
+        (torch.cuda, "device", lambda device: contextlib.nullcontext()),
+        (torch.cuda, "CUDAGraph", Graph),
+        (torch.cuda, "graph", capturing),
+        (torch.cuda, "graph_pool_handle", lambda: next(pools)),
+        (torch.cuda, "current_stream", lambda: "the caller's"),
+        (torch.cuda, "set_stream", lambda stream: done.append(f"on {stream}")),
+        (torch, "zeros", lambda *size, device: done.append(f"zeros on {device}")),
+        (torch._C, "_cuda_clearCublasWorkspaces", lambda: None),
+        (torch._C, "_cuda_endAllocateToPool", end),
+        (torch._C, "_cuda_releasePool", lambda index, pool: done.append(f"release {pool} of {index}")),
+    ]:
+        monkeypatch.setattr(module, name, stand_in, raising=False)
+    recorder = CudaRecorder(torch.device("cuda", 1))
+
+    def waits() -> list[Tensor]:
+        raise ValueError("it waits for the device")
+
+    with pytest.raises(ValueError, match="it waits"):
+        recorder.record(waits)
+    mended = [] if ended else ["end pool 1 of 1", "release pool 1 of 1", "capture in its own", "zeros on cuda:1"]
+    assert done == ["capture in pool 1", "on the caller's", *mended]
+    recorder.record(lambda: [])
+    assert done[-1] == "capture in pool 2"
+
+
 @pytest.mark.cuda
 def test_auto_is_one_graph_launch_on_cuda() -> None:
     model = MODELS["mlp"].model().float().cuda()
@@ -635,6 +705,37 @@ def test_within_a_capture_of_the_callers() -> None:
         with pytest.raises(CannotRecord, match="cannot be nested"):
             unroll(batch, batch)
     same([unroll(batch, batch).detach()], [wanted])
+
+
+@pytest.mark.cuda
+def test_a_capture_that_cuda_breaks() -> None:
+    place, entry = Place("cuda"), MODELS["dropout"]
+    unroll = compile_unroll(entry.model().cuda(), optim.sgd(lr=0.1), 2, loss=entry.loss, backend=place.backend)
+    batch = place.put(entry.data(0, 4))
+
+    def seeded() -> Tensor:
+        torch.manual_seed(0)
+        return unroll(batch, batch).detach()
+
+    wanted = seeded()
+    reserved = torch.cuda.memory_reserved()
+    x, recorder = torch.ones(3, device="cuda"), CudaRecorder(torch.device("cuda", torch.cuda.current_device()))
+
+    def record_both() -> None:
+        launcher = Launcher(recorder)
+        with pytest.warns(RecordingFailed, match="'waits' cannot be recorded"):
+            waits = launcher.record("waits", lambda x: [x * x.sum().item() * torch.ones(1 << 22, 1, device="cuda")], [x], lambda: [])
+        assert float(waits(x)[0][0, 0]) == 3.0
+        doubles = launcher.record("doubles", lambda x: [x * 2], [x], lambda: [])
+        assert doubles.is_one_launch
+        same([doubles(x)[0]], [x * 2])
+
+    for _ in range(3):
+        record_both()
+    torch.rand(3, device="cuda")  # which PyTorch takes for a part of the broken capture otherwise
+    same([seeded()], [wanted])
+    torch.cuda.empty_cache()
+    assert torch.cuda.memory_reserved() <= reserved + (8 << 20)
 
 
 @pytest.mark.cuda

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaptrt import Adjoint, FirstOrder, Replay, Stash, Unrolled, compile_unroll, optim, runtime, tree
+from adaptrt import Adjoint, FirstOrder, Replay, Stash, Unrolled, compile_unroll, optim, planner, tree
 from adaptrt.graph.passes.lift_noise import lift_noise
 from tests import naive
 from tests.models import MODELS, Entry
@@ -80,13 +80,13 @@ class Drawn:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.noise: list[tuple[Tensor, ...]] = []
-        draw = runtime.draw
+        draw = planner.draw
 
         def noting(*args: Any) -> tuple[Tensor, ...]:
             self.noise.append(draw(*args))
             return self.noise[-1]
 
-        monkeypatch.setattr(runtime, "draw", noting)
+        monkeypatch.setattr(planner, "draw", noting)
 
     def of_task(self, task: int) -> naive.Noise:
         """For each of the steps noted last the values that one task's random operations return."""

@@ -6,6 +6,8 @@ What a recording has taken in besides its arguments are the settings of PyTorch 
 sums, deterministic algorithms, cuDNN's. A change of these makes a new recording.
 
 Known limits: a recording belongs to the process that made it, as everything of CUDA does. It copies its arguments and results once each.
+Before PyTorch 2.12, which has one state of random numbers for a device, what another thread draws there itself while a call is recorded is
+refused by PyTorch.
 """
 
 from __future__ import annotations
@@ -94,7 +96,9 @@ class CudaRecorder(Recorder):
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
                     outputs = run()
             except BaseException:
-                torch.cuda.set_stream(stream)  # which PyTorch does not do where ending the capture fails
+                torch.cuda.set_stream(stream)
+                with contextlib.suppress(RuntimeError):  # where the device fails altogether, the first error is the one to read
+                    _end_broken_capture(self.device, self._pool)
                 self._pool = None  # the next recording takes another, whatever state this one is in
                 raise
             finally:
@@ -119,6 +123,19 @@ class CudaRecorder(Recorder):
             finally:
                 event.record(stream)
                 self._last = stream, event
+
+
+def _end_broken_capture(device: torch.device, pool: Any) -> None:
+    """What PyTorch leaves undone where an operation has broken a capture, so that ending it fails."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    try:
+        torch._C._cuda_endAllocateToPool(index, pool)  # type: ignore[attr-defined]
+    except RuntimeError:
+        return  # it was ended
+    torch._C._cuda_releasePool(index, pool)  # type: ignore[attr-defined]
+    # Before 2.12 the generator of random numbers takes every later draw for one of that capture, and refuses it, until another one ends.
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+        torch.zeros(1, device=device)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

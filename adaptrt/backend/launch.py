@@ -73,8 +73,11 @@ class Recorder(abc.ABC):
         """
 
 
-_RUNNING = threading.Lock()
-"""Held by whatever records or launches: PyTorch before 2.12 has one state of random numbers for all captures and launches of a device."""
+RUNNING = threading.Lock()
+"""Held by whatever records or launches, or draws noise for that.
+
+Before 2.12 a device of PyTorch has one state of random numbers, which is in no other use while something is captured.
+"""
 
 
 def _identity(value: Tensor, device: torch.device) -> Hashable:
@@ -134,7 +137,7 @@ class Launcher:
             try:
                 peak = self._recorder.warm_up(run)
                 read = [(constant, value, _identity(value, self._recorder.device)) for constant in constants() for value in [constant()]]
-                with _RUNNING:
+                with RUNNING:
                     outputs, launch = self._recorder.record(run)
             except AdaptrtError:
                 raise
@@ -159,7 +162,7 @@ class Launcher:
     def launch(self, body: _Body, values: list[Tensor]) -> list[Tensor]:
         """Copies `values` in, launches, and copies what came out."""
         fresh = [torch.empty_like(value) for value in body.outputs]
-        with _RUNNING, self._recorder.in_order(body.inputs, body.streams), torch.no_grad():
+        with RUNNING, self._recorder.in_order(body.inputs, body.streams), torch.no_grad():
             _copy(body.inputs, values)
             body.launch()
             _copy(fresh, body.outputs)
