@@ -105,7 +105,7 @@ OTHERS: dict[str, tuple[Callable[[Tensor], Tensor], torch.dtype]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # PyTorch's forward mode compiles rules by `torch.jit.script`
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by which PyTorch's forward mode compiles rules
 @pytest.mark.parametrize("fn, dtype", OTHERS.values(), ids=OTHERS)
 def test_others_are_left_alone(fn: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
     x = torch.randn(4, 5).to(dtype)
