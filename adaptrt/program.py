@@ -324,13 +324,13 @@ class ProgramSet:
         launcher = self._launcher
         if launcher is None:
             return self.rehearsed(name, lambda: fn(*args))
-        key = name, key, launcher.settings()
-        recording = self._recordings.get(key)
+        recording = self._recordings.get((name, key, launcher.settings()))
         if recording is None or not recording.is_current:
             with COMPILING:
-                recording = self._recordings.get(key)
+                full_key = name, key, launcher.settings()  # other threads' captures change some of them
+                recording = self._recordings.get(full_key)
                 if recording is None or not recording.is_current:
-                    recording = self._recordings[key] = launcher.record(name, fn, args, self._constants)
+                    recording = self._recordings[full_key] = launcher.record(name, fn, args, self._constants)
         return recording(*args)
 
     def recordings(self) -> list[Recording]:

@@ -32,6 +32,7 @@ from adaptrt.errors import (
     RecordingFailed,
     ShapeChanged,
 )
+from adaptrt.graph.capture import capture
 from tests.models import MODELS, regress
 from tests.recorders import TapeRecorder
 
@@ -541,6 +542,21 @@ def test_settings_that_a_recording_has_taken_in(on_cpu: Place) -> None:
         assert on_cpu.recordings == recordings
 
 
+def test_captures_in_other_threads_do_not_change_the_settings() -> None:
+    recorder, seen = CudaRecorder(torch.device("cuda")), list[Any]()
+
+    def traced(x: Tensor) -> Tensor:
+        assert not torch.backends.cudnn.enabled
+        other = threading.Thread(target=lambda: seen.append(recorder.settings()))
+        other.start()
+        other.join()
+        return x + 1
+
+    before = recorder.settings()
+    capture(traced, torch.zeros(2))
+    assert seen == [before] and recorder.settings() == before
+
+
 def test_deterministic_algorithms_have_programs_of_their_own(on_cpu: Place) -> None:
     unroll, support, query, loss = unroll_on(on_cpu)
     torch.use_deterministic_algorithms(True)
@@ -608,8 +624,11 @@ def test_a_broken_capture_is_put_in_order(ended: bool, monkeypatch: pytest.Monke
 
     @contextlib.contextmanager
     def capturing(graph: Graph, pool: str = "its own", **kwargs: Any) -> Iterator[None]:
-        done.append(f"capture in {pool}")
-        yield
+        done.append(f"capture in {pool} on {kwargs['stream']}")
+        try:
+            yield
+        except ValueError as error:
+            raise RuntimeError("operation failed due to a previous error during capture") from error
 
     def end(index: int, pool: str) -> None:
         if ended:
@@ -620,6 +639,7 @@ def test_a_broken_capture_is_put_in_order(ended: bool, monkeypatch: pytest.Monke
     for module, name, stand_in in [
         (torch.cuda, "device", lambda device: contextlib.nullcontext()),
         (torch.cuda, "CUDAGraph", Graph),
+        (torch.cuda, "Stream", lambda device: f"a stream of {device}"),
         (torch.cuda, "graph", capturing),
         (torch.cuda, "graph_pool_handle", lambda: next(pools)),
         (torch.cuda, "current_stream", lambda: "the caller's"),
@@ -637,10 +657,10 @@ def test_a_broken_capture_is_put_in_order(ended: bool, monkeypatch: pytest.Monke
 
     with pytest.raises(ValueError, match="it waits"):
         recorder.record(waits)
-    mended = [] if ended else ["end pool 1 of 1", "release pool 1 of 1", "capture in its own", "zeros on cuda:1"]
-    assert done == ["capture in pool 1", "on the caller's", *mended]
+    mended = [] if ended else ["end pool 1 of 1", "release pool 1 of 1", "capture in its own on a stream of cuda:1", "zeros on cuda:1"]
+    assert done == ["capture in pool 1 on None", "on the caller's", *mended]
     recorder.record(lambda: [])
-    assert done[-1] == "capture in pool 2"
+    assert done[-1] == "capture in pool 2 on None"
 
 
 @pytest.mark.cuda
@@ -723,7 +743,7 @@ def test_a_capture_that_cuda_breaks() -> None:
 
     def record_both() -> None:
         launcher = Launcher(recorder)
-        with pytest.warns(RecordingFailed, match="'waits' cannot be recorded"):
+        with pytest.warns(RecordingFailed, match="'waits' cannot be recorded.*operation not permitted"):
             waits = launcher.record("waits", lambda x: [x * x.sum().item() * torch.ones(1 << 22, 1, device="cuda")], [x], lambda: [])
         assert float(waits(x)[0][0, 0]) == 3.0
         doubles = launcher.record("doubles", lambda x: [x * 2], [x], lambda: [])

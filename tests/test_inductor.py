@@ -7,6 +7,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -165,3 +166,25 @@ def test_freed_memory_stays() -> None:
     if goes < 1000:
         pytest.skip("the system gives memory without faults, or does not count them")
     assert 10 * faults("stays") < goes
+
+
+def test_what_another_thread_draws_while_one_compiles_is_not_drawn_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch._inductor.graph import GraphLowering
+
+    drawn: list[Tensor] = []
+    run: Any = GraphLowering.run
+
+    def while_another_draws(self: GraphLowering, *args: Any) -> Any:
+        other = threading.Thread(target=lambda: drawn.append(torch.rand(1)))
+        other.start()
+        other.join()
+        return run(self, *args)
+
+    x = torch.ones(3)
+    graph = capture(lambda x: x * 5 - 3, x)
+    monkeypatch.setattr(GraphLowering, "run", while_another_draws)
+    torch.manual_seed(0)
+    expected = torch.rand(2)
+    torch.manual_seed(0)
+    Inductor().compile(graph)
+    assert torch.equal(torch.cat([*drawn, torch.rand(1)]), expected)

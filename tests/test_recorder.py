@@ -323,3 +323,16 @@ def test_a_rule_with_a_tensor_of_its_own_is_refused() -> None:
     graph, ones = capture(torch.sin, torch.zeros(2)), torch.ones(2)
     with pytest.raises(InvalidGraph, match="uses a tensor that is no argument"):
         decompose(graph, {aten.sin.default: lambda x: x * ones})
+
+
+def test_tf32_may_have_been_set_in_the_new_way() -> None:
+    convolutions: Any = torch.backends.cudnn.conv  # pyright: ignore[reportAttributeAccessIssue]
+    before = convolutions.fp32_precision
+    convolutions.fp32_precision = "tf32" if before == "ieee" else "ieee"
+    try:
+        with pytest.raises(RuntimeError):
+            _ = torch.backends.cudnn.allow_tf32
+        assert torch.equal(capture(torch.sin, torch.ones(2)).run(torch.ones(2)), torch.ones(2).sin())
+        assert torch.backends.cudnn.enabled
+    finally:
+        convolutions.fp32_precision = before

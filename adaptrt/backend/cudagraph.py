@@ -25,6 +25,7 @@ from adaptrt.backend.base import Backend, Runner
 from adaptrt.backend.inductor import Inductor
 from adaptrt.backend.launch import Launcher, Recorder
 from adaptrt.errors import CannotRecord, InvalidArgument
+from adaptrt.graph.capture import is_cudnn_enabled
 from adaptrt.graph.ir import Graph
 
 WARM_UPS = 2
@@ -65,7 +66,7 @@ class CudaRecorder(Recorder):
             *[torch._C._get_fp32_precision_getter("cuda", operation) for operation in ("matmul", "conv", "rnn")],  # type: ignore[attr-defined]
             cuda.allow_bf16_reduced_precision_reduction,
             cuda.allow_fp16_reduced_precision_reduction,
-            cudnn.enabled,
+            is_cudnn_enabled(),
             cudnn.deterministic,
             cudnn.benchmark,
         )
@@ -92,15 +93,22 @@ class CudaRecorder(Recorder):
             stream = torch.cuda.current_stream()
             # The workspaces of cuBLAS are the graph's own then: PyTorch frees a stream's as soon as one graph of that stream is freed.
             torch._C._cuda_clearCublasWorkspaces()  # type: ignore[attr-defined]
+            reason: BaseException | None = None
             try:
                 with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
-                    outputs = run()
-            except BaseException:
+                    try:
+                        outputs = run()
+                    except BaseException as error:
+                        reason = error
+                        raise
+            except BaseException as error:
                 torch.cuda.set_stream(stream)
                 with contextlib.suppress(RuntimeError):  # where the device fails altogether, the first error is the one to read
                     _end_broken_capture(self.device, self._pool)
                 self._pool = None  # the next recording takes another, whatever state this one is in
-                raise
+                if reason is None or reason is error:
+                    raise
+                raise reason from error  # which is that of ending the capture, and only says that there was another before
             finally:
                 torch._C._cuda_clearCublasWorkspaces()  # type: ignore[attr-defined]
         return outputs, graph.replay
@@ -134,7 +142,7 @@ def _end_broken_capture(device: torch.device, pool: Any) -> None:
         return  # it was ended
     torch._C._cuda_releasePool(index, pool)  # type: ignore[attr-defined]
     # Before 2.12 the generator of random numbers takes every later draw for one of that capture, and refuses it, until another one ends.
-    with torch.cuda.graph(torch.cuda.CUDAGraph(), capture_error_mode="thread_local"):
+    with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=torch.cuda.Stream(device), capture_error_mode="thread_local"):
         torch.zeros(1, device=device)
 
 

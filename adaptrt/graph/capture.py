@@ -147,7 +147,7 @@ def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[None]:
         stack.enter_context(autocast_off())
         stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
         torch.set_autocast_cache_enabled(False)  # a cast that one function made is none of another's
-        stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        stack.enter_context(_without_cudnn())
         # The context manager of torch.backends.mkldnn also writes its TF32 setting, which warns on machines without it.
         stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
         torch._C._set_mkldnn_enabled(False)
@@ -160,6 +160,27 @@ def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[None]:
         stack.enter_context(_Functions())
         stack.enter_context(mode)
         yield
+
+
+_cudnn_before: list[bool] = []
+
+
+def is_cudnn_enabled() -> bool:
+    """Whether cuDNN is in use but for captures, which switch it off for all threads."""
+    enabled, before = torch._C._get_cudnn_enabled(), _cudnn_before[:]
+    return before[0] if before else enabled
+
+
+@contextlib.contextmanager
+def _without_cudnn() -> Generator[None]:
+    # The context manager of torch.backends.cudnn also writes its TF32 setting, which PyTorch refuses where it was set in the new way.
+    _cudnn_before.append(torch._C._get_cudnn_enabled())
+    torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch._C._set_cudnn_enabled(_cudnn_before[-1])
+        _cudnn_before.pop()
 
 
 @contextlib.contextmanager
