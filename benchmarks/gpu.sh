@@ -21,6 +21,7 @@ NAME=${1:-}
 export PYTHONPATH="$PWD:$PWD/build/peers${PYTHONPATH:+:$PYTHONPATH}"
 # JAX takes three quarters of the memory otherwise.
 export XLA_PYTHON_CLIENT_PREALLOCATE=false
+export JAX_COMPILATION_CACHE_DIR="$PWD/build/jax" JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0
 mkdir -p build
 failed=()
 
@@ -29,7 +30,7 @@ part() { # name, seconds, command
   shift 2
   echo "== $name (at most $seconds s)"
   local began=$SECONDS
-  timeout "$seconds" "$@" || failed+=("$name (exit status $?)")
+  timeout -s INT -k 10 "$seconds" "$@" || failed+=("$name (exit status $?)")
   echo "== $name took $((SECONDS - began)) s"
 }
 
@@ -40,23 +41,38 @@ if sys.argv[1] == "cuda" and not torch.cuda.is_available():
 print("torch", torch.__version__, torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU")
 PY
 
-part "tests" 90 "$PYTHON" -m pytest --benchmark-disable -q -m cuda tests/test_cudagraph.py tests/test_precision.py
+suite() { # workload, JSON, share
+  "$PYTHON" -m pytest -o python_files='bench_*.py' -o filterwarnings=default -q --show-capture=no --tb=short benchmarks/suite/bench_latency.py \
+    -k "$1-adapt or $1-meta" --quantities "adapt;meta" --device "$DEVICE" --share "$3" \
+    --entrants "${ENTRANTS:-eager loop;torch.func;higher;JAX jit + optax;adaptrt;adaptrt, bfloat16}" --benchmark-json="$2"
+}
+everything() { # compiled once by everybody, side by side; what is timed later finds it on disk
+  for workload in $WORKLOADS; do
+    suite "$workload" /dev/null 0.001 >"build/gpu-warm-$workload.log" 2>&1 &
+  done
+  "$PYTHON" -m pytest --benchmark-disable -q --show-capture=no --tb=short -m cuda tests/test_cudagraph.py tests/test_precision.py
+  local status=$?
+  wait
+  return "$status"
+}
+export -f suite everything
+export PYTHON DEVICE WORKLOADS ENTRANTS
+
+part "tests, and compiling" 200 bash -c everything
 
 # A process for each workload, so that one that fails or takes too long leaves the others' results.
 json=()
 for workload in $WORKLOADS; do
   out="build/gpu-$workload.json"
   rm -f "$out"
-  part "suite: $workload" 50 "$PYTHON" -m pytest -o python_files='bench_*.py' -o filterwarnings=default -q --show-capture=no \
-    benchmarks/suite/bench_latency.py -k "$workload-meta or $workload-adapt" --device "$DEVICE" --share "$SHARE" \
-    --entrants "${ENTRANTS:-eager loop;torch.func;higher;JAX jit + optax;adaptrt;adaptrt, bfloat16}" --benchmark-json="$out"
+  part "suite: $workload" 38 bash -c 'suite "$@"' suite "$workload" "$out" "$SHARE"
   [ -s "$out" ] && json+=("$out")
 done
 if [ ${#json[@]} -gt 0 ]; then
-  part "report" 20 "$PYTHON" -m benchmarks.suite.report "${json[@]}" --command "benchmarks/gpu.sh" ${NAME:+--name "$NAME"}
+  part "report" 15 "$PYTHON" -m benchmarks.suite.report "${json[@]}" --command "benchmarks/gpu.sh" ${NAME:+--name "$NAME"}
 fi
 
-part "launches" 100 "$PYTHON" benchmarks/launches.py --device "$DEVICE" --calls "$CALLS" --workloads $WORKLOADS ${NAME:+--name "$NAME"}
+part "launches" 75 "$PYTHON" benchmarks/launches.py --device "$DEVICE" --calls "$CALLS" --workloads $WORKLOADS ${NAME:+--name "$NAME"}
 
 if [ ${#failed[@]} -gt 0 ]; then
   printf 'FAILED: %s\n' "${failed[@]}"

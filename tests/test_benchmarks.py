@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks import launches, time_and_memory
+from benchmarks.suite import bench_latency
 from benchmarks.suite import contest as contests
 from benchmarks.suite.contest import WrongNumbers, by_turns, contest
 from benchmarks.suite.contestants import ENTRANTS, Entrant, loop
@@ -49,6 +50,15 @@ def test_what_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPat
         contest(WORKLOADS["adapters"], ("eager loop", "other"), ("meta",))
 
 
+def test_who_is_wrong_is_sent_off_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    def other(workload: Any, dtype: torch.dtype) -> Any:
+        return loop(workload._replace(numbers={"lr": 2 * workload.numbers["lr"]}), dtype)
+
+    monkeypatch.setitem(ENTRANTS, "other", Entrant(other))
+    found, sent_off = bench_latency.results("adapters", ("other", "eager loop"), ("meta",), 0.01, "cpu")
+    assert list(found["meta"]) == ["eager loop"] and "other is off by" in str(sent_off["other"])
+
+
 def test_mixed_precision_is_held_against_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     workload = WORKLOADS["adapters"]._replace(name="another", calls=3)
     found = contest(workload, ("eager loop", "eager loop, bfloat16"), ("meta",))["meta"]
@@ -79,11 +89,11 @@ def test_adjoints_are_compared_with_the_best() -> None:
 def test_launches() -> None:
     assert launches.percentile([3.0, 1.0, 2.0], 50) == 2.0
     assert launches.percentile(list(range(1, 101)), 99) == 99
-    good, bad = (launches.Row("sine", "meta", 1e-7, 1e-4, p99, count, 10**6) for p99, count in ((1.04e-4, 1), (1.2e-4, 2)))
+    good, bad = (launches.Row("sine", "meta", 1e-7, 1e-4, p99, 1000, count, 10**6) for p99, count in ((1.04e-4, 1), (1.2e-4, 2)))
     assert not good.missed()
     assert len(bad.missed()) == 2 and "2 graph launches, the bar 1" in bad.missed()[1]
     text = launches.markdown([good, bad], "the command", "cpu")
-    assert "| sine | meta | 100 µs | 104 µs | 1.04 | 1 | 1.0 MB | 1e-07 |" in text and text.count("**missed**") == 2
+    assert "| sine | meta | 100 µs | 104 µs | 1.04 | 1000 | 1 | 1.0 MB | 1e-07 |" in text and text.count("**missed**") == 2
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")

@@ -8,11 +8,14 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.suite.contest import without_tf32
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--share", type=float, default=1.0, help="of the number of calls that each contestant is timed")
     parser.addoption("--entrants", help="names of contestants, separated by semicolons; left out: all")
-    parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where PyTorch's models are; JAX takes what it has")
+    parser.addoption("--quantities", default="adapt;predict;meta", help="which latencies, separated by semicolons")
+    parser.addoption("--device", choices=["cpu", "cuda"], default="cpu", help="where models are; JAX stays away if it is elsewhere")
     parser.addoption("--threads", type=int, help="PyTorch's threads; left out: its own choice. JAX always chooses by itself")
 
 
@@ -20,6 +23,8 @@ def pytest_configure(config: pytest.Config) -> None:
     threads = config.getoption("--threads")
     if threads is not None:
         torch.set_num_threads(threads)
+    if config.getoption("--device") == "cuda":
+        without_tf32()
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:

@@ -49,6 +49,15 @@ def times_longer(found: Mapping[str, Result], name: str) -> dict[str, float]:
 class WrongNumbers(RuntimeError):
     """A contestant differs from the oracle; nothing is timed."""
 
+    def __init__(self, contestant: str, workload: Workload, quantity: str, how_far: str) -> None:
+        super().__init__(f"{workload.name}, {quantity}: {contestant} is off by {how_far}")
+        self.contestant = contestant
+
+
+def without_tf32() -> None:
+    """On a GPU float32 means float32 for all: convolutions, too, which PyTorch rounds to TF32 unless told not to."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+
 
 def error(found: Sequence[Any], expected: Sequence[Tensor]) -> float:
     """As in `Result.error`.
@@ -157,7 +166,7 @@ def check(
                 # Zeros are off by 1.
                 allowed = min(MAX_IN_BFLOAT16, max(TOLERANCE_IN_BFLOAT16, TIMES_AUTOCAST * autocast))
                 if not found <= allowed:
-                    raise WrongNumbers(f"{workload.name}, {quantity}: {name} is off by {found:.1e}, where autocast is by {autocast:.1e}")
+                    raise WrongNumbers(name, workload, quantity, f"{found:.1e}, where autocast is by {autocast:.1e}")
                 continue
             if not found <= max(TOLERANCE, TIMES_EAGER * error(eager[quantity](), oracle[quantity]())):
                 suspect.append(quantity)
@@ -165,7 +174,5 @@ def check(
         for quantity in suspect:
             found = error(exact[quantity](), own[quantity]())
             if not found <= TOLERANCE_IN_FLOAT64:
-                raise WrongNumbers(
-                    f"{workload.name}, {quantity}: {name} is off by {errors[quantity][name]:.1e} in float32 and {found:.1e} in float64"
-                )
+                raise WrongNumbers(name, workload, quantity, f"{errors[quantity][name]:.1e} in float32 and {found:.1e} in float64")
     return errors

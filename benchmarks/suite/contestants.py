@@ -338,16 +338,26 @@ class Entrant(NamedTuple):
     except_for: Mapping[str, str] = {}
     adam: str = "adam"
     in_bfloat16: bool = False
+    elsewhere: Callable[[Workload], str | None] = lambda workload: None
 
     def reason_against(self, workload: Workload) -> str | None:
         """Why it does not compete, None if it does."""
         if self.needs is not None and importlib.util.find_spec(self.needs) is None:
             return f"{self.needs} is not installed"
-        return self.except_for.get(workload.name)
+        return self.except_for.get(workload.name) or self.elsewhere(workload)
 
     def oracle(self, workload: Workload) -> dict[str, Call]:
         """The loop by hand in float64."""
         return loop(workload._replace(optimizer=self.adam) if workload.optimizer == "adam" else workload, torch.float64)
+
+
+def _jax_elsewhere(workload: Workload) -> str | None:
+    place = importlib.import_module("benchmarks.suite.in_jax").place()
+    return (
+        None
+        if place == {"cuda": "gpu"}.get(workload.device, workload.device)
+        else f"JAX is on the {place}, the models on {workload.device}"
+    )
 
 
 _SLOW = {name: "compiles for many minutes" for name in WORKLOADS if name not in ("sine", "sine-tasks")}
@@ -360,7 +370,7 @@ ENTRANTS: dict[str, Entrant] = {
     "torch.compile(torch.func)": Entrant(torch_compile, except_for=_SLOW),
     "higher": Entrant(higher_original, "higher", _ONE_TASK, adam="adam, early eps"),
     "TorchOpt": Entrant(torchopt, "torchopt", {**_ONE_TASK, "adapters": "steps all parameters of a module"}),
-    "JAX jit + optax": Entrant(jax, "jax"),
+    "JAX jit + optax": Entrant(jax, "jax", elsewhere=_jax_elsewhere),
     "adaptrt, eager backend": Entrant(uncompiled),
     "adaptrt": Entrant(compiled),
     "eager loop, bfloat16": Entrant(loop_in_bfloat16, except_for=_NOT_MIXED, in_bfloat16=True),
