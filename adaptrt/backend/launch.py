@@ -23,7 +23,7 @@ from torch import Tensor
 
 from adaptrt import tree
 from adaptrt.backend.guards import Known
-from adaptrt.errors import AdaptrtError, DeviceMismatch, OutOfDeviceMemory, RecordingFailed, ShapeChanged
+from adaptrt.errors import AdaptrtError, OutOfDeviceMemory, RecordingFailed, ShapeChanged
 from adaptrt.tree import Spec, Tree
 
 Constant = Callable[[], Tensor]
@@ -119,10 +119,11 @@ class Launcher:
         values, structure = tree.flatten(tuple(args))
         for value in values:  # a kernel would take the value of another device's number in when it is recorded
             if value.device != self._recorder.device:
-                raise DeviceMismatch(
-                    f"'{name}' is given a tensor on {value.device} ({Spec.of(value)}), the model is on {self._recorder.device}; move the "
-                    "loss, or whatever holds it, to the model's device"
+                reason = (
+                    f"it is given a tensor on {value.device} ({Spec.of(value)}), the model is on {self._recorder.device}; move the loss, "
+                    "or whatever holds or draws it, to the model's device"
                 )
+                return self._one_by_one(name, fn, reason)
         result: list[tree.Structure] = []
         with torch.inference_mode(False), torch.no_grad():
             inputs = [torch.empty_like(value, memory_format=torch.contiguous_format) for value in values]
@@ -150,14 +151,17 @@ class Launcher:
             except Exception as error:
                 if peak is None:  # it does not run at all
                     raise
-                warnings.warn(
-                    f"'{name}' cannot be recorded, so that its programs are launched one by one, which is slower: {error}",
-                    RecordingFailed,
-                    stacklevel=2,
-                )
-                return Recording(name, fn, [], None, self)
+                return self._one_by_one(name, fn, str(error))
         body = _Body(inputs, outputs, launch, tree.leaves_by(structure), tree.unflatten_by(result[0]))
         return Recording(name, None, read, body, self)
+
+    def _one_by_one(self, name: str, fn: Callable[..., Tree], reason: str) -> Recording:
+        warnings.warn(
+            f"'{name}' cannot be recorded, so that its programs are launched one by one, which is slower: {reason}",
+            RecordingFailed,
+            stacklevel=3,
+        )
+        return Recording(name, fn, [], None, self)
 
     def launch(self, body: _Body, values: list[Tensor]) -> list[Tensor]:
         """Copies `values` in, launches, and copies what came out."""

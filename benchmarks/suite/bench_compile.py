@@ -28,26 +28,28 @@ from adaptrt import Replay, Unrolled
 from benchmarks.suite.contestants import ours
 from benchmarks.suite.workloads import WORKLOADS
 
-calls = ours(WORKLOADS[sys.argv[1]], torch.float32, adjoint={"Replay()": Replay, "Unrolled()": Unrolled}[sys.argv[2]]())
+workload, adjoint, device = sys.argv[1:]
+adjoints = {"Replay()": Replay, "Unrolled()": Unrolled}
+calls = ours(WORKLOADS[workload]._replace(device=device), torch.float32, adjoint=adjoints[adjoint]())
 began = time.perf_counter()
 calls["meta"]()
 print(json.dumps(time.perf_counter() - began))
 """
 
 
-def first_call_s(workload: str, adjoint: str, cache: str) -> float:
+def first_call_s(workload: str, adjoint: str, cache: str, device: str = "cpu") -> float:
     """Of the meta-gradient, in a process with this cache directory."""
     environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": cache}
     root = Path(__file__).parents[2]
-    output = subprocess.check_output([sys.executable, "-c", _PROGRAM, workload, adjoint], env=environment, cwd=root, text=True)
+    output = subprocess.check_output([sys.executable, "-c", _PROGRAM, workload, adjoint, device], env=environment, cwd=root, text=True)
     return json.loads(output.splitlines()[-1])
 
 
 @functools.cache
-def seconds(workload: str, adjoint: str) -> dict[str, float]:
+def seconds(workload: str, adjoint: str, device: str) -> dict[str, float]:
     """By what is on disk."""
     with tempfile.TemporaryDirectory() as cache:
-        return {state: first_call_s(workload, adjoint, cache) for state in ("empty", "warm")}
+        return {state: first_call_s(workload, adjoint, cache, device) for state in ("empty", "warm")}
 
 
 @pytest.mark.benchmark(timer=CLOCK, disable_gc=False, group="compilation")
@@ -55,6 +57,6 @@ def seconds(workload: str, adjoint: str) -> dict[str, float]:
 @pytest.mark.parametrize(
     "workload, adjoint", [("sine", "Replay()"), ("sine", "Unrolled()"), ("conv4-5shot", "Replay()"), ("transformer", "Replay()")]
 )
-def test_compile_time(workload: str, adjoint: str, cache: str, benchmark: BenchmarkFixture) -> None:
+def test_compile_time(workload: str, adjoint: str, cache: str, benchmark: BenchmarkFixture, pytestconfig: pytest.Config) -> None:
     benchmark.extra_info.update(workload=workload, adjoint=adjoint, cache=cache)
-    play_back(benchmark, [seconds(workload, adjoint)[cache]])
+    play_back(benchmark, [seconds(workload, adjoint, pytestconfig.getoption("--device"))[cache]])
