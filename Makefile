@@ -25,8 +25,12 @@ demo: $(VENV)/.demo
 	$(BIN)/adaptrt demo $(DEMO_ARGS)
 
 test: $(VENV)/.test
-	$(PYTEST) -m 'not alone' $(PYTEST_ARGS) || [ $$? -eq 5 ]
-	$(PYTEST) -m alone $(PYTEST_ARGS) -n 0 || [ $$? -eq 5 ]
+ifneq ($(filter -m%,$(PYTEST_ARGS)),)
+	$(PYTEST) $(PYTEST_ARGS)
+else
+	$(PYTEST) -m 'not alone' $(PYTEST_ARGS); first=$$?; [ $$first -eq 0 ] || [ $$first -eq 5 ] || exit $$first; \
+	$(PYTEST) -m alone $(PYTEST_ARGS) -n 0; second=$$?; [ $$second -ne 5 ] || exit $$first; exit $$second
+endif
 
 # The report's tables go to the screen, JSON, tables and plot to build/.
 BENCH = $(BIN)/python -m pytest -o python_files='bench_*.py' -o filterwarnings=default -q --show-capture=no benchmarks/suite --benchmark-json=build/$@.json

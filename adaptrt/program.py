@@ -327,7 +327,7 @@ class ProgramSet:
         recording = self._recordings.get((name, key, launcher.settings()))
         if recording is None or not recording.is_current:
             with COMPILING:
-                full_key = name, key, launcher.settings()  # other threads' captures change some of them
+                full_key = name, key, launcher.settings()  # as they are while it is recorded
                 recording = self._recordings.get(full_key)
                 if recording is None or not recording.is_current:
                     recording = self._recordings[full_key] = launcher.record(name, fn, args, self._constants)

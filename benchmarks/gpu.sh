@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that is checked and measured on a GPU, in one command:  benchmarks/gpu.sh [NAME]
+# What is checked and measured on a GPU, in one command:  benchmarks/gpu.sh [NAME]
 #
 # Runs the cuda tests, the suite's workloads against the peers that are there, and the count of launches, and writes
 # benchmarks/results/{suite,launches}_NAME.md. Needs a CUDA device, torch >= 2.11, pytest and pytest-benchmark; JAX and optax compete where they
@@ -47,6 +47,7 @@ suite() { # workload, JSON, share
     --entrants "${ENTRANTS:-eager loop;torch.func;higher;JAX jit + optax;adaptrt;adaptrt, bfloat16}" --benchmark-json="$2"
 }
 everything() { # compiled once by everybody, side by side; what is timed later finds it on disk
+  trap 'kill $(jobs -p) 2>/dev/null' EXIT # in the background they do not mind an interrupt
   for workload in $WORKLOADS; do
     suite "$workload" /dev/null 0.001 >"build/gpu-warm-$workload.log" 2>&1 &
   done
@@ -65,7 +66,7 @@ json=()
 for workload in $WORKLOADS; do
   out="build/gpu-$workload.json"
   rm -f "$out"
-  part "suite: $workload" 38 bash -c 'suite "$@"' suite "$workload" "$out" "$SHARE"
+  part "suite: $workload" 36 bash -c 'suite "$@"' suite "$workload" "$out" "$SHARE"
   [ -s "$out" ] && json+=("$out")
 done
 if [ ${#json[@]} -gt 0 ]; then

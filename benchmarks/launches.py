@@ -3,9 +3,9 @@
     python benchmarks/launches.py [--device cuda] [--workloads sine conv4-5shot ...] [--calls 1000] [--name gpu-h100_2026-11-26]
 
 For each workload of the suite, adaptation and meta-gradient: p50 and p99 over the calls, each waited for; the profiler's count of
-`cudaGraphLaunch` in one call; the memory that PyTorch's allocator holds for it, the graphs' own included. Workloads whose calls take long
-are called less often, for so many seconds. TF32 is off. The numbers are compared with the eager loop in float64
-first, as in the suite. The bars: p99 at most 1.05 times p50, and exactly one graph launch. With `--name` the table is written to
+`cudaGraphLaunch` in one call; the memory that PyTorch's allocator holds for the process, the graphs' own included. Workloads whose calls
+take long are called less often, for so many seconds. TF32 is off. The numbers are compared with the eager loop in float64 first, as in the
+suite. The bars: p99 at most 1.05 times p50, and exactly one graph launch. With `--name` the table is written to
 `benchmarks/results/launches_NAME.md`.
 """
 
@@ -130,8 +130,8 @@ def main() -> None:
     for name in options.workloads:
         rows += measure(name, options.device, options.calls)
         text = markdown(rows, command, options.device)
-        print(text if name == options.workloads[-1] else f"{name}: done", flush=True)
-        if options.name:  # now, lest a later workload is the end of it
+        print(text, flush=True)  # now, lest a later workload is the end of it
+        if options.name:
             (RESULTS / f"launches_{options.name}.md").write_text(text)
 
 

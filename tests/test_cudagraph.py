@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import os
+import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -629,9 +630,6 @@ def test_a_forked_process_is_told_to_start_anew(monkeypatch: pytest.MonkeyPatch)
         recorder.refuse()
 
 
-# --- on a GPU only
-
-
 @pytest.mark.parametrize("ended", [False, True])
 def test_a_broken_capture_is_put_in_order(ended: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """With PyTorch's part played by stand-ins; `test_a_capture_that_cuda_breaks` is the same on CUDA."""
@@ -645,8 +643,9 @@ def test_a_broken_capture_is_put_in_order(ended: bool, monkeypatch: pytest.Monke
         done.append(f"capture in {pool} on {kwargs['stream']}")
         try:
             yield
-        except ValueError as error:
-            raise RuntimeError("operation failed due to a previous error during capture") from error
+        finally:
+            if sys.exc_info()[0] is ValueError:
+                raise RuntimeError("operation failed due to a previous error during capture")
 
     def end(index: int, pool: str) -> None:
         if ended:
@@ -670,15 +669,29 @@ def test_a_broken_capture_is_put_in_order(ended: bool, monkeypatch: pytest.Monke
         monkeypatch.setattr(module, name, stand_in, raising=False)
     recorder = CudaRecorder(torch.device("cuda", 1))
 
+    class Intermediate:
+        pass
+
     def waits() -> list[Tensor]:
+        intermediate = Intermediate()
+        held.append(weakref.ref(intermediate))
         raise ValueError("it waits for the device")
 
-    with pytest.raises(ValueError, match="it waits"):
-        recorder.record(waits)
+    held: list[weakref.ref[Intermediate]] = []
+    gc.disable()
+    try:
+        with pytest.raises(ValueError, match="it waits"):
+            recorder.record(waits)
+        assert held[0]() is None
+    finally:
+        gc.enable()
     mended = [] if ended else ["end pool 1 of 1", "release pool 1 of 1", "capture in its own on a stream of cuda:1", "zeros on cuda:1"]
     assert done == ["capture in pool 1 on None", "on the caller's", *mended]
     recorder.record(lambda: [])
     assert done[-1] == "capture in pool 2 on None"
+
+
+# --- on a GPU only
 
 
 @pytest.mark.cuda

@@ -101,17 +101,21 @@ class CudaRecorder(Recorder):
                     except BaseException as error:
                         reason = error
                         raise
-            except BaseException as error:
+            except BaseException:
                 torch.cuda.set_stream(stream)
                 with contextlib.suppress(RuntimeError):  # where the device fails altogether, the first error is the one to read
                     _end_broken_capture(self.device, self._pool)
                 self._pool = None  # the next recording takes another, whatever state this one is in
-                if reason is None or reason is error:
+                if reason is None:
                     raise
-                raise reason from error  # which is that of ending the capture, and only says that there was another before
+            else:
+                return outputs, graph.replay
             finally:
                 torch._C._cuda_clearCublasWorkspaces()  # type: ignore[attr-defined]
-        return outputs, graph.replay
+            try:
+                raise reason  # and not that of ending the capture, which only says that there was another before
+            finally:
+                del reason  # which knows this frame
 
     @contextlib.contextmanager
     def in_order(self, owned: Sequence[Tensor], streams: set[Hashable]) -> Generator[None]:
@@ -165,7 +169,10 @@ class CudaGraph(Backend):
         return self.compiler.lower(graph)
 
     def compile(self, graph: Graph) -> Runner:
-        return self.compiler.compile(graph)
+        from torch._inductor import config
+
+        with config.patch({"triton.cudagraphs": False}):  # graphs of Inductor's own cannot be part of one
+            return self.compiler.compile(graph)
 
     def launcher(self, device: torch.device) -> Launcher | None:
         return Launcher(self.recorder(device))

@@ -16,7 +16,7 @@ def exchanged(owner: Any, name: str, other: Callable[..., Any]) -> Generator[Non
     To be entered under the lock `COMPILING`: blocks of two threads must not overlap.
     """
     original: Callable[..., Any] = getattr(owner, name)
-    thread = threading.get_ident()
+    thread: int | None = threading.get_ident()
 
     @functools.wraps(original)
     def either(*args: Any, **kwargs: Any) -> Any:
@@ -27,3 +27,4 @@ def exchanged(owner: Any, name: str, other: Callable[..., Any]) -> Generator[Non
         yield
     finally:
         setattr(owner, name, original)
+        thread = None  # whoever has imported `either` in the meantime keeps it

@@ -182,10 +182,11 @@ def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any,
                 stack.enter_context(exchanged(PythonWrapperCodegen, "codegen_input_size_asserts", lambda wrapper: None))
             # What is not in the cache is made by this function.
             stack.enter_context(exchanged(compile_fx, "fx_codegen_and_compile", collecting(compile_fx.fx_codegen_and_compile)))
-            # It would put generators back where they were, and other threads would draw the same numbers again. Compiling draws none.
+            # It would put generators back where they were, and other threads would draw the same numbers again. Compiling draws none, and
+            # autotuning, where a user asks for it, puts back what it has drawn by itself.
             stack.enter_context(exchanged(dynamo_utils, "preserve_rng_state", contextlib.nullcontext))
             stack.enter_context(collector_rests())
-            stack.enter_context(config.patch(_SETTINGS | _threads(graph)))
+            stack.enter_context(config.patch(_WORKAROUNDS | _threads(graph)))
 
             def compile_once() -> Any:
                 # Code is for the instructions that were picked when it was generated, which the key does not know.
@@ -299,10 +300,8 @@ def warn_if_missing(device: torch.device) -> bool:
     return reason is not None
 
 
-_SETTINGS: dict[str, int] = {"triton.cudagraphs": False}  # a graph of Inductor's own would stand in the way of one for the whole call
-if torch.__version__.startswith(("2.11.", "2.12.")):
-    # Fusing kernels that share no data makes the code generator for the CPU use a buffer before it allocates it (UnboundLocalError).
-    _SETTINGS["cpp.max_horizontal_fusion_size"] = 1
+# Fusing kernels that share no data makes the CPU code generator of 2.11 use a buffer before it allocates it (UnboundLocalError).
+_WORKAROUNDS: dict[str, int] = {"cpp.max_horizontal_fusion_size": 1} if torch.__version__.startswith(("2.11.", "2.12.")) else {}
 
 _WARNED: set[str] = set()
 

@@ -163,24 +163,27 @@ def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[None]:
 
 
 _cudnn_before: list[bool] = []
+_CUDNN = threading.Lock()
+"""Held while that list or the switch is looked at or changed."""
 
 
 def is_cudnn_enabled() -> bool:
     """Whether cuDNN is in use but for captures, which switch it off for all threads."""
-    enabled, before = torch._C._get_cudnn_enabled(), _cudnn_before[:]
-    return before[0] if before else enabled
+    with _CUDNN:
+        return _cudnn_before[0] if _cudnn_before else torch._C._get_cudnn_enabled()
 
 
 @contextlib.contextmanager
 def _without_cudnn() -> Generator[None]:
     # The context manager of torch.backends.cudnn also writes its TF32 setting, which PyTorch refuses where it was set in the new way.
-    _cudnn_before.append(torch._C._get_cudnn_enabled())
-    torch._C._set_cudnn_enabled(False)
+    with _CUDNN:
+        _cudnn_before.append(torch._C._get_cudnn_enabled())
+        torch._C._set_cudnn_enabled(False)
     try:
         yield
     finally:
-        torch._C._set_cudnn_enabled(_cudnn_before[-1])
-        _cudnn_before.pop()
+        with _CUDNN:
+            torch._C._set_cudnn_enabled(_cudnn_before.pop())
 
 
 @contextlib.contextmanager

@@ -33,6 +33,8 @@ adjoints = {"Replay()": Replay, "Unrolled()": Unrolled}
 calls = ours(WORKLOADS[workload]._replace(device=device), torch.float32, adjoint=adjoints[adjoint]())
 began = time.perf_counter()
 calls["meta"]()
+if device == "cuda":
+    torch.cuda.synchronize()
 print(json.dumps(time.perf_counter() - began))
 """
 

@@ -47,7 +47,7 @@ def times_longer(found: Mapping[str, Result], name: str) -> dict[str, float]:
 
 
 class WrongNumbers(RuntimeError):
-    """A contestant differs from the oracle; nothing is timed."""
+    """A contestant differs from the oracle; the contest is off before anything is timed."""
 
     def __init__(self, contestant: str, workload: Workload, quantity: str, how_far: str) -> None:
         super().__init__(f"{workload.name}, {quantity}: {contestant} is off by {how_far}")

@@ -331,6 +331,7 @@ class Entrant(NamedTuple):
       except_for: the workloads from which it stays away, with the reason.
       adam: the form of Adam that it has (`update`).
       in_bfloat16: whether it computes in mixed precision, and so has an error of its own kind.
+      elsewhere: what is wrong with the device that it would compute on, None if nothing is.
     """
 
     make: Callable[[Workload, torch.dtype], Mapping[str, Call]]
