@@ -6,6 +6,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +41,20 @@ def test_adam_has_two_forms() -> None:
     contest(workload, ("eager loop", "higher", "adaptrt, eager backend"), ("meta",))
 
 
-def test_what_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
-    def other(workload: Any, dtype: torch.dtype) -> Any:
-        return loop(workload._replace(numbers={"lr": 1.001 * workload.numbers["lr"]}), dtype)
+def at_another_rate(times: float) -> Callable[..., Any]:
+    """A contestant that computes something else: its learning rate is so many times the workload's."""
+    return lambda workload, dtype: loop(workload._replace(numbers={"lr": times * workload.numbers["lr"]}), dtype)
 
-    monkeypatch.setitem(ENTRANTS, "other", Entrant(other))
+
+def test_what_computes_something_else_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(ENTRANTS, "other", Entrant(at_another_rate(1.001)))
     monkeypatch.setattr(contests, "by_turns", lambda *args: pytest.fail("it was timed"))
     with pytest.raises(WrongNumbers, match=r"adapters, meta: other is off by .*e-0\d in float32"):
         contest(WORKLOADS["adapters"], ("eager loop", "other"), ("meta",))
 
 
 def test_who_is_wrong_is_sent_off_and_the_others_go_on(monkeypatch: pytest.MonkeyPatch) -> None:
-    def other(workload: Any, dtype: torch.dtype) -> Any:
-        return loop(workload._replace(numbers={"lr": 2 * workload.numbers["lr"]}), dtype)
-
-    monkeypatch.setitem(ENTRANTS, "other", Entrant(other))
+    monkeypatch.setitem(ENTRANTS, "other", Entrant(at_another_rate(2)))
     found, sent_off = bench_latency.results("adapters", ("other", "eager loop"), ("meta",), 0.01, "cpu")
     assert list(found["meta"]) == ["eager loop"] and "other is off by" in str(sent_off["other"])
 
@@ -64,10 +64,7 @@ def test_mixed_precision_is_held_against_autocast(monkeypatch: pytest.MonkeyPatc
     found = contest(workload, ("eager loop", "eager loop, bfloat16"), ("meta",))["meta"]
     assert found["eager loop"].error < 1e-5 < 1e-4 < found["eager loop, bfloat16"].error
 
-    def other(workload: Any, dtype: torch.dtype) -> Any:
-        return loop(workload._replace(numbers={"lr": 8 * workload.numbers["lr"]}), dtype)
-
-    monkeypatch.setitem(ENTRANTS, "other", Entrant(other, in_bfloat16=True))
+    monkeypatch.setitem(ENTRANTS, "other", Entrant(at_another_rate(8), in_bfloat16=True))
     with pytest.raises(WrongNumbers, match=r"another, meta: other is off by .* where autocast is by"):
         contest(workload, ("eager loop", "other"), ("meta",))
 

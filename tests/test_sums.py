@@ -119,27 +119,33 @@ def test_other_statistics_are_left_alone(fn: Callable[[Tensor], Any], x: Tensor)
     assert aten.var_mean.correction in targets(Inductor().lower(capture(fn, x)))
 
 
-@pytest.mark.parametrize("size, stages", [(28, [[2, 3], [0]]), (40, [[3], [0, 2]])], ids=["images", "rows of large images"])
-def test_stages(size: int, stages: list[list[int]]) -> None:
-    lowered = Inductor().lower(capture(lambda x: x.sum((0, 2, 3)), torch.empty(8, 64, size, size)))
+STAGES: dict[str, tuple[tuple[int, ...], tuple[int, ...], list[list[int]]]] = {
+    "images": ((8, 64, 28, 28), (0, 2, 3), [[2, 3], [0]]),
+    "rows of large images": ((8, 64, 40, 40), (0, 2, 3), [[3], [0, 2]]),
+    "rows too short": ((8, 2048, 7, 7), (0, 2, 3), [[2, 3], [0]]),
+    "tasks do not make images large": ((9, 8, 64, 28, 28), (1, 3, 4), [[3, 4], [1]]),
+}
+
+
+@pytest.mark.parametrize("shape, axes, stages", STAGES.values(), ids=STAGES)
+def test_stages(shape: tuple[int, ...], axes: tuple[int, ...], stages: list[list[int]]) -> None:
+    lowered = Inductor().lower(capture(lambda x: x.sum(axes), torch.empty(shape)))
     assert [node.args[1] for node in lowered.module.graph.nodes if node.target is SUM] == stages
 
 
-def test_short_rows_are_left_within_their_images() -> None:
-    lowered = Inductor().lower(capture(lambda x: x.sum((0, 2, 3)), torch.empty(8, 2048, 7, 7)))
-    assert [node.args[1] for node in lowered.module.graph.nodes if node.target is SUM] == [[2, 3], [0]]
+def three_sums(x: Tensor) -> list[Tensor]:
+    return [(x + scale).square().sum((0, 2, 3)) for scale in (1.0, 2.0, 3.0)]
 
 
-def test_tasks_do_not_make_images_large() -> None:
-    lowered = Inductor().lower(capture(lambda x: x.sum((1, 3, 4)), torch.empty(9, 8, 64, 28, 28)))
-    assert [node.args[1] for node in lowered.module.graph.nodes if node.target is SUM] == [[3, 4], [1]]
+def moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.var_mean(x, (0, 2, 3))
 
 
 FASTER: dict[str, tuple[Callable[[Tensor], Any], tuple[int, ...]]] = {
-    "statistics of images": (lambda x: torch.var_mean(x, (0, 2, 3)), (5, 28, 28, 64)),
-    "statistics of rows": (lambda x: torch.var_mean(x, (0, 2, 3)), (25, 56, 56, 64)),
-    "sums of images": (lambda x: [(x + scale).square().sum((0, 2, 3)) for scale in (1.0, 2.0, 3.0)], (25, 28, 28, 64)),
-    "sums of rows": (lambda x: [(x + scale).square().sum((0, 2, 3)) for scale in (1.0, 2.0, 3.0)], (25, 56, 56, 64)),
+    "statistics of images": (moments, (5, 28, 28, 64)),
+    "statistics of rows": (moments, (25, 56, 56, 64)),
+    "sums of images": (three_sums, (25, 28, 28, 64)),
+    "sums of rows": (three_sums, (25, 56, 56, 64)),
 }
 
 

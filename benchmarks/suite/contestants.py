@@ -353,12 +353,9 @@ class Entrant(NamedTuple):
 
 
 def _jax_elsewhere(workload: Workload) -> str | None:
-    place = importlib.import_module("benchmarks.suite.in_jax").place()
-    return (
-        None
-        if place == {"cuda": "gpu"}.get(workload.device, workload.device)
-        else f"JAX is on the {place}, the models on {workload.device}"
-    )
+    place = importlib.import_module("jax").default_backend()
+    wanted = "gpu" if workload.device == "cuda" else workload.device
+    return None if place == wanted else f"JAX is on the {place}, the models on {workload.device}"
 
 
 _SLOW = {name: "compiles for many minutes" for name in WORKLOADS if name not in ("sine", "sine-tasks")}

@@ -26,11 +26,6 @@ if jax.default_backend() != "cpu":  # float32 means float32: else products and c
     jax.config.update("jax_default_matmul_precision", "highest")
 
 
-def place() -> str:
-    """Where JAX computes: "cpu", "gpu" or "tpu"."""
-    return jax.default_backend()
-
-
 def calls(workload: Workload, dtype: torch.dtype) -> dict[str, Callable[[], list[Array]]]:
     """Compiled at their first call; each returns when its results are there."""
     with jax.enable_x64(dtype is torch.float64):
