@@ -1,11 +1,11 @@
 """adaptrt: a model, an optimiser and a number of steps become one compiled, differentiable program that adapts the model."""
 
 from adaptrt import errors, optim
-from adaptrt.adapted import Adapted
 from adaptrt.adjoint import Adjoint, FirstOrder, Replay, Stash, Unrolled
 from adaptrt.backend import Backend, CudaGraph, Eager, Inductor
-from adaptrt.runtime import CompiledUnroll, compile_unroll
-from adaptrt.trace import trace
+from adaptrt.runtime.adapted import Adapted
+from adaptrt.runtime.trace import trace
+from adaptrt.runtime.unroll import CompiledUnroll, compile_unroll
 
 __version__ = "0.1.0"
 

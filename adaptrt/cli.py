@@ -17,7 +17,7 @@ from typing import Annotated, Any, NoReturn
 import typer
 
 from adaptrt.errors import AdaptrtError
-from adaptrt.runtime import CompiledUnroll
+from adaptrt.runtime.unroll import CompiledUnroll
 
 app = typer.Typer(
     help="A model, an optimiser and a number of steps, compiled into one differentiable program.",

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from adaptrt.runtime import CompiledUnroll
+from adaptrt.runtime.unroll import CompiledUnroll
 
 _ROWS = pytest.StashKey[list[tuple[str, "Latency"]]]()
 

@@ -20,8 +20,8 @@ if __name__ == "__main__":  # run as a script
     sys.path.insert(0, str(Path(__file__).parents[1]))
 from adaptrt.backend import Inductor
 from adaptrt.backend.base import Runner
+from adaptrt.backend.inductor.rewrites import inline_small_matmuls as limit
 from adaptrt.graph.capture import capture
-from adaptrt.graph.passes import inline_small_matmuls as limit
 from benchmarks.suite.contest import by_turns
 
 LENGTH = 4

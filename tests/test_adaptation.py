@@ -14,7 +14,7 @@ from torch.autograd import gradcheck
 
 import adaptrt
 from adaptrt import Adapted, Adjoint, FirstOrder, Replay, Stash, Unrolled, compile_unroll, optim, tree
-from adaptrt.step import as_call
+from adaptrt.inner.step import as_call
 from tests import naive
 from tests.models import MODELS, normal, regress
 from tests.test_meta_gradients import differentiate, joined

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from adaptrt.backend import Inductor
-from adaptrt.backend.few_libraries import _deal, _Kernels, few_libraries
-from adaptrt.backend.index_strides import StridesOf
+from adaptrt.backend.inductor.few_libraries import _deal, _Kernels, few_libraries
+from adaptrt.backend.inductor.index_strides import StridesOf
 from adaptrt.graph.capture import capture
 
 pytestmark = pytest.mark.usefixtures("empty_cache")

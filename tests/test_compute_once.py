@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaptrt import optim
-from adaptrt.backend import Inductor, inductor
+from adaptrt.backend import Inductor
+from adaptrt.backend.inductor import compile as inductor
+from adaptrt.backend.inductor.rewrites.compute_once import compute_once, computed_once
 from adaptrt.graph.capture import capture
 from adaptrt.graph.passes.base import apply
-from adaptrt.graph.passes.compute_once import compute_once, computed_once
 from benchmarks.suite.contest import by_turns
 from tests.graphs import targets
 

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptrt.backend import Inductor
+from adaptrt.backend.inductor.rewrites.one_channel_last import one_channel_last
 from adaptrt.graph.capture import capture
 from adaptrt.graph.passes.convolution_gradients import convolution_gradients
-from adaptrt.graph.passes.one_channel_last import one_channel_last
 from adaptrt.graph.passes.pool_as_maxima import PoolAsMaxima
 from tests.graphs import targets
 

@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaptrt.backend import Inductor
-from adaptrt.backend.inductor import LOWERING
+from adaptrt.backend.inductor.compile import LOWERING
+from adaptrt.backend.inductor.rewrites import convolutions_as_products
 from adaptrt.graph.capture import capture
 from adaptrt.graph.cost import num_flops
-from adaptrt.graph.passes import convolutions_as_products
 from adaptrt.graph.passes.base import apply
 from benchmarks.suite.contest import by_turns
 from tests.graphs import targets

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaptrt.backend import Inductor, costly_loops
+from adaptrt.backend import Inductor
+from adaptrt.backend.inductor import costly_loops
 from adaptrt.graph.capture import capture
 from benchmarks.suite.contest import by_turns
 

@@ -14,7 +14,7 @@ from adaptrt import Adjoint, CompiledUnroll, CudaGraph, Eager, FirstOrder, Repla
 from adaptrt.adjoint import auto
 from adaptrt.adjoint.auto import MIN_FLOPS_OF_A_TASK, one_by_one
 from adaptrt.errors import NonFiniteInput
-from adaptrt.graph.ir import Role
+from adaptrt.graph.signature import Role
 from tests.recorders import TapeRecorder
 from tests.tolerances import assert_near
 

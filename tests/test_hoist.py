@@ -13,9 +13,9 @@ from adaptrt import Adjoint, CompiledUnroll, CudaGraph, Eager, FirstOrder, Repla
 from adaptrt.adjoint.base import Wrt, pull_back
 from adaptrt.graph.capture import capture
 from adaptrt.graph.cost import num_bytes_to_keep, num_flops
-from adaptrt.graph.ir import Role
 from adaptrt.graph.passes import hoist as module
 from adaptrt.graph.passes.hoist import MIN_FLOPS, hoist
+from adaptrt.graph.signature import Role
 from tests.graphs import targets
 from tests.recorders import TapeRecorder
 from tests.tolerances import assert_near

@@ -15,7 +15,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaptrt.backend import Inductor, inductor
+from adaptrt.backend import Inductor
+from adaptrt.backend.inductor import compile as inductor
 from adaptrt.graph.capture import capture
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
@@ -137,7 +138,7 @@ def test_an_error_of_another_kind_says_nothing_about_the_processor(trials: list[
 _FAULTS = """
 import resource, sys
 import torch
-from adaptrt.backend.inductor import let_freed_memory_stay
+from adaptrt.backend.inductor.compile import let_freed_memory_stay
 
 if sys.argv[1] == "stays":
     let_freed_memory_stay()

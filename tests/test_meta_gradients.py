@@ -15,8 +15,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaptrt import Adjoint, FirstOrder, Replay, Stash, Unrolled, compile_unroll, optim, planner, tree
+from adaptrt import Adjoint, FirstOrder, Replay, Stash, Unrolled, compile_unroll, optim, tree
 from adaptrt.graph.passes.lift_noise import lift_noise
+from adaptrt.runtime import planner
 from tests import naive
 from tests.models import MODELS, Entry
 from tests.tolerances import assert_near

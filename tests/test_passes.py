@@ -17,23 +17,24 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from adaptrt import tree
-from adaptrt.backend.inductor import LOWERING
+from adaptrt.backend.inductor.compile import LOWERING
 from adaptrt.errors import InvalidGraph, NotTraceable, UnsupportedRandomness
 from adaptrt.graph.capture import capture
 from adaptrt.graph.cost import num_bytes, num_flops
 from adaptrt.graph.indices import IndexBound, index_bounds
-from adaptrt.graph.ir import Graph, Input, Output, Role, Signature
+from adaptrt.graph.ir import Graph
 from adaptrt.graph.noise import Noise, draw
+from adaptrt.graph.operations import is_mutable, is_random
 from adaptrt.graph.passes import functionalise as functionalise_file
 from adaptrt.graph.passes.base import Pass, apply, copy_module
 from adaptrt.graph.passes.batch import batch
 from adaptrt.graph.passes.functionalise import functionalise
 from adaptrt.graph.passes.lift_noise import lift_noise, record_noise
 from adaptrt.graph.passes.merge_duplicates import merge_duplicates
-from adaptrt.graph.passes.operations import is_mutable, is_random
 from adaptrt.graph.passes.own_outputs import own_outputs
 from adaptrt.graph.passes.remove_identities import remove_identities
 from adaptrt.graph.passes.standard import STANDARD
+from adaptrt.graph.signature import Input, Output, Role, Signature
 from adaptrt.graph.verify import verify
 from adaptrt.tree import Spec
 from benchmarks.small_matmuls import chain, medians_s

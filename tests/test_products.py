@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from adaptrt.backend import Inductor
+from adaptrt.backend.inductor.rewrites import products_by_onednn as file
+from adaptrt.backend.inductor.rewrites.products_by_onednn import mkl_is_slow, products_by_onednn
 from adaptrt.graph.capture import capture
 from adaptrt.graph.ir import Graph
-from adaptrt.graph.passes import products_by_onednn as file
-from adaptrt.graph.passes.products_by_onednn import mkl_is_slow, products_by_onednn
 
 aten = torch.ops.aten
 

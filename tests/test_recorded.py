@@ -10,8 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaptrt.backend import Inductor, inductor, recorded
+from adaptrt.backend import Inductor, inductor
 from adaptrt.backend.base import Runner
+from adaptrt.backend.inductor import recorded
 from adaptrt.graph.capture import capture
 
 Function = Callable[..., Any]

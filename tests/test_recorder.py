@@ -20,9 +20,9 @@ from adaptrt.backend.inductor import Inductor
 from adaptrt.errors import InvalidGraph, NotTraceable
 from adaptrt.graph.capture import capture
 from adaptrt.graph.collector import collecting, collector_rests
-from adaptrt.graph.ir import Role
 from adaptrt.graph.passes.decompose import decompose
 from adaptrt.graph.passes.recorder import record
+from adaptrt.graph.signature import Role
 from tests.graphs import targets
 
 aten = torch.ops.aten

@@ -11,10 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import adaptrt
-from adaptrt import Replay, Stash, Unrolled, program
+from adaptrt import Replay, Stash, Unrolled
 from adaptrt.adjoint import Adjoint, auto
-from adaptrt.backend import inductor
 from adaptrt.backend.base import COMPILING, Building, Form, rehearsal, rehearsing
+from adaptrt.backend.inductor import compile as inductor
+from adaptrt.runtime import program
+from adaptrt.runtime.program_set import ProgramSet
 from tests.tolerances import assert_near
 
 
@@ -181,7 +183,7 @@ def test_rehearsals_end_one_by_one() -> None:
 
 
 def test_a_program_that_is_being_built_is_not_taken_for_all_of_a_call(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(program.ProgramSet, "_take_what_was_built", lambda self: None)  # as another thread finds it meanwhile
+    monkeypatch.setattr(ProgramSet, "_take_what_was_built", lambda self: None)  # as another thread finds it meanwhile
     model = nn.Linear(2, 1, dtype=torch.float64)
     unroll = adaptrt.compile_unroll(model, adaptrt.optim.sgd(lr=0.1), 2, loss=F.mse_loss, adjoint=Unrolled(), backend="inductor")
     support, query = [(torch.randn(4, 2, dtype=torch.float64), torch.randn(4, 1, dtype=torch.float64)) for _ in range(2)]

@@ -17,7 +17,7 @@ from adaptrt.backend.guards import MAX_KNOWN, Known, alike
 from adaptrt.errors import InvalidBatch, InvalidType, LabelOutOfRange, NonFiniteInput
 from adaptrt.graph.capture import capture
 from adaptrt.graph.passes.check_finite import check_finite
-from adaptrt.program import Program
+from adaptrt.runtime.program import Program
 
 
 def net() -> nn.Sequential:

@@ -14,15 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import adaptrt
-from adaptrt import Replay, Stash, compile_unroll, optim, plan
+from adaptrt import Replay, Stash, compile_unroll, optim
 from adaptrt.adjoint import auto
 from adaptrt.adjoint.auto import MAX_KEPT_BYTES, choose
 from adaptrt.adjoint.base import Wrt, pull_back
 from adaptrt.graph.capture import capture
 from adaptrt.graph.cost import num_bytes_to_keep
-from adaptrt.graph.ir import Graph, Role
-from adaptrt.graph.passes.cut import is_cheap
+from adaptrt.graph.cut import is_cheap
+from adaptrt.graph.ir import Graph
 from adaptrt.graph.passes.partition import partition
+from adaptrt.graph.signature import Role
+from adaptrt.runtime import plan
 
 aten = torch.ops.aten
 

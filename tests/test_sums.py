@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaptrt.backend import Inductor
+from adaptrt.backend.inductor.rewrites import channel_sums
 from adaptrt.graph.capture import capture
-from adaptrt.graph.passes import channel_sums
 from benchmarks.suite.contest import by_turns
 from tests.graphs import targets
 

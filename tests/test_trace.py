@@ -10,8 +10,9 @@ from torch import Generator, Tensor, nn
 
 import adaptrt
 from adaptrt import tree
-from adaptrt.graph.ir import Graph, Role
+from adaptrt.graph.ir import Graph
 from adaptrt.graph.passes.lift_noise import lift_noise
+from adaptrt.graph.signature import Role
 from adaptrt.graph.verify import verify
 from tests import naive
 from tests.models import MODELS, Entry

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from adaptrt import tree
-from adaptrt.diagnose import refuse_once_differentiable
-from adaptrt.step import Batch, Carry, Fixed, Step
+from adaptrt.inner.diagnose import refuse_once_differentiable
+from adaptrt.inner.step import Batch, Carry, Fixed, Step
 
 Noise = tuple[Tensor, ...]
 Unroll = Callable[..., tuple[Carry, Tensor]]

@@ -23,7 +23,7 @@ from adaptrt.adjoint.steps import (
     wrt_step,
 )
 from adaptrt.errors import InvalidArgument
-from adaptrt.step import Carry
+from adaptrt.inner.step import Carry
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adaptrt import tree
 from adaptrt.adjoint.base import Adaptation, Gradients, Loop, Problem, Programs, Query, Task, Wrt
-from adaptrt.step import Batch, Carry
+from adaptrt.inner.step import Batch, Carry
 
 STEP = ("carry", "fixed", "batch", "noise")
 _QUERY = ("carry", "fixed", "query", "noise")

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from adaptrt.adjoint.base import Adaptation, Adjoint, Gradients, Problem, Programs, Query, Task, Wrt
-from adaptrt.step import Batch, Carry, Fixed
+from adaptrt.inner.step import Batch, Carry, Fixed
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

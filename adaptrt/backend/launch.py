@@ -24,9 +24,8 @@ from torch import Tensor
 from adaptrt import tree
 from adaptrt.backend.guards import Known
 from adaptrt.errors import AdaptrtError, OutOfDeviceMemory, RecordingFailed, ShapeChanged
+from adaptrt.graph.ir import Constant
 from adaptrt.tree import Spec, Tree
-
-Constant = Callable[[], Tensor]
 
 
 class Recorder(abc.ABC):

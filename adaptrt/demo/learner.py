@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptrt.demo.digits import TRAINING_CLASSES, Digits, Episodes
-from adaptrt.runtime import CompiledUnroll, compile_unroll
+from adaptrt.runtime.unroll import CompiledUnroll, compile_unroll
 
 WAYS = 5
 SHOTS = 5

@@ -15,7 +15,7 @@ from torch.func import functional_call
 from adaptrt.demo.digits import Batch, Episodes, Task
 from adaptrt.demo.learner import INNER_LR
 from adaptrt.errors import AdaptrtError
-from adaptrt.runtime import CompiledUnroll
+from adaptrt.runtime.unroll import CompiledUnroll
 
 Params = dict[str, Tensor]
 

@@ -18,7 +18,7 @@ from adaptrt.demo import digits as protocol
 from adaptrt.demo import figure, learner, measure
 from adaptrt.demo.digits import Digits, Episodes
 from adaptrt.errors import CompilerUnavailable
-from adaptrt.runtime import CompiledUnroll
+from adaptrt.runtime.unroll import CompiledUnroll
 
 NUM_ITERATIONS = 700
 NUM_ITERATIONS_EAGER = 400

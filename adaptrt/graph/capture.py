@@ -35,15 +35,16 @@ from adaptrt import tree
 from adaptrt.errors import NotTraceable, UnsupportedRandomness
 from adaptrt.graph import mixed_norms
 from adaptrt.graph.collector import collector_rests
-from adaptrt.graph.ir import Graph, Input, Output, PassRecord, Role, Signature, autocast_off
+from adaptrt.graph.ir import Graph, PassRecord, autocast_off
+from adaptrt.graph.operations import name_of
 from adaptrt.graph.passes.base import apply
 from adaptrt.graph.passes.gelu_by_sigmoid import GeluBySigmoid
 from adaptrt.graph.passes.lift_noise import forbid_noise
-from adaptrt.graph.passes.operations import name_of
 from adaptrt.graph.passes.pool_as_maxima import PoolAsMaxima
 from adaptrt.graph.passes.recorder import record
 from adaptrt.graph.passes.retrace import fake_tensors
 from adaptrt.graph.passes.standard import STANDARD
+from adaptrt.graph.signature import Input, Output, Role, Signature
 from adaptrt.tree import Spec, Tree
 
 aten = torch.ops.aten

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, fx
 from torch.fx.node import map_arg
 
+from adaptrt.graph.cut import minimum_cut, varying
 from adaptrt.graph.ir import Graph
-from adaptrt.graph.passes.cut import minimum_cut, varying
-from adaptrt.graph.passes.inline_small_matmuls import small_matmul
-from adaptrt.graph.passes.operations import is_view
+from adaptrt.graph.operations import is_view
 
 aten = torch.ops.aten
+
+PRODUCTS: set[Any] = set()
+"""Operations of adaptrt's own that are the product of a [..., M, K] and a [..., K, N]; whoever defines one adds it."""
 
 
 def num_flops(graph: Graph) -> int:
@@ -33,7 +35,7 @@ def flops_of(nodes: Iterable[fx.Node]) -> int:
 
     total = 0
     for node in nodes:
-        if node.target == small_matmul:
+        if node.target in PRODUCTS:
             total += 2 * _value(node).numel() * _value(node.all_input_nodes[0]).shape[-1]
             continue
         formula = flop_registry.get(getattr(node.target, "overloadpacket", None))

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import fx
 
-from adaptrt.graph.ir import Graph, Role
+from adaptrt.graph.ir import Graph
+from adaptrt.graph.signature import Role
 
 aten = torch.ops.aten
 _CLASS_AXIS = {aten.nll_loss_forward.default: -1, aten.nll_loss2d_forward.default: 1}

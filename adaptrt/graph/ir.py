@@ -1,4 +1,4 @@
-"""The graph: a pure function of tensors as functional ATen operations, and the signature that names its inputs and outputs.
+"""The graph: a pure function of tensors as functional ATen operations.
 
 A graph computes values only. Gradients are graphs of their own, traced together with the function that they differentiate; `run`
 therefore records nothing for autograd.
@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import enum
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, fx
 
 from adaptrt import tree
 from adaptrt.graph.show import show
-from adaptrt.tree import Spec, Structure, Tree
+from adaptrt.graph.signature import Signature
+from adaptrt.tree import Structure, Tree
 
 
 def autocast_off() -> contextlib.AbstractContextManager[object]:
@@ -29,56 +30,8 @@ def autocast_off() -> contextlib.AbstractContextManager[object]:
 
 _NOTHING = contextlib.nullcontext()
 
-
-class Role(enum.Enum):
-    """What an input of a graph is to the unroll."""
-
-    PARAM = "param"
-    BUFFER = "buffer"
-    STATE = "state"
-    HYPER = "hyper"
-    NOISE = "noise"
-    DATA = "data"
-    COTANGENT = "cotangent"
-    KEPT = "kept"
-    CONST = "const"
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Input:
-    """One input: its dotted name, its role and the tensor it takes, which is contiguous unless `strides` says otherwise."""
-
-    name: str
-    role: Role
-    spec: Spec
-    own_strides: tuple[int, ...] | None = None
-
-    @property
-    def strides(self) -> tuple[int, ...]:
-        return self.spec.strides if self.own_strides is None else self.own_strides
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Output:
-    """One output: its dotted name and the tensor it gives; one that is `kept` for another program may have any strides."""
-
-    name: str
-    spec: Spec
-    kept: bool = False
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Signature:
-    """Every input and output of a graph, in order. `str(signature)` is a table."""
-
-    inputs: tuple[Input, ...]
-    outputs: tuple[Output, ...]
-
-    def __str__(self) -> str:
-        rows = [(entry.role.value, entry.name, str(entry.spec)) for entry in self.inputs]
-        rows += [("output", entry.name, str(entry.spec)) for entry in self.outputs]
-        widths = [max((len(row[column]) for row in rows), default=0) for column in (0, 1)]
-        return "\n".join(f"{role:<{widths[0]}}  {name:<{widths[1]}}  {spec}" for role, name, spec in rows)
+Constant = Callable[[], Tensor]
+"""Reads the tensor that is the value of a graph's constant, as it is now."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

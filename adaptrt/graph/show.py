@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import torch
 from torch import fx
 
-if TYPE_CHECKING:
-    from adaptrt.graph.ir import Signature
+from adaptrt.graph.signature import Signature
 
 _SHORT = {
     "float16": "f16",

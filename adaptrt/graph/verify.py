@@ -6,7 +6,7 @@ from torch import Tensor, fx
 
 from adaptrt.errors import InvalidGraph
 from adaptrt.graph.ir import Graph
-from adaptrt.graph.passes.operations import is_mutable, is_operation, is_random, memory_of
+from adaptrt.graph.operations import is_mutable, is_operation, is_random, memory_of
 from adaptrt.tree import Spec
 
 

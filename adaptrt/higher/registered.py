@@ -27,10 +27,10 @@ import torch
 from torch import Tensor
 
 from adaptrt import tree
-from adaptrt.diagnose import updating
 from adaptrt.errors import NotTraceable, OptimizerMismatch, UnsupportedOptimizer
 from adaptrt.graph.passes.lift_noise import forbid_noise
 from adaptrt.higher.utils import _recursive_map, flatten, settings_of
+from adaptrt.inner.diagnose import updating
 from adaptrt.optim.base import Hyper, Optimizer, Params, State
 from adaptrt.optim.source import Source, kinds_of
 

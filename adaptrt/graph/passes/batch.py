@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch._decomp import get_decompositions  # pyright: ignore[reportUnknownVariableType]
 
-from adaptrt.graph.ir import Graph, Input
+from adaptrt.graph.ir import Graph
 from adaptrt.graph.passes.base import Pass, apply
 from adaptrt.graph.passes.decompose import decompose
 from adaptrt.graph.passes.functionalise import functionalise
@@ -25,6 +25,7 @@ from adaptrt.graph.passes.own_outputs import own_outputs
 from adaptrt.graph.passes.relax_views import relax_views
 from adaptrt.graph.passes.remove_identities import remove_identities
 from adaptrt.graph.passes.retrace import retrace
+from adaptrt.graph.signature import Input
 from adaptrt.tree import Spec
 
 aten = torch.ops.aten

@@ -11,8 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import fx
 
-from adaptrt.graph.ir import Graph, Output, Signature
+from adaptrt.graph.ir import Graph
 from adaptrt.graph.passes.base import Pass, add_call, apply
+from adaptrt.graph.signature import Output, Signature
 from adaptrt.tree import Spec, Structure, flatten
 
 aten = torch.ops.aten

@@ -20,8 +20,8 @@ from torch.fx.node import map_arg
 
 from adaptrt.errors import InvalidGraph
 from adaptrt.graph.ir import Graph, autocast_off
+from adaptrt.graph.operations import is_composite
 from adaptrt.graph.passes.base import has_other_strides, renew_value
-from adaptrt.graph.passes.operations import is_composite
 from adaptrt.graph.passes.recorder import Recorder, Rules
 from adaptrt.graph.passes.retrace import fake_inputs, renewed
 

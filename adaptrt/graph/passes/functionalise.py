@@ -18,8 +18,8 @@ from torch.fx.node import map_arg
 
 from adaptrt.errors import NotTraceable
 from adaptrt.graph.ir import Graph
+from adaptrt.graph.operations import is_mutable, memory_of, name_of, out_of_place
 from adaptrt.graph.passes.base import Pass
-from adaptrt.graph.passes.operations import is_mutable, memory_of, name_of, out_of_place
 from adaptrt.graph.passes.retrace import retrace
 
 aten = torch.ops.aten

@@ -13,11 +13,12 @@ from collections.abc import Collection
 from torch import fx
 
 from adaptrt.graph.cost import flops_of
-from adaptrt.graph.ir import Graph, Input, Output, Role, Signature
+from adaptrt.graph.cut import extract, minimum_cut, varying
+from adaptrt.graph.ir import Graph
 from adaptrt.graph.passes.base import Pass, apply
-from adaptrt.graph.passes.cut import extract, minimum_cut, varying
 from adaptrt.graph.passes.own_outputs import own_outputs
 from adaptrt.graph.passes.relax_views import relax_views
+from adaptrt.graph.signature import Input, Output, Role, Signature
 from adaptrt.tree import Spec, flatten, tuple_of
 
 MIN_FLOPS = 1_000_000

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptrt.errors import UnsupportedRandomness
 from adaptrt.graph.noise import Noise
-from adaptrt.graph.passes.operations import is_random, name_of
+from adaptrt.graph.operations import is_random, name_of
 from adaptrt.tree import Spec
 
 aten = torch.ops.aten

@@ -9,8 +9,8 @@ import torch
 from torch import fx
 
 from adaptrt.graph.ir import Graph
+from adaptrt.graph.operations import memory_of
 from adaptrt.graph.passes.base import Pass
-from adaptrt.graph.passes.operations import memory_of
 
 aten = torch.ops.aten
 

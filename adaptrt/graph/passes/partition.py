@@ -11,11 +11,12 @@ from __future__ import annotations
 
 from torch import fx
 
-from adaptrt.graph.ir import Graph, Input, Output, Role, Signature
+from adaptrt.graph.cut import extract, leading_to, minimum_cut, varying
+from adaptrt.graph.ir import Graph
 from adaptrt.graph.passes.base import apply
-from adaptrt.graph.passes.cut import extract, leading_to, minimum_cut, varying
 from adaptrt.graph.passes.own_outputs import own_outputs
 from adaptrt.graph.passes.relax_views import relax_views
+from adaptrt.graph.signature import Input, Output, Role, Signature
 from adaptrt.tree import Spec, flatten, tuple_of
 
 

@@ -22,7 +22,7 @@ from torch.fx.node import map_aggregate, map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptrt.errors import NotTraceable
-from adaptrt.graph.passes.operations import is_composite, is_mutable
+from adaptrt.graph.operations import is_composite, is_mutable
 
 aten = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default  # by which a fake tensor is asked for its device

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental.proxy_tensor import make_fx
 
-from adaptrt.graph.ir import Graph, Input, Signature, autocast_off
+from adaptrt.graph.ir import Graph, autocast_off
+from adaptrt.graph.signature import Input, Signature
 from adaptrt.tree import Spec
 
 

@@ -13,10 +13,20 @@ from adaptrt.backend import Backend
 from adaptrt.backend.launch import RUNNING
 from adaptrt.errors import ShapeChanged
 from adaptrt.graph.noise import Noise, draw
-from adaptrt.plan import Cache, Explain, MakePrograms, PredictionPlan, QueryPlan, SupportPlan, plan_prediction, plan_query, plan_support
-from adaptrt.program import ProgramSet, without_leading_axis
-from adaptrt.reader import Reader, Start
-from adaptrt.step import Batch, Carry, Fixed, Step
+from adaptrt.inner.reader import Reader, Start
+from adaptrt.inner.step import Batch, Carry, Fixed, Step
+from adaptrt.runtime.plan import (
+    Cache,
+    Explain,
+    MakePrograms,
+    PredictionPlan,
+    QueryPlan,
+    SupportPlan,
+    plan_prediction,
+    plan_query,
+    plan_support,
+)
+from adaptrt.runtime.program_set import ProgramSet, without_leading_axis
 from adaptrt.tree import Tree
 
 

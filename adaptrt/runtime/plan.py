@@ -11,7 +11,7 @@ from typing import Generic, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from adaptrt import check, diagnose, tree
+from adaptrt import tree
 from adaptrt.adjoint.auto import MAX_KEPT_BYTES, choose, one_by_one
 from adaptrt.adjoint.base import Adjoint, Problem
 from adaptrt.adjoint.each_task import EachTask
@@ -19,13 +19,15 @@ from adaptrt.backend.base import COMPILING
 from adaptrt.functional import refuse_state, watch_attributes
 from adaptrt.graph.capture import capture, record_operations
 from adaptrt.graph.cost import num_bytes_to_keep, num_flops, returns_input
+from adaptrt.graph.cut import varying
 from adaptrt.graph.indices import IndexBound, index_bounds
-from adaptrt.graph.ir import Graph, Role
+from adaptrt.graph.ir import Graph
 from adaptrt.graph.noise import Noise
-from adaptrt.graph.passes.cut import varying
 from adaptrt.graph.passes.lift_noise import record_noise
-from adaptrt.program import ProgramSet
-from adaptrt.step import Batch, Carry, Fixed, Step
+from adaptrt.graph.signature import Role
+from adaptrt.inner import check, diagnose
+from adaptrt.inner.step import Batch, Carry, Fixed, Step
+from adaptrt.runtime.program_set import ProgramSet
 from adaptrt.tree import Spec, Tree
 
 Explain = Callable[[Callable[[], Graph]], Graph]

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from adaptrt.backend.exchange import exchanged
-from adaptrt.graph.passes.inline_small_matmuls import small_matmul
+from adaptrt.backend.inductor.exchange import exchanged
+from adaptrt.backend.inductor.rewrites.inline_small_matmuls import small_matmul
 
 _FUNCTION = """#include <torch/csrc/inductor/cpp_prefix.h>
 

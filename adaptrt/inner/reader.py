@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from adaptrt import tree
 from adaptrt.errors import DeviceMismatch, InvalidType, NothingToAdapt, OptimizerMismatch
 from adaptrt.functional import canonical_names
+from adaptrt.inner.step import LOSS_BUFFER, Carry, Fixed, LossFunction, Step
 from adaptrt.optim import Schedule
 from adaptrt.optim.source import Reading, Source
-from adaptrt.step import LOSS_BUFFER, Carry, Fixed, LossFunction, Step
 
 
 class Start(NamedTuple):

@@ -12,8 +12,8 @@ import torch
 from torch import fx
 
 from adaptrt.graph.ir import Graph
+from adaptrt.graph.operations import is_view
 from adaptrt.graph.passes.base import Pass
-from adaptrt.graph.passes.operations import is_view
 
 aten = torch.ops.aten
 _IMAGE = {aten.convolution.default: 0, aten.convolution_backward.default: 1}

@@ -13,8 +13,8 @@ import contextlib
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-from adaptrt.backend.exchange import exchanged
-from adaptrt.graph.passes.operations import COSTLY
+from adaptrt.backend.inductor.exchange import exchanged
+from adaptrt.graph.operations import COSTLY
 
 
 @contextlib.contextmanager

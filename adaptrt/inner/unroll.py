@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adaptrt import tree
-from adaptrt.step import Batch, Carry, Fixed
+from adaptrt.inner.step import Batch, Carry, Fixed
 
 StepFunction = Callable[[Carry, Fixed, Batch, Sequence[Tensor]], tuple[Carry, Tensor]]
 

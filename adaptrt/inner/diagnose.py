@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from adaptrt import tree
 from adaptrt.errors import AdaptrtError, DataDependentControlFlow, InvalidArgument, InvalidBatch, NotDifferentiable, NotTraceable
-from adaptrt.step import Batch
+from adaptrt.inner.step import Batch
 
-_LIBRARIES = tuple(os.path.dirname(path) + os.sep for path in (torch.__file__, __file__))
+_LIBRARIES = tuple(os.path.dirname(path) + os.sep for path in (torch.__file__, os.path.dirname(__file__)))
 _NEEDS_VALUE = (
     "DataDependentOutputException",
     "DynamicOutputShapeException",

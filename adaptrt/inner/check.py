@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from adaptrt import tree
 from adaptrt.errors import DeviceMismatch, InvalidArgument, InvalidBatch, InvalidType, LabelOutOfRange, NonFiniteInput, UnsupportedParameter
 from adaptrt.graph.indices import IndexBound
-from adaptrt.step import Batch
+from adaptrt.inner.step import Batch
 
 
 def model_device(model: nn.Module) -> torch.device:

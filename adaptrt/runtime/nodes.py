@@ -18,9 +18,9 @@ from adaptrt import tree
 from adaptrt.adjoint.base import Adaptation, Gradients, Problem, Query, Task, Wrt
 from adaptrt.backend.engine import graph_is_kept
 from adaptrt.errors import NonFiniteInput, NotDifferentiable
-from adaptrt.plan import PredictionPlan, QueryPlan, SupportPlan
-from adaptrt.program import Program
-from adaptrt.step import Carry, Fixed, Step
+from adaptrt.inner.step import Carry, Fixed, Step
+from adaptrt.runtime.plan import PredictionPlan, QueryPlan, SupportPlan
+from adaptrt.runtime.program import Program
 from adaptrt.tree import Tree
 
 

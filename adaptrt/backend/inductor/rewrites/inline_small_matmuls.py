@@ -13,6 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptrt.graph.cost import PRODUCTS
+
 aten = torch.ops.aten
 
 MAX_EACH = 1 << 18
@@ -36,6 +38,8 @@ _LIBRARY.impl("small_matmul", _shape, "Meta")
 
 small_matmul: Any = torch.ops.adaptrt.small_matmul.default
 """The operation a [M, K], b [K, N] -> [M, N], or T of them at once."""
+
+PRODUCTS.add(small_matmul)
 
 _DTYPES = (torch.float32, torch.float64)
 """In half precision a product would be rounded before it is summed."""

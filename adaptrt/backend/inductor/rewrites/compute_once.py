@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, fx
 
 from adaptrt.graph.ir import Graph
+from adaptrt.graph.operations import COSTLY, is_pointwise, is_view, name_of
 from adaptrt.graph.passes.base import Pass, add_call
-from adaptrt.graph.passes.operations import COSTLY, is_pointwise, is_view, name_of
 
 MIN_RATIO = 8
 """How many times as many elements the loop must have as what is computed before it."""

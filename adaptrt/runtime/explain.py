@@ -8,8 +8,9 @@ from collections.abc import Sequence
 from adaptrt.backend.tiered import TieredRunner
 from adaptrt.graph.cost import num_bytes, num_flops
 from adaptrt.graph.ir import PassRecord
-from adaptrt.plan import PredictionPlan, SupportPlan
-from adaptrt.program import Program, ProgramSet
+from adaptrt.runtime.plan import PredictionPlan, SupportPlan
+from adaptrt.runtime.program import Program
+from adaptrt.runtime.program_set import ProgramSet
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -27,25 +27,25 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
 from adaptrt.backend.base import COMPILING, Backend, Building, Form, Runner, rehearsing
-from adaptrt.backend.costly_loops import costly_loops_vectorised
-from adaptrt.backend.exchange import exchanged
-from adaptrt.backend.few_libraries import few_libraries
-from adaptrt.backend.index_strides import quick_strides
-from adaptrt.backend.recorded import record
-from adaptrt.backend.small_matmuls import small_matmuls_in_place_of_loops
+from adaptrt.backend.inductor.costly_loops import costly_loops_vectorised
+from adaptrt.backend.inductor.exchange import exchanged
+from adaptrt.backend.inductor.few_libraries import few_libraries
+from adaptrt.backend.inductor.index_strides import quick_strides
+from adaptrt.backend.inductor.recorded import record
+from adaptrt.backend.inductor.rewrites import channel_sums, convolutions_as_products, inline_small_matmuls
+from adaptrt.backend.inductor.rewrites.compute_once import compute_once, computed_once
+from adaptrt.backend.inductor.rewrites.inline_small_matmuls import small_matmul
+from adaptrt.backend.inductor.rewrites.one_channel_last import one_channel_last
+from adaptrt.backend.inductor.rewrites.products_by_onednn import products_by_onednn
+from adaptrt.backend.inductor.small_matmuls import small_matmuls_in_place_of_loops
 from adaptrt.errors import CompilerUnavailable
 from adaptrt.graph.collector import collecting, collector_rests
 from adaptrt.graph.ir import Graph, autocast_off
-from adaptrt.graph.passes import channel_sums, convolutions_as_products, inline_small_matmuls
 from adaptrt.graph.passes.base import Pass, apply, copy_module
-from adaptrt.graph.passes.compute_once import compute_once, computed_once
 from adaptrt.graph.passes.decompose import decompose
 from adaptrt.graph.passes.functionalise import functionalise
-from adaptrt.graph.passes.inline_small_matmuls import small_matmul
 from adaptrt.graph.passes.merge_duplicates import merge_duplicates
-from adaptrt.graph.passes.one_channel_last import one_channel_last
 from adaptrt.graph.passes.own_outputs import own_outputs
-from adaptrt.graph.passes.products_by_onednn import products_by_onednn
 from adaptrt.graph.passes.remove_identities import remove_identities
 from adaptrt.graph.passes.retrace import fake_inputs
 

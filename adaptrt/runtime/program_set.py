@@ -1,121 +1,34 @@
-"""A program: a graph and what runs it. Checked inputs in, tensors out; safe to call from several threads."""
+"""The programs of one input shape, each captured and compiled at its first call."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, TypeVar
 
-import torch
 from torch import Tensor, nn
 
 from adaptrt import tree
 from adaptrt.adjoint.base import Loop, Wrt, pull_back
 from adaptrt.backend import Backend
-from adaptrt.backend.base import COMPILING, Building, Form, Runner, rehearsal, rehearsing, without_values
+from adaptrt.backend.base import COMPILING, Building, rehearsal, rehearsing
 from adaptrt.backend.guards import Known
 from adaptrt.backend.launch import Constant, Launcher, Recording
-from adaptrt.errors import NonFiniteInput, NotDifferentiable, NotTraceable, ShapeChanged, UnsupportedParameter
+from adaptrt.errors import NotDifferentiable
 from adaptrt.graph.capture import capture
 from adaptrt.graph.cost import returns_input
-from adaptrt.graph.ir import Graph, Input, Role, autocast_off
+from adaptrt.graph.ir import Graph
 from adaptrt.graph.passes.batch import batch
 from adaptrt.graph.passes.check_finite import check_finite
 from adaptrt.graph.passes.hoist import hoist
 from adaptrt.graph.passes.partition import partition
-from adaptrt.step import Carry, Fixed
+from adaptrt.graph.signature import Input, Role
+from adaptrt.inner.constants import constant_reader
+from adaptrt.inner.step import Carry, Fixed
+from adaptrt.runtime.program import Program
 from adaptrt.tree import Spec, Tree
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Program:
-    """A compiled graph.
-
-    Attributes:
-      graph: what was compiled.
-      run: the backend's callable.
-      constants: read at each call, so that a plain tensor attribute of the model is used as it stands.
-      shapes, dtypes, devices, strides: what each input, constants included, has to be; contiguous.
-      known: inputs that were found to be so.
-      leaves_of, result_of: arguments to tensors, and tensors to what the captured function returned.
-      checks_data: whether the graph is one of `check_finite`, whose last result says what it found.
-      backend: the backend's name.
-      capture_s, compile_s: seconds spent on each.
-      forms: of the results, if a rehearsal can do without computing them.
-    """
-
-    graph: Graph
-    run: Runner
-    constants: tuple[Constant, ...]
-    shapes: list[tuple[int, ...]]
-    dtypes: list[torch.dtype]
-    devices: list[torch.device]
-    strides: list[tuple[int, ...]]
-    known: Known
-    leaves_of: Callable[[Tree], list[Tensor]]
-    result_of: Callable[[Sequence[Tensor]], Tree]
-    checks_data: bool
-    backend: str
-    capture_s: float
-    compile_s: float
-    forms: Sequence[Form] | None
-
-    @property
-    def rehearsed(self) -> Program:
-        """The program as it runs in a rehearsal."""
-        forms = self.forms
-        return self if forms is None else dataclasses.replace(self, run=lambda values: [without_values(form) for form in forms])
-
-    def __call__(self, *args: Tree) -> Tree:
-        """Runs the program on arguments of the captured structure and shapes; records nothing for autograd.
-
-        Raises:
-          ShapeChanged: an argument differs in shape, dtype or device from what was captured.
-          NonFiniteInput: data holds NaN or infinity, if the program looks.
-        """
-        return self.result_of(self.run_leaves(self.leaves_of(args)))
-
-    def run_leaves(self, values: list[Tensor]) -> Sequence[Tensor]:
-        """The same from the arguments' tensors in order, to the results' tensors in order. May empty the list."""
-        if self.constants:
-            values = [*values, *[read() for read in self.constants]]
-        if values not in self.known:
-            values = self._checked(values)
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-            with torch.no_grad(), autocast_off():
-                results = self.run(values)
-        else:
-            results = self.run(values)
-        if self.checks_data and not math.isfinite(results[-1].item()):
-            raise NonFiniteInput("the data holds NaN or infinity")
-        return results
-
-    def _checked(self, values: list[Tensor]) -> list[Tensor]:
-        """The values, contiguous.
-
-        Raises:
-          ShapeChanged: one differs in shape, dtype or device from what was captured.
-        """
-        if (
-            [value.shape for value in values] != self.shapes
-            or [value.dtype for value in values] != self.dtypes
-            or [value.device for value in values] != self.devices
-        ):
-            raise ShapeChanged(self._difference(values))
-        if [value.stride() for value in values] != self.strides:
-            return [_with_strides(value, strides) for value, strides in zip(values, self.strides, strict=True)]
-        self.known.add(values)
-        return values
-
-    def _difference(self, values: Sequence[Tensor]) -> str:
-        """The first input that is not what was captured, in words."""
-        for entry, value in zip(self.graph.signature.inputs, values, strict=True):
-            if Spec.of(value) != entry.spec:
-                return f"{entry.name} was traced as {entry.spec}, got {Spec.of(value)} on {value.device}"
-        raise AssertionError("every input is what was captured")
 
 
 def _unchanged(graph: Graph, args: Sequence[Tree]) -> set[int]:
@@ -143,15 +56,6 @@ def _as_they_are(graph: Graph, kept: Sequence[Tensor]) -> Graph:
 
     inputs = tuple([real(entry) for entry in graph.signature.inputs])
     return dataclasses.replace(graph, signature=dataclasses.replace(graph.signature, inputs=inputs))
-
-
-def _with_strides(value: Tensor, strides: tuple[int, ...]) -> Tensor:
-    if value.stride() == strides:
-        return value
-    # An axis of length 1 may have any stride in what PyTorch calls contiguous; compiled kernels check it.
-    if value.is_contiguous() and Spec.of(value).strides == strides:
-        return value.as_strided(value.shape, strides)
-    return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
 
 
 def _roles(kind: str, example: Tree) -> list[Role]:
@@ -494,45 +398,3 @@ def without_leading_axis(value: Tensor | Spec) -> Spec:
     """The spec of one element along the first axis."""
     spec = Spec.of(value)
     return Spec(spec.shape[1:], spec.dtype, spec.device)
-
-
-def constant_reader(value: Tensor, modules: Sequence[nn.Module]) -> Constant:
-    """Reads a constant where the function found it: from the modules that have it as a plain attribute, or as it was captured.
-
-    Raises:
-      NotTraceable: it is a parameter or buffer of the modules, reached in a way that capture cannot follow.
-      UnsupportedParameter: it requires grad and is no parameter; its gradient would be lost.
-    """
-    places: list[tuple[nn.Module, str, str]] = []
-    for root in modules:
-        for name, held in (*root.named_parameters(), *root.named_buffers()):
-            if held is value:
-                raise NotTraceable(
-                    f"'{name}' is used by way of a module that the model holds in a closure or an object of its own; it would keep "
-                    "its first value while the model adapts. Register the module as an attribute, or in nn.ModuleList or nn.ModuleDict"
-                )
-        for path, module in root.named_modules():
-            places += [(module, name, f"{path}.{name}".lstrip(".")) for name, held in vars(module).items() if held is value]
-    if value.requires_grad:
-        what = (
-            f"the tensor attribute '{places[0][2]}'"
-            if places
-            else f"a tensor of shape {list(value.shape)} that the model, the loss or the optimiser uses"
-        )
-        raise UnsupportedParameter(
-            f"{what} requires grad and is no parameter; its gradient would be lost. Make it an nn.Parameter, or in an optimiser one of its "
-            "hyperparameters, or detach it"
-        )
-    if not places:
-        return lambda: value
-
-    def read() -> Tensor:
-        found = [getattr(module, name) for module, name, _ in places]
-        if any(other is not found[0] for other in found):
-            names = ", ".join(path for _, _, path in places)
-            raise NotTraceable(
-                f"the attributes {names} held one tensor when the program was captured, and differ now; compile a new unroll"
-            )
-        return found[0]
-
-    return read

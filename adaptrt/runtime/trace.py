@@ -7,15 +7,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from adaptrt.backend.base import COMPILING
-from adaptrt.check import model_device
-from adaptrt.diagnose import running
 from adaptrt.functional import call_module
 from adaptrt.graph.capture import capture
-from adaptrt.graph.ir import Graph, Role
+from adaptrt.graph.ir import Graph
 from adaptrt.graph.noise import Noise
 from adaptrt.graph.passes.lift_noise import lift_noise, record_noise
-from adaptrt.program import constant_reader
-from adaptrt.step import Batch
+from adaptrt.graph.signature import Role
+from adaptrt.inner.check import model_device
+from adaptrt.inner.constants import constant_reader
+from adaptrt.inner.diagnose import running
+from adaptrt.inner.step import Batch
 from adaptrt.tree import Tree
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adaptrt import tree
 from adaptrt.errors import InvalidType
-from adaptrt.step import LOSS_BUFFER, Carry, Fixed, as_call
+from adaptrt.inner.step import LOSS_BUFFER, Carry, Fixed, as_call
 from adaptrt.tree import Tree
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from adaptrt.graph.ir import Graph
-from adaptrt.graph.passes.operations import is_pointwise, is_view
+from adaptrt.graph.operations import is_pointwise, is_view
 
 aten = torch.ops.aten
 _CHEAP = {

@@ -12,7 +12,7 @@ from typing import Any
 
 import sympy
 
-from adaptrt.backend.exchange import exchanged
+from adaptrt.backend.inductor.exchange import exchanged
 
 _Stride = Callable[[Any, Any, int | None], Any]
 

@@ -15,30 +15,33 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from adaptrt import autograd, check, tree
-from adaptrt.adapted import Adapted
+from adaptrt import tree
 from adaptrt.adjoint import Adjoint
 from adaptrt.adjoint.base import Problem, Query, Task
-from adaptrt.autograd import Call
 from adaptrt.backend import Backend, CudaGraph, Eager, Inductor, Tiered
 from adaptrt.backend.base import Building
 from adaptrt.backend.guards import alike
 from adaptrt.backend.inductor import warn_if_missing
 from adaptrt.backend.tiered import TieredRunner, call_ended
 from adaptrt.errors import InvalidArgument, InvalidType, NonFiniteInput, OptimizerMismatch
-from adaptrt.explain import Explanation, explain
 from adaptrt.graph.indices import IndexBound
 from adaptrt.graph.ir import Graph
 from adaptrt.graph.noise import restored_on_error
+from adaptrt.inner import check
+from adaptrt.inner.reader import Reader, Select, Start, adapted_names
+from adaptrt.inner.step import Batch, Carry, Fixed, LossFunction, Step, as_call
+from adaptrt.inner.unroll import batch_of_step, unroll
 from adaptrt.optim import Optimizer
 from adaptrt.optim.source import Source, source
-from adaptrt.plan import PredictionPlan, QueryPlan, SupportPlan
-from adaptrt.planner import Planner
-from adaptrt.program import Program, without_leading_axis
-from adaptrt.reader import Reader, Select, Start, adapted_names
-from adaptrt.step import Batch, Carry, Fixed, LossFunction, Step, as_call
+from adaptrt.runtime import nodes
+from adaptrt.runtime.adapted import Adapted
+from adaptrt.runtime.explain import Explanation, explain
+from adaptrt.runtime.nodes import Call
+from adaptrt.runtime.plan import PredictionPlan, QueryPlan, SupportPlan
+from adaptrt.runtime.planner import Planner
+from adaptrt.runtime.program import Program
+from adaptrt.runtime.program_set import without_leading_axis
 from adaptrt.tree import Tree
-from adaptrt.unroll import batch_of_step, unroll
 
 
 def compile_unroll(
@@ -356,7 +359,7 @@ class CompiledUnroll:
                     carry, losses = ready.alone(begin.carry, begin.fixed, ready.support, ())
                     return Adapted(self, carry, losses, begin.fixed, num_tasks)
                 task = Task(begin.carry, begin.fixed, ready.support, self._step_noise(plan, generator, num_tasks))
-                carry, losses = autograd.adapt(Call(plan, None, ready.problem, task, None, num_tasks, ready.inputs))
+                carry, losses = nodes.adapt(Call(plan, None, ready.problem, task, None, num_tasks, ready.inputs))
             except NonFiniteInput:
                 self._look_at_values("support", ready.support, plan.probe.bounds)  # says where
                 raise
@@ -373,7 +376,7 @@ class CompiledUnroll:
             asked = Query(ready.query, self._planner.draw(query_plan.probe.noise, generator, num_tasks))
             try:
                 call = Call(plan, query_plan, ready.problem, task, asked, num_tasks, ready.inputs, ready.alone)
-                return autograd.meta_loss(call)
+                return nodes.meta_loss(call)
             except NonFiniteInput:
                 self._look_at_values("support", ready.support, plan.probe.bounds)
                 self._look_at_values("query", ready.query, query_plan.probe.bounds)
@@ -387,7 +390,7 @@ class CompiledUnroll:
         with restored_on_error(plan.noise, generator):
             noise = self._planner.draw(plan.noise, generator, adapted.num_tasks)
             try:
-                return autograd.predict(plan, step, carry, fixed, inputs, noise, torch.is_grad_enabled())
+                return nodes.predict(plan, step, carry, fixed, inputs, noise, torch.is_grad_enabled())
             except NonFiniteInput:
                 self._look_at_values("input", Batch(inputs, None), plan.bounds)
                 raise

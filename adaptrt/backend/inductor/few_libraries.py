@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-from adaptrt.backend.exchange import exchanged
+from adaptrt.backend.inductor.exchange import exchanged
 
 _BINDINGS = """
 #define PY_SSIZE_T_CLEAN

@@ -1,0 +1,1 @@
+"""Rewrites of graphs that only Inductor's programs go through, one a file."""

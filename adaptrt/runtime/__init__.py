@@ -1,0 +1,1 @@
+"""Programs for the shapes of the user's data: planned, compiled, run, and differentiated."""

@@ -1,0 +1,114 @@
+"""A program: a graph and what runs it. Checked inputs in, tensors out; safe to call from several threads."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from adaptrt.backend.base import Form, Runner, without_values
+from adaptrt.backend.guards import Known
+from adaptrt.backend.launch import Constant
+from adaptrt.errors import NonFiniteInput, ShapeChanged
+from adaptrt.graph.ir import Graph, autocast_off
+from adaptrt.tree import Spec, Tree
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Program:
+    """A compiled graph.
+
+    Attributes:
+      graph: what was compiled.
+      run: the backend's callable.
+      constants: read at each call, so that a plain tensor attribute of the model is used as it stands.
+      shapes, dtypes, devices, strides: what each input, constants included, has to be; contiguous.
+      known: inputs that were found to be so.
+      leaves_of, result_of: arguments to tensors, and tensors to what the captured function returned.
+      checks_data: whether the graph is one of `check_finite`, whose last result says what it found.
+      backend: the backend's name.
+      capture_s, compile_s: seconds spent on each.
+      forms: of the results, if a rehearsal can do without computing them.
+    """
+
+    graph: Graph
+    run: Runner
+    constants: tuple[Constant, ...]
+    shapes: list[tuple[int, ...]]
+    dtypes: list[torch.dtype]
+    devices: list[torch.device]
+    strides: list[tuple[int, ...]]
+    known: Known
+    leaves_of: Callable[[Tree], list[Tensor]]
+    result_of: Callable[[Sequence[Tensor]], Tree]
+    checks_data: bool
+    backend: str
+    capture_s: float
+    compile_s: float
+    forms: Sequence[Form] | None
+
+    @property
+    def rehearsed(self) -> Program:
+        """The program as it runs in a rehearsal."""
+        forms = self.forms
+        return self if forms is None else dataclasses.replace(self, run=lambda values: [without_values(form) for form in forms])
+
+    def __call__(self, *args: Tree) -> Tree:
+        """Runs the program on arguments of the captured structure and shapes; records nothing for autograd.
+
+        Raises:
+          ShapeChanged: an argument differs in shape, dtype or device from what was captured.
+          NonFiniteInput: data holds NaN or infinity, if the program looks.
+        """
+        return self.result_of(self.run_leaves(self.leaves_of(args)))
+
+    def run_leaves(self, values: list[Tensor]) -> Sequence[Tensor]:
+        """The same from the arguments' tensors in order, to the results' tensors in order. May empty the list."""
+        if self.constants:
+            values = [*values, *[read() for read in self.constants]]
+        if values not in self.known:
+            values = self._checked(values)
+        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            with torch.no_grad(), autocast_off():
+                results = self.run(values)
+        else:
+            results = self.run(values)
+        if self.checks_data and not math.isfinite(results[-1].item()):
+            raise NonFiniteInput("the data holds NaN or infinity")
+        return results
+
+    def _checked(self, values: list[Tensor]) -> list[Tensor]:
+        """The values, contiguous.
+
+        Raises:
+          ShapeChanged: one differs in shape, dtype or device from what was captured.
+        """
+        if (
+            [value.shape for value in values] != self.shapes
+            or [value.dtype for value in values] != self.dtypes
+            or [value.device for value in values] != self.devices
+        ):
+            raise ShapeChanged(self._difference(values))
+        if [value.stride() for value in values] != self.strides:
+            return [_with_strides(value, strides) for value, strides in zip(values, self.strides, strict=True)]
+        self.known.add(values)
+        return values
+
+    def _difference(self, values: Sequence[Tensor]) -> str:
+        """The first input that is not what was captured, in words."""
+        for entry, value in zip(self.graph.signature.inputs, values, strict=True):
+            if Spec.of(value) != entry.spec:
+                return f"{entry.name} was traced as {entry.spec}, got {Spec.of(value)} on {value.device}"
+        raise AssertionError("every input is what was captured")
+
+
+def _with_strides(value: Tensor, strides: tuple[int, ...]) -> Tensor:
+    if value.stride() == strides:
+        return value
+    # An axis of length 1 may have any stride in what PyTorch calls contiguous; compiled kernels check it.
+    if value.is_contiguous() and Spec.of(value).strides == strides:
+        return value.as_strided(value.shape, strides)
+    return torch.empty_strided(value.shape, strides, dtype=value.dtype, device=value.device).copy_(value)
