@@ -25,8 +25,8 @@ from adaptrt.backend.base import Backend, Runner
 from adaptrt.backend.inductor import Inductor
 from adaptrt.backend.launch import Launcher, Recorder
 from adaptrt.errors import CannotRecord, InvalidArgument
-from adaptrt.graph.capture import is_cudnn_enabled
 from adaptrt.graph.ir import Graph
+from adaptrt.graph.switches import CUDNN
 
 WARM_UPS = 2
 """The first run compiles; kernels may still be tuned and libraries' workspaces made in a second."""
@@ -66,7 +66,7 @@ class CudaRecorder(Recorder):
             *[torch._C._get_fp32_precision_getter("cuda", operation) for operation in ("matmul", "conv", "rnn")],  # type: ignore[attr-defined]
             cuda.allow_bf16_reduced_precision_reduction,
             cuda.allow_fp16_reduced_precision_reduction,
-            is_cudnn_enabled(),
+            CUDNN.users,  # captures of other threads switch it off in between
             cudnn.deterministic,
             cudnn.benchmark,
         )

@@ -39,7 +39,7 @@ from adaptrt.backend.inductor.rewrites.one_channel_last import one_channel_last
 from adaptrt.backend.inductor.rewrites.products_by_onednn import products_by_onednn
 from adaptrt.backend.inductor.small_matmuls import small_matmuls_in_place_of_loops
 from adaptrt.errors import CompilerUnavailable
-from adaptrt.graph.collector import collecting, collector_rests
+from adaptrt.graph.collector import collecting, garbage_collection_paused
 from adaptrt.graph.ir import Graph, autocast_off
 from adaptrt.graph.passes.base import Pass, apply, copy_module
 from adaptrt.graph.passes.decompose import decompose
@@ -185,7 +185,7 @@ def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any,
             # It would put generators back where they were, and other threads would draw the same numbers again. Compiling draws none, and
             # autotuning, where a user asks for it, puts back what it has drawn by itself.
             stack.enter_context(exchanged(dynamo_utils, "preserve_rng_state", contextlib.nullcontext))
-            stack.enter_context(collector_rests())
+            stack.enter_context(garbage_collection_paused())
             stack.enter_context(config.patch(_WORKAROUNDS | _threads(graph)))
 
             def compile_once() -> Any:
