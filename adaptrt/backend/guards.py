@@ -1,4 +1,4 @@
-"""Whether tensors are like earlier ones in everything that a compiled program depends on, found out in C++ in less than a microsecond."""
+"""Finds out whether tensors are like earlier ones in everything that a compiled program depends on, in less than a microsecond, in C++."""
 
 # pyright: reportPrivateUsage=false
 
@@ -9,7 +9,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from adaptrt.graph.exchange import Entry, Target
+
 MAX_KNOWN = 4
+
+GUARDS = Entry(
+    "guards in C++",
+    "A call whose tensors are like those of the call before skips the checks that were made then.",
+    "every call is checked in full, and takes longer",
+    needed=(Target("torch._C._dynamo.guards", "TensorGuards"),),
+)
 
 
 def alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
@@ -36,7 +45,10 @@ def alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
 def _check_of(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """As `alike`, of tensors that are different objects, as it wants them."""
     sizes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
-    return torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check  # type: ignore[attr-defined]
+    try:
+        return torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check  # type: ignore[attr-defined]
+    except (AttributeError, TypeError):  # in another PyTorch, of which the entry above speaks
+        return lambda *others: False
 
 
 class Known:

@@ -34,6 +34,7 @@ from adaptrt import tree
 from adaptrt.errors import NotTraceable, UnsupportedRandomness
 from adaptrt.graph import mixed_norms
 from adaptrt.graph.collector import garbage_collection_paused
+from adaptrt.graph.exchange import FX_TRACING, FX_TRACING_OF_OLD
 from adaptrt.graph.ir import Graph, PassRecord, autocast_off
 from adaptrt.graph.operations import name_of
 from adaptrt.graph.passes.base import apply
@@ -160,10 +161,13 @@ def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[None]:
 def _refusing_compiled_modules() -> Generator[None]:
     """What `torch.compile` compiled for fake tensors would not be recorded; while this thread traces, it refuses to be called."""
     trace: Any = _symbolic_trace
-    if hasattr(trace, "_set_is_fx_tracing"):  # a thread's own, since PyTorch 2.14
+    if FX_TRACING.holds:
         before, flag, put = trace._get_is_fx_tracing(), True, trace._set_is_fx_tracing
-    else:
+    elif FX_TRACING_OF_OLD.holds:
         before, flag, put = trace._is_fx_tracing_flag, _InThisThread(), functools.partial(setattr, trace, "_is_fx_tracing_flag")
+    else:
+        yield
+        return
     put(flag)
     try:
         yield
