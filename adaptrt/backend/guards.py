@@ -22,10 +22,10 @@ GUARDS = Entry(
 
 
 def alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """A function of as many tensors: whether each has the class, dtype, device, layout, sizes, strides and `requires_grad` of its example.
+    """Returns a function that says whether other tensors, as many, are like these.
 
-    Tensors that are one object must be one object again. It depends on inference mode as well: what it accepts in one mode it refuses in
-    the other.
+    They are if each has the class, dtype, device, layout, sizes, strides and `requires_grad` of its example, and if arguments that are one
+    object here are one object there, too. What the function accepts within inference mode it refuses outside, and the other way round.
     """
     if any(tensor.layout is not torch.strided for tensor in tensors):
         return lambda *others: False
@@ -43,7 +43,7 @@ def alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
 
 
 def _check_of(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """As `alike`, of tensors that are different objects, as it wants them."""
+    """As `alike`, for tensors that are different objects: PyTorch's guards refuse one object given twice."""
     sizes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
     try:
         return torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check  # type: ignore[attr-defined]
@@ -52,7 +52,7 @@ def _check_of(tensors: Sequence[Tensor]) -> Callable[..., bool]:
 
 
 class Known:
-    """The first few sorts of lists of tensors that were accepted, so that their like need not be looked at again."""
+    """Remembers lists of tensors that were accepted, up to four kinds of them, so that similar ones need not be checked again."""
 
     __slots__ = ("_checks",)
 
@@ -63,6 +63,6 @@ class Known:
         return any(check(*tensors) for check in self._checks)
 
     def add(self, tensors: Sequence[Tensor]) -> None:
-        """Accepts what is like these tensors from now on, if there is room."""
+        """From now on accepts tensors that are like these, unless four kinds are known already."""
         if len(self._checks) < MAX_KNOWN:
             self._checks = (*self._checks, alike(tensors))

@@ -14,7 +14,7 @@ from adaptrt.errors import CompilerUnavailable
 
 
 def warn_if_missing(device: torch.device) -> bool:
-    """Whether programs for `device` cannot be compiled here; says so in a warning, once a process."""
+    """Whether programs for `device` cannot be compiled on this machine. A warning says so, once a process."""
     reason = _missing(device.type)
     if reason is not None and device.type not in _WARNED:
         _WARNED.add(device.type)

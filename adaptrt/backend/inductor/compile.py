@@ -1,9 +1,12 @@
 """Compiles a graph with Inductor: fused C++ kernels on the CPU, Triton on a GPU.
 
-The graph goes to Inductor's graph compiler directly. Dynamo and AOTAutograd, which `torch.compile` would run first, have nothing to do
-here: the graph is functional, holds no autograd, and inputs are checked by `Program`, so no guards are evaluated when it runs.
+The graph goes to Inductor's graph compiler directly. Dynamo and AOTAutograd, which `torch.compile` would run first, are not needed: the
+graph is functional and contains no autograd. `Program` checks the inputs, so no guards are evaluated when the graph runs.
 
-Inductor is imported by the functions that use it: importing it takes seconds, and it warns about its own deprecations.
+What is changed in Inductor for the time of one compilation is listed in `exchange.py`. If compiling fails with these changes, it is tried
+again without them.
+
+Inductor is imported by the functions that use it, because importing it takes seconds and gives warnings about its own deprecations.
 """
 
 from __future__ import annotations
@@ -71,10 +74,10 @@ def _first_of(rule: Callable[..., Any], other: Callable[..., Any] | None) -> Cal
 
 
 def _keep_strides(module: torch.fx.GraphModule, num_results: int) -> torch.fx.GraphModule:
-    """Asks for the first `num_results` results in the memory layout that eager code gives them; the rest only a next program sees.
+    """Asks for the first `num_results` results in the memory layout that eager code gives them. The others only go to another program.
 
-    Inductor chooses another where it is faster for a convolution. Such weights make eager code that follows compute in another layout, in
-    which it draws other random numbers, and are copied when they are the next program's input.
+    Inductor chooses another layout where that is faster for a convolution. Weights in such a layout would make the eager code that follows
+    compute in it, too, where it draws other random numbers. They would also have to be copied to be inputs of the next program.
     """
     end = module.graph.output_node()
     values = [value.meta["val"] for value in end.args[0]]  # type: ignore[union-attr]
@@ -94,9 +97,9 @@ PASSES = (*LOWERING, one_channel_last, products_by_onednn, compute_once, own_out
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Inductor(Backend):
-    """Inductor, with the settings that the process has in `torch._inductor.config`.
+    """Compiles by Inductor, with the settings that the process has in `torch._inductor.config`.
 
-    What it compiles is kept in Inductor's cache on disk, so that another process has it in a fraction of the time.
+    Compiled programs are kept in Inductor's cache on disk, from which another process gets them in a fraction of the time.
     """
 
     name = "inductor"
@@ -120,7 +123,7 @@ class Inductor(Backend):
             try:
                 for wait in waits:
                     wait()
-            except Exception:  # fails again, unless the processor was trusted in vain: then instructions are tried out
+            except Exception:  # fails again, unless the reason was the processor's instructions, or what is exchanged
                 return _runner(*_compile(graph, None))
             return _runner(compiled, lowered)
 
@@ -130,22 +133,23 @@ class Inductor(Backend):
 
 @functools.cache
 def let_freed_memory_stay() -> None:
-    """Lets the C library keep memory that was freed, where it would give back to the system what the next call asks for again.
+    """Makes the C library keep memory that was freed, instead of giving back to the system what the next call asks for again.
 
-    Every page of memory that is fresh from the system costs a fault: of adapting a convolutional network on the CPU that was a third. The C
-    library of GNU adapts to what a process does: whoever frees a large block will ask for more of its size. So one is freed, which was
-    never written to. From then on the process's blocks of up to 32 MiB lie in its heaps, each of which keeps up to 64 MiB free at its end.
-    Other C libraries do not mind, and limits that the user has set (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_) stand.
+    Every page of memory that is fresh from the system costs a page fault. That was a third of the time of adapting a convolutional network
+    on the CPU. GNU's C library raises its thresholds when a process frees a large block, as it expects more blocks of this size. So one is
+    allocated here, and freed without having been written to. From then on blocks of up to 32 MiB lie in the process's heaps, each of which
+    keeps up to 64 MiB free at its end. Other C libraries are not affected, and limits that the user has set (MALLOC_MMAP_THRESHOLD_,
+    MALLOC_TRIM_THRESHOLD_) hold.
     """
     torch.empty(_LARGEST_BLOCK, dtype=torch.uint8, device="cpu")
 
 
 _LARGEST_BLOCK = (1 << 25) - (1 << 13)
-"""Bytes, below the 32 MiB from which on GNU's C library learns nothing."""
+"""Bytes. GNU's C library does not raise its thresholds for blocks of 32 MiB and more."""
 
 
 def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any, Graph]:
-    """What Inductor makes of a graph, and the graph that it was given. `waits` as for `few_libraries`."""
+    """Returns what Inductor makes of a graph, and the graph that Inductor was given. `waits` is as for `few_libraries`."""
     if all(entry.spec.device.type == "cpu" for entry in graph.signature.inputs):
         let_freed_memory_stay()
     with COMPILING, warnings.catch_warnings():
@@ -219,7 +223,7 @@ def _no_assertions(wrapper: Any) -> None:
 
 
 def _in_memory(x: Any) -> Any:
-    """Of an expression, as Inductor has it: the buffer in which it is computed."""
+    """Has Inductor compute an expression into a buffer."""
     x.realize()
     return x
 
@@ -236,7 +240,7 @@ def _runner(compiled: Any, graph: Graph) -> Runner:
 
 
 def _forms(compiled: Any, graph: Graph) -> list[Form] | None:
-    """Of the results, in the layout that Inductor chose; None if it does not say."""
+    """The forms of the results, in the layout that Inductor chose. None if it does not say which."""
     strides = getattr(compiled, "output_strides", None)
     if strides is None or len(strides) != len(graph.signature.outputs) or None in strides:
         return None
@@ -251,14 +255,14 @@ _MAX_ELEMENTS_OF_ONE_THREAD = 1 << 13
 
 
 def _threads(graph: Graph) -> dict[str, int]:
-    """One thread for operations that are over before a second one has started; the process's setting otherwise."""
+    """Settings that make a program run on one thread if its operations are over before a second thread has started."""
     operations = [node for node in graph.module.graph.nodes if node.op == "call_function" and node.target != computed_once]
     nodes = [node for node in operations if isinstance(node.meta.get("val"), Tensor)]
     return {"cpp.threads": 1} if sum(map(_num_elements, nodes)) <= _MAX_ELEMENTS_OF_ONE_THREAD * len(nodes) else {}
 
 
 def _num_elements(node: torch.fx.Node) -> int:
-    """Of the result; a product counts as a loop that takes as long, and computes 16 sums of products in the time of one element."""
+    """Elements of the result. A product counts as a loop of the same duration; in the time of one element it adds 16 products."""
     size = node.meta["val"].numel()
     return size if node.target != small_matmul else size * max(1, node.all_input_nodes[0].meta["val"].shape[-1] // 16)
 

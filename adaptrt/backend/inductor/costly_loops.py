@@ -1,8 +1,9 @@
 """Has Inductor vectorise loops over expensive functions, however scattered their loads are.
 
-Inductor leaves a loop scalar where more than about an eighth of its operations are loads and stores that are not contiguous. That is right
-for sums and products, and wrong where the loop is over `tanh`, which takes many times longer one value at a time: in an MLP with low-rank
-adapters that was two thirds of an adaptation, when their products were part of the loops over `tanh` and read an adapter by columns.
+Inductor leaves a loop scalar if more than about an eighth of its operations are loads and stores that are not contiguous. That is right
+for sums and products. It is wrong for a loop over `tanh`, which takes many times longer one value at a time. In an MLP with low-rank
+adapters such loops took two thirds of an adaptation: the adapters' products had become part of the loops over `tanh`, and read an adapter
+by columns.
 """
 
 # pyright: reportPrivateUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false

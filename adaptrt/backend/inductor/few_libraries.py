@@ -1,7 +1,7 @@
 """Builds the C++ kernels of a program as few libraries, where Inductor builds one for each kernel.
 
-Half of the time that g++ takes for a kernel goes to the precompiled header and the link, whatever the kernel is. So the kernels of a
-program are dealt out to as many source files as Inductor has compile threads, each kernel in a namespace of its own.
+Half of the time that g++ takes for a kernel is spent on the precompiled header and on linking, whatever the kernel is. So the kernels of a
+program are distributed over as many source files as Inductor has compile threads. Each kernel is in a namespace of its own.
 """
 
 # pyright: reportPrivateUsage=false
@@ -115,7 +115,7 @@ def few_libraries(waits: list[Callable[[], None]] | None = None) -> Generator[No
 
 
 class _Kernels:
-    """Those of one program: first all are added, then all are built.
+    """The kernels of one program. First all are added, then all are built.
 
     Args:
       num_libraries: how many are built at once.

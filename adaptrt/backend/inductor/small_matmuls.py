@@ -1,10 +1,11 @@
 """Makes small matrix products calls of a function in the C++ code of a program.
 
-A matrix library takes a microsecond or two to begin. As multiplications and a sum, Inductor makes loops of a product, which add up one
-output at a time. Here a product is a reduction for Inductor, so that it shares a kernel with what surrounds it, and in the place of its
-loops stands a call of a function for these sizes and strides, which keeps a block of outputs in registers.
+A call of a matrix library takes a microsecond or two before it begins. If a product is written as multiplications and a sum, Inductor makes
+loops of it that compute one output at a time. Here Inductor sees a product as a reduction, so that it shares a kernel with the operations
+around it. Instead of the reduction's loops the kernel calls a function for these sizes and strides, which keeps a block of outputs in
+registers.
 
-Where the form of Inductor's code generator is another than expected, and where the processor has no vector instructions, loops are left.
+The loops stay where Inductor's code generator has another form than expected, and where the processor has no vector instructions.
 """
 
 # pyright: reportPrivateUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -92,7 +93,7 @@ void small_matmul(const T* __restrict__ a, const T* __restrict__ b, T* __restric
 
 
 class _Operand(NamedTuple):
-    """Where in a buffer, by elements: strides of the task, if there is one, of the row and of the column."""
+    """Where a factor lies in a buffer: its offset, and its strides by task, if there are tasks, by row and by column. In elements."""
 
     buffer: str
     offset: int
@@ -110,7 +111,7 @@ class _Product(NamedTuple):
 
 
 def small_matmuls_in_place_of_loops() -> contextlib.AbstractContextManager[None]:
-    """A block in which products that are `small_matmul` are compiled as said above."""
+    """A block in which the operation `small_matmul` is compiled to calls of that function."""
     _register()
     others = (_only_others, _only_others, _finalize, _codegen)
     return exchanged(SMALL_MATMULS, *[functools.partial(functools.partial, other) for other in others])
