@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import importlib
 import inspect
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Generator
@@ -73,8 +74,12 @@ class Target:
 
 def _module(name: str) -> Any:
     """The module; `torch._C._dynamo.guards` and its like are attributes that cannot be imported."""
+    if name in sys.modules:
+        return sys.modules[name]
     try:
-        return importlib.import_module(name)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=DeprecationWarning)  # importing Inductor gives some about Inductor
+            return importlib.import_module(name)
     except ModuleNotFoundError:
         parent, _, attribute = name.rpartition(".")
         return getattr(_module(parent), attribute) if parent else importlib.import_module(name)
