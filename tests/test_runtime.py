@@ -21,6 +21,8 @@ from adaptrt import FirstOrder, Replay, Unrolled, tree
 from adaptrt.backend import Backend, Eager
 from adaptrt.errors import ShapeChanged
 from adaptrt.graph.ir import Graph
+from adaptrt.inner.reader import Reader
+from adaptrt.optim.source import source
 
 Batch = tuple[Tensor, Tensor]
 
@@ -978,9 +980,12 @@ def test_a_start_knows_its_leaves_in_their_order() -> None:
     """Gradients go back by that order."""
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     opt = torch.optim.Adam(model[0].parameters(), lr=0.1)
-    unroll = adaptrt.compile_unroll(model, opt, 2, loss=nn.BCEWithLogitsLoss(pos_weight=torch.ones(2)), backend="eager")
+    params = dict(model.named_parameters())
+    adapted = {name: param for name, param in params.items() if name.startswith("0.")}
+    loss = nn.BCEWithLogitsLoss(pos_weight=torch.ones(2))
+    reader = Reader(model, loss, frozenset(adapted), source(opt, adapted), torch.device("cpu"))
     for _ in range(2):
-        start = unroll._reader.read()
+        start = reader.read()
         assert [list(map(id, leaves)) for leaves in (start.carry_leaves, start.fixed_leaves)] == [
             list(map(id, tree.leaves(part))) for part in (start.carry, start.fixed)
         ]

@@ -55,7 +55,7 @@ def batch(seed: int) -> tuple[Tensor, Tensor]:
 
 
 def runners(unroll: adaptrt.CompiledUnroll) -> list[TieredRunner]:
-    programs = [program for group in unroll._planner.program_sets() for _, program in group.named()]
+    programs = [program for _, program in unroll._planner.programs()]
     found = [program.run for program in programs if isinstance(program.run, TieredRunner)]
     assert len(found) == len(programs) > 0
     return found

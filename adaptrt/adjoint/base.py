@@ -1,7 +1,7 @@
 """What an adjoint is: the strategy by which the meta-gradient returns through the k steps.
 
 Notation: phi is the inner state (`Carry`), lambda its cotangent, eta what all steps share (`Fixed`). An adjoint decides which programs
-are compiled and in which order they run. It gets the step and the unroll handed in, and asks `Programs` for compiled functions.
+are compiled and in which order they run. It gets the step handed in, and asks `Programs` for compiled functions.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from adaptrt.inner.diagnose import refuse_once_differentiable
 from adaptrt.inner.step import Batch, Carry, Fixed, Step
 
 Noise = tuple[Tensor, ...]
-Unroll = Callable[..., tuple[Carry, Tensor]]
 
 
 class Programs(Protocol):
@@ -73,36 +72,40 @@ class Wrt(NamedTuple):
     result: Sequence[bool]
 
 
+class Differentiated(NamedTuple):
+    """For each leaf of a call's arguments whether the caller wants its gradient."""
+
+    start: tuple[bool, ...]
+    fixed: tuple[bool, ...]
+    support: tuple[bool, ...]
+    query: tuple[bool, ...]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Problem:
     """What is the same for all calls of one shape.
 
     Attributes:
-      step, unroll, k, per_step, updates_per_step: the inner loop.
-      start, fixed, support, query: for each leaf whether the caller wants its gradient.
+      step, k, per_step, updates_per_step: the inner loop.
+      differentiated: which leaves of the arguments get a gradient.
       carry: for each leaf of the carry whether a gradient can flow through it from step to step.
       task_axis: whether data and results have a leading axis of tasks.
       start_has_task_axis: whether the first carry has one already, because it comes from an earlier adaptation.
     """
 
     step: Step
-    unroll: Unroll
-    batch_of_step: Callable[..., Batch]
     k: int
     per_step: bool
-    start: tuple[bool, ...]
-    fixed: tuple[bool, ...]
-    support: tuple[bool, ...]
-    query: tuple[bool, ...]
+    differentiated: Differentiated
     carry: tuple[bool, ...]
     task_axis: bool = False
     start_has_task_axis: bool = False
     updates_per_step: int = 1
 
     @property
-    def marks(self) -> Hashable:
+    def key(self) -> Hashable:
         """All in which the problems of one plan differ."""
-        return self.start, self.fixed, self.support, self.query, self.start_has_task_axis
+        return self.differentiated, self.start_has_task_axis
 
 
 class Task(NamedTuple):
@@ -122,7 +125,7 @@ class Query(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of the leaves that `Problem` marks, in their order."""
+    """Gradients of the leaves that `Problem.differentiated` marks, in their order."""
 
     start: Sequence[Tensor]
     fixed: Sequence[Tensor]
@@ -139,22 +142,16 @@ class Adaptation(NamedTuple):
 
 
 class Adjoint(abc.ABC):
-    """A strategy for the meta-gradient. Instances are immutable and hold no tensors."""
+    """A strategy for the meta-gradient: how the k steps run, and how a cotangent of their result returns through them.
+
+    `adapt` and `adapt_pullback` are the strategy. The meta-loss and its gradient follow from them by the query loss; a strategy overrides
+    these two where it has a better way. Instances are immutable and hold no tensors.
+    """
 
     detach_gradient: bool = False
     """Whether the inner gradients are constants to it."""
     sees_all_data: bool = False
     """Whether each of its programs, pullbacks of `adapt` aside, is given all of a call's data, and so can check it."""
-
-    def adapt_alone(self, programs: Programs, problem: Problem) -> Callable[..., Any] | None:
-        """The program that is all of `adapt`, if there is one: it takes (start, fixed, support, noise) and returns (carry, losses)."""
-        del programs, problem
-        return None
-
-    def meta_gradient_alone(self, programs: Programs, problem: Problem) -> Callable[..., Any] | None:
-        """The same for `meta_loss_and_gradients`: from (start, fixed, support, noise, query, noise, [cotangent]) to loss and gradients."""
-        del programs, problem
-        return None
 
     @abc.abstractmethod
     def adapt(self, programs: Programs, problem: Problem, task: Task, keep: bool) -> Adaptation:
@@ -164,17 +161,48 @@ class Adjoint(abc.ABC):
     def adapt_pullback(
         self, programs: Programs, problem: Problem, task: Task, kept: Any, carry: Sequence[Tensor], losses: Tensor
     ) -> Gradients:
-        """Gradients from the cotangents of the last carry (of the leaves in `problem.carry`) and of the losses."""
+        """Gradients of what `problem.differentiated` marks in start, fixed and support; none of the query.
 
-    @abc.abstractmethod
+        Args:
+          programs, problem, task: as `adapt` got them.
+          kept: what `adapt` kept.
+          carry, losses: cotangents of the last carry (of the leaves in `problem.carry`), and of the losses.
+        """
+
     def meta_loss(self, programs: Programs, problem: Problem, task: Task, query: Query) -> Tensor:
         """The query loss after adaptation, one for each task."""
+        carry = self.adapt(programs, problem, task, keep=False).carry
+        return programs.program("query", problem.step.query, _QUERY)(carry, task.fixed, *query)
 
-    @abc.abstractmethod
     def meta_loss_and_gradients(
         self, programs: Programs, problem: Problem, task: Task, query: Query, cotangent: Tensor
     ) -> tuple[Tensor, Gradients]:
         """The query loss, and its gradients times `cotangent`."""
+        adapted = self.adapt(programs, problem, task, keep=True)
+        wrt = Wrt((problem.carry, problem.differentiated.fixed, problem.differentiated.query, None), (True,))
+        pullback = programs.pullback("query pullback", problem.step.query, _QUERY, wrt, value=True)
+        loss, (carry, fixed, batch, _) = pullback(adapted.carry, task.fixed, *query, [cotangent])
+        # No cotangent reaches the support losses; zeros keep one pullback program for this call and for that of `adapt`.
+        zeros = torch.zeros_like(adapted.losses)
+        found = self.adapt_pullback(programs, problem, task, adapted.kept, carry, zeros)
+        of_fixed = [of_query + of_steps for of_query, of_steps in zip(fixed, found.fixed, strict=True)]
+        return loss, found._replace(fixed=of_fixed, query=batch)
+
+    def adapt_program(self, programs: Programs, problem: Problem) -> Callable[..., Any] | None:
+        """The program that is the whole of `adapt`, if there is one: (start, fixed, support, noise) -> (carry, losses)."""
+        del programs, problem
+        return None
+
+    def meta_gradient_program(self, programs: Programs, problem: Problem) -> Callable[..., Any] | None:
+        """The program that is the whole of `meta_loss_and_gradients`, if there is one.
+
+        It takes (start, fixed, support, noise, query, query noise, [cotangent]) and returns the loss and the gradients of each argument.
+        """
+        del programs, problem
+        return None
+
+
+_QUERY = ("carry", "fixed", "query", "noise")
 
 
 def pull_back(fn: Callable[..., Any], wrt: Wrt, value: bool) -> Callable[..., Any]:

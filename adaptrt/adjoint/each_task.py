@@ -77,7 +77,7 @@ class _Gradients:
         start, _, support, query = (
             [torch.stack(values) for values in zip(*group, strict=True)] for group in zip(*self._parts, strict=True)
         )
-        num_start = 0 if self._problem.start_has_task_axis else sum(self._problem.start)
+        num_start = 0 if self._problem.start_has_task_axis else sum(self._problem.differentiated.start)
         return Gradients([*start, *self._shared[:num_start]], self._shared[num_start:], support, query)
 
 

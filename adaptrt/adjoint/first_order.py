@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptrt.adjoint.base import Adaptation, Adjoint, Gradients, Problem, Programs, Query, Task
+from adaptrt.adjoint.base import Adaptation, Adjoint, Gradients, Problem, Programs, Task
 from adaptrt.adjoint.replay import Replay
 
 
@@ -30,14 +30,6 @@ class FirstOrder(Adjoint):
         self, programs: Programs, problem: Problem, task: Task, kept: Any, carry: Sequence[Tensor], losses: Tensor
     ) -> Gradients:
         return _REPLAY.adapt_pullback(programs, problem, task, kept, carry, losses)
-
-    def meta_loss(self, programs: Programs, problem: Problem, task: Task, query: Query) -> Tensor:
-        return _REPLAY.meta_loss(programs, problem, task, query)
-
-    def meta_loss_and_gradients(
-        self, programs: Programs, problem: Problem, task: Task, query: Query, cotangent: Tensor
-    ) -> tuple[Tensor, Gradients]:
-        return _REPLAY.meta_loss_and_gradients(programs, problem, task, query, cotangent)
 
 
 _REPLAY = Replay()

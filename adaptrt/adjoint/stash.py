@@ -8,20 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptrt.adjoint.base import Adaptation, Adjoint, Gradients, Loop, Problem, Programs, Query, Task
-from adaptrt.adjoint.steps import (
-    STEP,
-    Pull,
-    backwards,
-    batch_of_update,
-    first_carry,
-    loop_of,
-    num_updates,
-    query_loss,
-    query_loss_and_gradients,
-    reported,
-    wrt_step,
-)
+from adaptrt.adjoint.base import Adaptation, Adjoint, Gradients, Loop, Problem, Programs, Task
+from adaptrt.adjoint.steps import STEP, backwards, batch_of_update, first_carry, loop_of, num_updates, reported, wrt_step
 from adaptrt.errors import NotDifferentiable
 
 
@@ -63,27 +51,14 @@ class Stash(Adjoint):
     def adapt_pullback(
         self, programs: Programs, problem: Problem, task: Task, kept: Any, carry: Sequence[Tensor], losses: Tensor
     ) -> Gradients:
-        return backwards(problem, task, self._pull(programs, problem, task, kept), carry, losses)
-
-    def meta_loss(self, programs: Programs, problem: Problem, task: Task, query: Query) -> Tensor:
-        return query_loss(programs, problem, task, query, self.adapt(programs, problem, task, keep=False).carry)
-
-    def meta_loss_and_gradients(
-        self, programs: Programs, problem: Problem, task: Task, query: Query, cotangent: Tensor
-    ) -> tuple[Tensor, Gradients]:
-        adapted = self.adapt(programs, problem, task, keep=True)
-        pull = self._pull(programs, problem, task, adapted.kept)
-        return query_loss_and_gradients(programs, problem, task, query, cotangent, adapted, pull)
-
-    def _pull(self, programs: Programs, problem: Problem, task: Task, kept: Any) -> Pull:
         if isinstance(kept, NotDifferentiable):
             raise kept
         shared, steps = kept
         _, pullback = programs.stashed("step", problem.step, STEP, wrt_step(problem), loop_of(problem, shared))
 
         def pull(index: int, cotangents: Sequence[Tensor]) -> Any:
-            carry, stash = steps[index]
-            carry = first_carry(problem, task) if carry is None else carry
-            return pullback(carry, task.fixed, batch_of_update(problem, task, index), task.noise[index], stash, cotangents)
+            before, stash = steps[index]
+            before = first_carry(problem, task) if before is None else before
+            return pullback(before, task.fixed, batch_of_update(problem, task, index), task.noise[index], stash, cotangents)
 
-        return pull
+        return backwards(problem, task, pull, carry, losses)

@@ -202,15 +202,15 @@ def finite(name: str, batch: Batch) -> None:
                 )
 
 
-def sound(batch: Batch, bounds: Sequence[IndexBound], are_finite: bool) -> tuple[Batch, Tensor | None]:
-    """What `indices` and `finite` look at, found out without waiting for the device.
+def validated(batch: Batch, bounds: Sequence[IndexBound], finite: bool) -> tuple[Batch, Tensor | None]:
+    """Validates what `indices` and `finite` do, without waiting for the device.
 
     Returns:
       The batch with 0 in the place of indices that do not exist, which a GPU's kernels must not be given; and whether it has none of these,
-      and with `are_finite` no NaN and no infinity, as a bool tensor (0-dim). None if there is nothing to look at.
+      and with `finite` no NaN and no infinity, as a bool tensor (0-dim). None if there is nothing to validate.
     """
     values, structure = tree.flatten(batch)
-    found: list[Tensor] = [torch.isfinite(value).all() for value in values if value.is_floating_point()] if are_finite else []
+    found: list[Tensor] = [torch.isfinite(value).all() for value in values if value.is_floating_point()] if finite else []
     for bound in bounds:
         value = values[bound.position]
         wide = value.long()  # in a narrow dtype a bound may wrap around

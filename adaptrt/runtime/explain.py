@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from adaptrt.backend.tiered import TieredRunner
 from adaptrt.graph.cost import num_bytes, num_flops
 from adaptrt.graph.ir import PassRecord
-from adaptrt.runtime.plan import PredictionPlan, SupportPlan
+from adaptrt.runtime.plan import PredictionPlan, QueryPlan, SupportPlan
 from adaptrt.runtime.program import Program
-from adaptrt.runtime.program_set import ProgramSet
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -84,18 +83,18 @@ def explain(num_steps: int, backend: str, plans: Sequence[SupportPlan], predicti
     programs: list[ProgramReport] = []
     calls: list[tuple[str, str, bool]] = []
 
-    def look_at(shapes: str, found: ProgramSet) -> None:
-        programs.extend(_report(name, shapes, program) for name, program in found.named())
-        calls.extend((shapes, recording.name, recording.is_one_launch) for recording in found.recordings())
+    def add(shapes: str, plan: SupportPlan | QueryPlan | PredictionPlan) -> None:
+        programs.extend(_report(name, shapes, program) for name, program in plan.programs.named())
+        calls.extend((shapes, recording.name, recording.is_one_launch) for recording in plan.calls.recordings())
 
     for plan in plans:
         support = ", ".join(plan.shapes)
         adjoints.append((support, repr(plan.adjoint), plan.reason))
-        look_at(support, plan.programs)
+        add(support, plan)
         for query in plan.queries.entries():
-            look_at(f"{support}; query {', '.join(query.shapes)}", query.programs)
+            add(f"{support}; query {', '.join(query.shapes)}", query)
     for prediction in predictions:
-        look_at(f"inputs {', '.join(prediction.shapes)}", prediction.programs)
+        add(f"inputs {', '.join(prediction.shapes)}", prediction)
     return Explanation(num_steps, backend, tuple(adjoints), tuple(programs), tuple(calls))
 
 

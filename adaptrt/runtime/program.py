@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from adaptrt.backend.base import Form, Runner, without_values
+from adaptrt import tree
+from adaptrt.backend import Backend
+from adaptrt.backend.base import Building, Form, Runner, without_values
 from adaptrt.backend.guards import Known
-from adaptrt.backend.launch import Constant
 from adaptrt.errors import NonFiniteInput, ShapeChanged
-from adaptrt.graph.ir import Graph, autocast_off
+from adaptrt.graph.ir import Constant, Graph, autocast_off
+from adaptrt.inner.constants import constant_reader
 from adaptrt.tree import Spec, Tree
 
 
@@ -49,6 +52,50 @@ class Program:
     capture_s: float
     compile_s: float
     forms: Sequence[Form] | None
+
+    @staticmethod
+    def compile(graph: Graph, backend: Backend, modules: Sequence[nn.Module], capture_s: float = 0.0, checks_data: bool = False) -> Program:
+        """The program of a graph.
+
+        Args:
+          graph: what to compile.
+          backend: what runs it.
+          modules: where plain tensor attributes are looked up.
+          capture_s, checks_data: as for the class.
+        """
+        began = time.perf_counter()
+        run = backend.compile(graph)
+        inputs = graph.signature.inputs
+        return Program(
+            graph=graph,
+            run=run,
+            constants=tuple(constant_reader(value, modules) for value in graph.constants),
+            shapes=[entry.spec.shape for entry in inputs],
+            dtypes=[entry.spec.dtype for entry in inputs],
+            devices=[entry.spec.device for entry in inputs],
+            strides=[entry.strides for entry in inputs],
+            known=Known(),
+            leaves_of=tree.leaves_by(graph.arguments),
+            result_of=tree.unflatten_by(graph.result.children[0] if checks_data else graph.result),
+            checks_data=checks_data,
+            backend=backend.name,
+            capture_s=capture_s,
+            compile_s=time.perf_counter() - began,
+            forms=run.forms if isinstance(run, Building) else None,
+        )
+
+    @property
+    def is_building(self) -> bool:
+        """Whether the backend is still building its code."""
+        return isinstance(self.run, Building)
+
+    def built(self) -> Program:
+        """The program when its code has been built; waits for that."""
+        if not isinstance(self.run, Building):
+            return self
+        began = time.perf_counter()
+        run = self.run.finish()
+        return dataclasses.replace(self, run=run, compile_s=self.compile_s + time.perf_counter() - began)
 
     @property
     def rehearsed(self) -> Program:

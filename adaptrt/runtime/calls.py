@@ -1,0 +1,91 @@
+"""Runs the whole of a call: as its programs one by one, or as one launch of a recording over them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import Any
+
+from torch import Tensor
+
+from adaptrt.backend.base import COMPILING, rehearsal
+from adaptrt.backend.launch import Launcher, Recording
+from adaptrt.errors import NonFiniteInput
+from adaptrt.runtime.program_set import ProgramSet
+
+Validate = Callable[..., tuple[tuple[Any, ...], Tensor | None]]
+"""From arguments to arguments that kernels may be given, and whether all were valid (0-dim bool; None if nothing was looked at)."""
+
+
+class Calls:
+    """The calls of one plan.
+
+    The first call of a name is preceded by a rehearsal where the backend builds ahead: it finds out which programs there are, so that the
+    code of one is built while the next is generated. Where there is a launcher, a call is recorded instead, and launched from then on.
+
+    Args:
+      programs: which the calls run.
+      launcher: makes a call one launch, None to run its programs one by one.
+      rehearses: whether there are rehearsals.
+    """
+
+    def __init__(self, programs: ProgramSet, launcher: Launcher | None, rehearses: bool) -> None:
+        self._programs = programs
+        self._launcher = launcher
+        self._rehearses = rehearses
+        self._rehearsed: set[str] = set()
+        self._recordings: dict[Hashable, Recording] = {}
+
+    def run(self, name: str, key: Hashable, fn: Callable[..., Any], args: tuple[Any, ...], validate: Validate | None = None) -> Any:
+        """`fn(*args)`.
+
+        Args:
+          name: what it is, for messages and reports.
+          key: all that `fn` depends on besides its arguments.
+          fn: runs programs of this plan.
+          args: trees of tensors.
+          validate: applied to the arguments within a recorded call; other calls are validated by whoever makes them.
+        Raises:
+          NonFiniteInput: the arguments of a launch were not valid.
+          OutOfDeviceMemory: see `adaptrt.errors`; and what `fn` raises.
+        """
+        if self._launcher is None:
+            if self._rehearses and name not in self._rehearsed:
+                self._rehearse(name, fn, args)
+            return fn(*args)
+        result, is_valid = self._recording(self._launcher, name, key, fn, args, validate)(*args)
+        if is_valid is not None and not is_valid.item():
+            raise NonFiniteInput("the data holds NaN, infinity, or an index of what does not exist")
+        return result
+
+    def recordings(self) -> list[Recording]:
+        """The calls recorded so far."""
+        return list(self._recordings.values())
+
+    def _rehearse(self, name: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        with COMPILING:
+            if name not in self._rehearsed:
+                with rehearsal():
+                    fn(*args)
+                self._programs.finish_building()
+                self._rehearsed.add(name)
+
+    def _recording(
+        self, launcher: Launcher, name: str, key: Hashable, fn: Callable[..., Any], args: tuple[Any, ...], validate: Validate | None
+    ) -> Recording:
+        """The recording of this call, made if there is none, or none that is current."""
+        recording = self._recordings.get((name, key, launcher.settings()))
+        if recording is not None and recording.is_current:
+            return recording
+
+        def validated(*args: Any) -> tuple[Any, Tensor | None]:
+            is_valid = None
+            if validate is not None:
+                args, is_valid = validate(*args)
+            return fn(*args), is_valid
+
+        with COMPILING:
+            full_key = name, key, launcher.settings()  # as they are while it is recorded
+            recording = self._recordings.get(full_key)
+            if recording is None or not recording.is_current:
+                recording = self._recordings[full_key] = launcher.record(name, validated, args, self._programs.constants)
+        return recording
