@@ -77,7 +77,8 @@ def first_carry(problem: Problem, task: Task) -> Carry:
 
 def batch_of_update(problem: Problem, task: Task, index: int) -> Batch:
     """The support batch of one update."""
-    return batch_of_step(task.support, index // problem.updates_per_step, problem.per_step, problem.task_axis)
+    step = index // problem.updates_per_step
+    return batch_of_step(task.support, step, per_step=problem.per_step, task_axis=problem.task_axis)
 
 
 def num_updates(problem: Problem) -> int:

@@ -60,7 +60,9 @@ class Unrolled(Adjoint):
 
 def _steps(problem: Problem) -> Any:
     def run(start: Carry, fixed: Fixed, support: Batch, noise: Sequence[Sequence[Tensor]]) -> tuple[Carry, Tensor]:
-        return unroll(problem.step, problem.k, start, fixed, support, noise, problem.per_step, problem.updates_per_step)
+        return unroll(
+            problem.step, problem.k, start, fixed, support, noise, per_step=problem.per_step, updates_per_step=problem.updates_per_step
+        )
 
     return run
 

@@ -13,7 +13,7 @@ from adaptrt.inner.step import Batch, Carry, Fixed
 StepFunction = Callable[[Carry, Fixed, Batch, Sequence[Tensor]], tuple[Carry, Tensor]]
 
 
-def batch_of_step(support: Batch, index: int, per_step: bool, task_axis: bool = False) -> Batch:
+def batch_of_step(support: Batch, index: int, *, per_step: bool, task_axis: bool = False) -> Batch:
     """The batch of one inner step: all of `support`, or its slice `index` if each step has a batch of its own.
 
     Args:
@@ -34,6 +34,7 @@ def unroll(
     fixed: Fixed,
     support: Batch,
     noise: Sequence[Sequence[Tensor]],
+    *,
     per_step: bool = False,
     updates_per_step: int = 1,
 ) -> tuple[Carry, Tensor]:
@@ -51,6 +52,6 @@ def unroll(
     """
     losses: list[Tensor] = []
     for index in range(k * updates_per_step):
-        carry, loss = step(carry, fixed, batch_of_step(support, index // updates_per_step, per_step), noise[index])
+        carry, loss = step(carry, fixed, batch_of_step(support, index // updates_per_step, per_step=per_step), noise[index])
         losses.append(loss)
     return carry, torch.stack(losses[::updates_per_step])

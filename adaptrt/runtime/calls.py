@@ -52,7 +52,14 @@ class Calls:
             if self._rehearses and name not in self._rehearsed:
                 self._rehearse(name, fn, args)
             return fn(*args)
-        result, is_valid = self._recording(self._launcher, name, key, fn, args, validate)(*args)
+
+        def validated(*args: Any) -> tuple[Any, Tensor | None]:
+            is_valid = None
+            if validate is not None:
+                args, is_valid = validate(*args)
+            return fn(*args), is_valid
+
+        result, is_valid = self._recording(self._launcher, name, key, validated, args)(*args)
         if is_valid is not None and not is_valid.item():
             raise NonFiniteInput("the data holds NaN, infinity, or an index of what does not exist")
         return result
@@ -69,23 +76,14 @@ class Calls:
                 self._programs.finish_building()
                 self._rehearsed.add(name)
 
-    def _recording(
-        self, launcher: Launcher, name: str, key: Hashable, fn: Callable[..., Any], args: tuple[Any, ...], validate: Validate | None
-    ) -> Recording:
+    def _recording(self, launcher: Launcher, name: str, key: Hashable, fn: Callable[..., Any], args: tuple[Any, ...]) -> Recording:
         """The recording of this call, made if there is none, or none that is current."""
         recording = self._recordings.get((name, key, launcher.settings()))
         if recording is not None and recording.is_current:
             return recording
-
-        def validated(*args: Any) -> tuple[Any, Tensor | None]:
-            is_valid = None
-            if validate is not None:
-                args, is_valid = validate(*args)
-            return fn(*args), is_valid
-
         with COMPILING:
             full_key = name, key, launcher.settings()  # as they are while it is recorded
             recording = self._recordings.get(full_key)
             if recording is None or not recording.is_current:
-                recording = self._recordings[full_key] = launcher.record(name, validated, args, self._programs.constants)
+                recording = self._recordings[full_key] = launcher.record(name, fn, args, self._programs.constants)
         return recording

@@ -147,7 +147,7 @@ def plan_support(settings: Settings, launcher: Launcher | None, step_of: Callabl
     if each_task:
         adjoint = EachTask(adjoint)
         reason += f"; model and loss on a task are {flops / 1e6:,.0f} MFLOP, enough for one task after the other"
-    validation = Validation.decide(settings.check_finite, settings.backend, launcher is not None, adjoint.sees_all_data)
+    validation = _validation(settings, launcher, adjoint.sees_all_data)
     programs = ProgramSet(settings.backend, settings.modules, capturing, validation.in_program)
     floating = [tree.Spec.of(leaf).dtype.is_floating_point for leaf in tree.leaves((carry.params, carry.opt_state))]
     return SupportPlan(
@@ -179,7 +179,7 @@ def plan_query(settings: Settings, launcher: Launcher | None, plan: SupportPlan,
 def plan_prediction(settings: Settings, launcher: Launcher | None, step: Step, arguments: Arguments) -> PredictionPlan:
     """Decides how to predict for inputs of one shape. Arguments as for `plan_support`."""
     noise, bounds = probe_prediction(step, arguments.carry, arguments.fixed, arguments.data)
-    validation = Validation.decide(settings.check_finite, settings.backend, launcher is not None, sees_all_data=False)
+    validation = _validation(settings, launcher, sees_all_data=False)
     inputs = arguments._replace(data=Batch(arguments.data, None))
     programs = ProgramSet(settings.backend, settings.modules, _capturing(settings, step, noise, inputs, False))
     return PredictionPlan(step, bounds, noise, validation, programs, _calls(settings, launcher, programs), arguments.shapes)
@@ -214,6 +214,11 @@ def _capturing(settings: Settings, step: Step, noise: Sequence[Noise], arguments
     """How functions of a plan are captured. `each_task`: tasks are done one after the other, and programs know of no task axis."""
     tasks = TaskAxis(None, arguments.tasks.start_has_it) if each_task else arguments.tasks
     return CaptureSettings(tasks, step.detach_gradient, settings.backend.fuses, _explained(step, noise, arguments))
+
+
+def _validation(settings: Settings, launcher: Launcher | None, sees_all_data: bool) -> Validation:
+    is_launched = launcher is not None
+    return Validation.decide(finite=settings.check_finite, backend=settings.backend, is_launched=is_launched, sees_all_data=sees_all_data)
 
 
 def _calls(settings: Settings, launcher: Launcher | None, programs: ProgramSet) -> Calls:

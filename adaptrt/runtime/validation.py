@@ -38,7 +38,7 @@ class Validation:
     finite: bool
 
     @staticmethod
-    def decide(finite: bool, backend: Backend, is_launched: bool, sees_all_data: bool) -> Validation:
+    def decide(*, finite: bool, backend: Backend, is_launched: bool, sees_all_data: bool) -> Validation:
         """Who validates.
 
         Args:
