@@ -1,7 +1,8 @@
-"""What an adjoint is: the strategy by which the meta-gradient returns through the k steps.
+"""An adjoint: the strategy by which the meta-gradient returns through the k steps.
 
-Notation: phi is the inner state (`Carry`), lambda its cotangent, eta what all steps share (`Fixed`). An adjoint decides which programs
-are compiled and in which order they run. It gets the step handed in, and asks `Programs` for compiled functions.
+Notation: phi is the inner state (`Carry`), lambda its cotangent, eta what all steps share (`Fixed`). A pullback is a vector-Jacobian
+product: from cotangents of a function's results to gradients of its arguments. An adjoint decides which programs are compiled and in which
+order they run. It is given the step, and asks `Programs` for compiled functions.
 """
 
 from __future__ import annotations
@@ -22,11 +23,12 @@ Noise = tuple[Tensor, ...]
 
 
 class Programs(Protocol):
-    """Compiled functions by name. Each is captured and compiled at its first call, from the arguments of that call.
+    """Compiles functions, and finds them again by name. Each is captured and compiled at its first call, from the arguments of that call.
 
     `arguments` says what each argument is: "start" (the first carry), "carry" (a later one), "fixed", "support" (all of it), "batch" (one
     step's), "query", "noise" or "cotangent". Under a task axis all but "start" and "fixed" have one, and "start" has one when it comes from
-    an earlier adaptation. The function itself is always that of one task. `loop` makes the calls of what is returned those of a loop.
+    an earlier adaptation. The function itself is always that of one task. With `loop`, the calls of what is returned are taken for
+    those of one loop.
     """
 
     def program(self, name: str, fn: Callable[..., Any], arguments: Sequence[str], loop: Loop | None = None) -> Callable[..., Any]: ...
@@ -34,7 +36,10 @@ class Programs(Protocol):
     def stashed(
         self, name: str, fn: Callable[..., Any], arguments: Sequence[str], wrt: Wrt, loop: Loop | None
     ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """(*args) -> (outputs, stash), and (*args, stash, cotangents) -> gradients, as `pullback` but with nothing expensive done twice."""
+        """Returns (*args) -> (outputs, stash) and (*args, stash, cotangents) -> gradients.
+
+        They do what `program` and `pullback` do, and nothing expensive twice: the stash holds what the second needs of the first.
+        """
         ...
 
     def pullback(
@@ -46,19 +51,22 @@ class Programs(Protocol):
         value: bool = False,
         loop: Loop | None = None,
     ) -> Callable[..., Any]:
-        """(*args, cotangents) -> gradients, or (outputs, gradients) if `value`; gradients of what tasks share are summed over them."""
+        """Returns (*args, cotangents) -> gradients, or -> (outputs, gradients) if `value`.
+
+        Gradients of what tasks share are summed over the tasks.
+        """
         ...
 
 
 @dataclasses.dataclass(slots=True)
 class Loop:
-    """Calls of one function from a carry to (the next carry, a loss), of which some arguments stay the same.
+    """The calls of a loop over one function, which takes a carry and returns the next one and a loss.
 
-    What the function returns of the carry as it was stays the same, too.
+    Some arguments are the same in all calls, and so is every part of the carry that the function returns unchanged.
 
     Attributes:
       same: for each argument whether it is the same in all calls.
-      shared: what depends on what is the same alone, as far as it is worth keeping; the first call computes it.
+      shared: results that depend on nothing else and are worth keeping; the first call computes them.
     """
 
     same: tuple[bool, ...]
@@ -104,7 +112,7 @@ class Problem:
 
     @property
     def key(self) -> Hashable:
-        """All in which the problems of one plan differ."""
+        """Everything in which the problems of one plan differ."""
         return self.differentiated, self.start_has_task_axis
 
 
@@ -134,7 +142,7 @@ class Gradients(NamedTuple):
 
 
 class Adaptation(NamedTuple):
-    """Carry after k steps, losses (k,) ([T, k] with tasks), and what the adjoint kept for the way back."""
+    """The carry after k steps, the losses before each, (k,) or [T, k] with tasks, and what the adjoint kept for its pullback."""
 
     carry: Carry
     losses: Tensor
@@ -155,13 +163,20 @@ class Adjoint(abc.ABC):
 
     @abc.abstractmethod
     def adapt(self, programs: Programs, problem: Problem, task: Task, keep: bool) -> Adaptation:
-        """Runs the k steps. `keep`: keep what `adapt_pullback` needs."""
+        """Runs the k steps.
+
+        Args:
+          programs: compiles functions.
+          problem: what all calls of this shape share.
+          task: the arguments.
+          keep: whether to keep what `adapt_pullback` needs.
+        """
 
     @abc.abstractmethod
     def adapt_pullback(
         self, programs: Programs, problem: Problem, task: Task, kept: Any, carry: Sequence[Tensor], losses: Tensor
     ) -> Gradients:
-        """Gradients of what `problem.differentiated` marks in start, fixed and support; none of the query.
+        """Returns the gradients of what `problem.differentiated` marks in start, fixed and support; none of the query.
 
         Args:
           programs, problem, task: as `adapt` got them.
@@ -170,14 +185,14 @@ class Adjoint(abc.ABC):
         """
 
     def meta_loss(self, programs: Programs, problem: Problem, task: Task, query: Query) -> Tensor:
-        """The query loss after adaptation, one for each task."""
+        """Returns the query loss after adaptation, one for each task."""
         carry = self.adapt(programs, problem, task, keep=False).carry
         return programs.program("query", problem.step.query, _QUERY)(carry, task.fixed, *query)
 
     def meta_loss_and_gradients(
         self, programs: Programs, problem: Problem, task: Task, query: Query, cotangent: Tensor
     ) -> tuple[Tensor, Gradients]:
-        """The query loss, and its gradients times `cotangent`."""
+        """Returns the query loss, and its gradients times `cotangent`."""
         adapted = self.adapt(programs, problem, task, keep=True)
         wrt = Wrt((problem.carry, problem.differentiated.fixed, problem.differentiated.query, None), (True,))
         pullback = programs.pullback("query pullback", problem.step.query, _QUERY, wrt, value=True)
@@ -189,12 +204,15 @@ class Adjoint(abc.ABC):
         return loss, found._replace(fixed=of_fixed, query=batch)
 
     def adapt_program(self, programs: Programs, problem: Problem) -> Callable[..., Any] | None:
-        """The program that is the whole of `adapt`, if there is one: (start, fixed, support, noise) -> (carry, losses)."""
+        """Returns the one program that is the whole of `adapt`, None if it takes several.
+
+        It takes (start, fixed, support, noise) and returns (carry, losses).
+        """
         del programs, problem
         return None
 
     def meta_gradient_program(self, programs: Programs, problem: Problem) -> Callable[..., Any] | None:
-        """The program that is the whole of `meta_loss_and_gradients`, if there is one.
+        """Returns the one program that is the whole of `meta_loss_and_gradients`, None if it takes several.
 
         It takes (start, fixed, support, noise, query, query noise, [cotangent]) and returns the loss and the gradients of each argument.
         """
@@ -206,7 +224,7 @@ _QUERY = ("carry", "fixed", "query", "noise")
 
 
 def pull_back(fn: Callable[..., Any], wrt: Wrt, value: bool) -> Callable[..., Any]:
-    """The vector-Jacobian product of `fn`, as a function to capture: (*args, cotangents) -> gradients.
+    """Returns the vector-Jacobian product of `fn`, as a function to capture: (*args, cotangents) -> gradients.
 
     Gradients come as one list for each argument; a leaf on which no result depends gets zeros.
 

@@ -1,4 +1,4 @@
-"""The meta-gradient with the inner gradients held constant."""
+"""First-order MAML: the meta-gradient with the inner gradients held constant."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class FirstOrder(Adjoint):
 
     Each step's gradient is a constant, so dS/dphi holds the optimiser's own dependence on the parameters only (the identity for plain SGD).
     Gradients of hyperparameters keep every term but those through the inner gradients; a parameter that does not adapt gets its gradient
-    from the query loss alone. Attention keeps its fused kernels, since nothing is differentiated twice. Runs as `Replay(every=1)`.
+    from the query loss only. Attention keeps its fused kernels, since nothing is differentiated twice. It runs as `Replay(every=1)` does.
     """
 
     detach_gradient = True

@@ -1,4 +1,4 @@
-"""The meta-gradient by running the inner steps again, backwards."""
+"""Checkpointing: only carries are kept, and each step is evaluated again on the way back."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from adaptrt.inner.step import Carry
 class Replay(Adjoint):
     """Keeps the carry of every n-th step, and evaluates each step once more on the way back.
 
-    Compiles one step, one step's pullback and the query's, whatever k is. Memory is `k / every` copies of the carry (adapted
-    parameters, optimiser state, buffers) plus `every` more and one step's activations, where reverse mode through the whole loop keeps k
-    steps' activations; and what all steps share, once for the steps and once for their pullbacks. Cost: one evaluation of each step besides
-    its pullback, two for `every > 1`. Checkpointing as in Griewank & Walther 2000 (Algorithm 799), with a uniform schedule.
+    Three programs are compiled, whatever k is: a step, a step's pullback and the query's. The memory is that of `k / every + every` copies
+    of the carry (adapted parameters, optimiser state, buffers), of one step's activations, and of what all steps share, once for the steps
+    and once for their pullbacks; reverse mode through the whole loop keeps k steps' activations. Each step is evaluated once besides its
+    pullback, twice for `every > 1`. Checkpointing as in Griewank & Walther 2000 (Algorithm 799), with a uniform schedule.
 
     Args:
       every: keep every n-th carry; n = sqrt(k) minimises the sum of both memories.

@@ -1,4 +1,4 @@
-"""The meta-gradient from what the inner steps left behind."""
+"""Reverse mode step by step: each step keeps what its pullback needs."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from adaptrt.errors import NotDifferentiable
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stash(Adjoint):
-    """Each step also returns what its pullback needs, so that nothing expensive is evaluated twice.
+    """Keeps what each step's pullback needs, so that nothing expensive is evaluated twice.
 
-    Compiles one step and one step's pullback as `Replay` does, whatever k is, and takes less time where products and convolutions take
-    most of it. Memory grows with k as in reverse mode through the whole loop, with k steps' activations; which of them are kept, and which
-    are computed again from those, is a minimum cut of the step's graph.
+    One step and one step's pullback are compiled, as with `Replay`, whatever k is. It is faster than `Replay` where products and
+    convolutions take most of the time. Memory grows with k as in reverse mode through the whole loop, with k steps' activations. A minimum
+    cut of the step's graph decides which of them are kept, and which are computed again from those.
     """
 
     def adapt(self, programs: Programs, problem: Problem, task: Task, keep: bool) -> Adaptation:
@@ -35,7 +35,7 @@ class Stash(Adjoint):
         return self._run(problem, task, lambda *args: (plain(*args), None), loop)
 
     def _run(self, problem: Problem, task: Task, step: Callable[..., Any], loop: Loop | None) -> Adaptation:
-        """All steps. For the way back: what they share, and before each its carry and what it left; the first carry is the call's own."""
+        """Runs all steps, and keeps what they share and, for each, the carry before it and what it left; the first carry is an argument."""
         carry = first_carry(problem, task)
         kept: list[Any] = []
         losses: list[Tensor] = []

@@ -1,6 +1,6 @@
-"""What adjoints that take one step at a time have in common.
+"""Functions shared by adjoints that take one step at a time.
 
-With one step phi' = S(phi, eta, batch, noise), the way back is lambda <- lambda^T dS/dphi, and eta's gradient collects lambda^T dS/deta.
+One step is phi' = S(phi, eta, batch, noise). Its pullback is lambda <- lambda^T dS/dphi, and eta's gradient is the sum of lambda^T dS/deta.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ Pull = Callable[[int, Sequence[Tensor]], Any]
 
 
 def wrt_step(problem: Problem) -> Wrt:
-    """What is differentiated in a step."""
+    """Returns what a step's pullback is with respect to."""
     return Wrt((problem.carry, problem.differentiated.fixed, problem.differentiated.support, None), (*problem.carry, True))
 
 
 def loop_of(problem: Problem, shared: list[Tensor] | None = None) -> Loop | None:
-    """What stays the same from step to step, and what depends on that alone if it is known; None for a single step."""
+    """Returns the loop over a problem's steps, None for a single step. `shared`: what its steps share, if that is known already."""
     return Loop((False, True, not problem.per_step, False), shared) if num_updates(problem) > 1 else None
 
 
 def backwards(problem: Problem, task: Task, pull: Pull, carry: Sequence[Tensor], losses: Tensor) -> Gradients:
-    """From cotangents of the last carry and of the losses, through all updates, to gradients.
+    """Pulls cotangents of the last carry and of the losses back through all updates, to gradients.
 
     Args:
       problem, task: what was run.
-      pull: through one update.
+      pull: pulls back through one update.
       carry, losses: cotangents.
     """
     adjoint, of_loss = list(carry), losses.unbind(-1)
@@ -68,7 +68,7 @@ class _Sum:
 
 
 def first_carry(problem: Problem, task: Task) -> Carry:
-    """The carry to start from, with the task axis that every later carry has."""
+    """Returns the carry to start from, with the task axis that every later carry has."""
     if not problem.task_axis or problem.start_has_task_axis:
         return task.start
     num_tasks = tree.leaves(task.support)[0].shape[0]
@@ -76,23 +76,23 @@ def first_carry(problem: Problem, task: Task) -> Carry:
 
 
 def batch_of_update(problem: Problem, task: Task, index: int) -> Batch:
-    """The support batch of one update."""
+    """Returns the support batch of one update."""
     step = index // problem.updates_per_step
     return batch_of_step(task.support, step, per_step=problem.per_step, task_axis=problem.task_axis)
 
 
 def num_updates(problem: Problem) -> int:
-    """Updates in all k steps."""
+    """Returns the number of updates in all k steps."""
     return problem.k * problem.updates_per_step
 
 
 def reported(problem: Problem, losses: Sequence[Tensor]) -> Tensor:
-    """The losses before each step, [k] or [T, k], from those before each update."""
+    """Returns the losses before each step, [k] or [T, k], from those before each update."""
     return torch.stack(list(losses[:: problem.updates_per_step]), -1)
 
 
 def _of_start(problem: Problem, adjoint: Sequence[Tensor]) -> list[Tensor]:
-    """From cotangents of the first carry to gradients of the leaves that the caller asked for."""
+    """Returns the gradients of the leaves that the caller asked for, from the cotangents of the first carry."""
     found = iter(adjoint)
     by_leaf = [next(found) if flag else None for flag in problem.carry]
     wanted = [value for value, flag in zip(by_leaf, problem.differentiated.start, strict=True) if flag]

@@ -17,8 +17,9 @@ from adaptrt.inner.unroll import unroll
 class Unrolled(Adjoint):
     """Reverse mode through the whole loop, as one program.
 
-    Fewest kernel calls and the widest view for the compiler. Graph and compile time grow with k, and memory holds the activations of k
-    steps: right for small models and small k. The pullback of `adapt` runs the steps again rather than keep activations between calls.
+    It needs the fewest kernel calls, and the compiler sees all of it. Graph and compile time grow with k, and memory holds the activations
+    of k steps, so it is right for small models and small k. The pullback of `adapt` runs the steps again rather than keep activations
+    between calls.
     """
 
     sees_all_data = True

@@ -1,4 +1,4 @@
-"""A step, k times."""
+"""Runs an inner step k times."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ StepFunction = Callable[[Carry, Fixed, Batch, Sequence[Tensor]], tuple[Carry, Te
 
 
 def batch_of_step(support: Batch, index: int, *, per_step: bool, task_axis: bool = False) -> Batch:
-    """The batch of one inner step: all of `support`, or its slice `index` if each step has a batch of its own.
+    """Returns the batch of one inner step: all of `support`, or its slice `index` if each step has a batch of its own.
 
     Args:
       support: leaves [...], or [k, ...] if `per_step`, or [T, k, ...] if there is a task axis too.
@@ -38,7 +38,7 @@ def unroll(
     per_step: bool = False,
     updates_per_step: int = 1,
 ) -> tuple[Carry, Tensor]:
-    """The carry after k steps, and the losses before each of them (k,).
+    """Returns the carry after k steps, and the losses before each of them (k,).
 
     Args:
       step: (carry, fixed, batch, noise) -> (carry, loss).

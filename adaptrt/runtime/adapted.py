@@ -1,4 +1,4 @@
-"""A model after adaptation: what `CompiledUnroll.adapt` returns."""
+"""The model after adaptation, which `CompiledUnroll.adapt` returns."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from adaptrt.tree import Tree
 
 
 class Predictor(Protocol):
-    """What computes the outputs of an adapted model."""
+    """Computes the outputs of an adapted model."""
 
     def predict(self, state: State, fixed: Fixed, inputs: Tree, generator: torch.Generator | None) -> Any:
-        """What the model returns for `inputs`."""
+        """Returns the model's output for `inputs`."""
         ...
 
     def state_dict(self, state: State, fixed: Fixed) -> dict[str, Tensor]:
-        """The whole model's state dict."""
+        """Returns the whole model's state dict."""
         ...
 
 
 class Adapted:
-    """A model after adaptation: its state, and what can predict with it.
+    """A model after adaptation: its state, and the means to predict with it.
 
     Attributes:
       state: what the steps changed, as a value.
@@ -61,13 +61,13 @@ class Adapted:
         return self.state.num_tasks
 
     def __call__(self, *args: Any, generator: torch.Generator | None = None, **kwargs: Any) -> Any:
-        """What the adapted model returns for these arguments; differentiable outside `no_grad`.
+        """Returns the adapted model's output for these arguments; differentiable outside `no_grad`.
 
-        Buffers that this call would update are left as they are.
+        The call does not change any buffer, even one that the model's forward pass would update.
 
         Args:
-          args, kwargs: as the model takes them, or one argument that is inputs as in `(inputs, target)`: a tensor, a tuple or a dict of the
-            model's arguments. With a task axis on every tensor if made by `vmap()`.
+          args, kwargs: as the model takes them, or one argument that is like the inputs of a batch `(inputs, target)`: a tensor, or a tuple
+            or dict of the model's arguments. Every tensor has a task axis if the adaptation was made by `vmap()`.
           generator: where dropout and other random operations draw from; None for the global generator.
         Raises:
           InvalidType: some inputs are given by position and others by keyword.
@@ -78,12 +78,12 @@ class Adapted:
         return self._predictor.predict(self.state, self.fixed, named or positional, generator)
 
     def detach(self) -> Adapted:
-        """The same adaptation, cut from what it was computed from: where the next of several truncated unrolls starts.
+        """Returns the same adaptation without its autograd history; the next of several truncated unrolls starts from it.
 
-        Parameters that did not adapt are the model's own, as before, and still get gradients from predictions.
+        Parameters that did not adapt remain the model's own, and still get gradients from predictions.
         """
         return Adapted(self._predictor, self.state.detach(), self.losses.detach(), self.fixed)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The whole model's state after adaptation, detached, under the names of `model.state_dict()`."""
+        """Returns the whole model's state after adaptation, detached, under the names of `model.state_dict()`."""
         return self._predictor.state_dict(self.state, self.fixed)

@@ -1,4 +1,4 @@
-"""A bounded table of plans."""
+"""A bounded cache of plans."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Entry = TypeVar("Entry")
 
 
 class Cache(Generic[Entry]):
-    """The `size` entries used last. Safe to use from threads; an entry is made once."""
+    """Keeps the `size` entries that were used last. It is safe to use from several threads, and makes an entry only once."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -21,7 +21,7 @@ class Cache(Generic[Entry]):
         self._order = threading.Lock()
 
     def get(self, key: Hashable) -> Entry | None:
-        """The entry under `key`, None if there is none."""
+        """Returns the entry under `key`, None if there is none."""
         entry = self._entries.get(key)
         if entry is not None and len(self._entries) > 1:
             with self._order:
@@ -30,7 +30,7 @@ class Cache(Generic[Entry]):
         return entry
 
     def get_or_make(self, key: Hashable, make: Callable[[], Entry]) -> Entry:
-        """The entry under `key`; made under the compilation lock if there is none."""
+        """Returns the entry under `key`; if there is none, makes it, under the compilation lock."""
         entry = self.get(key)
         if entry is not None:
             return entry
@@ -45,6 +45,6 @@ class Cache(Generic[Entry]):
         return entry
 
     def entries(self) -> list[Entry]:
-        """All entries, the one used last at the end."""
+        """Returns all entries, the one used last at the end."""
         with self._order:
             return list(self._entries.values())

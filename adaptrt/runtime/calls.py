@@ -1,4 +1,4 @@
-"""Runs the whole of a call: as its programs one by one, or as one launch of a recording over them."""
+"""Runs whole calls: either their programs one by one, or a recording of them as one launch."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ Validate = Callable[..., tuple[tuple[Any, ...], Tensor | None]]
 
 
 class Calls:
-    """The calls of one plan.
+    """Runs the calls of one plan.
 
-    The first call of a name is preceded by a rehearsal where the backend builds ahead: it finds out which programs there are, so that the
-    code of one is built while the next is generated. Where there is a launcher, a call is recorded instead, and launched from then on.
+    Where there is a launcher, a call is recorded the first time, and launched as a whole from then on. Elsewhere its programs run one by
+    one. If the backend can build code in the background, the first call is then preceded by a rehearsal: it runs without values, only to
+    find out which programs there are, so that the code of one is built while the next is generated.
 
     Args:
-      programs: which the calls run.
-      launcher: makes a call one launch, None to run its programs one by one.
-      rehearses: whether there are rehearsals.
+      programs: the programs that the calls run.
+      launcher: makes a call one launch; None to run its programs one by one.
+      rehearses: whether first calls are preceded by rehearsals.
     """
 
     def __init__(self, programs: ProgramSet, launcher: Launcher | None, rehearses: bool) -> None:
@@ -36,14 +37,14 @@ class Calls:
         self._recordings: dict[Hashable, Recording] = {}
 
     def run(self, name: str, key: Hashable, fn: Callable[..., Any], args: tuple[Any, ...], validate: Validate | None = None) -> Any:
-        """`fn(*args)`.
+        """Returns `fn(*args)`.
 
         Args:
-          name: what it is, for messages and reports.
-          key: all that `fn` depends on besides its arguments.
+          name: of the call, for messages and reports.
+          key: everything that `fn` depends on besides its arguments.
           fn: runs programs of this plan.
           args: trees of tensors.
-          validate: applied to the arguments within a recorded call; other calls are validated by whoever makes them.
+          validate: applied to the arguments within a recorded call. Arguments of other calls have been validated already.
         Raises:
           NonFiniteInput: the arguments of a launch were not valid.
           OutOfDeviceMemory: see `adaptrt.errors`; and what `fn` raises.
@@ -65,7 +66,7 @@ class Calls:
         return result
 
     def recordings(self) -> list[Recording]:
-        """The calls recorded so far."""
+        """Returns the calls recorded so far."""
         return list(self._recordings.values())
 
     def _rehearse(self, name: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -77,7 +78,7 @@ class Calls:
                 self._rehearsed.add(name)
 
     def _recording(self, launcher: Launcher, name: str, key: Hashable, fn: Callable[..., Any], args: tuple[Any, ...]) -> Recording:
-        """The recording of this call, made if there is none, or none that is current."""
+        """Returns the recording of this call, and makes it if there is none, or none that is current."""
         recording = self._recordings.get((name, key, launcher.settings()))
         if recording is not None and recording.is_current:
             return recording

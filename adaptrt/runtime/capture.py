@@ -1,4 +1,4 @@
-"""Functions of a plan as graphs: with the roles of their inputs, and over tasks. Nothing is compiled here."""
+"""Captures the functions of a plan as graphs, with a role for each input, and over tasks. Nothing is compiled here."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from adaptrt.tree import Spec, Tree
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TaskAxis:
-    """Which arguments have a leading axis of tasks.
+    """Says which arguments have a leading axis of tasks.
 
     Attributes:
       num_tasks: its length, None without one.
@@ -31,19 +31,19 @@ class TaskAxis:
     start_has_it: bool = False
 
     def is_on(self, kind: str) -> bool:
-        """Whether arguments of this kind have it (`adaptrt.adjoint.base.Programs` lists the kinds)."""
+        """Whether arguments of this kind have the axis (`adaptrt.adjoint.base.Programs` lists the kinds)."""
         return self.num_tasks is not None and kind != "fixed" and (kind != "start" or self.start_has_it)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CaptureSettings:
-    """How the functions of one plan are captured.
+    """Says how the functions of one plan are captured.
 
     Attributes:
       tasks: the task axis.
       fused_attention: whether attention may keep kernels without a second derivative.
       for_fusion: whether the graph is for a backend to which small operations cost next to nothing.
-      explain_failure: runs a capture, and puts what goes wrong into the user's terms.
+      explain_failure: runs a capture, and turns its errors into errors in the user's terms.
     """
 
     tasks: TaskAxis
@@ -53,7 +53,7 @@ class CaptureSettings:
 
 
 def capture_graph(fn: Callable[..., Any], arguments: Sequence[str], args: Sequence[Tree], settings: CaptureSettings) -> Graph:
-    """The graph of `fn`, over tasks if there are some.
+    """Captures `fn`, over tasks if there is a task axis.
 
     Args:
       fn: a function of one task.
@@ -61,7 +61,7 @@ def capture_graph(fn: Callable[..., Any], arguments: Sequence[str], args: Sequen
       args: tensors or specs as in a call, with task axes.
       settings: how to capture.
     Raises:
-      AdaptrtError: what the user's code does cannot be captured.
+      AdaptrtError: the user's code does something that cannot be captured.
     """
     return _capture(fn, arguments, args, settings, lambda graph: [False] * graph.result.num_leaves)
 
@@ -69,7 +69,9 @@ def capture_graph(fn: Callable[..., Any], arguments: Sequence[str], args: Sequen
 def capture_pullback(
     fn: Callable[..., Any], arguments: Sequence[str], args: Sequence[Tree], wrt: Wrt, value: bool, settings: CaptureSettings
 ) -> Graph:
-    """The graph (*args, cotangents) -> gradients of `fn`, or (results, gradients) if `value`; gradients of what tasks share are summed.
+    """Captures the pullback of `fn`: (*args, cotangents) -> gradients, or -> (results, gradients) if `value`.
+
+    Gradients of what tasks share are summed over the tasks.
 
     Args:
       fn, settings: as for `capture_graph`.
@@ -93,7 +95,13 @@ def capture_pullback(
 def capture_joint(
     fn: Callable[..., Any], arguments: Sequence[str], args: Sequence[Tree], wrt: Wrt, settings: CaptureSettings
 ) -> tuple[Graph, int]:
-    """The graph (*args, cotangents) -> (results, gradients) of `fn`, and the number of results. Arguments as for `capture_graph`."""
+    """Captures `fn` together with its pullback: (*args, cotangents) -> (results, gradients).
+
+    Arguments are as for `capture_pullback`, without the cotangents.
+
+    Returns:
+      The graph, and how many of its outputs are results.
+    """
     outputs = [entry.spec for entry in capture_graph(fn, arguments, args, settings).signature.outputs]
     cotangents = [spec for spec, flag in zip(outputs, wrt.result, strict=True) if flag]
     joint = capture_pullback(fn, (*arguments, "cotangent"), (*args, cotangents), wrt, True, settings)
@@ -107,7 +115,7 @@ def _capture(
     settings: CaptureSettings,
     are_summed: Callable[[Graph], list[bool]],
 ) -> Graph:
-    """The graph of `fn`; over tasks, results for which `are_summed` holds are summed over them."""
+    """Captures `fn`. Under a task axis, results for which `are_summed` holds are summed over the tasks."""
     tasks = settings.tasks
     axes = [tasks.is_on(kind) for kind in arguments]
     examples = [tree.map_leaves(without_leading_axis, arg) if axis else tree.specs(arg) for arg, axis in zip(args, axes, strict=True)]
@@ -124,13 +132,13 @@ def _capture(
 
 
 def without_leading_axis(value: Tensor | Spec) -> Spec:
-    """The spec of one element along the first axis."""
+    """Returns the spec of one element along the first axis."""
     spec = Spec.of(value)
     return Spec(spec.shape[1:], spec.dtype, spec.device)
 
 
 def _roles(kind: str, example: Tree) -> list[Role]:
-    """A role for each leaf of an argument."""
+    """Returns a role for each leaf of an argument."""
     if isinstance(example, Carry):
         parts: Sequence[tuple[Tree, Role]] = ((example.params, Role.PARAM), (example.opt_state, Role.STATE), (example.buffers, Role.BUFFER))
     elif isinstance(example, Fixed):

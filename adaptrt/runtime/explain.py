@@ -1,4 +1,4 @@
-"""What an unroll decided, and what its programs cost."""
+"""Reports what an unroll decided, and what its programs cost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from adaptrt.runtime.program import Program
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ProgramReport:
-    """One program.
+    """Reports on one program.
 
     Attributes:
       name: what it computes.
@@ -47,7 +47,7 @@ class ProgramReport:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Explanation:
-    """What `CompiledUnroll.explain()` returns; `str()` of it is a report.
+    """Reports on an unroll; `str()` of it is a text for people.
 
     Attributes:
       num_steps: k.
@@ -78,7 +78,7 @@ class Explanation:
 
 
 def explain(num_steps: int, backend: str, plans: Sequence[SupportPlan], predictions: Sequence[PredictionPlan]) -> Explanation:
-    """The report on everything planned and compiled so far."""
+    """Returns the report on everything planned and compiled so far."""
     adjoints: list[tuple[str, str, str]] = []
     programs: list[ProgramReport] = []
     calls: list[tuple[str, str, bool]] = []

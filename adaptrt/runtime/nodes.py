@@ -1,6 +1,6 @@
-"""Programs as nodes of eager autograd: what is computed from their results may be differentiated once, by running the compiled adjoint.
+"""Makes calls nodes of eager autograd: `backward()` through their results runs the compiled adjoint.
 
-Differentiating the gradient itself raises; the meta-gradient of a meta-gradient is not a program.
+A gradient cannot itself be differentiated: there is no program for the meta-gradient of a meta-gradient, so that raises.
 """
 
 # pyright: reportIncompatibleMethodOverride=false
@@ -26,11 +26,11 @@ from adaptrt.tree import Tree
 
 
 class Call(NamedTuple):
-    """One call, ready to run.
+    """A call that is ready to run.
 
     Attributes:
-      route: what to run.
-      task, query: on what.
+      route: the plans and the problem to run.
+      task, query: the arguments.
       inputs: the leaves that the caller differentiates, of start, fixed, support and query in this order.
     """
 
@@ -41,7 +41,7 @@ class Call(NamedTuple):
 
 
 def adapt(call: Call) -> tuple[Carry, Tensor]:
-    """The carry after k steps and the losses, differentiable if the call has anything to differentiate."""
+    """Returns the carry after k steps and the losses, differentiable if the call has anything to differentiate."""
     if not call.inputs:
         carry, losses, _ = _adapt(call, keep=False)
         return carry, losses
@@ -50,7 +50,7 @@ def adapt(call: Call) -> tuple[Carry, Tensor]:
 
 
 def meta_loss(call: Call) -> Tensor:
-    """The query loss, averaged over tasks, differentiable if the call has anything to differentiate."""
+    """Returns the query loss, averaged over tasks, differentiable if the call has anything to differentiate."""
     if not call.inputs:
         return _meta_loss(call).mean()
     return _MetaLoss.apply(call, *call.inputs)  # type: ignore[return-value]
@@ -134,7 +134,7 @@ def _predict_pullback(plan: PredictionPlan, wrt: Wrt, args: Any, cotangents: Seq
 
 
 def predict(plan: PredictionPlan, carry: Carry, fixed: Fixed, inputs: Tree, noise: tuple[Tensor, ...]) -> Tree:
-    """The model's output, differentiable if gradients are enabled and anything requires grad."""
+    """Returns the model's output, differentiable if gradients are enabled and anything requires grad."""
     args = (carry, fixed, inputs, noise)
     if not torch.is_grad_enabled():
         return _predict(plan, args)
@@ -172,7 +172,7 @@ class _Final(Function):
 
 
 def _final(gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The gradients of `inputs`, connected to them in a way that raises if `create_graph=True` asked for more than their values."""
+    """Returns the gradients of `inputs`; under `create_graph=True`, connected to the inputs by a node that raises."""
     return _Final.apply(len(gradients), *gradients, *inputs) if torch.is_grad_enabled() and gradients else gradients  # type: ignore[return-value]
 
 

@@ -1,4 +1,4 @@
-"""What is decided once for each shape of support, query and prediction data, before anything is compiled."""
+"""Decides, once for each shape of support, query and prediction data, how it is computed. Nothing is compiled here."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ from adaptrt.tree import Tree
 
 
 class Arguments(NamedTuple):
-    """What a plan is for.
+    """Describes the arguments that a plan is for.
 
     Attributes:
       carry, fixed: specs for one task.
-      data: specs of one task's data, and where each step has its own, of one step's: a batch, or a model's inputs.
+      data: specs of a batch, or of a model's inputs, for one task; and for one step where each step has its own.
       shapes: the data in words, with all its axes.
       tasks: the task axis.
     """
@@ -51,7 +51,7 @@ class Arguments(NamedTuple):
 
     @staticmethod
     def of(carry: Carry, fixed: Fixed, data: Tree, tasks: TaskAxis, per_step: bool = False) -> Arguments:
-        """Of a call's tensors. `per_step`: whether the data has an axis of steps behind that of tasks."""
+        """Describes a call's tensors. `per_step`: whether the data has an axis of steps behind that of tasks."""
         one = _specs(data, tasks.num_tasks is not None)
         return Arguments(
             _specs(carry, tasks.start_has_it),
@@ -63,29 +63,29 @@ class Arguments(NamedTuple):
 
 
 def in_words(data: Tree) -> tuple[str, ...]:
-    """Shape and dtype of each tensor."""
+    """Returns shape and dtype of each tensor as text."""
     return tuple(str(tree.Spec.of(leaf)) for leaf in tree.leaves(data))
 
 
 def _specs(part: Tree, leading_axis: bool) -> Tree:
-    """Specs of the tensors, or of one element along their first axes."""
+    """Returns the specs of the tensors, or those of one element along their first axes."""
     return tree.map_leaves(without_leading_axis, part) if leading_axis else tree.specs(part)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class SupportPlan:
-    """For one shape of support data: the inner step, the adjoint and why, and the programs that see no query data.
+    """The plan for one shape of support data, which holds the programs that see no query data.
 
     Attributes:
       step: the inner step.
-      adjoint, reason: how the meta-gradient is formed, and why so.
+      adjoint, reason: how the meta-gradient is formed, and why in this way.
       probe: noise and indices of a step.
       validation: who validates the values of support and query data.
-      programs, calls: what runs.
+      programs, calls: the programs, and what runs whole calls of them.
       carry: for each leaf of the carry whether a gradient flows through it from step to step; through running statistics none does.
       shapes: the data in words.
-      queries: the plans for query data after that.
-      problems: by which leaves the caller differentiates.
+      queries: the plans for query data that follows such support data.
+      problems: the problems met so far, by their keys.
     """
 
     step: Step
@@ -103,7 +103,13 @@ class SupportPlan:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class QueryPlan:
-    """For one shape of query data after that: the programs that see it, and each task's weight in the meta-loss ([T], or 0-dim)."""
+    """The plan for one shape of query data after a support plan, which holds the programs that see both.
+
+    Attributes:
+      probe: noise and indices of the query loss.
+      programs, calls, shapes: as for `SupportPlan`.
+      weights: each task's weight in the meta-loss, [T], or 0-dim without a task axis.
+    """
 
     probe: Probe
     programs: ProgramSet
@@ -114,7 +120,13 @@ class QueryPlan:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PredictionPlan:
-    """For one shape of a model's inputs: the programs that predict, and noise and indices of one prediction."""
+    """The plan for predictions on inputs of one shape.
+
+    Attributes:
+      step: whose `predict` is computed.
+      bounds, noise: which inputs are indices, and what random operations draw.
+      validation, programs, calls, shapes: as for `SupportPlan`.
+    """
 
     step: Step
     bounds: tuple[IndexBound, ...]
@@ -130,8 +142,8 @@ def plan_support(settings: Settings, launcher: Launcher | None, step_of: Callabl
 
     Args:
       settings: of the unroll.
-      launcher: makes a call one launch, None if programs run one by one.
-      step_of: the step with or without detached gradients.
+      launcher: makes a call one launch; None if programs run one by one.
+      step_of: returns the step, with or without detached gradients.
       arguments: what the plan is for.
     """
     step = step_of(settings.adjoint is not None and settings.adjoint.detach_gradient)
@@ -188,7 +200,7 @@ def plan_prediction(settings: Settings, launcher: Launcher | None, step: Step, a
 def _choose(
     settings: Settings, step: Step, noise: Sequence[Noise], arguments: Arguments, capturing: CaptureSettings
 ) -> tuple[Adjoint, str]:
-    """An adjoint by the size of a step's graph and of what would be kept of it, and the reason in words."""
+    """Chooses an adjoint by the size of a step's graph and of what would be kept of it; returns it and the reason in words."""
     carry, fixed, batch, _, tasks = arguments
     args = (carry, fixed, batch, noise_specs(noise))
     graph = capture(step, *args)
@@ -211,7 +223,7 @@ def _choose(
 
 
 def _capturing(settings: Settings, step: Step, noise: Sequence[Noise], arguments: Arguments, each_task: bool) -> CaptureSettings:
-    """How functions of a plan are captured. `each_task`: tasks are done one after the other, and programs know of no task axis."""
+    """Says how a plan's functions are captured. `each_task`: tasks are done one after the other, by programs without a task axis."""
     tasks = TaskAxis(None, arguments.tasks.start_has_it) if each_task else arguments.tasks
     return CaptureSettings(tasks, step.detach_gradient, settings.backend.fuses, _explained(step, noise, arguments))
 
@@ -226,7 +238,7 @@ def _calls(settings: Settings, launcher: Launcher | None, programs: ProgramSet) 
 
 
 def _explained(step: Step, noise: Sequence[Noise], arguments: Arguments) -> Callable[[Callable[[], Graph]], Graph]:
-    """Turns a missing second derivative into an error that names the module, by running the model once more."""
+    """Returns what turns a missing second derivative into an error that names the module; to find it, the model is run once more."""
     carry, fixed, batch = arguments[:3]
 
     def forward() -> list[tuple[str, str]]:

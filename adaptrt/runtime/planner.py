@@ -34,7 +34,7 @@ _NOTHING = contextlib.nullcontext()
 
 
 class Planner:
-    """The plans of one unroll.
+    """Holds the plans of one unroll.
 
     Args:
       settings: of the unroll.
@@ -50,7 +50,7 @@ class Planner:
         self.predictions: Cache[PredictionPlan] = Cache(settings.cache_size)
 
     def support(self, batch: Batch, start: Start, num_tasks: int | None, warm: bool) -> SupportPlan:
-        """The plan for adapting on data like `batch`.
+        """Returns the plan for adapting on data like `batch`.
 
         Args:
           batch: with all its axes.
@@ -71,7 +71,7 @@ class Planner:
         return self.supports.get_or_make(key, make)
 
     def query(self, plan: SupportPlan, batch: Batch, start: Start, num_tasks: int | None, warm: bool) -> QueryPlan:
-        """The plan for evaluating data like `batch` after `plan`. Arguments and errors as for `support`."""
+        """Returns the plan for evaluating data like `batch` after `plan`. Arguments and errors are as for `support`."""
 
         def make() -> QueryPlan:
             self._require_warm("query", batch, [known.shapes for known in plan.queries.entries()], warm)
@@ -81,7 +81,7 @@ class Planner:
         return plan.queries.get_or_make(_key(batch), make)
 
     def prediction(self, inputs: Tree, carry: Carry, fixed: Fixed, num_tasks: int | None, warm: bool) -> PredictionPlan:
-        """The plan for predicting on inputs like `inputs`. Arguments and errors as for `support`."""
+        """Returns the plan for predicting on inputs like `inputs`. Arguments and errors are as for `support`."""
 
         def make() -> PredictionPlan:
             self._require_warm("input", inputs, [known.shapes for known in self.predictions.entries()], warm)
@@ -91,14 +91,14 @@ class Planner:
         return self.predictions.get_or_make((self._reader.mode(), _key((inputs, carry, fixed)), num_tasks), make)
 
     def draw(self, noises: Sequence[Noise], generator: torch.Generator | None, num_tasks: int | None) -> tuple[Tensor, ...]:
-        """As `graph.noise.draw`; where calls are launches, not while another thread records one."""
+        """Draws noise as `graph.noise.draw` does; where calls are launches, waits until no thread records one."""
         if not noises:
             return ()
         with RUNNING if self._launcher is not None else _NOTHING:
             return draw(noises, generator, num_tasks)
 
     def call(self) -> contextlib.AbstractContextManager[object]:
-        """The block in which a call runs; a background compiler, which waits for calls that capture, hears of its end.
+        """Returns the context in which a call runs. Its end is told to a background compiler, which waits for calls that capture.
 
         Raises:
           CannotRecord: calls are launches, and none can be made here and now.
@@ -108,7 +108,7 @@ class Planner:
         return contextlib.closing(_TIERED_CALL) if self._is_tiered else _NOTHING
 
     def programs(self) -> list[tuple[str, Program]]:
-        """All programs with their names, those of the shapes used last at the end."""
+        """Returns all programs with their names, those of the shapes used last at the end."""
         plans = self.supports.entries()
         sets = [part for plan in plans for part in (plan.programs, *(query.programs for query in plan.queries.entries()))]
         sets += [prediction.programs for prediction in self.predictions.entries()]

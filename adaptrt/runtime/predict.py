@@ -1,4 +1,4 @@
-"""Predictions of adapted models."""
+"""Computes predictions of adapted models."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from adaptrt.tree import Tree
 
 
 class ModelPredictor:
-    """Computes the outputs of an unroll's model after adaptation: the `Predictor` of `adaptrt.Adapted`.
+    """The `Predictor` of the adaptations that an unroll returns.
 
     Args:
       settings: of the unroll.
@@ -37,7 +37,7 @@ class ModelPredictor:
         self._recent: Recent[PredictionPlan] = Recent()
 
     def predict(self, state: State, fixed: Fixed, inputs: Tree, generator: torch.Generator | None, warm: bool = False) -> Any:
-        """What the model returns for `inputs`, differentiable if gradients are enabled.
+        """Returns the model's output for `inputs`, differentiable if gradients are enabled.
 
         Args:
           state: of the adaptation.
@@ -61,11 +61,11 @@ class ModelPredictor:
                     raise
 
     def state_dict(self, state: State, fixed: Fixed) -> dict[str, Tensor]:
-        """The whole model's state dict, detached."""
+        """Returns the whole model's state dict, detached."""
         return self._reader.state_dict({**fixed.params, **state.params, **state.buffers})
 
     def _plan(self, carry: Carry, fixed: Fixed, inputs: Tree, num_tasks: int | None, warm: bool) -> PredictionPlan:
-        """The plan for checked inputs; a prediction that is like the last one in all that matters takes its plan."""
+        """Checks the inputs and returns their plan; a prediction that is like the last one in all that matters takes its plan."""
         usual = not warm and type(inputs) is tuple and all([isinstance(value, Tensor) for value in inputs])
         leaves = [*carry.params.values(), *carry.buffers.values(), *fixed.params.values(), *inputs] if usual else []
         kind = torch.is_inference_mode_enabled(), torch.is_grad_enabled(), len(leaves), num_tasks is None

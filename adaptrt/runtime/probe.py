@@ -1,4 +1,4 @@
-"""One forward pass on fake tensors, before anything is planned or compiled: what model and loss need, and what goes wrong in them."""
+"""Runs a forward pass on fake tensors before anything is planned, to find what model and loss need, and what goes wrong in them."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _NAMES = ("carry", "fixed", "batch")
 
 
 class Probe(NamedTuple):
-    """What one forward pass on fake tensors tells.
+    """What one forward pass on fake tensors has shown.
 
     Attributes:
       noise: what its random operations draw, in order.
@@ -41,16 +41,16 @@ class Probe(NamedTuple):
 
 
 def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> tuple[Probe, Graph]:
-    """Runs model and loss once on fake tensors, and for the support batch gradient and update, to find what goes wrong and what they need.
-
-    Returns that, and the graph of model and loss.
+    """Runs model and loss once on fake tensors, and for the support batch gradient and update, too.
 
     Args:
       step: the inner step.
       name: "support" or "query", for messages.
       carry, fixed, batch: trees of tensors or specs of one task.
     Raises:
-      InvalidBatch, InvalidLoss, NothingToAdapt, DataDependentControlFlow, UnsupportedRandomness: see there.
+      InvalidBatch, InvalidLoss, NothingToAdapt, DataDependentControlFlow, UnsupportedRandomness: see `adaptrt.errors`.
+    Returns:
+      What the pass has shown, and the graph of model and loss.
     """
     live = {key: False for key in carry.buffers}
     while True:
@@ -79,7 +79,11 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> tu
 
 
 def probe_prediction(step: Step, carry: Carry, fixed: Fixed, inputs: Tree) -> tuple[tuple[Noise, ...], tuple[IndexBound, ...]]:
-    """The same for the model alone: what its random operations draw, and which inputs are indices. Arguments and errors as for `probe`."""
+    """Runs the model without the loss. Arguments and errors are as for `probe`.
+
+    Returns:
+      What its random operations draw, in order, and which inputs are indices.
+    """
     noise: list[Noise] = []
 
     def forward(carry: Carry, fixed: Fixed, inputs: Tree) -> Tree:
@@ -93,7 +97,7 @@ def probe_prediction(step: Step, carry: Carry, fixed: Fixed, inputs: Tree) -> tu
 
 
 def noise_specs(noise: Sequence[Noise]) -> tuple[Spec, ...]:
-    """What is drawn, as specs."""
+    """Returns the specs of what is drawn."""
     return tuple([entry.spec for entry in noise])
 
 

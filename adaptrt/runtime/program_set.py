@@ -1,4 +1,4 @@
-"""The programs of one input shape, each captured and compiled at its first call."""
+"""The programs for one shape of data."""
 
 from __future__ import annotations
 
@@ -28,7 +28,9 @@ _Key = tuple[str, Wrt | None]
 
 
 class ProgramSet:
-    """The programs of one input shape: an `adaptrt.adjoint.base.Programs` that captures and compiles at a program's first call.
+    """Keeps the programs for one shape of data; each is captured and compiled at its first call.
+
+    It is the `adaptrt.adjoint.base.Programs` of the adjoints, which documents `program`, `pullback` and `stashed`.
 
     Args:
       backend: what runs the graphs.
@@ -102,16 +104,16 @@ class ProgramSet:
         )
 
     def named(self) -> list[tuple[str, Program]]:
-        """The programs compiled so far, without those of the parent."""
+        """Returns the programs compiled so far with their names, without those of the parent."""
         return [(key[0], program) for key, program in list(self._programs.items())]
 
     def constants(self) -> list[Constant]:
-        """What the programs read besides their arguments, those of the parent included."""
+        """Returns readers of what the programs use besides their arguments, those of the parent included."""
         own = [read for program in list(self._programs.values()) for read in program.constants]
         return own if self._parent is None else [*own, *self._parent.constants()]
 
     def finish_building(self) -> None:
-        """Waits for all code that is being built."""
+        """Waits for all code that is still being built."""
         for table in (self._programs, self._firsts):
             for key, program in table.items():
                 if program.is_building:
@@ -120,7 +122,7 @@ class ProgramSet:
             self._parent.finish_building()
 
     def _owner_of(self, arguments: Sequence[str]) -> ProgramSet:
-        """Which set holds a program of these arguments."""
+        """Returns the set that holds programs of such arguments."""
         return self if self._parent is None or "query" in arguments else self._parent._owner_of(arguments)
 
     def _lazy(
@@ -159,7 +161,7 @@ class ProgramSet:
     def _compile_halves(
         self, forward: _Key, backward: _Key, capture: Callable[[], tuple[Graph, int]], args: Sequence[Tree], loop: Loop | None
     ) -> None:
-        """Compiles the first half of a graph of results and gradients, and keeps the second until what it is given is known."""
+        """Compiles the first half of a graph of results and gradients; the second is kept until the form of its inputs is known."""
         if forward in self._refused:
             raise NotDifferentiable(*self._refused[forward].args)
         began = time.perf_counter()
@@ -177,10 +179,10 @@ class ProgramSet:
             self._firsts[backward] = first
 
     def _hoisted(self, graph: Graph, args: Sequence[Tree], loop: Loop | None, unchanged: set[int]) -> tuple[Graph, Program | None]:
-        """The graph without what is the same in all calls of the loop, and the program of that, which is run.
+        """Takes what is the same in all calls of the loop out of the graph; returns both parts, that one as a program, which is run.
 
         Args:
-          unchanged: positions of those leaves of the carry that every call returns as they were.
+          unchanged: positions of those leaves of the carry that every call returns unchanged.
         """
         if loop is None:
             return graph, None
@@ -202,7 +204,7 @@ class ProgramSet:
         self._programs[key] = program
 
     def _in_loop(self, key: _Key, loop: Loop | None) -> Callable[..., Any]:
-        """The program, given what all calls of the loop share."""
+        """Returns the program, which is given what all calls of the loop share."""
         program, first = self._programs[key], self._firsts.get(key)
         if rehearsing():
             program, first = program.rehearsed, first and first.rehearsed
@@ -219,17 +221,17 @@ class ProgramSet:
 
 
 def _unchanged(graph: Graph, args: Sequence[Tree]) -> set[int]:
-    """Which leaves of the carry, a graph's first argument and first result, are returned as they were."""
+    """Returns the positions of leaves of the carry, a graph's first argument and first result, that are returned unchanged."""
     return {index for index in range(len(tree.leaves(args[0]))) if returns_input(graph, index)}
 
 
 def _shared_by(loop: Loop | None) -> list[Tensor]:
-    """What all calls of the loop share, as far as it is known."""
+    """Returns what all calls of the loop share, as far as it is known."""
     return [] if loop is None or loop.shared is None else loop.shared
 
 
 def _as_they_are(graph: Graph, kept: Sequence[Tensor]) -> Graph:
-    """The graph for these values of its inputs of role KEPT, which may have any strides.
+    """Returns the graph for inputs of role KEPT that are like these values, which may have any strides.
 
     Kernels differ from what fake tensors say of them: in layout, and layer_norm's of bfloat16 on the CPU in dtype.
     """

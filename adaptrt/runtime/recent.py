@@ -1,4 +1,4 @@
-"""What was found for the last call, taken over by the next one that is like it."""
+"""Remembers what was found for the last call, for the next one that is like it."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ Found = TypeVar("Found")
 
 
 class Recent(Generic[Found]):
-    """For each kind of call what the last one found.
+    """Remembers for each kind of call what the last one found.
 
-    It holds for every call of equal structure whose tensors are alike (`adaptrt.backend.guards`): nothing else matters. Safe to use from
-    threads: an entry is replaced at once.
+    That is valid for every call of equal structure whose tensors are alike (`adaptrt.backend.guards`), since nothing else matters. It is
+    safe to use from several threads.
     """
 
     def __init__(self) -> None:
         self._entries: dict[Hashable, tuple[Hashable, Callable[..., bool], Found]] = {}
 
     def find(self, kind: Hashable, structure: Hashable, tensors: Sequence[Tensor]) -> Found | None:
-        """What the last call of this kind found, if it was like this one.
+        """Returns what the last call of this kind found if it was like this one, else None.
 
         Args:
           kind: of the call, such as whether it is differentiated.
-          structure: what else a call is for besides the form of its tensors.
-          tensors: all that it is given, in order.
+          structure: everything that matters besides the form of its tensors.
+          tensors: all tensors that it uses, in order.
         """
         entry = self._entries.get(kind)
         return entry[2] if entry is not None and entry[0] == structure and entry[1](*tensors) else None
 
     def keep(self, kind: Hashable, structure: Hashable, tensors: Sequence[Tensor], found: Found) -> None:
-        """Keeps what a call found in place of what the last one of its kind did."""
+        """Remembers what a call found, in the place of what the last one of its kind did."""
         self._entries[kind] = structure, alike(tensors), found

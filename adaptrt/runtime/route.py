@@ -1,4 +1,4 @@
-"""From a call's arguments to what runs it: the arguments are checked, and plans are looked up or made."""
+"""Finds what runs a call: its arguments are checked, and its plans are looked up or made."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ _MAX_PROBLEMS = 64
 
 @dataclasses.dataclass(slots=True)
 class Route:
-    """What runs a call, and every later call that is like it.
+    """Holds what runs a call, and every later call that is like it.
 
     Attributes:
       plan, query_plan, problem: what to run; no query plan for a call without query data.
       num_tasks: length of the task axis, None without one.
-      whole: the program that is the whole call, if there is one and it is compiled: the adjoint's Python can be left out then.
-      is_settled: whether it is known if there is one.
+      whole: a compiled program that is the whole call, None if there is none: with it the adjoint's Python code need not run.
+      is_settled: whether it is known that there is one, or none.
     """
 
     plan: SupportPlan
@@ -58,7 +58,7 @@ class Route:
 
 
 class Routed(NamedTuple):
-    """The checked arguments of a call and its route; `inputs` are the leaves that the caller differentiates."""
+    """The checked arguments of a call, and its route; `inputs` are the leaves that the caller differentiates."""
 
     route: Route
     begin: Start
@@ -85,7 +85,7 @@ class Router:
         self._recent: Recent[Route] = Recent()
 
     def find(self, support: Any, query: tuple[Any] | None, start: Adapted | None, warm: bool) -> Routed:
-        """The route of a call; one that is like the last call in all that matters takes its route.
+        """Returns the route of a call; one that is like the last call in all that matters takes its route.
 
         Args:
           support, start, warm: as `CompiledUnroll` takes them.
@@ -119,7 +119,7 @@ class Router:
         return Routed(Route(plan, query_plan, problem, num_tasks), begin, batch, asked, inputs)
 
     def _support(self, support: Any) -> tuple[Batch, int | None]:
-        """The checked support batch, and the number of tasks in it."""
+        """Returns the checked support batch, and the number of tasks in it."""
         batch = check.as_batch("support", support, self._settings.device)
         num_tasks = check.leading_axis("support", batch, 0, None, "tasks") if self._task_axis else None
         if self._settings.per_step:
@@ -128,7 +128,7 @@ class Router:
         return batch, num_tasks
 
     def _query(self, query: Any, num_tasks: int | None) -> Batch:
-        """The checked query batch."""
+        """Returns the checked query batch."""
         batch = check.as_batch("query", query, self._settings.device)
         check.batch_sizes("query", batch, int(self._task_axis))
         if num_tasks is not None:
@@ -136,7 +136,7 @@ class Router:
         return batch
 
     def _start(self, start: Adapted | None, num_tasks: int | None) -> Start:
-        """Where to start: from the model and optimiser as they are now, or from an earlier result."""
+        """Returns what to start from: the present values of model and optimiser, or an earlier result."""
         begin = self._reader.read()
         if start is None:
             return begin
@@ -155,7 +155,7 @@ class Router:
         return begin._replace(carry=carry, carry_leaves=tree.leaves(carry), has_tasks=has_tasks)
 
     def _problem(self, plan: SupportPlan, begin: Start, batch: Batch, query: Batch | None) -> tuple[Problem, tuple[Tensor, ...]]:
-        """The problem, and the leaves that the caller differentiates."""
+        """Returns the problem, and the leaves that the caller differentiates."""
         groups = begin.carry_leaves, begin.fixed_leaves, tree.leaves(batch), tree.leaves(query)
         enabled = torch.is_grad_enabled()
         differentiated = Differentiated(*[tuple([enabled and leaf.requires_grad for leaf in leaves]) for leaves in groups])

@@ -1,4 +1,4 @@
-"""The arguments of `compile_unroll`, checked and resolved: one value that everything in this folder reads."""
+"""The arguments of `compile_unroll`, checked and resolved, as one value."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from adaptrt.optim.source import Source
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Settings:
-    """What `compile_unroll` was asked for.
+    """Holds what `compile_unroll` was asked for.
 
     Attributes:
       model, loss, k, per_step, cache_size: as given.
@@ -26,7 +26,7 @@ class Settings:
       must_be_warm: whether data of a shape that `warmup` has not seen is refused.
       check_finite: whether data with NaN or infinity is refused.
       device: where the model was when the unroll was made.
-      dtype: of a step's autocast, None without one.
+      dtype: of the autocast that a step runs in, None if it runs in none.
     """
 
     model: nn.Module
@@ -45,5 +45,5 @@ class Settings:
 
     @property
     def modules(self) -> list[nn.Module]:
-        """The model, and the loss if it is a module: where plain tensor attributes are looked up."""
+        """The model, and the loss if it is a module; plain tensor attributes are looked up in these."""
         return [part for part in (self.model, self.loss) if isinstance(part, nn.Module)]

@@ -1,4 +1,4 @@
-"""The state of an adaptation as a value: what k steps changed, and nothing else."""
+"""The state of an adaptation as a value: everything that the inner steps change."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from adaptrt.tree import Tree
 
 
 class State(NamedTuple):
-    """Adapted parameters, optimiser state and buffers. Immutable: what returns another state leaves this one as it is.
+    """Adapted parameters, optimiser state and buffers. It is immutable: methods return another state and leave this one unchanged.
 
     Attributes:
-      carry: all of it, as programs take it; buffers of a loss module are among its buffers, under names of their own.
+      carry: all of it, in the form in which programs take it. Its buffers include those of a loss module, under names of their own.
       num_tasks: length T of the leading axis that every tensor has, None without one.
     """
 
@@ -46,7 +46,7 @@ class State(NamedTuple):
         opt_state: Tree = None,
         buffers: Mapping[str, Tensor] | None = None,
     ) -> State:
-        """The same state with other values in part.
+        """Returns a state with some values replaced.
 
         Args:
           params, buffers: by name; those not named stay.
@@ -64,9 +64,9 @@ class State(NamedTuple):
         return self._replace(carry=carry)
 
     def detach(self) -> State:
-        """The same values, cut from what they were computed from."""
+        """Returns the same values without their autograd history."""
         return self._replace(carry=tree.map_leaves(Tensor.detach, self.carry))
 
     def named_tensors(self) -> dict[str, Tensor]:
-        """Every tensor by its dotted name: `params.0.weight`, `opt_state.momentum.0.weight`, `buffers.1.running_mean`."""
+        """Returns every tensor by its dotted name, such as `params.0.weight` or `buffers.1.running_mean`."""
         return dict(zip(tree.paths(self.carry), tree.leaves(self.carry), strict=True))

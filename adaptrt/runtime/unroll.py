@@ -1,4 +1,4 @@
-"""`compile_unroll`: puts the pipeline together and runs it on the user's data.
+"""`compile_unroll`, the entry point: puts the pipeline together and runs it on the user's data.
 
 Known limits: which parameters adapt is decided when `compile_unroll` is called; layers added to the model later are not seen. Programs are
 compiled for one set of shapes each. Python numbers in the model's attributes are constants of a program. The caller's autocast is off
@@ -52,15 +52,15 @@ def compile_unroll(
     tiered: bool = False,
     dtype: torch.dtype | None = None,
 ) -> CompiledUnroll:
-    """k steps of `opt` on a support batch, and their meta-gradient, as compiled programs.
+    """Compiles k steps of `opt` on a support batch, and their meta-gradient.
 
-    Nothing is compiled until data of some shape is seen (`warmup` does it ahead of time). The model is never changed: not its parameters,
-    buffers, mode, hooks or `.grad`.
+    Programs are compiled when data of a shape is first seen; `warmup` does it ahead of time. The model is never changed: neither its
+    parameters, buffers and mode, nor its hooks and `.grad`.
 
     Args:
       model: any module. Its parameters, buffers and train/eval mode are read at every call.
       opt: an instance of `torch.optim` (docs/optimisers.md says which), whose groups, hyperparameters and state are read at every call and
-        left alone, or an optimiser of `adaptrt.optim`. Hyperparameters are inputs: changing one does not recompile, and a tensor that
+        never changed, or an optimiser of `adaptrt.optim`. Hyperparameters are inputs: changing one does not recompile, and a tensor that
         requires grad gets its meta-gradient.
       k: number of inner steps, at least 1.
       loss: `loss(output, target)`, or `loss(output)` for batches without target; returns a scalar. A module's parameters are meta-learned
@@ -76,7 +76,7 @@ def compile_unroll(
       per_step: support has a leading axis of length k, one batch for each step.
       on_new_shape: what data of a shape not seen before does: "compile", or "error" to allow what `warmup` has seen only.
       cache_size: how many support shapes are kept, and query shapes for each; the least recently used is dropped.
-      nonfinite: "error" refuses data with NaN or infinity, "ignore" does not look.
+      nonfinite: "error" refuses data with NaN or infinity, "ignore" accepts it.
       tiered: answer from programs that run operation by operation at once, and compile in the background; each program is replaced when its
         compiled form is there. Numbers then change by rounding. `explain()` says what is still to come; `warmup()` waits for it.
       dtype: `torch.bfloat16` runs model and loss in it where `torch.autocast` would, and predicts in it; parameters, gradients, optimiser
@@ -177,7 +177,7 @@ class CompiledUnroll:
         Args:
           support: `(inputs, target)` or `(inputs,)`; inputs a tensor, tuple or dict. Axes [S, ...] = support examples first, behind steps k
             with `per_step` and tasks T with `vmap`: [T, k, S, ...].
-          start: go on from an earlier result, its optimiser state included, instead of from the model and optimiser as they stand.
+          start: go on from an earlier result, its optimiser state included, instead of from the present values of model and optimiser.
           generator: where random operations draw from; None for the global generator.
         Raises:
           InvalidBatch, LabelOutOfRange, NonFiniteInput, DeviceMismatch, ShapeChanged, InvalidLoss, NothingToAdapt,
@@ -213,8 +213,8 @@ class CompiledUnroll:
     def warmup(self, support: Any, query: Any = None) -> CompiledUnroll:
         """Compiles for data of these shapes ahead of time; returns the unroll itself.
 
-        Compiles what `adapt` needs without gradients; with `query` also prediction on its inputs, and the meta-loss, with its gradient
-        if gradients are enabled here. The global random state is left alone.
+        That is what `adapt` needs without gradients; with `query` also prediction on its inputs, and the meta-loss, with its gradient
+        if gradients are enabled here. The global random state does not change.
         """
         generator = torch.Generator(self._settings.device)
         with torch.no_grad():

@@ -1,4 +1,4 @@
-"""Who validates the values of a call's data, and for what: one decision of a plan."""
+"""Decides who validates the values of a call's data, and validates them."""
 
 from __future__ import annotations
 
@@ -15,22 +15,22 @@ from adaptrt.inner.step import Batch
 
 
 class Validator(enum.Enum):
-    """Who looks at the values."""
+    """Who validates the values."""
 
     HOST = "host"
-    """Python code, before the programs run. It waits for the device."""
+    """Python code validates them before the programs run, and waits for the device."""
     PROGRAM = "program"
-    """The program that computes the call looks for NaN and infinity while it has the data at hand; Python code looks at indices."""
+    """The program that computes the call finds NaN and infinity while it reads the data anyway; Python code validates indices."""
     LAUNCH = "launch"
-    """Operations within the recorded call, so that nothing waits for the device before it is launched."""
+    """Operations within the recorded call validate them, so that nothing waits for the device before the launch."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Validation:
-    """What happens to the values of a call's data.
+    """How the values of a call's data are validated.
 
     Attributes:
-      validator: who looks at them. Labels and indices are always validated.
+      validator: who does it. Labels and indices are validated in any case.
       finite: whether NaN and infinity are refused.
     """
 
@@ -39,7 +39,7 @@ class Validation:
 
     @staticmethod
     def decide(*, finite: bool, backend: Backend, is_launched: bool, sees_all_data: bool) -> Validation:
-        """Who validates.
+        """Decides who validates.
 
         Args:
           finite: whether NaN and infinity are to be refused.
@@ -57,14 +57,14 @@ class Validation:
         return self.validator is Validator.PROGRAM and self.finite
 
     def before(self, name: str, batch: Batch, bounds: Sequence[IndexBound]) -> None:
-        """Validates what has to be valid before the programs run.
+        """Validates, before the programs run, what they do not validate themselves.
 
         Args:
           name: of the batch, for messages.
           batch: the data.
           bounds: which of it are class labels or indices.
         Raises:
-          LabelOutOfRange, NonFiniteInput: it is not.
+          LabelOutOfRange, NonFiniteInput: a value is not valid.
         """
         if self.validator is not Validator.LAUNCH:
             check.indices(name, batch, bounds)
@@ -72,11 +72,11 @@ class Validation:
                 check.finite(name, batch)
 
     def within(self, batch: Batch, bounds: Sequence[IndexBound]) -> tuple[Batch, Tensor | None]:
-        """The same within a recorded call: data that kernels may be given, and whether it was valid, as `check.validated` returns them."""
+        """Validates within a recorded call; returns what `check.validated` does."""
         return check.validated(batch, bounds, self.finite)
 
     def report(self, name: str, batch: Batch, bounds: Sequence[IndexBound]) -> None:
-        """Raises an error that names the invalid value, if there is one; for data that a program or a launch has refused."""
+        """Raises an error that names the invalid value in data that a program or a launch has refused."""
         check.indices(name, batch, bounds)
         if self.finite:
             check.finite(name, batch)
