@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Domain, Optimizer, Value, average_square, checked, fit, plus, safe_sqrt
+from adaptrt.optim.arithmetic import average_square, fit, plus, safe_sqrt
+from adaptrt.optim.base import Optimizer, Value
+from adaptrt.optim.checks import Domain, checked
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 

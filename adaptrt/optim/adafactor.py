@@ -8,7 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Absent, Count, Domain, Optimizer, Value, checked, double, entries, fit, is_off, larger, safe_sqrt, smaller
+from adaptrt.optim.arithmetic import double, fit, larger, safe_sqrt, smaller
+from adaptrt.optim.base import Absent, Count, Optimizer, Value
+from adaptrt.optim.checks import Domain, checked, entries, is_off
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 

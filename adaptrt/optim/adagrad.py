@@ -11,7 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Count, Optimizer, Value, checked, choose, double, fit, like, plus, safe_sqrt
+from adaptrt.optim.arithmetic import choose, double, fit, like, plus, safe_sqrt
+from adaptrt.optim.base import Count, Optimizer, Value
+from adaptrt.optim.checks import checked
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 

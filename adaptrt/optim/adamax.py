@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Count, Optimizer, Value, average, checked_moments, double, fit, plus
+from adaptrt.optim.arithmetic import average, double, fit, plus
+from adaptrt.optim.base import Count, Optimizer, Value
+from adaptrt.optim.checks import checked_moments
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 

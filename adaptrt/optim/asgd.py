@@ -12,7 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Count, Optimizer, Value, checked, double, fit, larger, plus
+from adaptrt.optim.arithmetic import double, fit, larger, plus
+from adaptrt.optim.base import Count, Optimizer, Value
+from adaptrt.optim.checks import checked
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 

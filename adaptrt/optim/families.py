@@ -16,8 +16,10 @@ from adaptrt.optim.adafactor import adafactor
 from adaptrt.optim.adagrad import adagrad
 from adaptrt.optim.adam import adam, adamw
 from adaptrt.optim.adamax import adamax
+from adaptrt.optim.arithmetic import at
 from adaptrt.optim.asgd import asgd
-from adaptrt.optim.base import Optimizer, at, is_off
+from adaptrt.optim.base import Optimizer
+from adaptrt.optim.checks import is_off
 from adaptrt.optim.lbfgs import lbfgs
 from adaptrt.optim.muon import muon
 from adaptrt.optim.nadam import nadam

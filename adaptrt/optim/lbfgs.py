@@ -14,7 +14,9 @@ from torch import Tensor
 
 from adaptrt import tree
 from adaptrt.errors import OptimizerMismatch
-from adaptrt.optim.base import Number, Optimizer, Params, Value, check_count, check_flags, check_grads, checked, fit, larger, read
+from adaptrt.optim.arithmetic import fit, larger, read
+from adaptrt.optim.base import Number, Optimizer, Params, Value, check_count
+from adaptrt.optim.checks import check_flags, check_grads, checked
 from adaptrt.optim.schedule import scheduled
 
 MIN_CURVATURE = 1e-10

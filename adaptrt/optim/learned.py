@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from adaptrt import tree
 from adaptrt.errors import InvalidArgument, InvalidType, OptimizerMismatch
 from adaptrt.functional import call_stateless
-from adaptrt.optim.base import Optimizer, Params, State, check_grads
+from adaptrt.optim.base import Optimizer, Params, State
+from adaptrt.optim.checks import check_grads
 
 
 @runtime_checkable

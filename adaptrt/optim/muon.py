@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from adaptrt.errors import InvalidArgument, InvalidType, UnsupportedParameter
-from adaptrt.optim.base import Number, Optimizer, Value, average, check_flags, checked, double, entries, larger, plus
+from adaptrt.optim.arithmetic import average, double, larger, plus
+from adaptrt.optim.base import Number, Optimizer, Value
+from adaptrt.optim.checks import check_flags, checked, entries
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 ADJUSTMENTS = (None, "original", "match_rms_adamw", "spectral_unclamped")

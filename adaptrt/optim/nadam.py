@@ -11,20 +11,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import (
-    Count,
-    Optimizer,
-    Value,
-    average,
-    average_square,
-    check_flags,
-    checked,
-    checked_moments,
-    double,
-    fit,
-    plus,
-    safe_sqrt,
-)
+from adaptrt.optim.arithmetic import average, average_square, double, fit, plus, safe_sqrt
+from adaptrt.optim.base import Count, Optimizer, Value
+from adaptrt.optim.checks import check_flags, checked, checked_moments
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from adaptrt import tree
 from adaptrt.errors import InvalidArgument, OptimizerMismatch
-from adaptrt.optim.base import Number, Optimizer, Params, Value, check_flags, check_grads, checked, double, fit, is_off, plus, read
+from adaptrt.optim.arithmetic import double, fit, plus, read
+from adaptrt.optim.base import Number, Optimizer, Params, Value
+from adaptrt.optim.checks import check_flags, check_grads, checked, is_off
 from adaptrt.optim.schedule import scheduled
 
 S = TypeVar("S")

@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Absent, Optimizer, Value, average, average_square, check_flags, checked, fit, is_off, plus, safe_sqrt
+from adaptrt.optim.arithmetic import average, average_square, fit, plus, safe_sqrt
+from adaptrt.optim.base import Absent, Optimizer, Value
+from adaptrt.optim.checks import check_flags, checked, is_off
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 

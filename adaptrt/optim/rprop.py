@@ -7,7 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Count, Domain, Optimizer, Value, checked, choose, entries, fit, larger, smaller
+from adaptrt.optim.arithmetic import choose, fit, larger, smaller
+from adaptrt.optim.base import Count, Optimizer, Value
+from adaptrt.optim.checks import Domain, checked, entries
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 

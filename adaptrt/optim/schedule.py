@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from adaptrt.errors import InvalidArgument, InvalidType
-from adaptrt.optim.base import REAL, Hyper, Optimizer, Params, Schedule, State, Value, checked
+from adaptrt.optim.base import Hyper, Optimizer, Params, Schedule, State, Value
+from adaptrt.optim.checks import REAL, checked
 
 
 class ScheduledState(NamedTuple):

@@ -8,7 +8,9 @@ import torch
 from torch import Tensor
 
 from adaptrt.errors import InvalidArgument
-from adaptrt.optim.base import REAL, Absent, Count, Optimizer, Value, check_flags, checked, choose, double, fit, is_off, plus
+from adaptrt.optim.arithmetic import choose, double, fit, plus
+from adaptrt.optim.base import Absent, Count, Optimizer, Value
+from adaptrt.optim.checks import REAL, check_flags, checked, is_off
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 

@@ -10,7 +10,9 @@ import torch
 from torch import Tensor
 
 from adaptrt.errors import InvalidArgument, InvalidType
-from adaptrt.optim.base import Hyper, Number, Optimizer, Params, State, Transform, Value, checked, fit, safe_sqrt, scalar, smaller
+from adaptrt.optim.arithmetic import fit, safe_sqrt, smaller
+from adaptrt.optim.base import Hyper, Number, Optimizer, Params, State, Transform, Value
+from adaptrt.optim.checks import checked, scalar
 
 
 class ScheduleState(NamedTuple):
