@@ -16,7 +16,7 @@ from adaptrt import Adjoint, Replay, Unrolled, compile_unroll, higher
 from adaptrt.errors import DataDependentControlFlow, NotTraceable, OptimizerMismatch, UnsupportedOptimizer
 from adaptrt.higher.optim import DifferentiableOptimizer, DifferentiableSGD
 from adaptrt.higher.registered import _MAX_BUILT, RegisteredSource
-from adaptrt.optim import families, source
+from adaptrt.optim.registry import REGISTERED
 
 K = 4
 
@@ -101,16 +101,12 @@ over_kinds = pytest.mark.parametrize("kind", SETTINGS, ids=lambda kind: kind.__n
 
 @pytest.fixture(autouse=True, scope="module")
 def _registered() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
-    tape, programs, aliases = dict(higher.optim._registered), dict(source._registered), dict(families.ALIASES)
+    before = dict(REGISTERED)
     for kind, version in VERSIONS.items():
         higher.register_optim(kind, version)
     yield
-    higher.optim._registered.clear()
-    higher.optim._registered.update(tape)
-    source._registered.clear()
-    source._registered.update(programs)
-    families.ALIASES.clear()
-    families.ALIASES.update(aliases)
+    REGISTERED.clear()
+    REGISTERED.update(before)
 
 
 def make_net() -> nn.Sequential:
