@@ -599,6 +599,18 @@ def test_registering_anew_replaces() -> None:
     assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
 
 
+def test_a_class_of_torch_optim_may_be_registered_and_put_back() -> None:
+    net = make_net()
+    opt = torch.optim.SGD(net.parameters(), lr=0.1)
+    found: list[Tensor] = []
+    for version in (DifferentiableSGD, Clipped, DifferentiableSGD):
+        higher.register_optim(torch.optim.SGD, version)
+        assert type(higher.get_diff_optim(opt, net.parameters())) is version
+        found.append(compile_unroll(net, opt, K, loss=F.mse_loss, backend="eager")(batch(1), batch(2)).detach())
+        assert_near(found[-1:], [on_the_tape(net, opt, batch(1), batch(2))[0].detach()])
+    assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
+
+
 class Rooted(DifferentiableOptimizer):
     """Adam as one writes it: the root of a second moment that may be zero."""
 
