@@ -399,7 +399,7 @@ def test_gradients_may_be_of_a_wider_type(kind: Any) -> None:
 
 def test_versions_of_torch_optim_are_ordinary_classes() -> None:
     """They are made from a table: names, module, docstring, and what pickle needs."""
-    for name in (
+    for name in [
         "SGD",
         "Adam",
         "AdamW",
@@ -413,12 +413,12 @@ def test_versions_of_torch_optim_are_ordinary_classes() -> None:
         "RAdam",
         "Adafactor",
         "Muon",
-    ):
-        version = getattr(ours.optim, f"Differentiable{name}")
+    ]:
+        version: Any = getattr(ours.optim, f"Differentiable{name}")
         assert version.__name__ == version.__qualname__ == f"Differentiable{name}"
         assert version.__module__ == "adaptrt.higher.optim" and f"`adaptrt.optim.{name.lower()}`" in version.__doc__
         assert pickle.loads(pickle.dumps(version)) is version
-        assert issubclass(version, ours.optim.DifferentiableOptimizer) and version.kind is getattr(torch.optim, name)
+        assert version.kind is getattr(torch.optim, name) and issubclass(version, ours.optim.DifferentiableOptimizer)
 
 
 class Differentiating(ours.optim.DifferentiableOptimizer):
