@@ -16,7 +16,7 @@ from adaptrt import Adjoint, Replay, Unrolled, compile_unroll, higher
 from adaptrt.errors import DataDependentControlFlow, NotTraceable, OptimizerMismatch, UnsupportedOptimizer
 from adaptrt.higher.optim import DifferentiableOptimizer, DifferentiableSGD
 from adaptrt.higher.registered import _MAX_BUILT, RegisteredSource
-from adaptrt.optim import families, source
+from adaptrt.optim.registry import REGISTERED
 
 K = 4
 
@@ -101,16 +101,12 @@ over_kinds = pytest.mark.parametrize("kind", SETTINGS, ids=lambda kind: kind.__n
 
 @pytest.fixture(autouse=True, scope="module")
 def _registered() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
-    tape, programs, aliases = dict(higher.optim._registered), dict(source._registered), dict(families.ALIASES)
+    before = dict(REGISTERED)
     for kind, version in VERSIONS.items():
         higher.register_optim(kind, version)
     yield
-    higher.optim._registered.clear()
-    higher.optim._registered.update(tape)
-    source._registered.clear()
-    source._registered.update(programs)
-    families.ALIASES.clear()
-    families.ALIASES.update(aliases)
+    REGISTERED.clear()
+    REGISTERED.update(before)
 
 
 def make_net() -> nn.Sequential:
@@ -600,6 +596,18 @@ def test_registering_anew_replaces() -> None:
     for version in (DifferentiableSGD, Clipped, DifferentiableSGD):
         higher.register_optim(OurSGD, version)
         found.append(compile_unroll(net, opt, K, loss=F.mse_loss, backend="eager")(batch(1), batch(2)).detach())
+    assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
+
+
+def test_a_class_of_torch_optim_may_be_registered_and_put_back() -> None:
+    net = make_net()
+    opt = torch.optim.SGD(net.parameters(), lr=0.1)
+    found: list[Tensor] = []
+    for version in (DifferentiableSGD, Clipped, DifferentiableSGD):
+        higher.register_optim(torch.optim.SGD, version)
+        assert type(higher.get_diff_optim(opt, net.parameters())) is version
+        found.append(compile_unroll(net, opt, K, loss=F.mse_loss, backend="eager")(batch(1), batch(2)).detach())
+        assert_near(found[-1:], [on_the_tape(net, opt, batch(1), batch(2))[0].detach()])
     assert torch.equal(found[0], found[2]) and not torch.equal(found[0], found[1])
 
 
