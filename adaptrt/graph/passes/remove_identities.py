@@ -1,8 +1,8 @@
 """Removes operations that return their argument, and operations that nothing uses.
 
 `detach` is removed, too. A graph is never differentiated, so a detach has had its effect when the gradient was traced, whether it came
-from autograd or from the user. A `clone` stays if it changes the memory layout, and `own_outputs` adds the copies that outputs need. In eval mode
-batch normalisation returns its running statistics unchanged, so these are replaced as well.
+from autograd or from the user. A `clone` stays if it changes the memory layout, and `own_outputs` adds the copies that outputs need. In
+eval mode batch normalisation returns its running statistics unchanged, so these are replaced as well.
 """
 
 from __future__ import annotations
