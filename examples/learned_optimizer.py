@@ -24,8 +24,8 @@ with `--adjoint first_order`, seed 0, gave 0.30 after 20 steps and 0.06 after 60
 
 Known limits: the LSTM is small, and is trained for half a minute on one kind of task. Nothing bounds what it does beyond its horizon: by
 1000 steps it has stopped improving, with a median loss 20 to 400 times that of Adam. It need not work at all on other networks or losses.
-The default backend is eager, which needs no compiler. The command took about 100 s on two busy cores with it, 84 s with inductor, and 54
-s with programs that an earlier run had cached.
+The default backend is eager, which needs no compiler. The command took about 100 s on two busy cores with it, 84 s with inductor, and
+54 s with programs that an earlier run had cached.
 """
 
 from __future__ import annotations
@@ -61,9 +61,9 @@ HELD_OUT_TASKS = 60
 TOLERANCE = 1e-10
 """Largest relative error of the meta-gradient in float64."""
 CHECKED_SEED = 4
-"""The seed of the check, which always uses the same, well-conditioned problem. The logarithm in the rule's input amplifies the rounding of a
-small gradient by up to exp(10) at each step: in ten seeds, weights changed by 2e-16 changed the eager loop's own meta-gradient by 3e-16 to
-7e-11."""
+"""The seed of the check, which always uses the same, well-conditioned problem. The logarithm in the rule's input amplifies the rounding of
+a small gradient by up to exp(10) at each step: in ten seeds, weights changed by 2e-16 changed the eager loop's own meta-gradient by 3e-16
+to 7e-11."""
 
 ADJOINTS: dict[str, Callable[[], adaptrt.Adjoint]] = {"replay": adaptrt.Replay, "first_order": adaptrt.FirstOrder}
 
