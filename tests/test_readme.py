@@ -21,6 +21,7 @@ PAGES = ("common-mistakes.md", "higher.md", "serve-per-user.md", "tasks.md")
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 FENCED = re.compile(r"^```.*?^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s]+)\)")
+FILE = re.compile(r"`((?:\w+/)+\w+\.py)`")
 
 
 def python_blocks(text: str) -> list[tuple[int, str]]:
@@ -127,3 +128,10 @@ def test_links_lead_somewhere() -> None:
         target = page.parent / path if path else page
         assert target.exists(), f"{page.name} links to {path}, which does not exist"
         assert not anchor or anchor in anchors(target.read_text()), f"{page.name} links to #{anchor}, which {target.name} does not have"
+
+
+def test_files_that_pages_name_exist() -> None:
+    named = [(page, path) for page in (README, *sorted(DOCS.glob("**/*.md"))) for path in FILE.findall(page.read_text())]
+    assert len(named) > 20
+    for page, path in named:
+        assert (ROOT / path).exists() or (ROOT / "adaptrt" / path).exists(), f"{page.name} names {path}, which does not exist"
