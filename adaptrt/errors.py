@@ -92,4 +92,4 @@ class CompilerUnavailable(UserWarning):
 
 
 class RecordingFailed(UserWarning):
-    """A call cannot be recorded as one launch, so its programs are launched one by one."""
+    """A call cannot be recorded as one launch: its programs are launched one by one."""

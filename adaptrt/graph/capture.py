@@ -147,7 +147,7 @@ def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[None]:
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(autocast_off())
         stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
-        torch.set_autocast_cache_enabled(False)  # one function must not be given a cast that another one made
+        torch.set_autocast_cache_enabled(False)  # a cast that one function made is none of another's
         stack.enter_context(_without_cudnn())
         # The context manager of torch.backends.mkldnn also writes its TF32 setting, which warns on machines without it.
         stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
@@ -165,11 +165,11 @@ def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[None]:
 
 _cudnn_before: list[bool] = []
 _CUDNN = threading.Lock()
-"""Held while the list above or cuDNN's switch is read or changed."""
+"""Held while that list or the switch is looked at or changed."""
 
 
 def is_cudnn_enabled() -> bool:
-    """Whether cuDNN is enabled apart from captures, which switch it off for all threads while they run."""
+    """Whether cuDNN is in use but for captures, which switch it off for all threads."""
     with _CUDNN:
         return _cudnn_before[0] if _cudnn_before else torch._C._get_cudnn_enabled()
 
@@ -189,9 +189,9 @@ def _without_cudnn() -> Generator[None]:
 
 @contextlib.contextmanager
 def _refusing_compiled_modules() -> Generator[None]:
-    """Makes modules of `torch.compile` refuse to run in this thread: their operations would not be recorded."""
+    """What `torch.compile` compiled for fake tensors would not be recorded; while this thread traces, it refuses to be called."""
     trace: Any = _symbolic_trace
-    if hasattr(trace, "_set_is_fx_tracing"):  # since PyTorch 2.14 each thread has its own flag
+    if hasattr(trace, "_set_is_fx_tracing"):  # a thread's own, since PyTorch 2.14
         before, flag, put = trace._get_is_fx_tracing(), True, trace._set_is_fx_tracing
     else:
         before, flag, put = trace._is_fx_tracing_flag, _InThisThread(), functools.partial(setattr, trace, "_is_fx_tracing_flag")

@@ -1,4 +1,4 @@
-"""Pauses Python's garbage collection while graphs are made."""
+"""Python's garbage collector, which rests while graphs are made."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 
 @contextlib.contextmanager
 def collector_rests() -> Generator[None]:
-    """Pauses garbage collection within the block, except in functions wrapped by `collecting`.
+    """Within the block garbage in cycles is not collected, save in functions that are `collecting`.
 
-    Recording a graph makes hundreds of thousands of objects and almost no garbage in cycles, and every collection visits all of them. That
-    took a tenth of the time to a first result from a warm cache. A capture takes a fraction of a second, and some seconds if one graph
-    holds many steps. Garbage collection is paused for all threads meanwhile.
+    Recording a graph makes hundreds of thousands of objects and next to no garbage, and each collection goes through all of them: a tenth
+    of the time from a warm cache. A capture takes parts of a second, many steps in one graph some seconds; other threads' garbage waits
+    as long.
     """
     collects = gc.isenabled()
     gc.disable()
@@ -27,7 +27,7 @@ def collector_rests() -> Generator[None]:
 
 
 def collecting(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a function that takes long, so that garbage is collected in it even when it is called from a block of `collector_rests`."""
+    """`fn`, which takes long: when called from a block of `collector_rests`, garbage is collected as outside of it."""
     collects = gc.isenabled()
 
     @functools.wraps(fn)
