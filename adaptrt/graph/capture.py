@@ -138,7 +138,7 @@ def _spread(entry: Role | Tree, example: Tree) -> list[Role]:
 
 @contextlib.contextmanager
 def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[None]:
-    """Sets the state in which functions are traced: gradients on, autocast off, and only kernels that have a second derivative."""
+    """The state in which functions are traced, whatever the caller's: gradients on, autocast off, kernels with a second derivative only."""
     fast_path = torch.backends.mha.get_fastpath_enabled()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
