@@ -93,3 +93,7 @@ class CompilerUnavailable(UserWarning):
 
 class RecordingFailed(UserWarning):
     """A call cannot be recorded as one launch: its programs are launched one by one."""
+
+
+class UnknownPyTorch(UserWarning):
+    """This PyTorch differs, where it is private, from those that the library knows: something is slower, or done as PyTorch does it."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from adaptrt.backend import Inductor
-from adaptrt.backend.inductor import compile as inductor
+from adaptrt.backend.inductor import instructions
 from adaptrt.graph.capture import capture
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
@@ -82,10 +82,10 @@ def trials(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
     made: list[str] = []
     monkeypatch.setattr(cpu_vec_isa.VecISA, "check_build", lambda self, code: made.append(code) or True)
-    monkeypatch.setattr(inductor, "_trusts_the_processor", True)
-    inductor._forget_instructions()
+    monkeypatch.setattr(instructions, "_trusts_the_processor", True)
+    instructions.forget_instructions()
     yield made
-    inductor._forget_instructions()
+    instructions.forget_instructions()
 
 
 def test_no_trials_of_vector_instructions(trials: list[str]) -> None:
@@ -93,7 +93,7 @@ def test_no_trials_of_vector_instructions(trials: list[str]) -> None:
 
     x, trial = torch.randn(5), cpu_vec_isa.VecISA.check_build
     torch.testing.assert_close(compiled(lambda x: (3.5 * x).cos(), x), (3.5 * x).cos())
-    assert not trials and inductor._trusts_the_processor
+    assert not trials and instructions._trusts_the_processor
     assert cpu_vec_isa.VecISA.check_build is trial
 
 
@@ -132,7 +132,7 @@ def test_an_error_of_another_kind_says_nothing_about_the_processor(trials: list[
         patch.setattr(compile_fx, "compile_fx_inner", fail)
         with pytest.raises(RuntimeError, match="no lowering"):
             compiled(lambda x: (6.5 * x).cos(), torch.randn(5))
-    assert inductor._trusts_the_processor
+    assert instructions._trusts_the_processor
 
 
 _FAULTS = """

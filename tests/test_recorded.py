@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -10,10 +12,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaptrt.backend import Inductor, inductor
+from adaptrt.backend import Inductor
 from adaptrt.backend.base import Runner
+from adaptrt.backend.inductor import compile as inductor
 from adaptrt.backend.inductor import recorded
 from adaptrt.graph.capture import capture
+from adaptrt.graph.exchange import Target
 
 Function = Callable[..., Any]
 
@@ -136,13 +140,107 @@ def test_a_program_with_large_intermediates_is_left_alone(monkeypatch: pytest.Mo
         both(fn, *[torch.randn(shape) for shape in shapes], monkeypatch=monkeypatch)
 
 
+def generated(*lines: str, num_inputs: int = 1) -> Callable[..., Any]:
+    """A function in the form of those that Inductor generates; `a0`, `a1`, ... are its inputs."""
+    namespace: dict[str, Any] = {
+        "torch": torch,
+        "aten": torch.ops.aten,
+        "other": torch.sin,
+        "extern_kernels": types.SimpleNamespace(mm=torch.mm, addmm=torch.addmm),
+        "cpp_fused_0": lambda source, out: torch.sin(source, out=out),
+        "empty_strided_cpu": lambda shape, strides, dtype: torch.empty_strided(shape, strides, dtype=dtype),
+        "reinterpret_tensor": torch.as_strided,
+    }
+    inputs = "".join(f"a{index}, " for index in range(num_inputs))
+    exec("def call(args):\n" + "".join(f"    {line}\n" for line in (f"{inputs}= args", "args.clear()", *lines)), namespace)
+    return namespace["call"]
+
+
+ALLOCATES = "b = empty_strided_cpu((3, ), (1, ), torch.float32)"
+
+
+def test_generated_code_as_it_is_known() -> None:
+    """The following tests change one line each; without a change the code is recorded."""
+    run = recorded.record(generated(ALLOCATES, "cpp_fused_0(a0, b)", "del a0", "return (b, )"), 1)
+    x = torch.randn(3)
+    assert run is not None and torch.equal(run([x])[0], x.sin())
+
+
 @pytest.mark.parametrize(
-    "line", ["b = aten.sin(a)", "b = torch.sin(a)", "b = a.sin()", "b = other(a)", "b = extern_kernels.convolution(a)"]
+    "line", ["b = aten.sin(a0)", "b = torch.sin(a0)", "b = a0.sin()", "b = other(a0)", "b = extern_kernels.convolution(a0)"]
 )
 def test_generated_code_that_is_not_known_is_not_recorded(line: str) -> None:
-    namespace: dict[str, Any] = {"torch": torch, "aten": torch.ops.aten, "other": torch.sin, "cpp_fused_0": torch.sin}
-    exec(f"def call(args):\n    a, = args\n    args.clear()\n    {line}\n    return (b,)", namespace)
-    assert recorded.record(namespace["call"], 1) is None
+    assert recorded.record(generated(line, "return (b,)"), 1) is None
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["b = empty_strided_cpu((3, ), (1, ), torch.float32, True)"],
+        ["b = empty_strided_cpu((3, ), (1, ), dtype=torch.float32, pinned=True)"],
+        ["b = empty_strided_cpu((3, ))"],
+        ["b = empty_strided_cpu(3, 1, torch.float32)"],
+        ["b = empty_strided_cpu((a0, ), (1, ), torch.float32)"],
+        ["b = empty_strided_cpu((3.0, ), (1, ), torch.float32)"],
+        [ALLOCATES, "b = reinterpret_tensor(b, (3, ), (1, ), 0, torch.int32)"],
+        [ALLOCATES, "b = reinterpret_tensor(b, (3, ), (1, ))"],
+        [ALLOCATES, "b = reinterpret_tensor(b, size=(3, ), stride=(1, ), storage_offset=0)"],
+        [ALLOCATES, "b = reinterpret_tensor(b, (3, ), (1, ), 2)"],
+        [ALLOCATES, "b = reinterpret_tensor(b, (3, ), (1, ), None)"],
+        [ALLOCATES, "cpp_fused_0(a0, out=b)"],
+        [ALLOCATES, "cpp_fused_0(a0, b, 3)"],
+        [ALLOCATES, "cpp_fused_0([a0], b)"],
+        [ALLOCATES, "b = cpp_fused_0(a0, b)"],
+        [ALLOCATES, "extern_kernels.mm(a0, a0)"],
+        [ALLOCATES, "extern_kernels.addmm(b, a0, a0, alpha=a0, out=b)"],
+        [ALLOCATES, "extern_kernels.addmm(b, a0, a0, beta='1', out=b)"],
+        [ALLOCATES, "extern_kernels.mm(a0, a0, out=[b])"],
+        [ALLOCATES, "b = b + 1"],
+        [ALLOCATES, "b = b[0]"],
+        [ALLOCATES, "raise KeyError(3)"],
+        [ALLOCATES, "a0, b = a0"],
+        [ALLOCATES, "b = 1 / 0"],
+        [ALLOCATES, "if a0 is None: cpp_fused_0(a0, b)"],
+        [ALLOCATES, "for _ in (1, 2): cpp_fused_0(a0, b)"],
+        ["try: b = empty_strided_cpu(3)", "except TypeError: b = a0"],
+        ["import os as b"],
+        ["def b(): pass"],
+    ],
+    ids=lambda lines: lines[-1],
+)
+def test_generated_code_with_other_arguments_is_not_recorded(lines: list[str]) -> None:
+    assert recorded.record(generated(*lines, "return (b, )"), 1) is None
+
+
+@pytest.mark.parametrize("end", ["return b", "return None", "return (b, 3)", "return [[b]]", "return {'b': b}", "yield b"])
+def test_generated_code_with_other_results_is_not_recorded(end: str) -> None:
+    run = recorded.record(generated(ALLOCATES, "cpp_fused_0(a0, b)", end), 1)
+    x = torch.randn(3)
+    # A generator yields one tensor, which is all that there is of it.
+    assert run is None or (end == "yield b" and torch.equal(run([x])[0], x.sin()))
+
+
+def test_another_number_of_inputs_is_not_recorded() -> None:
+    call = generated("return (a0, a1)", num_inputs=2)
+    assert recorded.record(call, 1) is None and recorded.record(call, 3) is None and recorded.record(call, 2) is not None
+
+
+def test_functions_of_other_kinds_are_not_recorded() -> None:
+    def with_default(args: Any, other: Any = 1) -> Any:
+        return args
+
+    def with_more(args: Any, other: Any) -> Any:
+        return args
+
+    for call in (with_default, with_more, lambda: (), lambda *, args: args, len, int, object(), 3):
+        assert recorded.record(call, 1) is None
+
+
+def test_nothing_is_recorded_without_the_functions_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = generated(ALLOCATES, "cpp_fused_0(a0, b)", "return (b, )")
+    missing = dataclasses.replace(recorded.RECORDED, needed=(Target("torch._C._dynamo.guards", "_not_there"),))
+    monkeypatch.setattr(recorded, "RECORDED", missing)
+    assert recorded.record(call, 1) is None
 
 
 def test_what_is_no_generated_function_is_not_recorded() -> None:

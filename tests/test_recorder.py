@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 from adaptrt.backend.inductor import Inductor
 from adaptrt.errors import InvalidGraph, NotTraceable
 from adaptrt.graph.capture import capture
-from adaptrt.graph.collector import collecting, collector_rests
+from adaptrt.graph.collector import collecting, garbage_collection_paused
 from adaptrt.graph.passes.decompose import decompose
 from adaptrt.graph.passes.recorder import record
 from adaptrt.graph.signature import Role
@@ -213,18 +213,18 @@ def test_a_failure_leaves_pytorch_as_it_was() -> None:
 # --- the garbage collector
 
 
-def test_the_collector_rests_but_for_what_takes_long() -> None:
+def test_garbage_collection_is_paused_but_for_what_takes_long() -> None:
     def state() -> bool:
         return gc.isenabled()
 
     def fails() -> None:
         raise KeyError("on purpose")
 
-    with collector_rests():
+    with garbage_collection_paused():
         assert not state()
         assert not collecting(state)(), "as it was where `collecting` was called"
     long, long_failing = collecting(state), collecting(fails)
-    with collector_rests():
+    with garbage_collection_paused():
         assert long()
         with pytest.raises(KeyError):
             long_failing()
@@ -242,7 +242,7 @@ def test_the_collector_is_not_left_off_by_two_threads() -> None:
 
     def compile_in_background() -> None:
         fn = collecting(long)
-        with collector_rests():
+        with garbage_collection_paused():
             fn()
 
     other = threading.Thread(target=compile_in_background)

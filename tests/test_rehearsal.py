@@ -14,7 +14,7 @@ import adaptrt
 from adaptrt import Replay, Stash, Unrolled
 from adaptrt.adjoint import Adjoint, auto
 from adaptrt.backend.base import COMPILING, Building, Form, rehearsal, rehearsing
-from adaptrt.backend.inductor import compile as inductor
+from adaptrt.backend.inductor import instructions
 from adaptrt.runtime import program
 from adaptrt.runtime.program_set import ProgramSet
 from tests.tolerances import assert_near
@@ -129,7 +129,7 @@ def test_a_program_that_cannot_be_built_is_compiled_again(monkeypatch: pytest.Mo
 
     def failing_at_first(self: AsyncCompile, scope: dict[str, Any]) -> None:
         if not failures:
-            failures.append(inductor._trusts_the_processor)
+            failures.append(instructions._trusts_the_processor)
             raise RuntimeError("unrecognized option -mavx512f")
         wait(self, scope)
 

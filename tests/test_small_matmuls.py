@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from adaptrt.backend import Inductor, inductor
+from adaptrt.backend import Inductor
+from adaptrt.backend.inductor import compile as inductor
 from adaptrt.backend.inductor import small_matmuls
 from adaptrt.graph.capture import capture
 from benchmarks.suite.contest import by_turns

@@ -1,4 +1,4 @@
-"""What runs a graph."""
+"""Backends: what runs a graph, and what launches a whole call at once."""
 
 from adaptrt.backend.base import Backend
 from adaptrt.backend.cudagraph import CudaGraph

@@ -1,4 +1,4 @@
-"""What runs a graph."""
+"""Defines what a backend is, and how a program is represented whose code is still being built."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from adaptrt.backend.launch import Launcher
 from adaptrt.graph.ir import Graph
 
 Runner = Callable[[list[Tensor]], Sequence[Tensor]]
-"""Takes every input of a graph in order, with the strides of its signature, constants included, and may empty the list. Safe to call from
-threads."""
+"""A compiled graph. It takes a list of all inputs in order, constants included, with the strides of the graph's signature. It may empty
+the list. Several threads may call it at the same time."""
 
 
 COMPILING = threading.RLock()
-"""Held while anything is captured or compiled: PyTorch's tracing state belongs to the process."""
+"""Held while anything is captured or compiled, because PyTorch's tracing state belongs to the process."""
 
 
 class Backend(abc.ABC):
@@ -28,14 +28,14 @@ class Backend(abc.ABC):
 
     name: str
     fuses: bool = False
-    """Whether small operations cost next to nothing beside others."""
+    """Whether small operations cost next to nothing, because they are computed together with others."""
 
     def lower(self, graph: Graph) -> Graph:
-        """The graph in the operations that `compile` would put in the place of its own, for what has to know which they are."""
+        """The graph after the replacements that `compile` makes first. What is kept for a way back is decided on these operations."""
         return graph
 
     def launcher(self, device: torch.device) -> Launcher | None:
-        """What makes the calls of one unroll, whose model is on `device`, one launch each; None if programs are run one by one."""
+        """Makes each call of one unroll, whose model is on `device`, one launch; None if programs are run one after the other."""
         del device
         return None
 
@@ -46,9 +46,10 @@ class Backend(abc.ABC):
 
     @abc.abstractmethod
     def compile(self, graph: Graph) -> Runner:
-        """The graph as a callable that computes the same values up to rounding.
+        """Compiles the graph to a callable that computes the same values up to rounding.
 
-        It need not look at its inputs: `Program` sees to it that they have the shapes, dtypes, devices and strides of the signature.
+        The callable need not check its inputs. `Program` has made sure that they have the shapes, dtypes, devices and strides of the
+        signature.
         """
 
 
@@ -57,7 +58,7 @@ _rehearsal = threading.local()
 
 @contextlib.contextmanager
 def rehearsal() -> Generator[None]:
-    """Within the block, this thread runs programs to find out which there are: their results have the right form and no values."""
+    """Within the block, this thread runs programs only to find which ones there are. Their results have the right form and no values."""
     before, _rehearsal.is_on = rehearsing(), True
     try:
         yield
@@ -71,7 +72,7 @@ def rehearsing() -> bool:
 
 
 class Form(NamedTuple):
-    """What a result looks like."""
+    """Shape, strides, dtype and device of a result."""
 
     shape: tuple[int, ...]
     strides: tuple[int, ...]
@@ -80,11 +81,11 @@ class Form(NamedTuple):
 
 
 class Building:
-    """A runner whose code is being built; called, it waits.
+    """A runner whose code is being built. A call waits for the code.
 
     Args:
-      forms: of the results.
-      finish: waits for the code.
+      forms: what the results will look like.
+      finish: waits for the code and returns the runner.
     """
 
     def __init__(self, forms: Sequence[Form], finish: Callable[[], Runner]) -> None:
@@ -96,7 +97,7 @@ class Building:
         return self.finish()(values)
 
     def finish(self) -> Runner:
-        """What has been built."""
+        """Waits for the code, and returns the runner that was built."""
         if self._built is None:
             with COMPILING:
                 if self._built is None:
@@ -105,7 +106,7 @@ class Building:
 
 
 def without_values(form: Form) -> Tensor:
-    """Memory for a result."""
-    if not form.shape:  # a scalar may be looked at, as the one is that says whether data is finite
+    """Allocates memory for a result, whose values do not matter."""
+    if not form.shape:  # some scalars are read, such as the one that says whether data is finite
         return torch.zeros((), dtype=form.dtype, device=form.device)
     return torch.empty_strided(form.shape, form.strides, dtype=form.dtype, device=form.device)

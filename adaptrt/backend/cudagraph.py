@@ -1,9 +1,9 @@
-"""A whole call as one CUDA graph: k steps, query loss and meta-gradient are one launch.
+"""Makes a whole call one CUDA graph: k steps, query loss and meta-gradient are one launch.
 
-Programs are compiled by another backend, and the calls of an unroll recorded over them (`launch.py`).
+Programs are compiled by another backend, and the calls of an unroll, which run them, are recorded (`launch.py`).
 
-What a recording has taken in besides its arguments are the settings of PyTorch that choose kernels (`settings`): TF32, reduced precision of
-sums, deterministic algorithms, cuDNN's. A change of these makes a new recording.
+Besides its arguments a recording depends on the settings of PyTorch that choose kernels (`settings`): TF32, reduced precision of sums,
+deterministic algorithms, and cuDNN's. If one of them changes, a new recording is made.
 
 Known limits: a recording belongs to the process that made it, as everything of CUDA does. It copies its arguments and results once each.
 Before PyTorch 2.12, which has one state of random numbers for a device, what another thread draws there itself while a call is recorded is
@@ -25,15 +25,15 @@ from adaptrt.backend.base import Backend, Runner
 from adaptrt.backend.inductor import Inductor
 from adaptrt.backend.launch import Launcher, Recorder
 from adaptrt.errors import CannotRecord, InvalidArgument
-from adaptrt.graph.capture import is_cudnn_enabled
 from adaptrt.graph.ir import Graph
+from adaptrt.graph.switches import CUDNN
 
 WARM_UPS = 2
-"""The first run compiles; kernels may still be tuned and libraries' workspaces made in a second."""
+"""The first run compiles. In the second one kernels may still be tuned, and workspaces of libraries allocated."""
 
 
 class CudaRecorder(Recorder):
-    """CUDA graphs of one device, over one pool of memory."""
+    """Records CUDA graphs on one device. They share one pool of memory."""
 
     def __init__(self, device: torch.device) -> None:
         if device.type != "cuda":
@@ -66,7 +66,7 @@ class CudaRecorder(Recorder):
             *[torch._C._get_fp32_precision_getter("cuda", operation) for operation in ("matmul", "conv", "rnn")],  # type: ignore[attr-defined]
             cuda.allow_bf16_reduced_precision_reduction,
             cuda.allow_fp16_reduced_precision_reduction,
-            is_cudnn_enabled(),
+            CUDNN.users,  # captures of other threads switch it off in between
             cudnn.deterministic,
             cudnn.benchmark,
         )
@@ -138,7 +138,7 @@ class CudaRecorder(Recorder):
 
 
 def _end_broken_capture(device: torch.device, pool: Any) -> None:
-    """What PyTorch leaves undone where an operation has broken a capture, so that ending it fails."""
+    """Cleans up after an operation has broken a capture. PyTorch then fails to end the capture, and leaves this undone."""
     index = torch.cuda.current_device() if device.index is None else device.index
     try:
         torch._C._cuda_endAllocateToPool(index, pool)  # type: ignore[attr-defined]
@@ -152,10 +152,10 @@ def _end_broken_capture(device: torch.device, pool: Any) -> None:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class CudaGraph(Backend):
-    """Programs by `compiler`, and each call of an unroll one launch.
+    """Compiles programs by `compiler`, and makes each call of an unroll one launch.
 
     Attributes:
-      compiler: what programs are compiled by.
+      compiler: the backend that compiles programs.
       recorder: makes the recorder of an unroll for the device of its model.
     """
 

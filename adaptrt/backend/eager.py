@@ -1,4 +1,4 @@
-"""Runs a graph operation by operation with PyTorch's own kernels: nothing to compile, and the reference for other backends."""
+"""Runs a graph operation by operation with PyTorch's own kernels. Nothing is compiled. Other backends are compared with this one."""
 
 # pyright: reportPrivateUsage=false
 
@@ -16,14 +16,14 @@ from adaptrt.graph.ir import Graph
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Eager(Backend):
-    """PyTorch's kernels, one call an operation."""
+    """Calls one of PyTorch's kernels for each operation."""
 
     name = "eager"
 
     def compile(self, graph: Graph) -> Runner:
         module = graph.module
         module.recompile()
-        # Left for later, it would be done by whoever calls first: by several threads at once, who then get each other's names.
+        # Otherwise the code would be generated at the first call. If several threads made it at once, they would get each other's names.
         _LazyGraphModule.force_recompile(module)
 
         def run(inputs: list[Tensor]) -> Sequence[Tensor]:

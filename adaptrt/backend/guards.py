@@ -1,4 +1,4 @@
-"""Whether tensors are like earlier ones in everything that a compiled program depends on, found out in C++ in less than a microsecond."""
+"""Finds out whether tensors are like earlier ones in everything that a compiled program depends on, in less than a microsecond, in C++."""
 
 # pyright: reportPrivateUsage=false
 
@@ -9,14 +9,23 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from adaptrt.graph.exchange import Entry, Target
+
 MAX_KNOWN = 4
+
+GUARDS = Entry(
+    "guards in C++",
+    "A call whose tensors are like those of the call before skips the checks that were made then.",
+    "every call is checked in full, and takes longer",
+    needed=(Target("torch._C._dynamo.guards", "TensorGuards"),),
+)
 
 
 def alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """A function of as many tensors: whether each has the class, dtype, device, layout, sizes, strides and `requires_grad` of its example.
+    """Returns a function that says whether other tensors, as many, are like these.
 
-    Tensors that are one object must be one object again. It depends on inference mode as well: what it accepts in one mode it refuses in
-    the other.
+    They are if each has the class, dtype, device, layout, sizes, strides and `requires_grad` of its example, and if arguments that are one
+    object here are one object there, too. What the function accepts within inference mode it refuses outside, and the other way round.
     """
     if any(tensor.layout is not torch.strided for tensor in tensors):
         return lambda *others: False
@@ -34,13 +43,16 @@ def alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
 
 
 def _check_of(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """As `alike`, of tensors that are different objects, as it wants them."""
+    """As `alike`, for tensors that are different objects: PyTorch's guards refuse one object given twice."""
     sizes, strides = [list(tensor.shape) for tensor in tensors], [list(tensor.stride()) for tensor in tensors]
-    return torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check  # type: ignore[attr-defined]
+    try:
+        return torch._C._dynamo.guards.TensorGuards(*tensors, dynamic_dims_sizes=sizes, dynamic_dims_strides=strides).check  # type: ignore[attr-defined]
+    except (AttributeError, TypeError):  # in another PyTorch, of which the entry above speaks
+        return lambda *others: False
 
 
 class Known:
-    """The first few sorts of lists of tensors that were accepted, so that their like need not be looked at again."""
+    """Remembers lists of tensors that were accepted, up to four kinds of them, so that similar ones need not be checked again."""
 
     __slots__ = ("_checks",)
 
@@ -51,6 +63,6 @@ class Known:
         return any(check(*tensors) for check in self._checks)
 
     def add(self, tensors: Sequence[Tensor]) -> None:
-        """Accepts what is like these tensors from now on, if there is room."""
+        """From now on accepts tensors that are like these, unless four kinds are known already."""
         if len(self._checks) < MAX_KNOWN:
             self._checks = (*self._checks, alike(tensors))

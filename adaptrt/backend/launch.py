@@ -1,10 +1,10 @@
-"""A call recorded once and launched again as a whole: everything about that but the device.
+"""Records a call once and launches it again as a whole. What depends on the device is left to a `Recorder`.
 
-A call runs several programs and small operations between them. Recorded, all of it is one launch over memory that belongs to the recording:
-arguments are copied in, results are copied out, so that no later call changes what an earlier one returned. A `Recorder` says what a device
-does for it; `cudagraph.py` has the one for CUDA, tests have one for the CPU.
+A call runs several programs and small operations between them. Recorded, all of it is one launch over memory that belongs to the recording.
+Arguments are copied in and results are copied out, so that no later call changes what an earlier one returned. `cudagraph.py` has the
+recorder for CUDA, and the tests have one for the CPU.
 
-Recordings of one `Launcher` share a pool of memory for what they compute on the way. So no two of them run at the same time: a lock keeps
+Recordings of one `Launcher` share a pool of memory for their intermediate results. So no two of them may run at the same time: a lock keeps
 threads apart, and the recorder keeps streams apart.
 """
 
@@ -29,13 +29,13 @@ from adaptrt.tree import Spec, Tree
 
 
 class Recorder(abc.ABC):
-    """What a device does for recordings. One belongs to one `Launcher`, and with it to one unroll."""
+    """Records and launches on one device. A recorder belongs to one `Launcher`, and so to one unroll."""
 
     device: torch.device
 
     @abc.abstractmethod
     def refuse(self) -> None:
-        """Raises if nothing can be recorded or launched here and now.
+        """Raises an error if nothing can be recorded or launched here at present.
 
         Raises:
           CannotRecord: says why, and what to do.
@@ -43,11 +43,11 @@ class Recorder(abc.ABC):
 
     @abc.abstractmethod
     def settings(self) -> Hashable:
-        """Global settings of PyTorch that a recording has taken in; under others there has to be another one."""
+        """Global settings of PyTorch that are fixed when a call is recorded. If they change, another recording is needed."""
 
     @abc.abstractmethod
     def warm_up(self, run: Callable[[], object]) -> int:
-        """Runs it as often as it takes until nothing is done for the first time; returns about how many bytes it needs at its peak.
+        """Runs it until nothing is done for the first time any more. Returns about how many bytes it needs at its peak.
 
         Raises:
           torch.OutOfMemoryError: the device has too little memory.
@@ -55,7 +55,7 @@ class Recorder(abc.ABC):
 
     @abc.abstractmethod
     def record(self, run: Callable[[], list[Tensor]]) -> tuple[list[Tensor], Callable[[], None]]:
-        """Records what it does; returns the tensors it returned, which each launch fills, and the function that launches it.
+        """Records what it does. Returns the tensors that it returned, which each launch fills, and the function that launches it.
 
         Raises:
           torch.OutOfMemoryError: the device has too little memory.
@@ -64,7 +64,7 @@ class Recorder(abc.ABC):
 
     @abc.abstractmethod
     def in_order(self, owned: Sequence[Tensor], streams: set[Hashable]) -> contextlib.AbstractContextManager[None]:
-        """A block whose work on the device begins after that of all such blocks before, whatever streams they are on.
+        """A block whose work on the device begins after the work of all earlier such blocks, whatever streams they are on.
 
         Args:
           owned: memory that it uses.
@@ -80,23 +80,26 @@ Before 2.12 a device of PyTorch has one state of random numbers, which is in no 
 
 
 def _identity(value: Tensor, device: torch.device) -> Hashable:
-    """Changes where a recording that has read `value` would not see what is there now: it knows an address, or another device's numbers."""
+    """Changes if a recording that has read `value` would not see its present numbers.
+
+    A recording knows the address of what is on its own device, and has taken in the numbers of what is on another one.
+    """
     return value.data_ptr(), value.stride(), None if value.device == device else value._version
 
 
 class Launcher:
-    """Records calls and launches them. Safe to use from threads: `record` under the lock that captures take."""
+    """Records calls and launches them. Threads may share it; they call `record` under the lock that captures take."""
 
     def __init__(self, recorder: Recorder) -> None:
         self._recorder = recorder
 
     @property
     def device(self) -> torch.device:
-        """Where everything has to be."""
+        """The device on which everything has to be."""
         return self._recorder.device
 
     def settings(self) -> Hashable:
-        """What else a recording depends on."""
+        """As for `Recorder`."""
         return self._recorder.settings()
 
     def refuse(self) -> None:
@@ -104,13 +107,13 @@ class Launcher:
         self._recorder.refuse()
 
     def record(self, name: str, fn: Callable[..., Tree], args: Sequence[Tree], constants: Callable[[], Sequence[Constant]]) -> Recording:
-        """A recording of `fn(*args)`.
+        """Records `fn(*args)`.
 
         Args:
           name: what it is, for messages.
-          fn: takes trees of tensors, and returns one; it may depend on nothing else that changes, but for `constants`.
+          fn: takes trees of tensors and returns one. Besides these, it may read only `constants`, and what never changes.
           args: an example.
-          constants: asked after `fn` has run: what else it reads.
+          constants: called after `fn` has run. Returns what else `fn` reads.
         Raises:
           OutOfDeviceMemory: the device has too little memory; earlier recordings still work.
           AdaptrtError: what `fn` raises.
@@ -192,7 +195,7 @@ class _Body:
 
 
 class Recording:
-    """A recorded call, or one that could not be recorded and runs as it is."""
+    """A recorded call. A call that could not be recorded runs `fn` instead."""
 
     def __init__(
         self,
@@ -215,7 +218,7 @@ class Recording:
 
     @property
     def is_current(self) -> bool:
-        """Whether all that it has taken in besides its arguments is still what it was."""
+        """Whether everything that it has taken in besides its arguments is unchanged."""
         device = self._launcher.device
         return all([constant() is value and _identity(value, device) == identity for constant, value, identity in self._constants])
 
@@ -241,7 +244,7 @@ class Recording:
 
 
 def _copy(targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-    """Copies each source; those of a dtype together, which is one kernel on a GPU."""
+    """Copies each source to its target. Those of one dtype are copied together, which is one kernel on a GPU."""
     groups: dict[Any, tuple[list[Tensor], list[Tensor]]] = defaultdict(lambda: ([], []))
     for target, source in zip(targets, sources, strict=True):
         into, of = groups[target.dtype]

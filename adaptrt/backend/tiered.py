@@ -1,10 +1,10 @@
-"""Answers at once and gets faster: operation by operation until the compiled program is there.
+"""Runs programs operation by operation until the compiled program is there, so that the first answer comes at once.
 
-One thread compiles in the background, program after program, and takes the lock that captures take. It begins when no call that has
-captured a program is under way, since such a call may capture more; a later call that needs a new program while one is being compiled
-waits for that one.
+One thread compiles in the background, program after program, and holds the lock that captures take. It does not begin while a call is under
+way that has captured a program, since such a call may capture more. A later call that needs a new program while another one is being
+compiled waits until that one is done.
 
-Known limits: both tiers of a program return memory of the same layout, so what `Stash` keeps has that of eager kernels.
+Known limits: both tiers of a program return memory of the same layout. So what `Stash` keeps has the layout that eager kernels choose.
 """
 
 from __future__ import annotations
@@ -25,20 +25,21 @@ from adaptrt.errors import CompilerUnavailable
 from adaptrt.graph.ir import Graph
 
 QUIET_S = 3.0
-"""Without a capture after which a call is taken to be over if nobody said so: backward passes capture too."""
+"""If a thread has captured nothing for so long, its call is taken to be over, even if `call_ended` was not called. Backward passes capture,
+too, and do not call it."""
 
 _capturing: dict[int, float] = {}
-"""When each thread captured last, of those whose call is under way."""
+"""For each thread whose call is under way, when it captured last."""
 
 
 def call_ended() -> None:
-    """Says that this thread's call captures no more."""
+    """Says that this thread's call will capture nothing more."""
     _capturing.pop(threading.get_ident(), None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Tiered(Backend):
-    """`Eager` first, `compiler` as soon as it has compiled."""
+    """Runs programs by `Eager` first, and by `compiler` as soon as it has compiled them."""
 
     compiler: Backend = dataclasses.field(default_factory=Inductor)
 
@@ -58,7 +59,7 @@ class Tiered(Backend):
 
 
 class TieredRunner:
-    """Runs what there is."""
+    """Runs the compiled program if it is there, else the eager one."""
 
     def __init__(self, now: Runner) -> None:
         self._run = now
@@ -77,7 +78,7 @@ class TieredRunner:
         return self._done.wait(timeout_s)
 
     def replace(self, compiled: Runner | None) -> None:
-        """Runs `compiled` from now on; None to stay with what there is."""
+        """Runs `compiled` from now on. None means that there will be no compiled program."""
         if compiled is not None:
             self._run = compiled
         self._done.set()

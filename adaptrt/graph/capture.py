@@ -27,14 +27,14 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx import _symbolic_trace
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptrt import tree
 from adaptrt.errors import NotTraceable, UnsupportedRandomness
 from adaptrt.graph import mixed_norms
-from adaptrt.graph.collector import collector_rests
+from adaptrt.graph.collector import garbage_collection_paused
+from adaptrt.graph.exchange import FX_TRACING, FX_TRACING_OF_OLD
 from adaptrt.graph.ir import Graph, PassRecord, autocast_off
 from adaptrt.graph.operations import name_of
 from adaptrt.graph.passes.base import apply
@@ -45,6 +45,7 @@ from adaptrt.graph.passes.recorder import record
 from adaptrt.graph.passes.retrace import fake_tensors
 from adaptrt.graph.passes.standard import STANDARD
 from adaptrt.graph.signature import Input, Output, Role, Signature
+from adaptrt.graph.switches import MATH_ATTENTION, TRACEABLE
 from adaptrt.tree import Spec, Tree
 
 aten = torch.ops.aten
@@ -53,7 +54,7 @@ _SET_DATA: Any = Tensor.data.__set__  # pyright: ignore
 _PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.mv.default, aten.dot.default}
 
 
-@collector_rests()
+@garbage_collection_paused()
 def capture(
     fn: Callable[..., Tree],
     *examples: Tree,
@@ -139,7 +140,6 @@ def _spread(entry: Role | Tree, example: Tree) -> list[Role]:
 @contextlib.contextmanager
 def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[None]:
     """The state in which functions are traced, whatever the caller's: gradients on, autocast off, kernels with a second derivative only."""
-    fast_path = torch.backends.mha.get_fastpath_enabled()
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
@@ -148,53 +148,26 @@ def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[None]:
         stack.enter_context(autocast_off())
         stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
         torch.set_autocast_cache_enabled(False)  # a cast that one function made is none of another's
-        stack.enter_context(_without_cudnn())
-        # The context manager of torch.backends.mkldnn also writes its TF32 setting, which warns on machines without it.
-        stack.callback(torch._C._set_mkldnn_enabled, torch._C._get_mkldnn_enabled())
-        torch._C._set_mkldnn_enabled(False)
+        stack.enter_context(TRACEABLE)
         if not fused_attention:
-            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+            stack.enter_context(MATH_ATTENTION)
         stack.enter_context(_refusing_compiled_modules())
-        # The transformer layer's inference kernel ignores dropout and has no gradient.
-        torch.backends.mha.set_fastpath_enabled(False)
-        stack.callback(torch.backends.mha.set_fastpath_enabled, fast_path)
         stack.enter_context(_Functions())
         stack.enter_context(mode)
         yield
-
-
-_cudnn_before: list[bool] = []
-_CUDNN = threading.Lock()
-"""Held while that list or the switch is looked at or changed."""
-
-
-def is_cudnn_enabled() -> bool:
-    """Whether cuDNN is in use but for captures, which switch it off for all threads."""
-    with _CUDNN:
-        return _cudnn_before[0] if _cudnn_before else torch._C._get_cudnn_enabled()
-
-
-@contextlib.contextmanager
-def _without_cudnn() -> Generator[None]:
-    # The context manager of torch.backends.cudnn also writes its TF32 setting, which PyTorch refuses where it was set in the new way.
-    with _CUDNN:
-        _cudnn_before.append(torch._C._get_cudnn_enabled())
-        torch._C._set_cudnn_enabled(False)
-    try:
-        yield
-    finally:
-        with _CUDNN:
-            torch._C._set_cudnn_enabled(_cudnn_before.pop())
 
 
 @contextlib.contextmanager
 def _refusing_compiled_modules() -> Generator[None]:
     """What `torch.compile` compiled for fake tensors would not be recorded; while this thread traces, it refuses to be called."""
     trace: Any = _symbolic_trace
-    if hasattr(trace, "_set_is_fx_tracing"):  # a thread's own, since PyTorch 2.14
+    if FX_TRACING.holds:
         before, flag, put = trace._get_is_fx_tracing(), True, trace._set_is_fx_tracing
-    else:
+    elif FX_TRACING_OF_OLD.holds:
         before, flag, put = trace._is_fx_tracing_flag, _InThisThread(), functools.partial(setattr, trace, "_is_fx_tracing_flag")
+    else:
+        yield
+        return
     put(flag)
     try:
         yield

@@ -1,4 +1,4 @@
-"""Python's garbage collector, which rests while graphs are made."""
+"""Pauses Python's garbage collection while graphs are made."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Any
 
 
 @contextlib.contextmanager
-def collector_rests() -> Generator[None]:
-    """Within the block garbage in cycles is not collected, save in functions that are `collecting`.
+def garbage_collection_paused() -> Generator[None]:
+    """Within the block, reference cycles are not collected, except while functions run that are wrapped in `collecting`.
 
-    Recording a graph makes hundreds of thousands of objects and next to no garbage, and each collection goes through all of them: a tenth
-    of the time from a warm cache. A capture takes parts of a second, many steps in one graph some seconds; other threads' garbage waits
-    as long.
+    Recording a graph makes hundreds of thousands of objects and next to no garbage, and each collection goes through all of them. From a
+    warm cache that is a tenth of the time. A capture takes a fraction of a second; one of many steps in one graph takes some seconds. The
+    switch belongs to the process, so other threads' garbage waits for as long.
     """
     collects = gc.isenabled()
     gc.disable()
@@ -27,7 +27,10 @@ def collector_rests() -> Generator[None]:
 
 
 def collecting(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """`fn`, which takes long: when called from a block of `collector_rests`, garbage is collected as outside of it."""
+    """Wraps a function that takes long: within `garbage_collection_paused`, garbage is collected while it runs.
+
+    Garbage is collected only if it was when `collecting` was called.
+    """
     collects = gc.isenabled()
 
     @functools.wraps(fn)

@@ -1,5 +1,6 @@
-"""Inductor as a backend: its graph compiler, and what is changed in it for one compilation."""
+"""The backend Inductor: it calls PyTorch's graph compiler, and changes it in some points for the time of one compilation."""
 
-from adaptrt.backend.inductor.compile import Inductor, warn_if_missing
+from adaptrt.backend.inductor.available import warn_if_missing
+from adaptrt.backend.inductor.compile import Inductor
 
 __all__ = ["Inductor", "warn_if_missing"]

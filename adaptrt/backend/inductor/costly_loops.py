@@ -1,8 +1,9 @@
-"""Loops over expensive functions are vectorised, however scattered their loads.
+"""Has Inductor vectorise loops over expensive functions, however scattered their loads are.
 
-Inductor leaves a loop scalar where more than about an eighth of its operations are loads and stores that are not contiguous. That is right
-for sums and products, and wrong where the loop is over `tanh`, which takes many times longer one value at a time: in an MLP with low-rank
-adapters that was two thirds of an adaptation, when their products were part of the loops over `tanh` and read an adapter by columns.
+Inductor leaves a loop scalar if more than about an eighth of its operations are loads and stores that are not contiguous. That is right
+for sums and products. It is wrong for a loop over `tanh`, which takes many times longer one value at a time. In an MLP with low-rank
+adapters such loops took two thirds of an adaptation: the adapters' products had become part of the loops over `tanh`, and read an adapter
+by columns.
 """
 
 # pyright: reportPrivateUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -10,26 +11,25 @@ adapters that was two thirds of an adaptation, when their products were part of 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from adaptrt.backend.inductor.exchange import exchanged
+from adaptrt.backend.inductor.exchange import COSTLY_LOOPS
+from adaptrt.graph.exchange import exchanged
 from adaptrt.graph.operations import COSTLY
 
 
-@contextlib.contextmanager
-def costly_loops_vectorised() -> Generator[None]:
-    """Within the block, Inductor's heuristic is overruled where it would leave a loop scalar that holds a costly function."""
+def costly_loops_vectorised() -> contextlib.AbstractContextManager[None]:
+    """A block in which Inductor's heuristic is overruled where it would leave a loop scalar that holds a costly function."""
+    return exchanged(COSTLY_LOOPS, _select_tiling)
+
+
+def _select_tiling(by_heuristic: Callable[..., Any]) -> Callable[..., Any]:
+    """What is called in place of `TilingSelect.select_tiling`."""
     from torch._inductor import config
     from torch._inductor.codegen import cpp
 
-    # Private, and in another version perhaps not there.
-    chooser: Any = getattr(cpp, "TilingSelect", None)
-    bodies_of: Callable[[Any], Sequence[Any]] | None = getattr(cpp, "_get_loop_body", None)
-    if chooser is None or bodies_of is None or not hasattr(config.cpp, "enable_tiling_heuristics"):
-        yield
-        return
-    by_heuristic = chooser.select_tiling
+    bodies_of: Callable[[Any], Sequence[Any]] = cpp._get_loop_body  # pyright: ignore[reportPrivateImportUsage]
 
     def select_tiling(self: Any, fn_list: Any, var_sizes_list: Any) -> Any:
         found = by_heuristic(self, fn_list, var_sizes_list)
@@ -39,8 +39,7 @@ def costly_loops_vectorised() -> Generator[None]:
             tiling = by_heuristic(self, fn_list, var_sizes_list)
         return *tiling[:2], *found[2:]  # newer versions count operations besides, with the heuristic only
 
-    with exchanged(chooser, "select_tiling", select_tiling):
-        yield
+    return select_tiling
 
 
 def _is_costly(body: Any) -> bool:

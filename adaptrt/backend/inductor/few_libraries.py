@@ -1,7 +1,7 @@
-"""The C++ kernels of a program in few libraries, where Inductor builds one for each.
+"""Builds the C++ kernels of a program as few libraries, where Inductor builds one for each kernel.
 
-Half of the time that g++ takes for a kernel goes to the precompiled header and the link, whatever the kernel is. So the kernels of a
-program are dealt out to as many source files as Inductor has compile threads, each kernel in a namespace of its own.
+Half of the time that g++ takes for a kernel is spent on the precompiled header and on linking, whatever the kernel is. So the kernels of a
+program are distributed over as many source files as Inductor has compile threads. Each kernel is in a namespace of its own.
 """
 
 # pyright: reportPrivateUsage=false
@@ -14,7 +14,8 @@ import weakref
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
-from adaptrt.backend.inductor.exchange import exchanged
+from adaptrt.backend.inductor.exchange import FEW_LIBRARIES
+from adaptrt.graph.exchange import exchanged
 
 _BINDINGS = """
 #define PY_SSIZE_T_CLEAN
@@ -81,36 +82,40 @@ def few_libraries(waits: list[Callable[[], None]] | None = None) -> Generator[No
     Args:
       waits: if given, programs are returned before their kernels are built, and for each a function is added here that waits for them.
     """
-    from torch._inductor.async_compile import AsyncCompile, get_compile_threads, kernel_code_log
-    from torch._inductor.codecache import LambdaFuture
+    programs: weakref.WeakKeyDictionary[Any, _Kernels] = weakref.WeakKeyDictionary()
 
-    one_each: Callable[..., Any] = AsyncCompile.cpp_pybinding
-    wait_now: Callable[..., None] = AsyncCompile.wait
-    programs: weakref.WeakKeyDictionary[AsyncCompile, _Kernels] = weakref.WeakKeyDictionary()
+    def cpp_pybinding(one_each: Callable[..., Any]) -> Callable[..., Any]:
+        from torch._inductor.async_compile import get_compile_threads, kernel_code_log
+        from torch._inductor.codecache import LambdaFuture
 
-    def cpp_pybinding(self: AsyncCompile, argtypes: list[str], source_code: str) -> Any:
-        # With one thread Inductor does not wait for kernels: each has to be there at once.
-        if get_compile_threads() <= 1 or not all(argtype.endswith("*") for argtype in argtypes):
-            return one_each(self, argtypes, source_code)
-        kernel_code_log.info("C++ kernel:\n%s", source_code)
-        kernels = programs.setdefault(self, _Kernels(get_compile_threads()))
-        place = kernels.add(source_code)
-        return LambdaFuture(lambda: kernels.functions()[place])
+        def add(self: Any, argtypes: list[str], source_code: str) -> Any:
+            # With one thread Inductor does not wait for kernels: each has to be there at once.
+            if get_compile_threads() <= 1 or not all(argtype.endswith("*") for argtype in argtypes):
+                return one_each(self, argtypes, source_code)
+            kernel_code_log.info("C++ kernel:\n%s", source_code)
+            kernels = programs.setdefault(self, _Kernels(get_compile_threads()))
+            place = kernels.add(source_code)
+            return LambdaFuture(lambda: kernels.functions()[place])
 
-    def wait(self: AsyncCompile, scope: dict[str, Any]) -> None:
-        if waits is None:
-            wait_now(self, scope)
-            return
-        if self in programs:
-            programs[self].start()
-        waits.append(functools.partial(wait_now, self, scope))
+        return add
 
-    with exchanged(AsyncCompile, "cpp_pybinding", cpp_pybinding), exchanged(AsyncCompile, "wait", wait):
+    def wait(wait_now: Callable[..., None]) -> Callable[..., None]:
+        def later(self: Any, scope: dict[str, Any]) -> None:
+            if waits is None:
+                wait_now(self, scope)
+                return
+            if self in programs:
+                programs[self].start()
+            waits.append(functools.partial(wait_now, self, scope))
+
+        return later
+
+    with exchanged(FEW_LIBRARIES, cpp_pybinding, wait):
         yield
 
 
 class _Kernels:
-    """Those of one program: first all are added, then all are built.
+    """The kernels of one program. First all are added, then all are built.
 
     Args:
       num_libraries: how many are built at once.

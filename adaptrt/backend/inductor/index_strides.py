@@ -1,33 +1,27 @@
-"""How far an index moves when a loop variable does, without computer algebra where it can be read off.
+"""Finds how far an index moves when a loop variable does, without computer algebra where it can be read off.
 
-Before it vectorises a kernel, Inductor asks that of every index in it and of every variable, and has SymPy simplify the whole index twice
-for it: a third of the Python time of compiling a convolutional network. Almost every index is a sum of variables times numbers.
+Before it vectorises a kernel, Inductor asks for this distance for every index in the kernel and every variable. For each answer SymPy
+simplifies the whole index twice, which is a third of the Python time of compiling a convolutional network. But almost every index is a sum
+of variables times numbers.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any
 
 import sympy
 
-from adaptrt.backend.inductor.exchange import exchanged
+from adaptrt.backend.inductor.exchange import INDEX_STRIDES
+from adaptrt.graph.exchange import exchanged
 
 _Stride = Callable[[Any, Any, int | None], Any]
 
 
-@contextlib.contextmanager
-def quick_strides() -> Generator[None]:
-    """Within the block, Inductor's code generator for C++ asks `StridesOf` first."""
-    from torch._inductor.codegen import cpp
-
-    by_algebra: _Stride | None = getattr(cpp, "stride_at_vec_range", None)
-    if by_algebra is None:
-        yield
-        return
-    with exchanged(cpp, "stride_at_vec_range", StridesOf(by_algebra)):
-        yield
+def quick_strides() -> contextlib.AbstractContextManager[None]:
+    """A block in which Inductor's code generator for C++ asks `StridesOf` first."""
+    return exchanged(INDEX_STRIDES, StridesOf)
 
 
 class StridesOf:

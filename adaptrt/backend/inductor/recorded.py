@@ -1,14 +1,15 @@
-"""What an Inductor program does on the CPU, recorded once and run again without its Python.
+"""Records what an Inductor program does on the CPU, and runs that again without Inductor's Python.
 
 For a small model the Python code that Inductor generates around its kernels costs more than the kernels: it allocates every buffer at
-every call. Here that code runs once with placeholders for tensors, which shows all it does; if it allocates, makes views and calls kernels,
-and nothing else, a function is generated that calls the same kernels in the same order on intermediate buffers that it keeps. Calls of the
-matrix library count as kernels. Results are fresh at every call.
+every call. Here that code runs once with placeholders for tensors, which shows all that it does. If it allocates, makes views and calls
+kernels, and nothing else, a function is generated that calls the same kernels in the same order, on intermediate buffers that it keeps.
+Calls of the matrix library count as kernels. Results are fresh at every call.
 
-A program that does anything else (a convolution, an ATen operation) runs as Inductor made it, and so does one with large intermediates:
-there the kernels are what takes time, and keeping the buffers would cost memory between calls.
+A program that does anything else (a convolution, an ATen operation) runs as Inductor made it. So does one with large intermediates: there
+the kernels are what takes time, and keeping the buffers would cost memory between calls.
 
-Known limits: the form of Inductor's generated code is private to it. Whatever is not recognised is left alone.
+Known limits: the form of Inductor's generated code is private to it. Whatever is not recognised is left alone: other functions, functions
+that take other arguments, and code that raises when it gets placeholders.
 """
 
 # pyright: reportPrivateUsage=false
@@ -19,6 +20,7 @@ import dataclasses
 import dis
 import functools
 import itertools
+import logging
 import types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -26,8 +28,9 @@ from typing import Any, NamedTuple
 import torch
 
 from adaptrt.backend.base import Runner
+from adaptrt.backend.inductor.exchange import RECORDED
 
-_dynamo_guards: Any = torch._C._dynamo.guards  # type: ignore[attr-defined]
+_LOG = logging.getLogger(__name__)
 
 MAX_KEPT_BYTES = 16 * 1024 * 1024
 """Of intermediate buffers, for each thread that runs the program at the same time."""
@@ -35,6 +38,8 @@ MAX_KEPT_BYTES = 16 * 1024 * 1024
 _MAX_CLONED_BYTES = 16 * 1024
 """Up to here a result is copied out of a kept buffer if kernels need several views of it, which would have to be made at every call."""
 
+
+_JUMPS = frozenset((*dis.hasjrel, *dis.hasjabs))
 
 _LIBRARY = ("mm", "bmm", "addmm", "baddbmm")
 
@@ -103,8 +108,12 @@ def record(call: Any, num_inputs: int) -> Runner | None:
       call: the function in Inductor's generated module that takes a list of inputs.
       num_inputs: the length of that list.
     """
-    recording = _record(call, num_inputs)
-    return None if recording is None else _generate(recording, num_inputs)
+    try:
+        recording = _record(call, num_inputs) if RECORDED.holds else None
+        return None if recording is None else _generate(recording, num_inputs)
+    except Exception:  # generated code of another form may do anything with placeholders
+        _LOG.debug("the generated code of a program is not known, so it runs as it is", exc_info=True)
+        return None
 
 
 def _record(call: Any, num_inputs: int) -> _Recording | None:
@@ -122,7 +131,11 @@ def _record(call: Any, num_inputs: int) -> _Recording | None:
             **{name: _library_recorder(getattr(function.__globals__.get("extern_kernels"), name, None), calls) for name in _LIBRARY}
         ),
     }
-    names = {instruction.argval for instruction in dis.get_instructions(function) if instruction.opname == "LOAD_GLOBAL"}
+    instructions = list(dis.get_instructions(function))
+    # A branch might depend on what placeholders are, and what is raised for them be caught.
+    if function.__code__.co_exceptiontable or any(instruction.opcode in _JUMPS for instruction in instructions):
+        return None
+    names = {instruction.argval for instruction in instructions if instruction.opname == "LOAD_GLOBAL"}
     for name in names - set(stand_ins):
         kernel = function.__globals__.get(name)
         if not (name.startswith("cpp_") and callable(kernel)):
@@ -135,9 +148,25 @@ def _record(call: Any, num_inputs: int) -> _Recording | None:
     inputs = [_Value(_Memory(index, 0, None), 0, None, None) for index in range(num_inputs)]
     first = (None,) if hasattr(call, "__self__") else ()
     results = types.FunctionType(function.__code__, stand_ins)(*first, inputs)
-    if not all(isinstance(value, _Value) for value in (*results, *(value for made in calls for value in made.values))):
-        return None
-    return _Recording(calls, tuple(results))
+    recording = _Recording(calls, tuple(results))
+    return recording if _is_known(recording) else None
+
+
+def _is_known(recording: _Recording) -> bool:
+    """Whether it consists of tensors and numbers of the forms that `_generate` expects."""
+    values = [*recording.results, *itertools.chain(*(call.values for call in recording.calls))]
+    numbers = itertools.chain(*(call.numbers.values() for call in recording.calls))
+    return all(isinstance(value, _Value) and _has_known_form(value) for value in values) and all(type(x) in (int, float) for x in numbers)
+
+
+def _has_known_form(value: _Value) -> bool:
+    """Whether its form is one of numbers, and lies within its memory."""
+    if value.shape is None or value.strides is None:
+        return value.shape is value.strides and type(value.offset) is int
+    if not all(type(number) is int for number in (*value.shape, *value.strides, value.offset, value.memory.size)):
+        return False
+    end = value.offset + _extent(value.shape, value.strides)
+    return value.memory.index is not None or (value.offset >= 0 and end <= value.memory.size)
 
 
 def _nothing(*args: Any) -> None:  # for checks: `Program` has made them
@@ -187,7 +216,8 @@ def _generate(recording: _Recording, num_inputs: int) -> Runner | None:
     names: dict[tuple[_Memory, int], str] = {}
     tensors: dict[_Value, str] = {}
     count = itertools.count()
-    constants: dict[str, Any] = {"empty": _dynamo_guards._empty_strided_cpu, "view": _dynamo_guards._reinterpret_tensor, "free": []}
+    guards: Any = torch._C._dynamo.guards  # type: ignore[attr-defined]
+    constants: dict[str, Any] = {"empty": guards._empty_strided_cpu, "view": guards._reinterpret_tensor, "free": []}
 
     def allocate(memories: Sequence[_Memory], prefix: str) -> list[str]:
         """Code that makes what calls need of these memories."""

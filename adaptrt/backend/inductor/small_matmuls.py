@@ -1,10 +1,11 @@
-"""Small matrix products as a function in the C++ code of a program.
+"""Makes small matrix products calls of a function in the C++ code of a program.
 
-A matrix library takes a microsecond or two to begin. As multiplications and a sum, Inductor makes loops of a product, which add up one
-output at a time. Here a product is a reduction for Inductor, so that it shares a kernel with what surrounds it, and in the place of its
-loops stands a call of a function for these sizes and strides, which keeps a block of outputs in registers.
+A call of a matrix library takes a microsecond or two before it begins. If a product is written as multiplications and a sum, Inductor makes
+loops of it that compute one output at a time. Here Inductor sees a product as a reduction, so that it shares a kernel with the operations
+around it. Instead of the reduction's loops the kernel calls a function for these sizes and strides, which keeps a block of outputs in
+registers.
 
-Where the form of Inductor's code generator is another than expected, and where the processor has no vector instructions, loops are left.
+The loops stay where Inductor's code generator has another form than expected, and where the processor has no vector instructions.
 """
 
 # pyright: reportPrivateUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -13,13 +14,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
 
-from adaptrt.backend.inductor.exchange import exchanged
+from adaptrt.backend.inductor.exchange import SMALL_MATMULS
 from adaptrt.backend.inductor.rewrites.inline_small_matmuls import small_matmul
+from adaptrt.graph.exchange import exchanged
 
 _FUNCTION = """#include <torch/csrc/inductor/cpp_prefix.h>
 
@@ -91,7 +93,7 @@ void small_matmul(const T* __restrict__ a, const T* __restrict__ b, T* __restric
 
 
 class _Operand(NamedTuple):
-    """Where in a buffer, by elements: strides of the task, if there is one, of the row and of the column."""
+    """Where a factor lies in a buffer: its offset, and its strides by task, if there are tasks, by row and by column. In elements."""
 
     buffer: str
     offset: int
@@ -108,27 +110,11 @@ class _Product(NamedTuple):
     dtype: torch.dtype
 
 
-@contextlib.contextmanager
-def small_matmuls_in_place_of_loops() -> Generator[None]:
-    """Within the block, products that are `small_matmul` are compiled as said above."""
-    from torch._inductor.codegen import cpp
-
+def small_matmuls_in_place_of_loops() -> contextlib.AbstractContextManager[None]:
+    """A block in which the operation `small_matmul` is compiled to calls of that function."""
     _register()
-    scheduling: Any = cpp.CppScheduling
-    group: Any = getattr(cpp, "KernelGroup", None)
-    if not all(hasattr(group, name) for name in ("finalize_kernel", "codegen_group")):
-        yield
-        return
-    others: list[tuple[Any, str, Callable[..., Any]]] = [
-        (scheduling, "can_fuse_horizontal", _only_others),
-        (scheduling, "can_fuse_vertical", _only_others),
-        (group, "finalize_kernel", _finalize),
-        (group, "codegen_group", _codegen),
-    ]
-    with contextlib.ExitStack() as stack:
-        for owner, name, other in others:
-            stack.enter_context(exchanged(owner, name, functools.partial(other, getattr(owner, name))))
-        yield
+    others = (_only_others, _only_others, _finalize, _codegen)
+    return exchanged(SMALL_MATMULS, *[functools.partial(functools.partial, other) for other in others])
 
 
 def _only_others(original: Callable[..., bool], self: Any, node1: Any, node2: Any) -> bool:
@@ -183,7 +169,18 @@ def _register() -> None:
 
 
 def _lower(a: Any, b: Any) -> Any:
-    """a [M, K] and b [K, N], or T of them: a sum over products for Inductor, of operands that are in memory."""
+    """a [M, K] and b [K, N], or T of them: a sum over products for Inductor, or the library's product where Inductor has no such sums."""
+    try:
+        return _as_reduction(a, b)
+    except (ImportError, AttributeError, TypeError):  # in another PyTorch
+        from torch._inductor.lowering import lowerings
+
+        operation = torch.ops.aten.mm.default if len(a.get_size()) == 2 else torch.ops.aten.bmm.default
+        return lowerings[operation](a, b)
+
+
+def _as_reduction(a: Any, b: Any) -> Any:
+    """As `_lower`, of operands that are brought to memory."""
     from torch._inductor import ir
     from torch._inductor.runtime.hints import ReductionHint
     from torch._inductor.virtualized import ops

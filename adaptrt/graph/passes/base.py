@@ -15,7 +15,7 @@ from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.node import map_arg
 from torch.utils._pytree import tree_map_only
 
-from adaptrt.graph.collector import collector_rests
+from adaptrt.graph.collector import garbage_collection_paused
 from adaptrt.graph.ir import Graph, PassRecord
 from adaptrt.graph.verify import verify
 
@@ -38,7 +38,7 @@ class Pass:
     ensures: Callable[[Graph], None] = _anything
 
 
-@collector_rests()
+@garbage_collection_paused()
 def apply(passes: Sequence[Pass], graph: Graph) -> Graph:
     """Applies the passes in order and returns the resulting graph, whose `history` says what each pass did.
 

@@ -1,7 +1,8 @@
-"""Marks what has to be computed once, before a loop over a larger tensor, and not again for each of its elements.
+"""Marks small expressions that are computed once, before a loop over a larger tensor, and not again for each of its elements.
 
-A compiler that fuses makes one expression of all pointwise operations. Bias corrections of Adam, two powers in double precision, would be
-computed for every few parameters; what normalisation derives from its statistics, with divisions and roots, for every few activations.
+A compiler that fuses operations makes one expression of all pointwise operations. The bias corrections of Adam, which are two powers in
+double precision, would be computed for every few parameters. What normalisation derives from its statistics by divisions and roots would be
+computed for every few activations.
 """
 
 from __future__ import annotations
@@ -17,20 +18,20 @@ from adaptrt.graph.operations import COSTLY, is_pointwise, is_view, name_of
 from adaptrt.graph.passes.base import Pass, add_call
 
 MIN_RATIO = 8
-"""How many times as many elements the loop must have as what is computed before it."""
+"""How many times as many elements as the expression the loop must have."""
 
 MIN_COST = 1 << 18
-"""What is saved at least, in additions. Another loop, with threads that wait for each other, costs about as much."""
+"""How much has to be saved at least, in additions. Another loop, at whose end threads wait for each other, costs about as much."""
 
 MIN_COST_OF_POSITIONS = 10
-"""In additions, for one element of what reads nothing from memory. Less is computed as fast as it would be read, and a tensor more that is
-read may be the one too many for the compiler to fuse what reads it."""
+"""What an element has to cost at least, in additions, if the expression reads nothing from memory. A cheaper one is computed as fast as it
+would be read. And a compiler does not fuse operations that would read too many tensors, to which this would add one."""
 
 _COSTS: dict[str, int] = {
     **dict.fromkeys(("div", "reciprocal", "sqrt", "rsqrt", "remainder", "fmod"), 10),
     **dict.fromkeys(COSTLY, 20),
 }
-"""In additions, roughly; of all others one."""
+"""What operations cost, roughly, in additions. All others cost one."""
 
 _LIBRARY: Any = torch.library.Library("adaptrt", "FRAGMENT")
 _LIBRARY.define("computed_once(Tensor x) -> Tensor")

@@ -1,8 +1,8 @@
-"""Convolutions on the CPU with more weights than windows become a gathering of windows and a matrix product.
+"""Replaces convolutions on the CPU that have more weights than windows by a gathering of windows and a matrix product.
 
-A convolution library first brings the weights into a layout of its own, at every call. That is little where they meet many windows, and
-most of the time in the last layers of a deep network: 512 channels on 2×2 positions of 25 images take 6 to 10 ms, the product 2. What
-the windows take up is at most what the weights do.
+A convolution library brings the weights into a layout of its own at every call. That takes little of the time if the weights are applied to
+many windows. It takes most of the time in the last layers of a deep network: 512 channels on 2×2 positions of 25 images take 6 to 10 ms,
+and the product takes 2. The gathered windows take no more memory than the weights.
 """
 
 from __future__ import annotations
@@ -54,4 +54,4 @@ def _convolution(
 
 
 RULES: dict[Any, Callable[..., Any]] = {aten.convolution.default: _convolution}
-"""What the operation becomes. A backend applies it with its own."""
+"""What replaces each operation. The backend applies these rules together with its own."""

@@ -1,8 +1,9 @@
-"""Small matrix products on the CPU become what a compiler makes part of the kernels around them.
+"""Replaces small matrix products on the CPU by operations that the compiler makes part of the kernels around them.
 
-A call of a matrix library costs a microsecond or two whatever the sizes, and ends the kernel before it and begins one behind it. In a model
-whose layers have some tens of units that is most of the time. Products with a vector become multiplications and a sum, loops that are
-fused with others; products of matrices an operation of its own, for which the backend has code.
+A call of a matrix library costs a microsecond or two, whatever the sizes. It also separates what comes before it from what comes after it
+into two kernels. In a model whose layers have some tens of units that takes most of the time. Products with a vector become multiplications
+and a sum, which are loops that are fused with others. Products of matrices become the operation `small_matmul`, for which the backend has
+code of its own.
 """
 
 from __future__ import annotations
@@ -75,4 +76,4 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.addmm.default: _addmm,
     aten.baddbmm.default: _addmm,
 }
-"""For each operation what it becomes; NotImplemented where the product is not small. A backend applies them with its own."""
+"""What replaces each operation; NotImplemented where the product is not small. The backend applies these rules together with its own."""

@@ -1,7 +1,7 @@
 """Gives images of one channel the strides of the channels-last layout, so that convolutions of them write their result in it.
 
-With one channel the two layouts are the same memory, and PyTorch takes the tensor for channels-first. Then the first convolution writes
-channels-first, all later ones channels-last, and what is between them transposes at every step.
+With one channel the two layouts are the same memory, and PyTorch takes such a tensor for channels-first. Then the first convolution writes
+its result channels-first and all later ones write theirs channels-last, so that the operations between them transpose at every step.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Larger matrix products in single precision go to oneDNN where the other library, MKL, does not use all of the processor.
+"""Computes larger matrix products in single precision by oneDNN where MKL, the other library, does not use all of the processor.
 
-MKL leaves AVX-512 unused on processors that are not Intel's: on an EPYC of family 26 oneDNN takes half its time from eight million
-multiplications on, as much at two million, and more below, where MKL has less to set up.
+MKL does not use AVX-512 on processors that are not Intel's. On an EPYC of family 26 oneDNN takes half of MKL's time for eight million
+multiplications and more, the same time for two million, and more time for fewer, because MKL has less to set up.
 """
 
 from __future__ import annotations
