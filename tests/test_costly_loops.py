@@ -12,7 +12,6 @@ from torch import Tensor
 from adaptrt.backend import Inductor
 from adaptrt.backend.inductor import costly_loops
 from adaptrt.graph.capture import capture
-from benchmarks.suite.contest import by_turns
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 ROWS, COLUMNS = 16, 256
@@ -63,18 +62,3 @@ def test_only_costly_loops(fn: Callable[[Tensor], Tensor], is_vectorised: bool, 
     torch.testing.assert_close(found, fn(low_rank(a, b)), rtol=1e-12, atol=1e-12)
     assert any("at::vec::Vectorized" in source for source in libraries) == is_vectorised
     assert cpp.TilingSelect.select_tiling is by_heuristic  # pyright: ignore[reportUnknownMemberType]
-
-
-@pytest.mark.alone
-def test_costly_loops_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    a, b = (value.float() for value in arguments())
-    calls: dict[str, Callable[[], Any]] = {}
-    from torch._inductor.utils import fresh_cache
-
-    for name in ("vectorised", "scalar"):
-        with fresh_cache(), monkeypatch.context() as patch:
-            if name == "scalar":
-                patch.setattr(costly_loops, "COSTLY", frozenset())
-            calls[name] = compiled(lambda a, b: low_rank(a, b).tanh(), a, b)
-    seconds = by_turns(calls, 50, 0)
-    assert 2 * min(seconds["vectorised"]) < min(seconds["scalar"])

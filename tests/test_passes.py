@@ -37,7 +37,6 @@ from adaptrt.graph.passes.standard import STANDARD
 from adaptrt.graph.signature import Input, Output, Role, Signature
 from adaptrt.graph.verify import verify
 from adaptrt.tree import Spec
-from benchmarks.small_matmuls import chain, medians_s
 from tests.graphs import targets
 
 aten = torch.ops.aten
@@ -853,9 +852,3 @@ def test_inline_small_matmuls() -> None:
     assert sum("small_matmul" in target for target, _ in targets) == 6
     assert any("inline_small_matmuls" in record.name for record in inlined.history)
     assert num_flops(inlined) == num_flops(graph) - 2 * 4 * 5  # without the one that became a loop
-
-
-@pytest.mark.alone
-def test_inlined_products_are_faster() -> None:
-    library, ours = medians_s(chain, None, 10, 32)
-    assert ours < library

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from adaptrt.backend import Inductor
+from adaptrt.backend.inductor.processor import mkl_is_slow
 from adaptrt.backend.inductor.rewrites import products_by_onednn as file
-from adaptrt.backend.inductor.rewrites.products_by_onednn import mkl_is_slow, products_by_onednn
+from adaptrt.backend.inductor.rewrites.products_by_onednn import products_by_onednn
 from adaptrt.graph.capture import capture
 from adaptrt.graph.ir import Graph
 

@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from adaptrt.backend import Inductor, inductor
-from adaptrt.backend.inductor import small_matmuls
 from adaptrt.graph.capture import capture
-from benchmarks.suite.contest import by_turns
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 
@@ -114,20 +112,3 @@ def test_what_is_not_a_number_stays(libraries: list[str]) -> None:
     wanted = torch.zeros(4, 9)
     wanted[:, 2], wanted[:, 8] = float("nan"), float("nan")
     torch.testing.assert_close(found, wanted, equal_nan=True)
-
-
-@pytest.mark.alone
-def test_function_is_faster_than_loops(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._inductor.utils import fresh_cache
-
-    if not has_vectors():
-        pytest.skip("the processor has no vectors")
-    args = torch.randn(10, 40), torch.randn(40, 40), torch.randn(40, 40)
-    calls: dict[str, Callable[[], Any]] = {}
-    for name in ("function", "loops"):
-        with fresh_cache(), monkeypatch.context() as patch:
-            if name == "loops":
-                patch.setattr(small_matmuls, "_product_of", lambda node: None)
-            calls[name] = compiled(lambda x, v, w: (x @ v.T).relu() @ w.T, *args)
-    seconds = by_turns(calls, 500, 0)
-    assert 1.5 * min(seconds["function"]) < min(seconds["loops"])

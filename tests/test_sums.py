@@ -1,8 +1,7 @@
-"""Sums one axis after the other become one sum; sums over all but the channels are taken image by image. The same numbers, and faster."""
+"""Sums one axis after the other become one sum; sums over all but the channels are taken image by image. The same numbers."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaptrt.backend import Inductor
-from adaptrt.backend.inductor.rewrites import channel_sums
 from adaptrt.graph.capture import capture
-from benchmarks.suite.contest import by_turns
 from tests.graphs import targets
 
 aten = torch.ops.aten
@@ -131,33 +128,3 @@ STAGES: dict[str, tuple[tuple[int, ...], tuple[int, ...], list[list[int]]]] = {
 def test_stages(shape: tuple[int, ...], axes: tuple[int, ...], stages: list[list[int]]) -> None:
     lowered = Inductor().lower(capture(lambda x: x.sum(axes), torch.empty(shape)))
     assert [node.args[1] for node in lowered.module.graph.nodes if node.target is SUM] == stages
-
-
-def three_sums(x: Tensor) -> list[Tensor]:
-    return [(x + scale).square().sum((0, 2, 3)) for scale in (1.0, 2.0, 3.0)]
-
-
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.var_mean(x, (0, 2, 3))
-
-
-FASTER: dict[str, tuple[Callable[[Tensor], Any], tuple[int, ...]]] = {
-    "statistics of images": (moments, (5, 28, 28, 64)),
-    "statistics of rows": (moments, (25, 56, 56, 64)),
-    "sums of images": (three_sums, (25, 28, 28, 64)),
-    "sums of rows": (three_sums, (25, 56, 56, 64)),
-}
-
-
-@pytest.mark.alone
-@pytest.mark.parametrize("fn, shape", FASTER.values(), ids=FASTER)
-def test_stages_are_faster(fn: Callable[[Tensor], Any], shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.randn(shape)
-    graph = capture(lambda x: fn(x.permute(0, 3, 1, 2)), x)
-    staged = Inductor().compile(graph)
-    monkeypatch.setattr(channel_sums, "RULES", {})
-    at_once = Inductor().compile(graph)
-    for ours, theirs in zip(staged([x]), at_once([x]), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    seconds = by_turns({"staged": lambda: staged([x]), "at once": lambda: at_once([x])}, 40, 2)
-    assert statistics.median(a / b for a, b in zip(seconds["at once"], seconds["staged"], strict=True)) > 1.1
