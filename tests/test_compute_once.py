@@ -17,6 +17,7 @@ from adaptrt.backend.inductor.rewrites.compute_once import compute_once, compute
 from adaptrt.graph.capture import capture
 from adaptrt.graph.passes.base import apply
 from tests.graphs import targets
+from tests.tolerances import EQUAL, KERNEL, STEPS, assert_close
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 
@@ -47,9 +48,9 @@ def test_what_is_computed_once(fn: Callable[..., Any], values: list[Tensor], cou
     marked = apply([compute_once], Inductor().lower(graph))
     assert targets(marked).count(computed_once) == count
     wanted = graph.run(*values)
-    torch.testing.assert_close(marked.run(*values), wanted, rtol=0, atol=0)
+    assert_close(marked.run(*values), wanted, EQUAL)
     found = Inductor().compile(graph)(list(values))
-    torch.testing.assert_close(list(found), list(wanted) if isinstance(wanted, tuple) else [wanted], rtol=1e-6, atol=1e-6)
+    assert_close(list(found), list(wanted) if isinstance(wanted, tuple) else [wanted], KERNEL)
 
 
 def test_second_derivatives_of_pools_write_no_choices() -> None:
@@ -64,7 +65,7 @@ def test_second_derivatives_of_pools_write_no_choices() -> None:
     args = torch.randn(16, 16, 32, 32), torch.randn(16, 16, 32, 32)
     graph = apply(inductor.PASSES, capture(fn, *args, for_fusion=True))
     assert computed_once not in targets(graph)
-    torch.testing.assert_close(Inductor().compile(capture(fn, *args, for_fusion=True))(list(args))[0], fn(*args), rtol=1e-5, atol=1e-5)
+    assert_close(Inductor().compile(capture(fn, *args, for_fusion=True))(list(args))[0], fn(*args), STEPS)
 
 
 def adam(size: int) -> tuple[Any, list[Tensor]]:

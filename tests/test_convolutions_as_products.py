@@ -16,6 +16,7 @@ from adaptrt.graph.capture import capture
 from adaptrt.graph.cost import num_flops
 from adaptrt.graph.passes.base import apply
 from tests.graphs import targets
+from tests.tolerances import OPERATIONS, assert_close
 
 aten = torch.ops.aten
 
@@ -39,9 +40,9 @@ def test_numbers(image: tuple[int, ...], weights: tuple[int, ...], options: dict
     assert aten.convolution.default not in targets(lowered)
     assert num_flops(lowered) == num_flops(graph)
     wanted = graph.run(*values)
-    torch.testing.assert_close(lowered.run(*values), wanted, rtol=1e-12, atol=1e-12)
+    assert_close(lowered.run(*values), wanted, OPERATIONS)
     (found,) = Inductor().compile(graph)(list(values))
-    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert_close(found, wanted, OPERATIONS)
     assert found.stride() == wanted.stride()
 
 
@@ -82,4 +83,4 @@ def test_gradients_of_gradients() -> None:
     graph = capture(lambda x, w: fn(x.detach().requires_grad_(), w.detach().requires_grad_()), x, w)
     assert targets(apply(LOWERING, graph)).count(aten.convolution.default) < targets(graph).count(aten.convolution.default)
     (found,) = Inductor().compile(graph)([x, w])
-    torch.testing.assert_close(found, fn(x.requires_grad_(), w.requires_grad_()), rtol=1e-12, atol=1e-12)
+    assert_close(found, fn(x.requires_grad_(), w.requires_grad_()), OPERATIONS)

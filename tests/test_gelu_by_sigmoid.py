@@ -16,6 +16,7 @@ from adaptrt.graph.capture import capture
 from adaptrt.graph.operations import COSTLY, name_of
 from adaptrt.graph.passes.gelu_by_sigmoid import GeluBySigmoid
 from tests.graphs import targets
+from tests.tolerances import HIGH_DERIVATIVE, assert_close
 
 aten = torch.ops.aten
 
@@ -44,7 +45,7 @@ def test_derivatives(order: int) -> None:
     found, wanted = derivative(written, x, order), derivative(operation, x, order)
     sound = torch.isfinite(wanted)  # far out the operation's third derivative is infinity times zero
     assert sound.sum() > 340 and torch.isfinite(found).all()
-    torch.testing.assert_close(found[sound], wanted[sound], rtol=1e-9, atol=1e-11)
+    assert_close(found[sound], wanted[sound], HIGH_DERIVATIVE)
 
 
 @pytest.mark.parametrize("order", range(3))
@@ -94,7 +95,7 @@ def test_gradients_of_a_model() -> None:
     assert aten.gelu.default in targets(plain) and aten.gelu.default not in targets(fused)
     assert fused.history[0].name == "gelu_by_sigmoid of 1 functions"
     for found in (fused.run(params, x), Inductor().compile(fused)([*params.values(), x])):
-        torch.testing.assert_close(tuple(found), fn(params, x), rtol=1e-9, atol=1e-11)
+        assert_close(tuple(found), fn(params, x), HIGH_DERIVATIVE)
 
 
 OTHERS: dict[str, tuple[Callable[[Tensor], Tensor], torch.dtype]] = {

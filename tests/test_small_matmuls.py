@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from adaptrt.backend import Inductor, inductor
-from adaptrt.graph.capture import capture
+from adaptrt.backend import inductor
+from tests.graphs import compiled
+from tests.tolerances import PRODUCT
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 
@@ -34,16 +34,10 @@ def in_all_layouts(*values: Tensor) -> list[Tensor]:
     return found
 
 
-def compiled(fn: Callable[..., Any], *args: Tensor) -> Callable[[], list[Tensor]]:
-    run = Inductor().compile(capture(fn, *args))
-    return lambda: list(run(list(args)))
-
-
 def check(fn: Callable[..., Sequence[Tensor]], *args: Tensor) -> None:
     exact = fn(*[value.double() for value in args])
-    tolerance = {torch.float32: 3e-6, torch.float64: 1e-14}[args[0].dtype]
     for found, value in zip(compiled(fn, *args)(), exact, strict=True):
-        assert (found.double() - value).abs().max() <= tolerance * value.abs().max()
+        assert (found.double() - value).abs().max() <= PRODUCT[args[0].dtype] * value.abs().max()
 
 
 @pytest.mark.parametrize("bits", [None, 128, 256, 512, 1])

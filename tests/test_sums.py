@@ -13,6 +13,7 @@ from torch import Tensor
 from adaptrt.backend import Inductor
 from adaptrt.graph.capture import capture
 from tests.graphs import targets
+from tests.tolerances import LAST_BIT, OPERATIONS, ROUNDING, SECOND_DERIVATIVE, STATISTIC, assert_close
 
 aten = torch.ops.aten
 SUM = aten.sum.dim_IntList
@@ -37,8 +38,8 @@ def test_sums_of_a_single_number() -> None:
     x, y = torch.tensor(2.0, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     for fn, value in ((lambda x: x.sum(0), x), (lambda x: x.sum(-1, True), x), (lambda y: y.sum(0).sum(-1), y)):
         graph = capture(fn, value)
-        torch.testing.assert_close(graph.run(value), fn(value), rtol=1e-15, atol=0)
-        torch.testing.assert_close(Inductor().compile(graph)([value])[0], fn(value), rtol=1e-15, atol=0)
+        assert_close(graph.run(value), fn(value), LAST_BIT)
+        assert_close(Inductor().compile(graph)([value])[0], fn(value), LAST_BIT)
 
 
 @pytest.mark.parametrize("fn, count", MERGED.values(), ids=MERGED)
@@ -46,7 +47,7 @@ def test_sums_are_merged(fn: Callable[[Tensor], Tensor], count: int) -> None:
     x = torch.randn(3, 4, 5, 6, dtype=torch.float64)
     graph = capture(fn, x)
     assert targets(graph).count(SUM) == count
-    torch.testing.assert_close(graph.run(x), fn(x), rtol=1e-13, atol=1e-13)
+    assert_close(graph.run(x), fn(x), ROUNDING)
 
 
 def test_the_second_derivative_of_batch_normalisation_has_no_partial_sums() -> None:
@@ -59,7 +60,7 @@ def test_the_second_derivative_of_batch_normalisation_has_no_partial_sums() -> N
     graph = capture(fn, x, y)
     sums = [node for node in graph.module.graph.nodes if node.target is SUM]
     assert sums and all(node.meta["val"].numel() == 4 for node in sums)
-    torch.testing.assert_close(graph.run(x, y), fn(x, y), rtol=1e-10, atol=1e-12)
+    assert_close(graph.run(x, y), fn(x, y), SECOND_DERIVATIVE)
 
 
 # --- image by image
@@ -95,11 +96,11 @@ def test_numbers(shape: tuple[int, ...], axes: tuple[int, ...], channels_last: b
     wanted = fn(x)
     for found in (lowered.run(x), Inductor().compile(graph)([x])):
         for ours, theirs in zip(found, wanted, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+            assert_close(ours, theirs, OPERATIONS)
             assert ours.shape == theirs.shape
     single = Inductor().compile(capture(fn, x.float()))([x.float()])
     for ours, theirs in zip(single, fn(x.float().double()), strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=0)
+        assert_close(ours.double(), theirs, STATISTIC)
 
 
 OTHERS: dict[str, tuple[Callable[[Tensor], Any], Tensor]] = {

@@ -7,12 +7,13 @@ timed here: decisions are made by the processor's name and instruction sets. The
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 
-def capabilities() -> dict[str, Any]:
+def capabilities() -> Mapping[str, Any]:
     """The name, the instruction sets and the sizes of caches, as PyTorch knows them; empty where its version does not say."""
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
 
