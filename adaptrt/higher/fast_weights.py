@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptrt.graph.switches import MATH_ATTENTION, MATH_ATTENTION_NO_CUDNN
 from adaptrt.higher.places import Places
-from adaptrt.higher.switches import differentiable_twice
 from adaptrt.higher.twins import Links, Twins, links_of, make_twins
 
 
@@ -88,7 +88,7 @@ class FastWeights:
         """Returns a context in which the gradient of a forward pass has a derivative, if one may be asked for."""
         if not (self.track and torch.is_grad_enabled()):
             return nullcontext()
-        return differentiable_twice(self._is_recurrent)
+        return MATH_ATTENTION_NO_CUDNN if self._is_recurrent else MATH_ATTENTION
 
     def running(self) -> Twins:
         """Returns the twins that run in place of the handle, with the latest version.

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
+import torch
+
+from adaptrt.backend import Backend
 from adaptrt.backend.tiered import TieredRunner
 from adaptrt.graph.cost import num_bytes, num_flops
 from adaptrt.graph.ir import PassRecord
@@ -55,6 +58,8 @@ class Explanation:
       adjoints: for each shape of support data, in words: shapes, adjoint and why it was chosen.
       programs: all programs compiled so far.
       calls: where calls are recorded, for each recorded so far: shapes, name, and whether it is one launch.
+      exchanged: names of what the backend exchanges or uses of PyTorch's private parts, as far as this PyTorch has them
+        (`adaptrt.backend.inductor.exchange.TABLE`); empty until something is compiled.
     """
 
     num_steps: int
@@ -62,6 +67,7 @@ class Explanation:
     adjoints: tuple[tuple[str, str, str], ...]
     programs: tuple[ProgramReport, ...]
     calls: tuple[tuple[str, str, bool], ...] = ()
+    exchanged: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"unroll of {self.num_steps} steps on backend {self.backend}"]
@@ -74,10 +80,12 @@ class Explanation:
             lines += [str(program) for program in self.programs if program.shapes == group]
             calls = [(name, "one launch" if whole else "could not be recorded") for shapes, name, whole in self.calls if shapes == group]
             lines += [f"    a call of {name}: {how}" for name, how in calls]
+        if self.exchanged:
+            lines.append(f"  private parts of PyTorch {torch.__version__} in use: {', '.join(self.exchanged)}")
         return "\n".join(lines)
 
 
-def explain(num_steps: int, backend: str, plans: Sequence[SupportPlan], predictions: Sequence[PredictionPlan]) -> Explanation:
+def explain(num_steps: int, backend: Backend, plans: Sequence[SupportPlan], predictions: Sequence[PredictionPlan]) -> Explanation:
     """Returns the report on everything planned and compiled so far."""
     adjoints: list[tuple[str, str, str]] = []
     programs: list[ProgramReport] = []
@@ -95,7 +103,8 @@ def explain(num_steps: int, backend: str, plans: Sequence[SupportPlan], predicti
             add(f"{support}; query {', '.join(query.shapes)}", query)
     for prediction in predictions:
         add(f"inputs {', '.join(prediction.shapes)}", prediction)
-    return Explanation(num_steps, backend, tuple(adjoints), tuple(programs), tuple(calls))
+    exchanged = backend.private_parts() if programs else ()
+    return Explanation(num_steps, backend.name, tuple(adjoints), tuple(programs), tuple(calls), exchanged)
 
 
 def _report(name: str, shapes: str, program: Program) -> ProgramReport:

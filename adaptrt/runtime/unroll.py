@@ -232,7 +232,7 @@ class CompiledUnroll:
 
     def explain(self) -> Explanation:
         """Which adjoint was chosen and why, and each program's size before and after each pass, FLOPs, bytes and compile time."""
-        return explain(self._settings.k, self._settings.backend.name, self._planner.supports.entries(), self._planner.predictions.entries())
+        return explain(self._settings.k, self._settings.backend, self._planner.supports.entries(), self._planner.predictions.entries())
 
     def graphs(self) -> dict[str, Graph]:
         """The graphs compiled so far by program name; a number is added where several shapes have a program of that name."""
