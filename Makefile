@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
-# One file to a worker: a file's tests share the programs that they compile. Exit code 5: no test of that kind was asked for.
+# One file to a worker: a file's tests share the programs that they compile.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 PYTEST = $(BIN)/python -m pytest --benchmark-disable
 DEMO_ARGS ?=
@@ -25,12 +25,7 @@ demo: $(VENV)/.demo
 	$(BIN)/adaptrt demo $(DEMO_ARGS)
 
 test: $(VENV)/.test
-ifneq ($(filter -m%,$(PYTEST_ARGS)),)
 	$(PYTEST) $(PYTEST_ARGS)
-else
-	$(PYTEST) -m 'not alone' $(PYTEST_ARGS); first=$$?; [ $$first -eq 0 ] || [ $$first -eq 5 ] || exit $$first; \
-	$(PYTEST) -m alone $(PYTEST_ARGS) -n 0; second=$$?; [ $$second -ne 5 ] || exit $$first; exit $$second
-endif
 
 # The report's tables go to the screen, JSON, tables and plot to build/.
 BENCH = $(BIN)/python -m pytest -o python_files='bench_*.py' -o filterwarnings=default -q --show-capture=no benchmarks/suite --benchmark-json=build/$@.json

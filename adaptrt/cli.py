@@ -1,6 +1,7 @@
 """The command line: `adaptrt demo` and `adaptrt inspect module:factory`.
 
-A wrong input ends with one line on standard error and exit code 2; Ctrl-C with one line and exit code 130. Neither prints a traceback.
+After a wrong input, the command prints one line on standard error and ends with exit code 2. After Ctrl-C, it prints one line and ends with
+exit code 130. Neither prints a traceback.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def demo(
     if not out.absolute().parent.is_dir():
         _fail(f"--out {out}: the folder {out.absolute().parent} does not exist")
     with _one_line_errors():
-        # Imported here: scikit-learn and matplotlib come with an extra, and `inspect` does without them.
+        # Imported here because scikit-learn and matplotlib come with an extra, which `inspect` does not need.
         from adaptrt.demo.run import run
 
         run(minutes=minutes, out=out, seed=seed, backend=backend.value, num_episodes=episodes)
@@ -77,7 +78,7 @@ def _build(target: str) -> tuple[CompiledUnroll, Any, Any]:
     """Calls the user's factory.
 
     Returns:
-      unroll, support and query; query is None where the factory gives none.
+      The unroll, the support batch and the query batch, which is None if the factory returns none.
     """
     factory = _find(target)
     try:
@@ -96,7 +97,7 @@ def _find(target: str) -> Callable[[], object]:
     module_name, colon, path = target.partition(":")
     if not (module_name and colon and path):
         _fail(f"{target!r} is not of the form module:factory, for example examples.sine:build")
-    # A console script starts without the working directory on the path, where the user's module most often is.
+    # The user's module is most often in the working directory, which is not on the path of a console script.
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:

@@ -1,6 +1,6 @@
-"""Every exception a user of adaptrt can meet.
+"""Defines every exception and warning of adaptrt.
 
-Each message names the argument, what was expected, what was got and the next action. All derive from `AdaptrtError`, and from
+Each message names the argument, what was expected, what was got and what to do. All exceptions derive from `AdaptrtError`, and also from
 `ValueError`, `TypeError` or `RuntimeError` where one of those fits, so that existing handlers keep working.
 """
 
@@ -12,19 +12,19 @@ class AdaptrtError(Exception):
 
 
 class InvalidArgument(AdaptrtError, ValueError):
-    """An argument has the right type and a value outside its domain, for example `k=0`."""
+    """An argument has the right type but a value outside its domain, for example `k=0`."""
 
 
 class InvalidType(AdaptrtError, TypeError):
-    """An argument, a tensor's dtype included, is of a kind that cannot be used where it stands."""
+    """An argument is of a type, or a tensor of a dtype, that cannot be used in its place."""
 
 
 class InvalidBatch(InvalidArgument):
-    """Support or query data is empty, does not fit the model, or its parts disagree on the batch size."""
+    """Support or query data is empty, does not fit the model, or has parts that disagree on the batch size."""
 
 
 class DeviceMismatch(InvalidArgument):
-    """A tensor lives on another device than the model."""
+    """A tensor is on another device than the model."""
 
 
 class LabelOutOfRange(InvalidArgument):
@@ -32,11 +32,11 @@ class LabelOutOfRange(InvalidArgument):
 
 
 class NonFiniteInput(InvalidArgument):
-    """Support or query data holds NaN or infinity and `nonfinite="error"`."""
+    """Support or query data holds NaN or infinity, and `nonfinite="error"`."""
 
 
 class ShapeChanged(InvalidArgument):
-    """Data of a shape that no program was compiled for, under `on_new_shape="error"`."""
+    """No program was compiled for data of this shape, and `on_new_shape="error"`."""
 
 
 class UnsupportedParameter(InvalidType):
@@ -44,7 +44,7 @@ class UnsupportedParameter(InvalidType):
 
 
 class NothingToAdapt(InvalidArgument):
-    """No parameter of the model is adaptable, or the support loss depends on none that is."""
+    """The model has no parameter that can adapt, or the support loss depends on none of those."""
 
 
 class InvalidLoss(InvalidArgument):
@@ -56,15 +56,15 @@ class OptimizerMismatch(InvalidArgument):
 
 
 class UnsupportedOptimizer(InvalidType, ValueError):
-    """The optimiser is of a class, or uses a feature, that has no pure counterpart here. Also a ValueError, which `higher` raises."""
+    """The optimiser is of a class, or uses a feature, that adaptrt does not support. It is also a ValueError, which `higher` raises."""
 
 
 class NotTraceable(AdaptrtError, RuntimeError):
-    """The model cannot be turned into a graph; the message names the line of the user's code."""
+    """The model cannot be turned into a graph. The message names the line of the user's code."""
 
 
 class DataDependentControlFlow(NotTraceable):
-    """Python control flow, or an output's shape, depends on the values in a tensor."""
+    """Python control flow, or the shape of an output, depends on the values in a tensor."""
 
 
 class UnsupportedRandomness(NotTraceable):
@@ -72,23 +72,23 @@ class UnsupportedRandomness(NotTraceable):
 
 
 class NotDifferentiable(AdaptrtError, RuntimeError):
-    """An operation has no derivative of its gradient; the message names it and the module that called it."""
+    """The gradient of an operation has no derivative. The message names the operation and the module that called it."""
 
 
 class CannotRecord(AdaptrtError, RuntimeError):
-    """A call cannot be recorded or launched here: within somebody else's capture, or in a forked process."""
+    """A call cannot be recorded or launched, because it is within another capture of a CUDA graph or in a forked process."""
 
 
 class OutOfDeviceMemory(AdaptrtError, MemoryError):
-    """A device has too little memory to record a call; the message says how much it takes."""
+    """A device has too little memory to record a call. The message says how much memory the call takes."""
 
 
 class InvalidGraph(AdaptrtError, RuntimeError):
-    """A graph breaks an invariant that `adaptrt.graph.verify` holds; a defect of a pass, not of the user's code."""
+    """A graph breaks an invariant that `adaptrt.graph.verify` checks. This is a defect of a pass, not of the user's code."""
 
 
 class CompilerUnavailable(UserWarning):
-    """No C++ compiler was found: programs run on the eager backend."""
+    """No C++ compiler was found, so programs run on the eager backend."""
 
 
 class RecordingFailed(UserWarning):

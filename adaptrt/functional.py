@@ -1,7 +1,7 @@
-"""Modules as functions: call one on other parameters and buffers, without touching it.
+"""Calls a module with other parameters and buffers, without changing the module.
 
-The call runs on a shadow, a copy of the module tree's objects that shares all tensors. So tracing may swap parameters, and forward passes
-may set attributes, while other threads use the module itself.
+The call runs on a *shadow*: a copy of all module objects in the module tree that shares their tensors. So tracing may replace parameters,
+and forward passes may set attributes, while other threads use the module itself.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def call_module(
     """Calls a shadow of `module` with these parameters and buffers.
 
     Args:
-      module: neither it nor its tensors are changed.
-      params: by name. A tensor that the module knows by several names stands under the first.
-      buffers: likewise; not written to.
-      args, kwargs: of the call.
+      module: the module to call. Neither it nor its tensors are changed.
+      params: parameters by name. A tensor that the module knows by several names is given by the first.
+      buffers: buffers by name, likewise. They are not written to.
+      args, kwargs: arguments of the call.
     Returns:
       What the module returned, and the buffers as the call left them.
     """
@@ -38,10 +38,10 @@ def call_module(
 
 
 def call_stateless(module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...]) -> Any:
-    """What a shadow of `module` returns with these parameters and buffers, by name.
+    """Calls a shadow of `module` with these parameters and buffers, given by name, and returns its output.
 
     Raises:
-      NotTraceable: it writes to a buffer, which would be lost.
+      NotTraceable: the module writes to a buffer, and the new value would be lost.
     """
     owned = {name: tensors[name].clone() for name, _ in module.named_buffers()}
     output, values = _call(module, tensors, owned, args, {})
@@ -56,10 +56,10 @@ def call_stateless(module: nn.Module, tensors: Mapping[str, Tensor], args: tuple
 def _call(
     module: nn.Module, params: Mapping[str, Tensor], owned: Mapping[str, Tensor], args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> tuple[Any, dict[str, Tensor]]:
-    """What a shadow returns, and all its tensors by name as the call left them; `owned` are the buffers it may write to."""
+    """Returns the output of a shadow and all its tensors by name, as the call left them. `owned` are the buffers that it may write to."""
     values = {name: params[first] for name, first in canonical_names(module.named_parameters(remove_duplicate=False)).items()}
     values |= {name: owned[first] for name, first in canonical_names(module.named_buffers(remove_duplicate=False)).items()}
-    # Aliases are listed above: with tie_weights functional_call would not write a buffer that forward assigned anew back into `values`.
+    # All aliases are in `values` already. With tie_weights, functional_call would not write a buffer that forward assigned anew into them.
     twin = shadow(module)
     output = torch.func.functional_call(twin, values, args, dict(kwargs), tie_weights=False)
     for original, copied in zip(module.modules(), twin.modules(), strict=False):
@@ -74,7 +74,7 @@ _overwritten: contextvars.ContextVar[list[Tensor]] = contextvars.ContextVar("ove
 
 @contextlib.contextmanager
 def watch_attributes() -> Generator[list[Tensor]]:
-    """Collects the tensors that stood in attributes which a forward pass in the block set anew."""
+    """Collects the tensors whose attributes a forward pass in the block has set to something else."""
     found: list[Tensor] = []
     token = _overwritten.set(found)
     try:
@@ -84,10 +84,10 @@ def watch_attributes() -> Generator[list[Tensor]]:
 
 
 def refuse_state(constants: Sequence[Tensor], overwritten: Sequence[Tensor]) -> None:
-    """Raises if a tensor attribute is both read and set anew by a forward pass: it would start afresh at every step.
+    """Raises if a forward pass both reads and sets a tensor attribute, because its value would be lost from step to step.
 
     Raises:
-      NotTraceable: there is one.
+      NotTraceable: there is such an attribute.
     """
     stale = {id(value) for value in overwritten}
     for value in constants:
@@ -99,7 +99,7 @@ def refuse_state(constants: Sequence[Tensor], overwritten: Sequence[Tensor]) -> 
 
 
 def canonical_names(named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
-    """For every name the first name of the same tensor.
+    """Returns for every name the first name of the same tensor.
 
     >>> shared = torch.zeros(2)
     >>> canonical_names([("encoder.weight", shared), ("bias", torch.ones(1)), ("decoder.weight", shared)])
@@ -110,10 +110,10 @@ def canonical_names(named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:
 
 
 def shadow(module: nn.Module) -> nn.Module:
-    """A copy of the module tree that shares tensors and everything else but the modules and their containers.
+    """Copies the module objects of a module tree and the containers that hold them. Everything else, such as tensors, is shared.
 
-    A module used in several places stays one; methods bound to a module of the tree (an instance's own `forward`, hooks) are bound to its
-    copy.
+    A module that is used in several places has one copy. Methods that are bound to a module of the tree (an instance's own `forward`,
+    hooks) are bound to the copy of that module.
     """
     copies: dict[int, nn.Module] = {id(part): object.__new__(type(part)) for part in module.modules()}
     for part in module.modules():
@@ -122,7 +122,7 @@ def shadow(module: nn.Module) -> nn.Module:
 
 
 def remapped(value: Any, parts: Mapping[int, nn.Module]) -> Any:
-    """`value` with the modules in it replaced by those that `parts` has for their ids; containers are copied, methods bound anew."""
+    """Replaces the modules in `value` by those in `parts`, which are found by id. Containers are copied, and methods are bound anew."""
     if isinstance(value, nn.Module):
         return parts.get(id(value), value)
     if isinstance(value, types.MethodType) and id(value.__self__) in parts:
@@ -151,7 +151,7 @@ def remapped(value: Any, parts: Mapping[int, nn.Module]) -> Any:
 
 
 def refers(value: Any, parts: Mapping[int, nn.Module]) -> bool:
-    """Whether `remapped` would replace something."""
+    """Whether `remapped` would replace anything in `value`."""
     if isinstance(value, nn.Module):
         return id(value) in parts
     if isinstance(value, types.MethodType):

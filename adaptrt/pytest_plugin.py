@@ -1,7 +1,7 @@
-"""A fixture for a user's own tests: how long an unroll's calls take, and that none of them compiles.
+"""Provides a pytest fixture that measures how long an unroll's calls take, and checks that none of them compiles.
 
-Put `pytest_plugins = ["adaptrt.pytest_plugin"]` into the top `conftest.py`, or call `pytest -p adaptrt.pytest_plugin`. It does not register
-itself: every run of pytest in the environment would import PyTorch.
+Put `pytest_plugins = ["adaptrt.pytest_plugin"]` into the top `conftest.py`, or call `pytest -p adaptrt.pytest_plugin`. The plugin does not
+register itself, because then every run of pytest in the environment would import PyTorch.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ _ROWS = pytest.StashKey[list[tuple[str, "Latency"]]]()
 
 
 class Latency(NamedTuple):
-    """What a call took.
+    """How long calls took.
 
     Attributes:
-      times_s: of every timed call, in order.
+      times_s: the seconds of every timed call, in order.
     """
 
     times_s: Sequence[float]
 
     def percentile(self, percent: float) -> float:
-        """The time in seconds that so many percent of the calls kept within: one of the measured ones.
+        """Returns the shortest measured time, in seconds, that this percentage of the calls did not exceed.
 
         >>> Latency([0.4, 0.1, 0.2, 0.3]).percentile(50)
         0.2
@@ -42,7 +42,7 @@ class Latency(NamedTuple):
 
 
 class UnrollBenchmark:
-    """The fixture `unroll_benchmark`."""
+    """Times calls of an unroll against a budget; the value of the fixture `unroll_benchmark`."""
 
     def __init__(self, name: str, rows: list[tuple[str, Latency]]) -> None:
         self._name = name
@@ -58,22 +58,22 @@ class UnrollBenchmark:
         p50_s: float | None = None,
         p99_s: float | None = None,
     ) -> Latency:
-        """Times `call`, and fails the test if it is over its budget or compiles anything after warming up.
+        """Times `call`, and fails the test if it is over its budget or if it compiles anything after warming up.
 
-        On a CUDA device the clock is read when the device has finished. The garbage collector rests meanwhile.
+        On a CUDA device the clock is read when the device has finished. Garbage collection is paused while calls are timed.
 
         Args:
-          call: without arguments, for example `lambda: unroll.adapt(support)`.
-          unroll: whose programs are watched, and whose device is waited for. With tasks that is the result of `vmap()`.
-          calls: how many are timed, at least 1; for a p99 that is not the maximum, at least 100.
-          warm_up: how many come before, which may compile.
-          p50_s, p99_s: seconds that the median, and 99% of the calls, may take; None for no limit.
+          call: a function without arguments, for example `lambda: unroll.adapt(support)`.
+          unroll: the unroll whose programs are watched and whose device is waited for. With tasks it is the result of `vmap()`.
+          calls: the number of timed calls, at least 1. With fewer than 100 the p99 is the maximum.
+          warm_up: the number of calls before the timed ones, which may compile.
+          p50_s, p99_s: the seconds that the median, and 99% of the calls, may take. None means no limit.
         """
         if calls < 1 or warm_up < 0:
             raise ValueError(f"calls must be at least 1 and warm_up at least 0, got {calls} and {warm_up}")
         for _ in range(warm_up):
             call()
-        before = list(unroll.graphs().values())  # held, so that no later graph has the id of one of these
+        before = list(unroll.graphs().values())  # kept alive so that no later graph has the id of one of these
         latency = Latency(_times_s(call, calls, unroll.device))
         self._rows.append((self._name, latency))
         compiled = [name for name, graph in unroll.graphs().items() if all(graph is not known for known in before)]
@@ -104,7 +104,7 @@ def _times_s(call: Callable[[], Any], count: int, device: torch.device) -> list[
             result = call()
             wait()
             times.append(time.perf_counter() - began)
-            del result  # freeing it is not part of the next call
+            del result  # so that the next call does not include freeing it
     finally:
         if collects:
             gc.enable()
@@ -118,7 +118,7 @@ def unroll_benchmark(request: pytest.FixtureRequest) -> UnrollBenchmark:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Lists what was measured."""
+    """Prints what was measured."""
     rows = config.stash.get(_ROWS, [])
     if rows:
         terminalreporter.section("latency of unrolls")

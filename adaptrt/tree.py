@@ -1,7 +1,7 @@
-"""Trees of tensors: the one way in which nested arguments and results become flat lists and come back.
+"""Converts trees of tensors (nested arguments and results) to flat lists of tensors and back.
 
 A tree is a tensor, a `Spec`, or a dict, list, tuple, named tuple or dataclass of trees. Everything else in it (None, numbers, strings) is
-static: part of the structure, never a leaf. A `Structure` is hashable, so it can be part of a cache key.
+static, which means that it is part of the structure and not a leaf. A `Structure` is hashable, so it can be part of a cache key.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Tree = Any
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Spec:
-    """Shape, dtype and device of a tensor: what a program is compiled for."""
+    """The shape, dtype and device of a tensor, for which a program is compiled."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -39,7 +39,7 @@ class Spec:
 
     @property
     def strides(self) -> tuple[int, ...]:
-        """Of a contiguous tensor; an axis of length 1 counts like any other."""
+        """The strides of a contiguous tensor of this shape. An axis of length 1 is treated like any other."""
         strides, step = list[int](), 1
         for extent in reversed(self.shape):
             strides.append(step)
@@ -52,10 +52,11 @@ class Spec:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Structure:
-    """What a tree is besides its leaves.
+    """Everything about a tree except its leaves.
 
-    `kind` is "leaf", "static", "mapping", "sequence", "named" or "dataclass"; `payload` holds the static value or the container's type;
-    `keys` its keys or field names; for a static value what else must be equal: its type, and digits (1, 1.0 and True are equal in Python).
+    `kind` is "leaf", "static", "mapping", "sequence", "named" or "dataclass". `payload` holds the static value or the container's type.
+    `keys` holds the keys or field names of a container. For a static value it holds what must be equal besides the value, because 1, 1.0
+    and True are equal in Python: its type, and the digits of a float.
     """
 
     kind: str
@@ -72,13 +73,13 @@ _LEAF = Structure("leaf")
 
 
 def tuple_of(children: Sequence[Structure]) -> Structure:
-    """The structure of a tuple of trees of these structures."""
+    """Returns the structure of a tuple whose elements are trees of these structures."""
     return Structure("sequence", tuple, tuple(range(len(children))), tuple(children))
 
 
 @functools.lru_cache(maxsize=1024)  # looked up for every node of every tree of a call
 def _kind_of(cls: type) -> tuple[str, tuple[str, ...]]:
-    """What instances of a class are in a tree, and the names of their fields if the class has some."""
+    """Returns the kind of node that instances of a class are, and the names of their fields if the class has some."""
     if issubclass(cls, Tensor | Spec):
         return "leaf", ()
     if dataclasses.is_dataclass(cls):
@@ -91,7 +92,7 @@ def _kind_of(cls: type) -> tuple[str, tuple[str, ...]]:
 
 
 def _children(value: Tree) -> tuple[str, tuple[Any, ...], Iterable[Tree]]:
-    """Kind, keys and children of a node; a leaf and a static value have none."""
+    """Returns the kind, keys and children of a node. A leaf and a static value have no children."""
     kind, fields = _kind_of(type(value))
     if kind == "mapping":
         mapping = cast(Mapping[Any, Tree], value)
@@ -106,7 +107,7 @@ def _children(value: Tree) -> tuple[str, tuple[Any, ...], Iterable[Tree]]:
 
 
 def flatten(tree: Tree) -> tuple[list[Any], Structure]:
-    """The leaves of `tree`, depth first, and the structure that `unflatten` needs to put them back."""
+    """Returns the leaves of `tree`, depth first, and the structure from which `unflatten` rebuilds the tree."""
     leaves: list[Any] = []
     return leaves, _flatten_into(tree, leaves)
 
@@ -122,7 +123,7 @@ def _flatten_into(tree: Tree, leaves: list[Any]) -> Structure:
 
 
 def leaves(tree: Tree) -> list[Any]:
-    """The leaves of `tree`, depth first."""
+    """Returns the leaves of `tree`, depth first."""
     found: list[Any] = []
     _collect(tree, found)
     return found
@@ -144,12 +145,12 @@ def _collect(tree: Tree, found: list[Any]) -> None:
     for child in children:
         if isinstance(child, Tensor):
             found.append(child)
-        elif type(child) is not tuple or child:  # what an optimiser's state lacks is an empty tuple
+        elif type(child) is not tuple or child:  # an empty tuple stands for a tensor that an optimiser's state does not have
             _collect(child, found)
 
 
 def unflatten(structure: Structure, values: Iterable[Any]) -> Tree:
-    """The inverse of `flatten`. A value need not be a tensor; one is taken for each leaf, in order.
+    """Rebuilds a tree, as the inverse of `flatten`. It takes one value for each leaf, in order, which need not be a tensor.
 
     >>> values, structure = flatten({"a": torch.zeros(2), "b": (torch.ones(1), None)})
     >>> unflatten(structure, ["x", "y"])
@@ -173,9 +174,10 @@ def _build(structure: Structure, values: Iterator[Any]) -> Tree:
 
 
 def leaves_by(structure: Structure) -> Callable[[Tree], list[Any]]:
-    """`leaves` for trees of one structure, as code that looks at these places and no others: several times faster.
+    """Returns a function like `leaves` for trees of one structure, which is several times faster.
 
-    What it returns raises KeyError, IndexError, AttributeError or TypeError for a tree that lacks one of them.
+    It is generated code that reads the places of the leaves directly. It raises KeyError, IndexError, AttributeError or TypeError for a
+    tree that lacks one of these places.
 
     >>> leaves_by(flatten({"a": torch.zeros(2), "b": (torch.ones(1), None)})[1])(
     ...     {"a": "x", "b": ("y", None)}
@@ -200,7 +202,7 @@ def leaves_by(structure: Structure) -> Callable[[Tree], list[Any]]:
 
 
 def unflatten_by(structure: Structure) -> Callable[[Sequence[Any]], Tree]:
-    """`unflatten` for one structure, as code that makes its containers: several times faster. It takes a value for each leaf.
+    """Returns a function like `unflatten` for one structure, generated as code that is several times faster.
 
     >>> unflatten_by(flatten({"a": torch.zeros(2), "b": (torch.ones(1), None)})[1])(["x", "y"])
     {'a': 'x', 'b': ('y', None)}
@@ -230,7 +232,7 @@ def unflatten_by(structure: Structure) -> Callable[[Sequence[Any]], Tree]:
 
 
 def _constant(value: Any, constants: dict[str, Any]) -> str:
-    """An expression for `value`."""
+    """Returns a Python expression for `value`."""
     if type(value) in (str, int):
         return repr(value)
     name = f"c{len(constants)}"
@@ -239,13 +241,13 @@ def _constant(value: Any, constants: dict[str, Any]) -> str:
 
 
 def map_leaves(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
-    """`fn` applied to each leaf of `tree` (and to the leaves of `rest`, which have as many)."""
+    """Applies `fn` to each leaf of `tree`, and to the corresponding leaves of the trees in `rest`, which must have as many."""
     values, structure = flatten(tree)
     return unflatten(structure, [fn(*group) for group in zip(values, *(leaves(other) for other in rest), strict=True)])
 
 
 def paths(tree: Tree, root: str = "") -> list[str]:
-    """A dotted name for each leaf, in the order of `flatten`.
+    """Returns a dotted name for each leaf, in the order of `flatten`.
 
     >>> paths({"weight": torch.zeros(2), "moments": [torch.zeros(1)]}, root="state")
     ['state.weight', 'state.moments.0']
@@ -258,17 +260,17 @@ def paths(tree: Tree, root: str = "") -> list[str]:
 
 
 def specs(tree: Tree) -> Tree:
-    """The tree with every tensor replaced by its `Spec`."""
+    """Returns the tree with every tensor replaced by its `Spec`."""
     return map_leaves(Spec.of, tree)
 
 
 def describe(tree: Tree) -> str:
-    """The specs of a tree's leaves as one line, for error messages."""
+    """Returns the specs of a tree's leaves as one line, for error messages."""
     return ", ".join(str(Spec.of(leaf)) for leaf in leaves(tree)) or "no tensors"
 
 
 def difference(expected: Tree, got: Tree) -> str:
-    """Which leaves of two trees differ in name, shape or dtype, for error messages.
+    """Says which leaves of two trees differ in name, shape or dtype, for error messages.
 
     >>> difference({"weight": torch.zeros(2)}, {"weight": torch.zeros(3)})
     'weight: float32[2] expected, got float32[3]'

@@ -31,6 +31,7 @@ import adaptrt.higher
 if __name__ == "__main__":  # run as a script
     sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.adjoint_scaling import Batch, conv_net, peak_of, sine_mlp
+from benchmarks.suite.report import RESULTS, machine, table
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")
@@ -39,7 +40,6 @@ with warnings.catch_warnings():
 NUM_STEPS = 5
 TOLERANCE = 1e-10
 WARM_UP = 5
-RESULTS = Path(__file__).parent / "results"
 
 
 def conv_net_without_bias() -> tuple[nn.Module, Batch, Batch]:
@@ -152,19 +152,19 @@ def main() -> None:
         "memory ×",
         "difference",
     ]
-    rows = [head, ["---"] * len(head)]
+    rows: list[list[str]] = []
     for name in WORKLOADS:
         for optimizer in OPTIMIZERS:
             rows.append(measure(name, optimizer))
             print(" | ".join(rows[-1]), flush=True)
     report = f"""# The eager tape, `adaptrt.higher` beside `higher` 0.2.1
 
-Command: `{shlex.join(["python", "benchmarks/higher_tape.py", *sys.argv[1:]])}`. torch {torch.__version__}, CPU, one thread, float32,
+Command: `{shlex.join(["python", "benchmarks/higher_tape.py", *sys.argv[1:]])}`. {machine()}, float32,
 k = {NUM_STEPS} steps, query loss and its backward pass. Medians, by turns in one process; × is the median of the ratios of
 neighbouring calls, ours over theirs; the bar is 1.0. Difference: of loss and meta-gradients in float64, checked before anything is timed.
 
 """
-    report += "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+    report += table(head, rows) + "\n"
     if arguments.name:
         (RESULTS / f"higher-tape_{arguments.name}.md").write_text(report)
     print(report)

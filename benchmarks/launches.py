@@ -24,7 +24,7 @@ if __name__ == "__main__":  # run as a script
     sys.path.insert(0, str(Path(__file__).parents[1]))
 from benchmarks.suite.contest import by_turns, check, without_tf32
 from benchmarks.suite.contestants import ENTRANTS, first_calls
-from benchmarks.suite.report import RESULTS, table
+from benchmarks.suite.report import RESULTS, machine, table
 from benchmarks.suite.workloads import WORKLOADS
 
 MAX_SPREAD = 1.05
@@ -93,7 +93,7 @@ def on_the_gpu(call: Callable[[], Any]) -> tuple[int, int]:
 
 def markdown(rows: Sequence[Row], command: str, device: str) -> str:
     """The table, and the bars that are missed."""
-    place = torch.cuda.get_device_name() if device == "cuda" else "CPU"
+    place = f"{torch.cuda.get_device_name()}, torch {torch.__version__}" if device == "cuda" else machine()
     lines = [
         [
             row.workload,
@@ -111,9 +111,7 @@ def markdown(rows: Sequence[Row], command: str, device: str) -> str:
     head = ["workload", "", "p50", "p99", "p99 / p50", "calls", "graph launches", "memory held", "error"]
     missed = [text for row in rows for text in row.missed()]
     bars = "\n".join(f"- **missed**: {text}" for text in missed) or "All bars are reached."
-    return (
-        f"# Launches and latency\n\nMade by `{command}`: {place}, torch {torch.__version__}, float32.\n\n{table(head, lines)}\n\n{bars}\n"
-    )
+    return f"# Launches and latency\n\nMade by `{command}`: {place}, float32.\n\n{table(head, lines)}\n\n{bars}\n"
 
 
 def main() -> None:

@@ -16,14 +16,11 @@ import argparse
 import itertools
 import json
 import math
-import os
-import platform
 import resource
 import signal
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -34,8 +31,9 @@ if __name__ == "__main__":  # run as a script
     sys.path.insert(0, str(Path(__file__).parents[1]))
 from adaptrt import Adjoint, Replay, Stash
 from benchmarks.adjoint_scaling import RESULTS, peak_of
-from benchmarks.suite.contest import TOLERANCE, TOLERANCE_IN_FLOAT64, error
+from benchmarks.suite.contest import TOLERANCE, TOLERANCE_IN_FLOAT64, by_turns, error
 from benchmarks.suite.contestants import ENTRANTS, Call, higher_original, loop, ours
+from benchmarks.suite.report import machine
 from benchmarks.suite.workloads import WORKLOADS
 
 COMMAND = "python benchmarks/time_and_memory.py"
@@ -89,11 +87,7 @@ def measure(workload: str, line: str, steps: Sequence[int]) -> None:
         try:
             call = meta_gradient(workload, line, k)
             call()
-            times: list[float] = []
-            for _ in range(CALLS):
-                began = time.perf_counter()
-                call()
-                times.append(time.perf_counter() - began)
+            times = by_turns({line: call}, CALLS, 0)[line]
             row |= {"time_s": statistics.median(times), "peak_bytes": peak_of(call)}
         except (MemoryError, RuntimeError) as problem:
             if not isinstance(problem, MemoryError) and "allocate memory" not in str(problem):
@@ -119,9 +113,8 @@ def rows_of(workload: str, line: str, steps: Sequence[int]) -> list[dict[str, An
 
 def markdown(rows: Sequence[dict[str, Any]], command: str) -> str:
     """One table for each workload."""
-    machine = f"{platform.machine()} CPU, {os.cpu_count()} cores, {torch.get_num_threads()} threads; torch {torch.__version__}, float32"
     worst = max(row["error"] for row in rows if "error" in row)
-    lines = ["# Time and memory of a meta-gradient", "", f"Made by `{command}`: {machine}.", ""]
+    lines = ["# Time and memory of a meta-gradient", "", f"Made by `{command}`: {machine()}, float32.", ""]
     lines += [f"Largest error against the eager loop in float64, at k = {GATE_K}: {worst:.1e}.", ""]
     for workload in dict.fromkeys(row["workload"] for row in rows):
         lines += [

@@ -1,31 +1,33 @@
-"""Deep energy networks: a prediction is what minimises a learned energy (Belanger & McCallum 2016, arXiv 1511.06350).
+"""Deep energy networks, whose prediction is the minimiser of a learned energy (Belanger & McCallum 2016, arXiv 1511.06350).
 
     python examples/deep_energy.py [--iterations 400] [--backend inductor] [--seed 0]
 
-A row is five handwritten digits that count up or down by one, from any digit, with 0 after 9. Images are so noisy that only about half of
-them are read right alone. The energy of labels for a row has a local term, what each image says of its own label, and a network on all
-labels together, which can learn what rows there are:
+A row is five handwritten digits that count up or down by one, from any digit, with 0 after 9. The images are so noisy that only about
+half of them are classified correctly one by one. The energy of the labels of a row has a local term, which each image contributes for its
+own label, and a network on all labels together, which can learn which rows exist:
 
     E(z; x) = ½ ‖z - local(x)‖² + labels(softmax(z))
 
-The inner loop moves the *prediction*: z, the logits of a row's labels, goes from zero `INNER_STEPS` steps down the energy, at a rate that
-is learned too. The outer loss is the cross-entropy of where z ends; its gradient reaches both networks through the steps, as in Belanger,
-Yang & McCallum 2017 (arXiv 1703.05667). Without `labels`, z would go to local(x), which reads the images one by one.
+The inner loop moves the *prediction* z, the logits of a row's labels. It starts at zero and takes `INNER_STEPS` steps down the energy, at
+a rate that is learned too. The outer loss is the cross-entropy of where z ends; its gradient reaches both networks through the steps, as
+in Belanger, Yang & McCallum 2017 (arXiv 1703.05667). Without `labels`, z would go to local(x), which reads the images one by one.
 
-It is trained twice, from the same weights on the same rows: `higher_inference` is written with `higher`, `compiled_inference` is the same
-as programs, and all else is shared. The first gradients agree to rounding. Training amplifies rounding, here a lot: the loss curves start
-equal and drift apart. A third run, with `higher` in float64, shows that float32 itself drifts as far.
+The energy is trained twice, from the same weights on the same rows: `higher_inference` is written with `higher`, `compiled_inference` is
+the same inference in compiled programs, and everything else is shared. The first gradients agree to rounding. Training amplifies
+rounding, and here it does so strongly: the loss curves start equal and drift apart. A third run, with `higher` in float64, shows that
+float32 itself drifts as far.
 
 What the command printed with its defaults, on a CPU with 2 cores, the other one busy, torch 2.13: the first gradients differ by 1e-7 in
 float32 and not at all in float64, where the eager backend runs the operations of `higher` in the same order. Losses agree to 1e-7 for 20
 iterations; at the end they differ by up to a half on single batches, as float32 does from float64, and the means of the last 80 by 0.6%.
 Of 2,048 rows with unseen images, 79.4% ± 1.8 are wholly right with `higher`, 78.6% ± 1.8 compiled, 79.2% ± 1.8 in float64; 81.9% ± 1.7
 after twice the inner steps. Images read one by one give 4.4% ± 0.9, and knowing the rule and trying all rows on top of that 90.9% ± 1.2.
-A feed-forward network on the whole row gives 82.0% ± 1.7: nothing here speaks for an energy over that. Three runs took 24 to 32 ms an
+A feed-forward network on the whole row gives 82.0% ± 1.7, so these numbers do not favour an energy. Three runs took 24 to 32 ms an
 iteration with `higher` and 18 to 25 ms compiled, 1.26 to 1.34 times as fast, after 26 to 32 s of compiling; 66 to 85 s in all.
 
-Known limits: a row of the prediction belongs to a row of the batch, so batches have `ROWS` rows. `unroll.vmap()` with a prediction for one
-row takes batches of any size, compiling for each, but took 1.6 times as long here: every row then has a gradient of its own for the energy.
+Known limits: a row of the prediction belongs to a row of the batch, so batches have `ROWS` rows. `unroll.vmap()` with a prediction for
+one row takes batches of any size, compiling for each, but took 1.6 times as long here: every row then has a gradient of its own for the
+energy.
 """
 
 from __future__ import annotations
@@ -61,11 +63,11 @@ TOLERANCES = {torch.float32: 1e-4, torch.float64: 1e-9}
 """Largest relative error of a parameter's first gradient, compiled against `higher`; seeds 0 to 4 gave up to 2e-7 and 0."""
 
 Predict = Callable[..., Tensor]  # images [R, L, 64] -> logits [R, L, 10]; R = rows, L = LENGTH
-Infer = Callable[[Tensor, int], Tensor]  # what images say of each label, rounds of `INNER_STEPS` steps -> logits; both [ROWS, L, 10]
+Infer = Callable[[Tensor, int], Tensor]  # local logits, rounds of `INNER_STEPS` steps -> logits; both [ROWS, L, 10]
 
 
 def valid_rows() -> Tensor:
-    """All rows that there are, [20, L]. No network is told."""
+    """Returns all rows that exist, [20, L]. The networks are not given them."""
     return torch.stack([(first + way * torch.arange(LENGTH)) % CLASSES for way in (1, -1) for first in range(CLASSES)])
 
 
@@ -91,13 +93,13 @@ class Rows:
 
 
 def mlp(*widths: int) -> nn.Sequential:
-    """Linear layers with softplus between them: an energy is differentiated twice."""
+    """Builds linear layers with softplus between them, because an energy is differentiated twice."""
     layers = [part for sizes in itertools.pairwise(widths) for part in (nn.Linear(*sizes), nn.Softplus())]
     return nn.Sequential(*layers[:-1])
 
 
 class Prediction(nn.Module):
-    """What the inner loop moves: the logits of every label. `forward` hands them to the energy, with what they are to agree with."""
+    """What the inner loop moves: the logits of every label. `forward` passes them to the energy, together with the local logits."""
 
     def __init__(self, dtype: torch.dtype) -> None:
         super().__init__()
@@ -109,23 +111,23 @@ class Prediction(nn.Module):
 
 
 class Energy(nn.Module):
-    """E(z; x), summed over rows: the energy of one does not depend on another."""
+    """E(z; x), summed over rows, since the energy of a row does not depend on the others."""
 
     def __init__(self) -> None:
         super().__init__()
         first, *rest = mlp(LENGTH * CLASSES, HIDDEN, HIDDEN, 1)
-        with torch.no_grad():  # probabilities are small inputs: with usual weights the energy starts out flat, and stays so for long
+        with torch.no_grad():  # probabilities are small inputs, so with the usual weights the energy starts flat and stays flat for long
             first.get_parameter("weight").mul_(3.0)
         self.labels = nn.Sequential(first, *rest)
 
     def forward(self, output: tuple[Tensor, Tensor]) -> Tensor:
-        """A scalar, of what `Prediction` returns."""
+        """Returns the energy, a scalar, for the output of `Prediction`."""
         logits, local = output
         return 0.5 * (logits - local).square().sum() + self.labels(logits.softmax(-1).flatten(1)).sum()
 
 
 class Networks(nn.Module):
-    """All that is learned."""
+    """Everything that is learned."""
 
     def __init__(self, seed: int) -> None:
         super().__init__()
@@ -137,7 +139,7 @@ class Networks(nn.Module):
 
 
 def whole_row_network(seed: int) -> nn.Module:
-    """What one would train without an energy: images of a row to logits."""
+    """Builds what one would train without an energy: a network from the images of a row to logits."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         layers = mlp(64 * LENGTH, 2 * HIDDEN, 2 * HIDDEN, CLASSES * LENGTH)
@@ -148,7 +150,7 @@ def whole_row_network(seed: int) -> nn.Module:
 
 
 def higher_inference(networks: Networks) -> Infer:
-    """The loop as it is written with `higher`: every step on autograd's tape."""
+    """Predicts by a loop written with `higher`, with every step on autograd's tape."""
     model = Prediction(networks.rate.dtype)
     opt = torch.optim.SGD(model.parameters(), lr=1.0)
 
@@ -162,9 +164,9 @@ def higher_inference(networks: Networks) -> Infer:
 
 
 def compiled_inference(networks: Networks, backend: str) -> Infer:
-    """The same as programs. `local`, the energy's parameters and the rate get gradients from whatever is computed from the result."""
+    """Predicts by programs. `local`, the energy's parameters and the rate get gradients from whatever is computed from the result."""
     model, opt = Prediction(networks.rate.dtype), adaptrt.optim.sgd(lr=networks.rate)
-    # Replay compiles one step. "auto" finds ten steps small enough for one graph: a minute to compile, for a tenth less time a call.
+    # Replay compiles one step. "auto" would take one graph of ten steps, which compiles for a minute and saves a tenth of a call's time.
     unroll = adaptrt.compile_unroll(model, opt, INNER_STEPS, loss=networks.energy, adjoint=adaptrt.Replay(), backend=backend)
 
     def infer(local: Tensor, rounds: int) -> Tensor:
@@ -180,7 +182,7 @@ def compiled_inference(networks: Networks, backend: str) -> Infer:
 
 
 class Run:
-    """Training of a network from images to logits; Adam, whose learning rate falls to zero along a cosine."""
+    """Trains a network from images to logits by Adam, whose learning rate falls to zero along a cosine."""
 
     def __init__(self, networks: nn.Module, predict: Predict, iterations: int, lr: float = OUTER_LR) -> None:
         self.networks = networks
@@ -200,7 +202,7 @@ class Run:
         loss = F.cross_entropy(self.predict(images).flatten(0, 1), labels.flatten())
         loss.backward()
         if not self.losses:
-            # Adding a constant to the energy moves nothing: for its last bias `higher` finds no gradient, and the programs find zero.
+            # Adding a constant to the energy changes nothing, so `higher` finds no gradient for its last bias, and the programs find zero.
             self.first_gradient = [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in self.networks.parameters()]
         nn.utils.clip_grad_norm_(self.networks.parameters(), CLIP)
         self._outer.step()
@@ -209,12 +211,12 @@ class Run:
         self.losses.append(loss.item())
 
     def time_s(self) -> float:
-        """Median seconds of an iteration, without the first, which compiles."""
+        """The median seconds of an iteration, without the first, which compiles."""
         return statistics.median(self.seconds[1:] or self.seconds)
 
 
 def energy_run(seed: int, iterations: int, dtype: torch.dtype, backend: str | None) -> Run:
-    """Training of all networks through inference with `higher`, or compiled for a backend."""
+    """Makes a training of all networks, through inference with `higher` or compiled for a backend."""
     networks = Networks(seed).to(dtype)
     infer = higher_inference(networks) if backend is None else compiled_inference(networks, backend)
     return Run(networks, lambda images, rounds=1: infer(networks.local(images), rounds), iterations)
@@ -230,10 +232,10 @@ def train(runs: Sequence[Run], source: Rows, iterations: int, seed: int) -> None
 
 
 def checked_error(found: Run, expected: Run) -> float:
-    """How far the first gradients are from each other: the largest relative error of a parameter.
+    """Returns the largest relative difference of a parameter's first gradients.
 
     Raises:
-      RuntimeError: it is more than the dtype's of `TOLERANCES`.
+      RuntimeError: it exceeds the entry of `TOLERANCES` for the dtype.
     """
     pairs = list(zip(found.first_gradient, expected.first_gradient, strict=True))
     error = max(((ours - theirs).norm() / theirs.norm().clamp(min=1e-30)).nan_to_num(math.inf).item() for ours, theirs in pairs)
@@ -244,7 +246,7 @@ def checked_error(found: Run, expected: Run) -> float:
 
 
 def report(ours: Run, theirs: Run, exact: Run) -> list[str]:
-    """Loss curves and times, in words."""
+    """Describes loss curves and times in words."""
     total = len(ours.losses)
     marks = sorted({min(20, total), *(max(1, total * part // 5) for part in range(1, 6))})
     lines = ["mean loss since the line before, and the largest relative difference of the loss up to there",
@@ -269,7 +271,7 @@ def accuracy(predict: Predict, images: Tensor, labels: Tensor) -> str:
 
 
 def best_valid_row(logits: Tensor) -> Tensor:
-    """The likeliest of all rows that there are, as logits [R, L, 10]: what knowing the rule and trying them all would give."""
+    """Returns the likeliest of all rows that exist, as logits [R, L, 10]: the result of knowing the rule and trying all rows."""
     choices = F.one_hot(valid_rows(), CLASSES).to(logits.dtype)  # [20, L, 10]
     return choices[torch.einsum("rlc,vlc->rv", logits, choices).argmax(1)]
 
@@ -301,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options: Any = parser.parse_args(arguments)
     if options.iterations < 1:
         parser.error(f"--iterations must be at least 1, got {options.iterations}")
-    torch.set_num_threads(1)  # networks this small lose more to a team of threads than they gain
+    torch.set_num_threads(1)  # for networks this small, sharing work between threads costs more than it gains
     print(f"torch {torch.__version__}, 1 thread, float32, backend {options.backend}")
     digits, iterations, seed = load(), options.iterations, options.seed
     source, unseen = Rows(digits), Rows(digits, test=True)

@@ -1,30 +1,31 @@
-"""A learned optimiser: an LSTM that is shown gradients and returns steps (Andrychowicz et al. 2016, arXiv 1606.04474).
+"""Trains a learned optimiser: an LSTM that receives gradients and returns steps (Andrychowicz et al. 2016, arXiv 1606.04474).
 
     python examples/learned_optimizer.py [--iterations 800] [--backend eager] [--adjoint replay] [--seed 0] [--tasks 60]
 
 `adaptrt.optim.learned(rule)` makes an optimiser of the module, and one unroll of `WINDOW` steps trains it. An episode is a new sine task
-and a network with new weights, optimised for `HORIZON` steps, one window after the other. Each window starts from `adapted.detach()`,
-its loss is the mean of the support losses on its way, and `backward()` fills `rule.parameters().grad`: truncated backpropagation through
-the optimisation. First the meta-gradient is compared with that of a plain eager loop, in float64.
+and a network with new weights, which is optimised for `HORIZON` steps, one window after another. Each window starts from
+`adapted.detach()`. Its loss is the mean of the support losses within it, and `backward()` fills `rule.parameters().grad`. This is
+truncated backpropagation through the optimisation. Before the training, the meta-gradient is compared with that of a plain eager loop in
+float64.
 
 In the end the rule is measured on tasks and weights that it has never seen, up to `HORIZON` steps and beyond, against SGD, SGD with
 momentum and Adam. Each of these is given the best learning rate of a grid, chosen on training tasks for each number of steps anew. The
-rule has no such choice: it is the same in all columns. All of them minimise the mean squared error on a task's ten support points, and
-that is the loss reported; nothing is said here about other points of the curve.
+rule has no such choice, and is the same in all columns. All of them minimise the mean squared error on a task's ten support points. That
+is the loss that is reported; other points of the curve are not measured.
 
-The meta-gradient is exact by default. The paper drops the derivative of the gradients that the rule is shown, which is
-`--adjoint first_order`.
+The meta-gradient is exact by default. The paper drops the derivative of the gradients that the rule receives, as `--adjoint first_order`
+does.
 
 What came out of eleven runs with the defaults, seeds 0 to 2 with the eager backend and 0 to 7 with inductor: the mean loss of the rule is
 0.28 to 0.97 of that of Adam after 20 steps, and 0.07 to 0.46 after 60. The difference exceeds its 95% confidence interval in all runs but
-one, seed 5, where it does not. After 200 steps, beyond the horizon, there is less to rely on: 0.09 to 8.4 of Adam's, clearly smaller in six
-runs and clearly larger in one. The same seed on another backend trains another rule, as rounding is amplified on the way. One run with
-`--adjoint first_order`, seed 0, gave 0.30 after 20 steps and 0.06 after 60: nothing here speaks for the exact meta-gradient.
+one, seed 5, where it does not. After 200 steps, beyond the horizon, the results vary more: 0.09 to 8.4 of Adam's loss, clearly smaller in
+six runs and clearly larger in one. The same seed on another backend trains another rule, as rounding is amplified on the way. One run
+with `--adjoint first_order`, seed 0, gave 0.30 after 20 steps and 0.06 after 60, so these numbers do not favour the exact meta-gradient.
 
-Known limits: a small LSTM, trained for half a minute on one kind of task. Nothing bounds what it does beyond its horizon: by 1000 steps it
-has stopped improving, with a median loss 20 to 400 times that of Adam. On other networks or losses it need not work at all. The
-default backend is eager, which needs no compiler: about 100 s in all on two busy cores, where inductor took 84 s, and 54 s with programs
-cached by an earlier run.
+Known limits: the LSTM is small, and is trained for half a minute on one kind of task. Nothing bounds what it does beyond its horizon: by
+1000 steps it has stopped improving, with a median loss 20 to 400 times that of Adam. It need not work at all on other networks or losses.
+The default backend is eager, which needs no compiler. The command took about 100 s on two busy cores with it, 84 s with inductor, and
+54 s with programs that an earlier run had cached.
 """
 
 from __future__ import annotations
@@ -50,8 +51,8 @@ HIDDEN = 16  # of the LSTM
 STEP_SIZE = 0.03  # scale of the LSTM's output
 OUTER_LR = 1e-2
 OUTER_CLIP = 0.1
-"""Largest norm of a meta-gradient. Most are above it: a few windows, in which an optimisation blew up, are a thousand times as steep as the
-rest, and must not count more."""
+"""The norm to which larger meta-gradients are clipped, which most are. In a few windows an optimisation diverges, and their gradients are a
+thousand times as large as the others. They must not count more."""
 
 REPORTED_STEPS = (20, HORIZON, 100, 200)
 TUNING_TASKS = 20
@@ -60,9 +61,9 @@ HELD_OUT_TASKS = 60
 TOLERANCE = 1e-10
 """Largest relative error of the meta-gradient in float64."""
 CHECKED_SEED = 4
-"""The check is always of the same problem, a well-conditioned one. The logarithm in what the rule is shown amplifies the rounding of a
-small gradient by up to exp(10) at each step: weights changed by 2e-16 changed the eager loop's own meta-gradient by 3e-16 to 7e-11, in ten
-seeds."""
+"""The seed of the check, which always uses the same, well-conditioned problem. The logarithm in the rule's input amplifies the rounding of
+a small gradient by up to exp(10) at each step: in ten seeds, weights changed by 2e-16 changed the eager loop's own meta-gradient by 3e-16
+to 7e-11."""
 
 ADJOINTS: dict[str, Callable[[], adaptrt.Adjoint]] = {"replay": adaptrt.Replay, "first_order": adaptrt.FirstOrder}
 
@@ -70,27 +71,27 @@ State = tuple[Tensor, Tensor]
 
 
 class CoordinatewiseLSTM(nn.Module):
-    """The same small LSTM for every coordinate of every parameter; they share weights, and each has a state of its own.
+    """One small LSTM for every coordinate of every parameter. Coordinates share its weights, and each has a state of its own.
 
-    A gradient g is shown as the paper's appendix has it, by magnitude and sign, as gradients of all sizes matter:
-    (log|g| / p, sign g) where |g| >= exp(-p), else (-1, exp(p) g), with p = 10.
+    As in the paper's appendix, the LSTM receives a gradient g by magnitude and sign, because gradients of all sizes matter:
+    (log|g| / p, sign g) if |g| >= exp(-p), else (-1, exp(p) g), with p = 10.
     """
 
     def __init__(self, hidden: int = HIDDEN) -> None:
         super().__init__()
         self.cell = nn.LSTMCell(2, hidden)
         self.out = nn.Linear(hidden, 1)
-        # An untrained rule stands still. A random one walks off on most of its coordinates, and training would first have to stop it.
+        # An untrained rule makes no steps. A random one would move steadily on most coordinates, and training would first have to stop it.
         nn.init.zeros_(self.out.weight)
         nn.init.zeros_(self.out.bias)
 
     def initial_state(self, param: Tensor) -> State:
-        """Zeros for every coordinate, twice [N, hidden]. N = coordinates."""
+        """Returns zeros for every coordinate, twice [N, hidden]. N = coordinates."""
         zeros = param.new_zeros(param.numel(), self.cell.hidden_size)
         return zeros, zeros.clone()
 
     def forward(self, grad: Tensor, state: State) -> tuple[Tensor, State]:
-        """The step, of the gradient's shape, and the new state."""
+        """Returns the step, which has the gradient's shape, and the new state."""
         state = self.cell(_preprocess(grad.reshape(-1)), state)
         return STEP_SIZE * self.out(state[0]).reshape(grad.shape), state
 
@@ -117,20 +118,20 @@ class Episode(NamedTuple):
 
 
 def build_model() -> nn.Sequential:
-    """Two hidden layers of 40; 1,761 parameters. They do not require grad: each episode brings its own, and none is meta-learned."""
+    """Builds two hidden layers of 40, 1,761 parameters. They need no grad: each episode has weights of its own, and none is learned."""
     model = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
     return model.requires_grad_(False)
 
 
 def build_rule(seed: int) -> CoordinatewiseLSTM:
-    """An untrained rule. Leaves the global random state alone."""
+    """Builds an untrained rule. Leaves the global random state alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return CoordinatewiseLSTM()
 
 
 def build_unroll(model: nn.Module, opt: Optimizer, backend: str, adjoint: str = "replay") -> adaptrt.CompiledUnroll:
-    """A window of `WINDOW` steps on the mean squared error of the support points."""
+    """Compiles a window of `WINDOW` steps on the mean squared error of the support points."""
     return adaptrt.compile_unroll(model, opt, k=WINDOW, loss=F.mse_loss, params="*", adjoint=ADJOINTS[adjoint](), backend=backend)
 
 
@@ -235,7 +236,7 @@ def train(model: nn.Module, rule: nn.Module, unroll: adaptrt.CompiledUnroll, ite
     for iteration in range(iterations):
         started = time.perf_counter()
         if start is None:
-            model.load_state_dict(episode.weights)  # an unroll reads the parameters at every call: nothing is compiled again
+            model.load_state_dict(episode.weights)  # an unroll reads the parameters at every call, so nothing is compiled again
         adapted = unroll.adapt(episode.task, start=start)
         outer.zero_grad()
         adapted.losses.mean().backward()
@@ -340,7 +341,7 @@ def report(found: Sequence[Measured]) -> list[str]:
 
 
 def report_training(training: Training) -> list[str]:
-    """The learning curve, in words."""
+    """Describes the learning curve in words."""
     losses = training.final_losses
     lines = [f"episodes   loss before step {HORIZON}   (median since the line before)"]
     marks = sorted({max(1, len(losses) * part // 8) for part in range(1, 9)}) if losses else []
@@ -365,7 +366,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, least in (("iterations", 1), ("tasks", 2)):
         if getattr(options, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
-    torch.set_num_threads(1)  # kernels this small lose more to a team of threads than they gain
+    torch.set_num_threads(1)  # for kernels this small, sharing work between threads costs more than it gains
     print(f"torch {torch.__version__}, 1 thread, float32, backend {options.backend}, adjoint {options.adjoint}")
     error = meta_gradient_error(options.backend, options.adjoint)
     print(f"meta-gradient of the rule, compiled against a plain eager loop, float64: largest relative error {error:.1e}")

@@ -2,22 +2,24 @@
 
     python examples/maml_digits.py [--iterations 100] [--backend inductor] [--seed 0] [--episodes 100]
 
-Tasks are those of the demo: to tell five classes of rotated handwriting apart, given five images of each. A small convolutional network is
-meta-trained twice, from the same weights on the same tasks. `higher_meta_loss` is the loop that a user of `higher` has, and only its import
-is new; `compiled_meta_loss` is what it becomes. In the end both models are adapted to classes that neither has seen.
+The tasks are those of the demo: to tell five classes of rotated handwriting apart, given five images of each. A small convolutional
+network is meta-trained twice, from the same weights on the same tasks. `higher_meta_loss` is the loop that a user of `higher` has, and only
+its import is new. `compiled_meta_loss` is the compiled form of that loop. In the end both models are adapted to classes that neither has
+seen.
 
-How equal can they be? The meta-gradients agree to rounding, which the first iteration shows in float32, and another pair of runs in
-float64. From there on training amplifies the rounding, as it does between any two float32 runs: the loss curves start equal and drift
-apart. A third run, with `higher` in float64, says how far float32 itself has drifted from the exact curve by then.
+How equal can the two be? The meta-gradients agree to rounding. The first iteration shows this in float32, and another pair of runs in
+float64. From there on training amplifies the rounding, as it does between any two float32 runs, so the loss curves start equal and drift
+apart. A third run, with `higher` in float64, shows how far float32 itself has drifted from the exact curve by then.
 
 What the command printed with its defaults, on a CPU with 2 cores, the other one busy, torch 2.13: the first meta-gradients differ by 2e-6
 in float32 and 2e-15 in float64; the losses by 1e-7 in the first iteration, by 1e-6 within ten, where float32 is 3e-7 from float64, and by
 up to a tenth within a hundred. An iteration of four tasks takes 109 ms with `higher` and 86 ms compiled, 1.27 times as fast, after 79 s of
 compiling, which pays after some 3,400 iterations. Accuracy on unseen classes after five steps is 96.8% ± 0.6 in both ways, and 93.2% ± 1.0
-without meta-training. That is no more than nearest neighbours in pixels reach, 97.1% ± 0.6; a hundred iterations are few. All of it took
-just under two minutes, and three where both cores were busy.
+without meta-training. Nearest neighbours in pixels do as well, with 97.1% ± 0.6; a hundred iterations are few. The whole command took
+just under two minutes, and three when both cores were busy.
 
-Known limits: BatchNorm normalises by the batch in front of it, so the queries of an episode are classified together, as in the paper.
+Known limits: BatchNorm normalises by the statistics of the current batch, so the queries of an episode are classified together, as in the
+paper.
 """
 
 from __future__ import annotations
@@ -48,7 +50,7 @@ MetaLoss = Callable[[Batch, Batch], Tensor]
 
 
 def inner_optimizer(model: nn.Module) -> torch.optim.Optimizer:
-    """What adapts the model; both ways read its settings and leave it alone."""
+    """Makes the optimiser that adapts the model. Both ways read its settings and do not change it."""
     return torch.optim.SGD(model.parameters(), lr=learner.INNER_LR)
 
 
@@ -56,7 +58,7 @@ def inner_optimizer(model: nn.Module) -> torch.optim.Optimizer:
 
 
 def higher_meta_loss(model: nn.Module) -> MetaLoss:
-    """The query loss after adaptation, each inner step on autograd's tape."""
+    """Returns the query loss after adaptation, with each inner step on autograd's tape."""
     inner = inner_optimizer(model)
 
     def meta_loss(support: Batch, query: Batch) -> Tensor:
@@ -69,12 +71,12 @@ def higher_meta_loss(model: nn.Module) -> MetaLoss:
 
 
 def compiled_meta_loss(model: nn.Module, backend: str) -> adaptrt.CompiledUnroll:
-    """The same as programs: called like the function above."""
+    """Returns the same meta-loss as compiled programs, which is called like the function above."""
     return adaptrt.compile_unroll(model, inner_optimizer(model), k=INNER_STEPS, loss=F.cross_entropy, backend=backend)
 
 
 def higher_accuracy(model: nn.Module, episodes: Episodes) -> Tensor:
-    """Query accuracy of every episode after adaptation with `higher`, [episodes]. `measure.accuracy` does that with an unroll."""
+    """Returns every episode's query accuracy after adaptation with `higher`, [episodes]. `measure.accuracy` does so with an unroll."""
     found: list[Tensor] = []
     for support, query in episodes.tasks():
         with higher.innerloop_ctx(model, inner_optimizer(model), track_higher_grads=False) as (fmodel, diffopt):
@@ -116,7 +118,7 @@ class Run:
         self.losses.append(total)
 
     def time_s(self) -> float:
-        """Median seconds of an iteration, without the first, which compiles."""
+        """The median seconds of an iteration, without the first, which compiles."""
         return statistics.median(self.seconds[1:] or self.seconds)
 
 
@@ -173,7 +175,7 @@ def check(runs: Comparison) -> None:
 
 
 def report(runs: Comparison) -> list[str]:
-    """Gradients, loss curves and times, in words."""
+    """Describes gradients, loss curves and times in words."""
     total = len(runs.higher.losses)
     lines = [
         f"first meta-gradient, compiled from higher: relative error {gradient_error(runs.compiled, runs.higher):.0e} in float32, "
@@ -209,7 +211,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for name, least in (("iterations", 1), ("episodes", 2)):
         if getattr(options, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(options, name)}")
-    torch.set_num_threads(1)  # images this small are not worth sharing out
+    torch.set_num_threads(1)  # images this small are not worth sharing between threads
     print(f"torch {torch.__version__}, 1 thread, float32, backend {options.backend}")
     digits = load()
     runs = follow(digits, options.iterations, options.backend, options.seed)

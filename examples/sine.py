@@ -1,14 +1,15 @@
-"""Sine regression as in Finn et al. 2017 (section 5.1), with compiled meta-gradients, next to the same algorithm in plain PyTorch.
+"""Sine regression as in Finn et al. 2017 (section 5.1), with compiled meta-gradients beside the same algorithm in plain PyTorch.
 
     python examples/sine.py [--iterations 1000] [--backend inductor] [--seed 0]
 
 Two models start from the same weights and see the same tasks. One is trained with `adaptrt`, the other with `torch.func`; their learning
 curves are compared, both are timed by turns, and the trained model is adapted to tasks that it has never seen.
 
-How equal can they be? Both compute the same numbers in another order, so they differ by float32 rounding from the first iteration on, and
-training amplifies a difference: Adam divides a small gradient by its own size, and a ReLU switches. So the curves agree to a few
-roundings at first, and drift apart as any two float32 runs do. `CHECKED_ITERATIONS` and `TOLERANCE` say where the example insists; a third
-run, in plain PyTorch and float64, says how far float32 itself has drifted from the exact curve by then and at the end.
+How equal can the two be? Both compute the same numbers in different orders, so they differ by float32 rounding from the first iteration
+on. Training amplifies a difference, because Adam divides a small gradient by its own size, and because a ReLU switches. So the curves
+agree to a few roundings at first, and then drift apart as any two float32 runs do. `CHECKED_ITERATIONS` and `TOLERANCE` say how long and
+how closely they must agree. A third run, in plain PyTorch and float64, shows how far float32 itself has drifted from the exact curve by
+then and at the end.
 
 Known limits: tasks are drawn with PyTorch's generator, not with the one of the paper's code, so the numbers are not those of the paper.
 """
@@ -36,8 +37,8 @@ EVALUATED_STEPS = (0, 1, 5, 10)
 
 CHECKED_ITERATIONS = 50
 TOLERANCE = 1e-5
-"""Largest relative difference of the two float32 losses in the first `CHECKED_ITERATIONS` iterations. Six seeds gave up to 2e-7, which is
-rounding; the first switching ReLU adds 1e-6 to 1e-4, seen from iteration 100 on."""
+"""The largest allowed relative difference of the two float32 losses in the first `CHECKED_ITERATIONS` iterations. Six seeds gave up to
+2e-7, which is rounding. The first ReLU that switches adds 1e-6 to 1e-4, which was seen from iteration 100 on."""
 
 
 class Points(NamedTuple):
@@ -67,32 +68,32 @@ def draw_tasks(generator: torch.Generator, num_tasks: int, num_query: int = SHOT
 
 
 def build_model(seed: int) -> nn.Sequential:
-    """Two hidden layers of 40; 1,761 parameters. Leaves the global random state alone."""
+    """Builds a network of two hidden layers of 40, with 1,761 parameters. Leaves the global random state alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1))
 
 
 def build_unroll(model: nn.Module, backend: str) -> adaptrt.CompiledUnroll:
-    """One step of SGD on the mean squared error of the support points, over a batch of tasks."""
+    """Compiles one step of SGD on the mean squared error of the support points, over a batch of tasks."""
     inner = torch.optim.SGD(model.parameters(), lr=INNER_LR)
     return adaptrt.compile_unroll(model, inner, k=1, loss=F.mse_loss, backend=backend).vmap()
 
 
 def build() -> tuple[adaptrt.CompiledUnroll, Points, Points]:
-    """For `adaptrt inspect examples.sine:build`."""
+    """The factory for `adaptrt inspect examples.sine:build`."""
     tasks = draw_tasks(torch.Generator().manual_seed(0), TASKS)
     return build_unroll(build_model(0), "auto"), tasks.support, tasks.query
 
 
 def compiled_meta_loss(model: nn.Module, backend: str) -> MetaLoss:
-    """MAML's meta-loss with adaptrt."""
+    """Computes MAML's meta-loss with adaptrt."""
     unroll = build_unroll(model, backend)
     return lambda tasks: unroll(tasks.support, tasks.query)
 
 
 def eager_meta_loss(model: nn.Module) -> MetaLoss:
-    """MAML's meta-loss in plain PyTorch: a gradient step inside the loss, mapped over tasks."""
+    """Computes MAML's meta-loss in plain PyTorch, by a gradient step inside the loss that is mapped over tasks."""
 
     def support_loss(params: Mapping[str, Tensor], points: Points) -> Tensor:
         return F.mse_loss(torch.func.functional_call(model, dict(params), (points.x,)), points.y)
@@ -179,7 +180,7 @@ def post_adaptation_errors(model: nn.Module, backend: str, seed: int, num_tasks:
     step = build_unroll(model, backend)
     found: dict[str, list[Tensor]] = {}
     for label, state in (("not trained", build_model(seed).state_dict()), ("meta-trained", trained)):
-        model.load_state_dict(state)  # an unroll reads the parameters at every call: nothing is compiled again
+        model.load_state_dict(state)  # an unroll reads the parameters at every call, so nothing is compiled again
         found[label] = _errors_by_step(model, step, tasks)
     return found
 
@@ -200,7 +201,7 @@ def _errors_by_step(model: nn.Module, step: adaptrt.CompiledUnroll, tasks: Tasks
 
 
 def report(runs: Comparison) -> list[str]:
-    """Learning curves, their differences and times, in words."""
+    """Describes learning curves, their differences and times in words."""
     compiled, eager, exact = (run.curve for run in runs)
     total = len(compiled.losses)
     lines = ["iteration  compiled    eager       (mean meta-loss since the line before)"]
@@ -240,7 +241,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options: Any = parser.parse_args(arguments)
     if options.iterations < 1:
         parser.error(f"--iterations must be at least 1, got {options.iterations}")
-    torch.set_num_threads(1)  # kernels this small lose more to a team of threads than they gain
+    torch.set_num_threads(1)  # for kernels this small, sharing work between threads costs more than it gains
     print(f"torch {torch.__version__}, 1 thread, float32, backend {options.backend}")
     runs = follow(options.iterations, options.backend, options.seed)
     print("\n".join(report(runs)))

@@ -109,7 +109,28 @@ def with_labels(generator: Generator, n: int) -> Batch:
     return (({"x": normal(generator, n, 3), "labels": labels(generator, n)},),)
 
 
+def labelled_images(seed: int, *leading: int, n: int = 6, size: int = 7) -> Batch:
+    """Images [*leading, n, 1, size, size] and their labels; equal for equal seeds."""
+    generator = Generator().manual_seed(seed)
+    return normal(generator, *leading, n, 1, size, size), torch.randint(3, (*leading, n), generator=generator)
+
+
 # --- models
+
+
+def classifier(*between: nn.Module) -> nn.Sequential:
+    """Four numbers to three classes, with these modules before the last layer."""
+    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), *between, nn.Linear(5, 3))
+
+
+def conv_dropout() -> nn.Sequential:
+    """Of 7 by 7 pixels: running statistics, a pool and randomness. In float64, the same at every call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(3)
+        norm = nn.BatchNorm2d(4)
+        return nn.Sequential(
+            nn.Conv2d(1, 4, 3, padding=1), norm, nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.2), nn.Flatten(), nn.Linear(36, 3)
+        ).double()
 
 
 def mlp() -> nn.Module:

@@ -13,10 +13,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import launches, time_and_memory
+from benchmarks import launches, rewrites, time_and_memory
+from benchmarks.parts import PARTS
 from benchmarks.suite import bench_latency
 from benchmarks.suite import contest as contests
-from benchmarks.suite.contest import WrongNumbers, by_turns, contest
+from benchmarks.suite.contest import TOLERANCE, WrongNumbers, by_turns, contest
 from benchmarks.suite.contestants import ENTRANTS, Entrant, loop
 from benchmarks.suite.playback import Playback
 from benchmarks.suite.report import adjoints_table, bars_table, by_key, latency_table
@@ -32,7 +33,7 @@ def test_contestants_agree_with_the_oracle(workload: str) -> None:
     names = set(WITHOUT_COMPILER) - ({"higher"} if workload == "sine-tasks" else set())
     assert {quantity: set(results) for quantity, results in found.items()} == dict.fromkeys(("adapt", "predict", "meta"), names)
     for result in (result for results in found.values() for result in results.values()):
-        assert result.error < 1e-5
+        assert result.error < TOLERANCE
         assert len(result.times_s) == 3 and min(result.times_s) > 0
 
 
@@ -62,7 +63,7 @@ def test_who_is_wrong_is_sent_off_and_the_others_go_on(monkeypatch: pytest.Monke
 def test_mixed_precision_is_held_against_autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     workload = WORKLOADS["adapters"]._replace(name="another", calls=3)
     found = contest(workload, ("eager loop", "eager loop, bfloat16"), ("meta",))["meta"]
-    assert found["eager loop"].error < 1e-5 < 1e-4 < found["eager loop, bfloat16"].error
+    assert found["eager loop"].error < TOLERANCE < 1e-4 < found["eager loop, bfloat16"].error
 
     monkeypatch.setitem(ENTRANTS, "other", Entrant(at_another_rate(8), in_bfloat16=True))
     with pytest.raises(WrongNumbers, match=r"another, meta: other is off by .* where autocast is by"):
@@ -129,10 +130,29 @@ def test_tables() -> None:
     ]
 
 
+def test_a_rewrite_is_measured_with_and_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rewrites, "SECONDS", 0.0)
+    (part,) = PARTS["costly loops vectorised"]
+    row = rewrites.on_a_part("costly loops vectorised", part)
+    assert len(row.with_s) == len(row.without_s) == 10 and row.error < rewrites.TOLERANCE
+    text = rewrites.markdown([row._replace(with_s=[1e-5, 1e-5], without_s=[2e-5, 3e-5], error=1e-7)], "the command")
+    assert "| costly loops vectorised | tanh of a product, 16×4×256 | 25 µs | 10 µs | 2.50 | 1e-07 | yes |" in text
+
+    monkeypatch.setattr(rewrites, "timed", lambda *args: pytest.fail("it was timed"))
+    monkeypatch.setattr(rewrites, "TOLERANCE", 0.0)
+    with pytest.raises(RuntimeError, match=r"with costly loops vectorised: the program is off by .* nothing was timed"):
+        rewrites.on_a_part("costly loops vectorised", part)
+
+
+def test_every_rewrite_has_a_part_that_it_is_measured_on() -> None:
+    of_whole_unrolls = {"tasks one by one", "what steps share computed once"}
+    assert set(rewrites.REWRITES) - set(PARTS) == of_whole_unrolls and not of_whole_unrolls & set(PARTS)
+
+
 def test_time_and_memory_of_a_line(tmp_path: Path) -> None:
     rows = time_and_memory.rows_of("sine", "Replay()", [1, 5])
     assert [row["k"] for row in rows] == [1, 5]
-    assert rows[1]["peak_bytes"] > rows[0]["peak_bytes"] > 0 and all(row["time_s"] > 0 and row["error"] < 1e-5 for row in rows)
+    assert rows[1]["peak_bytes"] > rows[0]["peak_bytes"] > 0 and all(row["time_s"] > 0 and row["error"] < TOLERANCE for row in rows)
     rows.append({"workload": "sine", "line": "higher", "k": 1, "out_of_memory": True})
     text = time_and_memory.markdown(rows, "the command")
     assert "the command" in text and "| higher | over 16 GB |" in text and text.count(" MB") == 2

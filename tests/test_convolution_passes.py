@@ -17,6 +17,7 @@ from adaptrt.graph.capture import capture
 from adaptrt.graph.passes.convolution_gradients import convolution_gradients
 from adaptrt.graph.passes.pool_as_maxima import PoolAsMaxima
 from tests.graphs import targets
+from tests.tolerances import EQUAL, OPERATIONS, ROUNDING, assert_close
 
 aten = torch.ops.aten
 
@@ -59,7 +60,7 @@ def test_pools_take_the_element_that_the_operation_takes(fn: Callable[[Tensor], 
             found = fn(x)
         assert mode.num_written == 1
         expected = fn(x)
-        torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+        assert_close(found, expected, EQUAL, equal_nan=True)
         cotangent = torch.randn_like(expected).requires_grad_()
         ours, theirs = (torch.autograd.grad(value, x, cotangent, create_graph=True)[0] for value in (found, expected))
         assert torch.equal(ours, theirs)
@@ -124,7 +125,7 @@ def test_second_derivatives_of_convolutions(shape: tuple[int, ...], weights: tup
     graph = capture(fn, *values)
     assert "convolution_gradients" in {record.name for record in graph.history}
     for found, expected in zip(graph.run(*values), fn(*values), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+        assert_close(found, expected, OPERATIONS)
 
 
 def test_gradients_without_use_are_not_computed_and_weight_gradients_are_named() -> None:
@@ -136,7 +137,7 @@ def test_gradients_without_use_are_not_computed_and_weight_gradients_are_named()
 
     values = [torch.randn(size, dtype=torch.float64) for size in ((2, 1, 6, 6), (3, 1, 3, 3), (3, 3, 3, 3))]
     graph = capture(fn, *values)
-    torch.testing.assert_close(graph.run(*values), fn(*values), rtol=1e-12, atol=1e-12)
+    assert_close(graph.run(*values), fn(*values), OPERATIONS)
     nodes = list(graph.module.graph.nodes)
     for node in nodes:
         if node.target is aten.convolution_backward.default:
@@ -155,7 +156,7 @@ def test_images_of_one_channel_become_channels_last(batch: int, channels: int, e
     graph = capture(lambda x, w: F.conv2d(x, w).sin(), x, w)
     renewed = one_channel_last.run(graph)
     assert targets(renewed).count(aten.as_strided.default) == expected
-    torch.testing.assert_close(renewed.run(x, w), graph.run(x, w), rtol=1e-13, atol=1e-13)
+    assert_close(renewed.run(x, w), graph.run(x, w), ROUNDING)
 
 
 def test_an_image_that_is_a_view_is_left_alone() -> None:
@@ -167,7 +168,7 @@ def test_an_image_that_is_a_view_is_left_alone() -> None:
     x, w = torch.randn(3, 4, 1, 6, 6, dtype=torch.float64), torch.randn(3, 1, 3, 3, dtype=torch.float64)
     graph = capture(fn, x, w)
     assert targets(one_channel_last.run(graph)).count(aten.as_strided.default) == 1
-    torch.testing.assert_close(Inductor().compile(graph)([x, w])[0], fn(x, w), rtol=1e-12, atol=1e-12)
+    assert_close(Inductor().compile(graph)([x, w])[0], fn(x, w), OPERATIONS)
 
 
 def test_all_rewrites_are_idle_where_nothing_is_to_be_done() -> None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from adaptrt.backend import Inductor
 from adaptrt.backend.inductor import costly_loops
-from adaptrt.graph.capture import capture
-from benchmarks.suite.contest import by_turns
+from tests.graphs import compiled
+from tests.tolerances import OPERATIONS, assert_close
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 ROWS, COLUMNS = 16, 256
@@ -25,11 +23,6 @@ def low_rank(a: Tensor, b: Tensor) -> Tensor:
 
 def arguments() -> tuple[Tensor, Tensor]:
     return torch.rand(ROWS, 4, dtype=torch.float64), torch.rand(COLUMNS, 4, dtype=torch.float64) + 0.1
-
-
-def compiled(fn: Callable[..., Any], *args: Tensor) -> Callable[[], Any]:
-    run = Inductor().compile(capture(fn, *args))
-    return lambda: run(list(args))
 
 
 def unit(z: Tensor) -> Tensor:
@@ -50,7 +43,7 @@ def test_numbers_of_all_functions(libraries: list[str]) -> None:
     found = compiled(lambda a, b: [fn(unit(low_rank(a, b))) for fn in FUNCTIONS], a, b)()
     assert any("at::vec::Vectorized" in source for source in libraries)
     for fn, value in zip(FUNCTIONS, found, strict=True):
-        torch.testing.assert_close(value, fn(unit(low_rank(a, b))), rtol=1e-12, atol=1e-12)
+        assert_close(value, fn(unit(low_rank(a, b))), OPERATIONS)
 
 
 @pytest.mark.parametrize("fn, is_vectorised", [(torch.tanh, True), (torch.relu, False)])
@@ -60,21 +53,6 @@ def test_only_costly_loops(fn: Callable[[Tensor], Tensor], is_vectorised: bool, 
     a, b = arguments()
     by_heuristic = cpp.TilingSelect.select_tiling  # pyright: ignore[reportUnknownMemberType, reportUnknownVariableType]
     (found,) = compiled(lambda a, b: fn(low_rank(a, b)), a, b)()
-    torch.testing.assert_close(found, fn(low_rank(a, b)), rtol=1e-12, atol=1e-12)
+    assert_close(found, fn(low_rank(a, b)), OPERATIONS)
     assert any("at::vec::Vectorized" in source for source in libraries) == is_vectorised
     assert cpp.TilingSelect.select_tiling is by_heuristic  # pyright: ignore[reportUnknownMemberType]
-
-
-@pytest.mark.alone
-def test_costly_loops_are_faster(monkeypatch: pytest.MonkeyPatch) -> None:
-    a, b = (value.float() for value in arguments())
-    calls: dict[str, Callable[[], Any]] = {}
-    from torch._inductor.utils import fresh_cache
-
-    for name in ("vectorised", "scalar"):
-        with fresh_cache(), monkeypatch.context() as patch:
-            if name == "scalar":
-                patch.setattr(costly_loops, "COSTLY", frozenset())
-            calls[name] = compiled(lambda a, b: low_rank(a, b).tanh(), a, b)
-    seconds = by_turns(calls, 50, 0)
-    assert 2 * min(seconds["vectorised"]) < min(seconds["scalar"])

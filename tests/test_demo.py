@@ -17,6 +17,7 @@ from adaptrt.demo import figure, learner, measure
 from adaptrt.demo import run as story
 from adaptrt.demo.digits import TRAINING_CLASSES, UNSEEN_CLASSES, Digits, ImageClass, MissingDemoExtra
 from adaptrt.errors import InvalidArgument
+from tests.tolerances import EQUAL, assert_close
 
 ALL_CLASSES = TRAINING_CLASSES + UNSEEN_CLASSES
 HALF_TURN = {0: 0, 1: 1, 2: 2, 5: 5, 8: 8, 6: 9, 9: 6}
@@ -68,7 +69,7 @@ def test_rotations_are_anticlockwise_quarter_turns(digits: Digits, turns: int) -
     assert len(upright) == 179
     for _ in range(turns):
         upright = upright.transpose(-2, -1).flip(-2)
-    torch.testing.assert_close(turned, upright, rtol=0, atol=0)
+    assert_close(turned, upright, EQUAL)
 
 
 def test_training_images_are_standardised_without_the_unseen(digits: Digits) -> None:

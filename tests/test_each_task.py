@@ -15,6 +15,7 @@ from adaptrt.adjoint import auto
 from adaptrt.adjoint.auto import MIN_FLOPS_OF_A_TASK, one_by_one
 from adaptrt.errors import NonFiniteInput
 from adaptrt.graph.signature import Role
+from tests.models import conv_dropout, labelled_images
 from tests.recorders import TapeRecorder
 from tests.tolerances import assert_near
 
@@ -28,18 +29,6 @@ def one_by_one_from(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
     return lambda flops: monkeypatch.setattr(auto, "MIN_FLOPS_OF_A_TASK", flops)
 
 
-def net() -> nn.Module:
-    torch.manual_seed(0)
-    parts = nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4), nn.Tanh(), nn.Dropout(0.3), nn.Flatten(), nn.Linear(64, 3)
-    return nn.Sequential(*parts).double()
-
-
-def data(seed: int, *leading: int) -> tuple[Tensor, Tensor]:
-    generator = Generator().manual_seed(seed)
-    labels = torch.randint(3, (*leading, 5), generator=generator)
-    return torch.randn(*leading, 5, 1, 6, 6, generator=generator, dtype=torch.float64), labels
-
-
 def compiled(model: nn.Module, adjoint: Adjoint, **options: Any) -> CompiledUnroll:
     opt = optim.sgd(lr=0.1, momentum=0.9)
     return compile_unroll(model, opt, 3, loss=F.cross_entropy, adjoint=adjoint, **{"backend": "eager", **options}).vmap()
@@ -47,7 +36,7 @@ def compiled(model: nn.Module, adjoint: Adjoint, **options: Any) -> CompiledUnro
 
 def everything(model: nn.Module, unroll: CompiledUnroll, *leading: int) -> dict[str, Tensor]:
     """Adapted state, losses, meta-loss and all gradients, from the weights and from an earlier adaptation."""
-    support, query = data(0, TASKS, *leading), data(1, TASKS)
+    support, query = labelled_images(0, TASKS, *leading), labelled_images(1, TASKS)
     support[0].requires_grad_()
     query[0].requires_grad_()
     params = dict(model.named_parameters())
@@ -80,26 +69,26 @@ def everything(model: nn.Module, unroll: CompiledUnroll, *leading: int) -> dict[
 
 @pytest.mark.parametrize("adjoint", ADJOINTS)
 def test_the_same_as_together(adjoint: str, one_by_one_from: Callable[[int], None]) -> None:
-    model, found = net(), list[dict[str, Tensor]]()
+    model, found = conv_dropout(), list[dict[str, Tensor]]()
     for flops in (0, 10**15):
         one_by_one_from(flops)
         unroll = compiled(model, ADJOINTS[adjoint])
         found.append(everything(model, unroll))
         assert ("EachTask" in str(unroll.explain())) == (flops == 0)
         data_of_first = [entry.spec.shape for entry in next(iter(unroll.graphs().values())).signature.inputs if entry.role is Role.DATA]
-        assert all(shape[0] == (5 if flops == 0 else TASKS) for shape in data_of_first)
+        assert all(shape[0] == (6 if flops == 0 else TASKS) for shape in data_of_first)
     assert_near(found[0], found[1])
 
 
 def test_on_inductor(one_by_one_from: Callable[[int], None]) -> None:
     one_by_one_from(0)
-    model = net()
+    model = conv_dropout()
     one, two = (compiled(model, Stash(), backend=backend) for backend in ("inductor", "eager"))
     assert_near(everything(model, one), everything(model, two))
 
 
 def test_a_batch_of_its_own_for_each_step(one_by_one_from: Callable[[int], None]) -> None:
-    model, found = net(), list[dict[str, Tensor]]()
+    model, found = conv_dropout(), list[dict[str, Tensor]]()
     for flops in (0, 10**15):
         one_by_one_from(flops)
         found.append(everything(model, compiled(model, Replay(), per_step=True), 3))
@@ -109,7 +98,7 @@ def test_a_batch_of_its_own_for_each_step(one_by_one_from: Callable[[int], None]
 @pytest.mark.parametrize("adjoint", ["unrolled", "stash"])
 def test_in_one_launch(adjoint: str, one_by_one_from: Callable[[int], None]) -> None:
     one_by_one_from(0)
-    model = net()
+    model = conv_dropout()
     one, two = (compiled(model, ADJOINTS[adjoint], backend=backend) for backend in (CudaGraph(Eager(), TapeRecorder), "eager"))
     assert_near(everything(model, one), everything(model, two))
 
@@ -117,8 +106,8 @@ def test_in_one_launch(adjoint: str, one_by_one_from: Callable[[int], None]) -> 
 def test_what_is_not_finite_is_refused(one_by_one_from: Callable[[int], None]) -> None:
     one_by_one_from(0)
     for adjoint in (Unrolled(), Stash()):
-        unroll = compiled(net(), adjoint)
-        support = data(0, TASKS)
+        unroll = compiled(conv_dropout(), adjoint)
+        support = labelled_images(0, TASKS)
         support[0][1, 2] = torch.nan
         with pytest.raises(NonFiniteInput, match="support"):
             unroll.adapt(support)
@@ -126,8 +115,8 @@ def test_what_is_not_finite_is_refused(one_by_one_from: Callable[[int], None]) -
 
 def test_auto_says_why(one_by_one_from: Callable[[int], None]) -> None:
     one_by_one_from(0)
-    unroll = compiled(net(), "auto")  # type: ignore[arg-type]
-    unroll(data(0, TASKS), data(1, TASKS))
+    unroll = compiled(conv_dropout(), "auto")  # type: ignore[arg-type]
+    unroll(labelled_images(0, TASKS), labelled_images(1, TASKS))
     report = str(unroll.explain())
     assert "EachTask(adjoint=Unrolled())" in report and "MFLOP, enough for one task after the other" in report
 
@@ -140,17 +129,17 @@ def test_only_large_tasks() -> None:
 @pytest.mark.parametrize("adjoint", [Unrolled(), Stash(), Replay(every=2), FirstOrder()], ids=repr)
 def test_gradients_of_what_tasks_share(adjoint: Adjoint, one_by_one_from: Callable[[int], None]) -> None:
     """Summed over tasks: of weights that do not adapt, of a learned rate, and of the start where it is one for all."""
-    model, rate = net(), torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+    model, rate = conv_dropout(), torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
     asked = {**dict(model.named_parameters()), "rate": rate}
     found: list[dict[str, Tensor]] = []
     for flops in (0, 10**15):
         one_by_one_from(flops)
         opt = optim.sgd(lr=rate, momentum=0.9)
-        unroll = compile_unroll(model, opt, 3, loss=F.cross_entropy, adjoint=adjoint, backend="eager", params=["5.*", "1.*"]).vmap()
+        unroll = compile_unroll(model, opt, 3, loss=F.cross_entropy, adjoint=adjoint, backend="eager", params=["6.*", "1.*"]).vmap()
         generator = Generator().manual_seed(5)
-        adapted = unroll.adapt(data(0, TASKS), generator=generator)
-        fresh = unroll(data(0, TASKS), data(1, TASKS), generator=generator)
-        later = unroll(data(0, TASKS), data(1, TASKS), start=adapted, generator=generator)
+        adapted = unroll.adapt(labelled_images(0, TASKS), generator=generator)
+        fresh = unroll(labelled_images(0, TASKS), labelled_images(1, TASKS), generator=generator)
+        later = unroll(labelled_images(0, TASKS), labelled_images(1, TASKS), start=adapted, generator=generator)
         for name, loss in (("fresh", fresh), ("later", later)):
             gradients = torch.autograd.grad(loss, list(asked.values()))
             found.append({f"{name}.{key}": value for key, value in zip(asked, gradients, strict=True)})
@@ -159,6 +148,6 @@ def test_gradients_of_what_tasks_share(adjoint: Adjoint, one_by_one_from: Callab
 
 def test_without_a_task_axis_nothing_changes(one_by_one_from: Callable[[int], None]) -> None:
     one_by_one_from(0)
-    unroll = compile_unroll(net(), optim.sgd(lr=0.1), 2, loss=F.cross_entropy, backend="eager")
-    unroll(data(0), data(1))
+    unroll = compile_unroll(conv_dropout(), optim.sgd(lr=0.1), 2, loss=F.cross_entropy, backend="eager")
+    unroll(labelled_images(0), labelled_images(1))
     assert "EachTask" not in str(unroll.explain())

@@ -14,9 +14,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-from adaptrt.backend import Inductor, guards
+import adaptrt
+from adaptrt.backend import Eager, Inductor, guards
 from adaptrt.backend.base import Building, rehearsal
 from adaptrt.backend.inductor import small_matmuls
 from adaptrt.backend.inductor.exchange import COMPILER, FEW_LIBRARIES, TABLE, active, in_use
@@ -255,3 +257,14 @@ def test_signatures_are_those_of_functions_that_are_exchanged() -> None:
         assert FEW_LIBRARIES.fault() is None
     owner, name = FEW_LIBRARIES.exchanged[0].owner()
     assert list(inspect.signature(getattr(owner, name)).parameters) == ["self", "argtypes", "source_code"]
+
+
+def test_explain_names_what_is_in_use() -> None:
+    model = nn.Linear(2, 1)
+    batch = torch.randn(4, 2), torch.randn(4, 1)
+    for backend, expected in ((Eager(), ()), (Inductor(), active())):
+        unroll = adaptrt.compile_unroll(model, adaptrt.optim.sgd(lr=0.1), 1, loss=F.mse_loss, backend=backend)
+        assert unroll.explain().exchanged == ()
+        unroll.adapt(batch)
+        assert unroll.explain().exchanged == expected
+        assert all(name in str(unroll.explain()) for name in expected)

@@ -24,7 +24,7 @@ from adaptrt.tree import Spec
 from tests import naive
 from tests.models import MODELS, normal, regress
 from tests.test_meta_gradients import differentiate
-from tests.tolerances import META_GRADIENT, assert_near, relative_error
+from tests.tolerances import EQUAL, META_GRADIENT, SECOND_DERIVATIVE, assert_close, assert_near, relative_error
 
 over_adjoints = pytest.mark.parametrize("adjoint", [Unrolled(), Replay(), Replay(every=2), Stash()], ids=str)
 LR = 0.1
@@ -623,7 +623,7 @@ def test_in_place_operations_keep_value_and_dtype(name: str, dtype: torch.dtype)
     value = normal(generator(), 3, 4).to(dtype)
     for got, wanted in zip(capture(fn, value).run(value), fn(value), strict=True):
         assert got.dtype == wanted.dtype
-        torch.testing.assert_close(got, wanted, rtol=0, atol=0)
+        assert_close(got, wanted, EQUAL)
 
 
 class Flow(nn.Module):
@@ -696,7 +696,7 @@ def test_models_that_once_gave_wrong_numbers(kind: type[Flow], adjoint: Any, vma
         unroll, batch = unroll.vmap(), tuple(torch.stack([value, value]) for value in batch)
     got = torch.autograd.grad(unroll(batch, batch), list(model.parameters()))
     for one, other in zip(got, wanted, strict=True):
-        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+        assert_close(one, other, SECOND_DERIVATIVE)
 
 
 class InTuple(Flow):

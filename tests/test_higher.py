@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
 from adaptrt.errors import OptimizerMismatch
+from adaptrt.optim.registry import REGISTERED, Registration
 from tests.higher_cases import CASES, MODELS, STEPS, assert_same, batch, loss_of, make, ours, over_both, quietly, theirs
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -395,6 +397,30 @@ def test_gradients_may_be_of_a_wider_type(kind: Any) -> None:
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, check_dtype=False)
 
 
+def test_versions_of_torch_optim_are_ordinary_classes() -> None:
+    """They are made from a table: names, module, docstring, and what pickle needs."""
+    for name in [
+        "SGD",
+        "Adam",
+        "AdamW",
+        "Adadelta",
+        "Adagrad",
+        "Adamax",
+        "ASGD",
+        "RMSprop",
+        "Rprop",
+        "NAdam",
+        "RAdam",
+        "Adafactor",
+        "Muon",
+    ]:
+        version: Any = getattr(ours.optim, f"Differentiable{name}")
+        assert version.__name__ == version.__qualname__ == f"Differentiable{name}"
+        assert version.__module__ == "adaptrt.higher.optim" and f"`adaptrt.optim.{name.lower()}`" in version.__doc__
+        assert pickle.loads(pickle.dumps(version)) is version
+        assert version.kind is getattr(torch.optim, name) and issubclass(version, ours.optim.DifferentiableOptimizer)
+
+
 class Differentiating(ours.optim.DifferentiableOptimizer):
     """Its step needs a derivative of its own."""
 
@@ -410,7 +436,7 @@ class Curved(torch.optim.SGD): ...
 
 
 def test_an_update_may_differentiate_without_tracking(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(ours.optim._registered, Curved, Differentiating)
+    monkeypatch.setitem(REGISTERED, Curved, Registration(Differentiating))
     net = make("mlp")
     with ours.innerloop_ctx(net, Curved(net.parameters(), lr=0.1), track_higher_grads=False) as (fmodel, diffopt):
         before = [p.detach() for p in fmodel.parameters()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -17,8 +18,9 @@ from adaptrt.graph.passes import hoist as module
 from adaptrt.graph.passes.hoist import MIN_FLOPS, hoist
 from adaptrt.graph.signature import Role
 from tests.graphs import targets
+from tests.models import labelled_images
 from tests.recorders import TapeRecorder
-from tests.tolerances import assert_near
+from tests.tolerances import LOSS, assert_close, assert_near
 
 aten = torch.ops.aten
 
@@ -105,10 +107,7 @@ def model(training: bool, learned: bool) -> Frozen:
     return net
 
 
-def data(seed: int, *leading: int) -> tuple[Tensor, Tensor]:
-    generator = Generator().manual_seed(seed)
-    labels = torch.randint(3, (*leading, 6), generator=generator)
-    return torch.randn(*leading, 6, 1, 10, 10, generator=generator, dtype=torch.float64), labels
+data = functools.partial(labelled_images, size=10)
 
 
 def compiled(net: Frozen, adjoint: Adjoint, **options: Any) -> CompiledUnroll:
@@ -245,7 +244,7 @@ def test_what_stays_the_same_is_read_off_the_program_itself(adjoint: str) -> Non
     for chosen in (STEPWISE[adjoint], Unrolled()):
         unroll = compile_unroll(net, optim.sgd(lr=0.1), 3, loss=F.cross_entropy, adjoint=chosen, backend="eager", params="head.*")
         losses.append(unroll.adapt(batch).losses.detach())
-    torch.testing.assert_close(losses[0], losses[1], rtol=1e-12, atol=0)
+    assert_close(losses[0], losses[1], LOSS)
 
 
 def test_several_updates_a_step() -> None:

@@ -15,7 +15,9 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from adaptrt import optim, tree
 from adaptrt.errors import InvalidArgument, InvalidType, OptimizerMismatch, UnsupportedParameter
-from adaptrt.optim.base import Hyper, Optimizer, State, is_off, safe_sqrt
+from adaptrt.optim.arithmetic import safe_sqrt
+from adaptrt.optim.base import Hyper, Optimizer, State
+from adaptrt.optim.checks import is_off
 from adaptrt.optim.convert import convert
 from tests.optimizers import (
     ADAFACTOR,

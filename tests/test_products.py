@@ -10,10 +10,12 @@ import torch
 from torch import Tensor
 
 from adaptrt.backend import Inductor
+from adaptrt.backend.inductor.processor import mkl_is_slow
 from adaptrt.backend.inductor.rewrites import products_by_onednn as file
-from adaptrt.backend.inductor.rewrites.products_by_onednn import mkl_is_slow, products_by_onednn
+from adaptrt.backend.inductor.rewrites.products_by_onednn import products_by_onednn
 from adaptrt.graph.capture import capture
 from adaptrt.graph.ir import Graph
+from tests.tolerances import LONG_SUM, assert_close
 
 aten = torch.ops.aten
 
@@ -48,7 +50,7 @@ def test_products_are_the_same(fn: Callable[..., Any], expected: int) -> None:
     values = [torch.randn(size) for size in ((24, 32), (32, 40), (40,))]
     graph = products_by_onednn.run(capture(fn, *values))
     assert products(graph) == expected
-    torch.testing.assert_close(graph.run(*values), fn(*values), rtol=1e-5, atol=1e-4)
+    assert_close(graph.run(*values), fn(*values), LONG_SUM)
 
 
 @pytest.mark.usefixtures("everywhere")
@@ -58,7 +60,7 @@ def test_inductor_compiles_them() -> None:
 
     values = [torch.randn(48, 32), torch.randn(32, 40)]
     (found,) = Inductor().compile(capture(fn, *values))(list(values))
-    torch.testing.assert_close(found, fn(*values), rtol=1e-5, atol=1e-3)
+    assert_close(found, fn(*values), LONG_SUM)
 
 
 def test_small_products_and_other_processors_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,7 @@ import os
 import subprocess
 import sys
 import textwrap
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import pytest
@@ -21,23 +21,16 @@ from adaptrt import FirstOrder, Replay, Unrolled, tree
 from adaptrt.backend import Backend, Eager
 from adaptrt.errors import ShapeChanged
 from adaptrt.graph.ir import Graph
+from adaptrt.inner.reader import Reader
+from adaptrt.optim.source import source
+from tests.models import classifier
+from tests.tolerances import STEPS, assert_close
 
 Batch = tuple[Tensor, Tensor]
 
 
-@pytest.fixture(autouse=True)
-def seeded() -> Iterator[None]:
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        yield
-
-
 def data(num: int = 6, features: int = 4, classes: int = 3) -> Batch:
     return torch.randn(num, features), torch.randint(classes, (num,))
-
-
-def mlp() -> nn.Sequential:
-    return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
 
 
 def normed() -> nn.Sequential:
@@ -69,7 +62,7 @@ def stepped(model: nn.Module, opt: torch.optim.Optimizer, support: Batch, k: int
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6, msg=name)
+        assert_close(found[name], value, STEPS, msg=name)
 
 
 class Counting(Backend):
@@ -107,7 +100,7 @@ def test_warmup_compiles_all_that_is_needed(adjoint: Any, vmap: bool) -> None:
 
 
 def test_warmup_without_query_is_for_adapting_alone() -> None:
-    unroll = compiled(mlp(), adjoint=Replay())
+    unroll = compiled(classifier(), adjoint=Replay())
     support = data()
     assert [report.name for report in unroll.warmup(support).explain().programs] == ["step"]
     with torch.no_grad():
@@ -116,7 +109,7 @@ def test_warmup_without_query_is_for_adapting_alone() -> None:
 
 
 def test_warmup_without_gradients_compiles_no_pullback() -> None:
-    unroll = compiled(mlp(), adjoint=Replay())
+    unroll = compiled(classifier(), adjoint=Replay())
     with torch.no_grad():
         unroll.warmup(data(), data())
         warm = count(unroll)
@@ -156,7 +149,7 @@ def test_what_is_warm_runs_under_error() -> None:
 @pytest.mark.parametrize(("cache_size", "expected"), [(1, 4), (2, 2)])
 def test_the_cache_is_bounded(cache_size: int, expected: int) -> None:
     backend = Counting()
-    unroll = compiled(mlp(), backend=backend, cache_size=cache_size, adjoint=Unrolled())
+    unroll = compiled(classifier(), backend=backend, cache_size=cache_size, adjoint=Unrolled())
     with torch.no_grad():
         for size in (6, 5, 6, 5):
             unroll.adapt(data(size))
@@ -166,7 +159,7 @@ def test_the_cache_is_bounded(cache_size: int, expected: int) -> None:
 
 def test_the_cache_drops_what_was_used_least_recently() -> None:
     backend = Counting()
-    unroll = compiled(mlp(), backend=backend, cache_size=2, adjoint=Unrolled())
+    unroll = compiled(classifier(), backend=backend, cache_size=2, adjoint=Unrolled())
     made: list[int] = []
     with torch.no_grad():
         for size in (6, 5, 6, 4, 6, 5):
@@ -177,7 +170,7 @@ def test_the_cache_drops_what_was_used_least_recently() -> None:
 
 def test_shapes_of_query_and_prediction_are_cached_likewise() -> None:
     backend = Counting()
-    unroll = compiled(mlp(), backend=backend, cache_size=1, adjoint=Replay())
+    unroll = compiled(classifier(), backend=backend, cache_size=1, adjoint=Replay())
     support = data()
     with torch.no_grad():
         adapted = unroll.adapt(support)
@@ -190,7 +183,7 @@ def test_shapes_of_query_and_prediction_are_cached_likewise() -> None:
 
 
 def test_data_of_another_dtype_is_another_shape() -> None:
-    unroll = compiled(mlp(), adjoint=Unrolled())
+    unroll = compiled(classifier(), adjoint=Unrolled())
     x, y = data()
     with torch.no_grad():
         a, b = unroll.adapt((x, y)), unroll.adapt((x, y.to(torch.uint8)))
@@ -222,7 +215,7 @@ def test_python_values_among_the_inputs_are_part_of_the_shape() -> None:
 
 
 def test_changing_a_learning_rate_compiles_nothing() -> None:
-    model = mlp()
+    model = classifier()
     opt = torch.optim.SGD([{"params": model[0].parameters(), "lr": 0.3}, {"params": model[2].parameters()}], lr=0.1)
     unroll = compiled(model, opt, k=3)
     support, query = data(), data(7)
@@ -254,7 +247,7 @@ def stepped_groups(model: nn.Sequential, opt: torch.optim.Optimizer, support: Ba
 
 
 def test_turning_momentum_on_makes_a_new_plan() -> None:
-    model = mlp()
+    model = classifier()
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
     unroll = compiled(model, opt, k=3)
     support = data()
@@ -272,7 +265,7 @@ def test_turning_momentum_on_makes_a_new_plan() -> None:
 
 @pytest.mark.parametrize("change", [{"weight_decay": 0.1}, {"maximize": True}, {"nesterov": True, "momentum": 0.8}], ids=str)
 def test_other_settings_are_seen_too(change: dict[str, Any]) -> None:
-    model = mlp()
+    model = classifier()
     opt = torch.optim.SGD(model.parameters(), lr=0.1)
     unroll = compiled(model, opt, k=2)
     support = data()
@@ -283,7 +276,7 @@ def test_other_settings_are_seen_too(change: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.Adam])
 def test_the_optimisers_state_is_branched_from_as_it_stands(kind: Any) -> None:
-    model = mlp()
+    model = classifier()
     opt = kind(model.parameters(), lr=0.05, **({"momentum": 0.9} if kind is torch.optim.SGD else {}))
     unroll = compiled(model, opt, k=2)
     support = data()
@@ -381,7 +374,7 @@ def test_nothing_of_the_model_changes() -> None:
 
 
 def test_explain_before_anything_is_compiled() -> None:
-    report = compiled(mlp()).explain()
+    report = compiled(classifier()).explain()
     assert report.programs == ()
     assert "nothing compiled yet" in str(report)
     assert "2 steps" in str(report)
@@ -414,7 +407,7 @@ def test_explain_counts_what_can_be_counted_by_hand() -> None:
 
 @pytest.mark.parametrize(("k", "expected"), [(1, "Unrolled()"), (2, "Unrolled()"), (200, "Stash()")])
 def test_auto_chooses_by_size_and_says_why(k: int, expected: str) -> None:
-    unroll = compiled(mlp(), k=k)
+    unroll = compiled(classifier(), k=k)
     with torch.no_grad():
         unroll.adapt(data())
     ((shapes, adjoint, reason),) = unroll.explain().adjoints
@@ -426,7 +419,7 @@ def test_auto_chooses_by_size_and_says_why(k: int, expected: str) -> None:
 
 
 def test_an_adjoint_that_was_asked_for_is_used() -> None:
-    unroll = compiled(mlp(), k=200, adjoint=Replay(every=7))
+    unroll = compiled(classifier(), k=200, adjoint=Replay(every=7))
     with torch.no_grad():
         unroll.adapt(data())
     ((_, adjoint, reason),) = unroll.explain().adjoints
@@ -435,7 +428,7 @@ def test_an_adjoint_that_was_asked_for_is_used() -> None:
 
 @pytest.mark.parametrize("adjoint", [Unrolled(), Replay()], ids=str)
 def test_graphs_are_readable_and_run(adjoint: adaptrt.Adjoint) -> None:
-    unroll = compiled(mlp(), adjoint=adjoint)
+    unroll = compiled(classifier(), adjoint=adjoint)
     unroll.warmup(data(), data())
     for graph in unroll.graphs().values():
         assert str(graph).startswith(f"graph of {graph.num_nodes} operations")
@@ -445,7 +438,7 @@ def test_graphs_are_readable_and_run(adjoint: adaptrt.Adjoint) -> None:
 def test_the_number_of_programs_of_replay_does_not_grow_with_k() -> None:
     sizes = []
     for k in (2, 9):
-        unroll = compiled(mlp(), k=k, adjoint=Replay())
+        unroll = compiled(classifier(), k=k, adjoint=Replay())
         unroll(data(), data()).backward()
         sizes.append({report.name: report.num_nodes for report in unroll.explain().programs})
     assert sizes[0] == sizes[1]
@@ -492,7 +485,7 @@ class Tied(nn.Module):
         return self.head(self.norm(h))
 
 
-@pytest.mark.parametrize("make", [mlp, normed, Tied])
+@pytest.mark.parametrize("make", [classifier, normed, Tied])
 @pytest.mark.parametrize("only_head", [False, True], ids=["all", "head"])
 def test_state_dict_loads_into_a_fresh_model(make: Callable[[], nn.Module], only_head: bool) -> None:
     model = make()
@@ -537,7 +530,7 @@ def test_results_are_the_callers_own() -> None:
 @pytest.mark.parametrize("opt", [adaptrt.optim.sgd(0.1, momentum=0.9), adaptrt.optim.adam(0.05)], ids=["momentum", "adam"])
 @pytest.mark.parametrize("vmap", [False, True], ids=["single", "vmap"])
 def test_start_goes_on_where_it_stopped(opt: adaptrt.optim.Optimizer, vmap: bool) -> None:
-    model = mlp()
+    model = classifier()
     short, long = compiled(model, opt, k=2), compiled(model, opt, k=4)
     support = data()
     if vmap:
@@ -552,7 +545,7 @@ def test_start_goes_on_where_it_stopped(opt: adaptrt.optim.Optimizer, vmap: bool
 
 
 def test_a_start_without_tasks_serves_all_tasks() -> None:
-    model = mlp()
+    model = classifier()
     unroll = compiled(model, adaptrt.optim.sgd(0.1, momentum=0.9))
     start = unroll.adapt(data())
     support = torch.randn(2, 6, 4), torch.randint(3, (2, 6))
@@ -563,7 +556,7 @@ def test_a_start_without_tasks_serves_all_tasks() -> None:
 
 
 def test_per_step_takes_one_batch_after_the_other() -> None:
-    model = mlp()
+    model = classifier()
     one, three = compiled(model, k=1), compiled(model, k=3, per_step=True)
     xs, ys = torch.randn(3, 6, 4), torch.randint(3, (3, 6))
     result: adaptrt.Adapted | None = None
@@ -668,7 +661,7 @@ def test_predictions_with_a_task_axis_are_those_of_each_task() -> None:
 
 
 def test_the_meta_loss_of_tasks_is_their_mean() -> None:
-    model = mlp()
+    model = classifier()
     unroll = compiled(model)
     xs, ys = torch.randn(3, 6, 4), torch.randint(3, (3, 6))
     found = unroll.vmap()((xs, ys), (xs.flip(1), ys.flip(1)))
@@ -743,7 +736,7 @@ SELECTIONS: list[tuple[str, Any, set[str]]] = [
 
 @pytest.mark.parametrize(("select", "expected"), [row[1:] for row in SELECTIONS], ids=[row[0] for row in SELECTIONS])
 def test_forms_of_params(select: Any, expected: set[str]) -> None:
-    model = mlp()
+    model = classifier()
     adapted = compiled(model, params=select).adapt(data())
     assert set(adapted.params) == expected
     for name, value in adapted.state_dict().items():
@@ -751,7 +744,7 @@ def test_forms_of_params(select: Any, expected: set[str]) -> None:
 
 
 def test_an_optimiser_of_the_head_adapts_the_head() -> None:
-    model = mlp()
+    model = classifier()
     model[0].bias.requires_grad_(False)
     unroll = compiled(model, torch.optim.SGD(model[2].parameters(), lr=0.1))
     assert set(unroll.adapt(data()).params) == {"2.weight", "2.bias"}
@@ -761,7 +754,7 @@ def test_an_optimiser_of_the_head_adapts_the_head() -> None:
 
 
 def test_frozen_parameters_do_not_adapt() -> None:
-    model = mlp()
+    model = classifier()
     model[0].requires_grad_(False)
     assert set(compiled(model).adapt(data()).params) == {"2.weight", "2.bias"}
     assert set(compiled(model, torch.optim.SGD(model.parameters(), lr=0.1)).adapt(data()).params) == {"2.weight", "2.bias"}
@@ -772,7 +765,7 @@ def test_frozen_parameters_do_not_adapt() -> None:
 
 def test_default_losses() -> None:
     x, y = data()
-    model = mlp()
+    model = classifier()
     found = compiled(model).adapt((x, y)).losses[0]
     torch.testing.assert_close(found, F.cross_entropy(model(x), y), check_dtype=True)
     found = compiled(model).adapt((x, y.int())).losses[0]
@@ -829,7 +822,7 @@ class Learned(nn.Module):
 
 
 def test_a_loss_that_is_a_module_is_meta_learned_and_left_alone() -> None:
-    model, loss = mlp(), Learned()
+    model, loss = classifier(), Learned()
     unroll = compiled(model, loss=loss)
     adapted = unroll.adapt(data())
     assert set(adapted.buffers) == set()
@@ -866,7 +859,7 @@ def test_inference_mode_and_training_share_an_unroll() -> None:
 
 
 def test_backward_of_adapt_and_of_the_meta_loss_agree() -> None:
-    model = mlp()
+    model = classifier()
     unroll = compiled(model)
     support, query = data(), data(7)
     unroll(support, query).backward()
@@ -878,7 +871,7 @@ def test_backward_of_adapt_and_of_the_meta_loss_agree() -> None:
 
 
 def test_a_loss_scaled_by_the_caller_scales_the_gradient() -> None:
-    model = mlp()
+    model = classifier()
     unroll = compiled(model)
     support, query = data(), data()
     (one,) = torch.autograd.grad(unroll(support, query), [model.get_parameter("0.weight")])
@@ -978,9 +971,12 @@ def test_a_start_knows_its_leaves_in_their_order() -> None:
     """Gradients go back by that order."""
     model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
     opt = torch.optim.Adam(model[0].parameters(), lr=0.1)
-    unroll = adaptrt.compile_unroll(model, opt, 2, loss=nn.BCEWithLogitsLoss(pos_weight=torch.ones(2)), backend="eager")
+    params = dict(model.named_parameters())
+    adapted = {name: param for name, param in params.items() if name.startswith("0.")}
+    loss = nn.BCEWithLogitsLoss(pos_weight=torch.ones(2))
+    reader = Reader(model, loss, frozenset(adapted), source(opt, adapted), torch.device("cpu"))
     for _ in range(2):
-        start = unroll._reader.read()
+        start = reader.read()
         assert [list(map(id, leaves)) for leaves in (start.carry_leaves, start.fixed_leaves)] == [
             list(map(id, tree.leaves(part))) for part in (start.carry, start.fixed)
         ]

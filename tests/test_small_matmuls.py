@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from adaptrt.backend import Inductor
 from adaptrt.backend.inductor import compile as inductor
-from adaptrt.backend.inductor import small_matmuls
-from adaptrt.graph.capture import capture
-from benchmarks.suite.contest import by_turns
+from tests.graphs import compiled
+from tests.tolerances import PRODUCT
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 
@@ -37,16 +34,10 @@ def in_all_layouts(*values: Tensor) -> list[Tensor]:
     return found
 
 
-def compiled(fn: Callable[..., Any], *args: Tensor) -> Callable[[], list[Tensor]]:
-    run = Inductor().compile(capture(fn, *args))
-    return lambda: list(run(list(args)))
-
-
 def check(fn: Callable[..., Sequence[Tensor]], *args: Tensor) -> None:
     exact = fn(*[value.double() for value in args])
-    tolerance = {torch.float32: 3e-6, torch.float64: 1e-14}[args[0].dtype]
     for found, value in zip(compiled(fn, *args)(), exact, strict=True):
-        assert (found.double() - value).abs().max() <= tolerance * value.abs().max()
+        assert (found.double() - value).abs().max() <= PRODUCT[args[0].dtype] * value.abs().max()
 
 
 @pytest.mark.parametrize("bits", [None, 128, 256, 512, 1])
@@ -115,20 +106,3 @@ def test_what_is_not_a_number_stays(libraries: list[str]) -> None:
     wanted = torch.zeros(4, 9)
     wanted[:, 2], wanted[:, 8] = float("nan"), float("nan")
     torch.testing.assert_close(found, wanted, equal_nan=True)
-
-
-@pytest.mark.alone
-def test_function_is_faster_than_loops(monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch._inductor.utils import fresh_cache
-
-    if not has_vectors():
-        pytest.skip("the processor has no vectors")
-    args = torch.randn(10, 40), torch.randn(40, 40), torch.randn(40, 40)
-    calls: dict[str, Callable[[], Any]] = {}
-    for name in ("function", "loops"):
-        with fresh_cache(), monkeypatch.context() as patch:
-            if name == "loops":
-                patch.setattr(small_matmuls, "_product_of", lambda node: None)
-            calls[name] = compiled(lambda x, v, w: (x @ v.T).relu() @ w.T, *args)
-    seconds = by_turns(calls, 500, 0)
-    assert 1.5 * min(seconds["function"]) < min(seconds["loops"])

@@ -25,6 +25,8 @@ from adaptrt.graph.ir import Graph
 from adaptrt.graph.passes.partition import partition
 from adaptrt.graph.signature import Role
 from adaptrt.runtime import plan
+from tests.models import conv_dropout, labelled_images
+from tests.tolerances import GRADIENT, HIGH_DERIVATIVE, assert_close
 
 aten = torch.ops.aten
 
@@ -97,30 +99,19 @@ def test_auto_keeps_what_fits() -> None:
         assert adjoint == expected and "MB" in reason
 
 
-def net() -> nn.Module:
-    torch.manual_seed(3)
-    layers = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.MaxPool2d(2), nn.Dropout(0.2), nn.Flatten(), nn.Linear(36, 3)
-    return nn.Sequential(*layers).double()
-
-
-def data(seed: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(6, 1, 7, 7, generator=generator, dtype=torch.float64), torch.randint(3, (6,), generator=generator)
-
-
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_stash_and_replay_agree(backend: str) -> None:
-    model, found = net(), list[list[Tensor]]()
+    model, found = conv_dropout(), list[list[Tensor]]()
     for adjoint in (Replay(), Stash()):
         unroll = compile_unroll(model, optim.adam(lr=0.05), 3, loss=F.cross_entropy, adjoint=adjoint, backend=backend)
-        unroll(data(0), data(1))  # compiles; what follows runs what is there
-        loss = unroll(data(0), data(1), generator=torch.Generator().manual_seed(7))
+        unroll(labelled_images(0), labelled_images(1))  # compiles; what follows runs what is there
+        loss = unroll(labelled_images(0), labelled_images(1), generator=torch.Generator().manual_seed(7))
         found.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
         if isinstance(adjoint, Stash):
             assert set(unroll.graphs()) == {"step with stash", "step pullback from stash", "query pullback"}
     # Adam divides by roots of second moments, some of them small: rounding is enlarged.
     for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+        assert_close(a, b, HIGH_DERIVATIVE)
 
 
 def test_auto_looks_closer_before_it_finds_it_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -128,8 +119,8 @@ def test_auto_looks_closer_before_it_finds_it_too_much(monkeypatch: pytest.Monke
     monkeypatch.setattr(auto, "MAX_UNROLLED_OPERATIONS", 0)
     monkeypatch.setattr(plan, "MAX_KEPT_BYTES", 0)  # the first estimate is too much, and the second is judged by another limit
     k = 40
-    unroll = compile_unroll(net().eval(), optim.sgd(lr=0.1), k, loss=F.cross_entropy, backend="inductor")
-    unroll(data(0), data(1))
+    unroll = compile_unroll(conv_dropout().eval(), optim.sgd(lr=0.1), k, loss=F.cross_entropy, backend="inductor")
+    unroll(labelled_images(0), labelled_images(1))
     kept = k * sum(output.spec.num_bytes for output in unroll.graphs()["step with stash"].signature.outputs if output.kept)
     stated = re.search(r"about ([\d.]+) MB", str(unroll.explain()))
     assert stated is not None
@@ -144,9 +135,9 @@ def test_statistics_that_stay_as_they_are(backend: str) -> None:
     found: list[Sequence[Tensor]] = []
     for adjoint in (Replay(), Stash()):
         unroll = compile_unroll(model, torch.optim.SGD(head, 0.1), 2, loss=F.cross_entropy, adjoint=adjoint, backend=backend)
-        found.append(torch.autograd.grad(unroll(data(0), data(1)), head))
+        found.append(torch.autograd.grad(unroll(labelled_images(0), labelled_images(1)), head))
     for a, b in zip(*found, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12)
+        assert_close(a, b, GRADIENT)
 
 
 def test_inductors_rules_find_what_they_use_in_a_fresh_process() -> None:
@@ -164,17 +155,17 @@ Inductor().lower(capture(lambda x: torch.nn.functional.max_pool2d(x, 3, 2, 1), t
 
 def test_two_calls_may_be_under_way_at_once() -> None:
     """What a call keeps is its own, and serves each backward pass that is asked for."""
-    model = net().eval()
+    model = conv_dropout().eval()
     unroll = compile_unroll(model, optim.sgd(lr=0.1), 2, adjoint=Stash(), backend="eager")
-    x, y = data(2)
-    first, second = unroll.adapt(data(0)), unroll.adapt(data(1))
+    x, y = labelled_images(2)
+    first, second = unroll.adapt(labelled_images(0)), unroll.adapt(labelled_images(1))
     losses = [F.cross_entropy(adapted(x), y) for adapted in (first, second)]
-    expected = [torch.autograd.grad(unroll(data(i), (x, y)), list(model.parameters())) for i in (0, 1)]
+    expected = [torch.autograd.grad(unroll(labelled_images(i), (x, y)), list(model.parameters())) for i in (0, 1)]
     for index in (1, 0):
         for _ in range(2):
             found = torch.autograd.grad(losses[index], list(model.parameters()), retain_graph=True)
             for a, b in zip(found, expected[index], strict=True):
-                torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-11)
+                assert_close(a, b, HIGH_DERIVATIVE)
 
 
 def test_stash_is_public() -> None:

@@ -1,8 +1,7 @@
-"""Sums one axis after the other become one sum; sums over all but the channels are taken image by image. The same numbers, and faster."""
+"""Sums one axis after the other become one sum; sums over all but the channels are taken image by image. The same numbers."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -12,10 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adaptrt.backend import Inductor
-from adaptrt.backend.inductor.rewrites import channel_sums
 from adaptrt.graph.capture import capture
-from benchmarks.suite.contest import by_turns
 from tests.graphs import targets
+from tests.tolerances import LAST_BIT, OPERATIONS, ROUNDING, SECOND_DERIVATIVE, STATISTIC, assert_close
 
 aten = torch.ops.aten
 SUM = aten.sum.dim_IntList
@@ -40,8 +38,8 @@ def test_sums_of_a_single_number() -> None:
     x, y = torch.tensor(2.0, dtype=torch.float64), torch.randn(3, dtype=torch.float64)
     for fn, value in ((lambda x: x.sum(0), x), (lambda x: x.sum(-1, True), x), (lambda y: y.sum(0).sum(-1), y)):
         graph = capture(fn, value)
-        torch.testing.assert_close(graph.run(value), fn(value), rtol=1e-15, atol=0)
-        torch.testing.assert_close(Inductor().compile(graph)([value])[0], fn(value), rtol=1e-15, atol=0)
+        assert_close(graph.run(value), fn(value), LAST_BIT)
+        assert_close(Inductor().compile(graph)([value])[0], fn(value), LAST_BIT)
 
 
 @pytest.mark.parametrize("fn, count", MERGED.values(), ids=MERGED)
@@ -49,7 +47,7 @@ def test_sums_are_merged(fn: Callable[[Tensor], Tensor], count: int) -> None:
     x = torch.randn(3, 4, 5, 6, dtype=torch.float64)
     graph = capture(fn, x)
     assert targets(graph).count(SUM) == count
-    torch.testing.assert_close(graph.run(x), fn(x), rtol=1e-13, atol=1e-13)
+    assert_close(graph.run(x), fn(x), ROUNDING)
 
 
 def test_the_second_derivative_of_batch_normalisation_has_no_partial_sums() -> None:
@@ -62,7 +60,7 @@ def test_the_second_derivative_of_batch_normalisation_has_no_partial_sums() -> N
     graph = capture(fn, x, y)
     sums = [node for node in graph.module.graph.nodes if node.target is SUM]
     assert sums and all(node.meta["val"].numel() == 4 for node in sums)
-    torch.testing.assert_close(graph.run(x, y), fn(x, y), rtol=1e-10, atol=1e-12)
+    assert_close(graph.run(x, y), fn(x, y), SECOND_DERIVATIVE)
 
 
 # --- image by image
@@ -98,11 +96,11 @@ def test_numbers(shape: tuple[int, ...], axes: tuple[int, ...], channels_last: b
     wanted = fn(x)
     for found in (lowered.run(x), Inductor().compile(graph)([x])):
         for ours, theirs in zip(found, wanted, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+            assert_close(ours, theirs, OPERATIONS)
             assert ours.shape == theirs.shape
     single = Inductor().compile(capture(fn, x.float()))([x.float()])
     for ours, theirs in zip(single, fn(x.float().double()), strict=True):
-        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=0)
+        assert_close(ours.double(), theirs, STATISTIC)
 
 
 OTHERS: dict[str, tuple[Callable[[Tensor], Any], Tensor]] = {
@@ -131,33 +129,3 @@ STAGES: dict[str, tuple[tuple[int, ...], tuple[int, ...], list[list[int]]]] = {
 def test_stages(shape: tuple[int, ...], axes: tuple[int, ...], stages: list[list[int]]) -> None:
     lowered = Inductor().lower(capture(lambda x: x.sum(axes), torch.empty(shape)))
     assert [node.args[1] for node in lowered.module.graph.nodes if node.target is SUM] == stages
-
-
-def three_sums(x: Tensor) -> list[Tensor]:
-    return [(x + scale).square().sum((0, 2, 3)) for scale in (1.0, 2.0, 3.0)]
-
-
-def moments(x: Tensor) -> tuple[Tensor, Tensor]:
-    return torch.var_mean(x, (0, 2, 3))
-
-
-FASTER: dict[str, tuple[Callable[[Tensor], Any], tuple[int, ...]]] = {
-    "statistics of images": (moments, (5, 28, 28, 64)),
-    "statistics of rows": (moments, (25, 56, 56, 64)),
-    "sums of images": (three_sums, (25, 28, 28, 64)),
-    "sums of rows": (three_sums, (25, 56, 56, 64)),
-}
-
-
-@pytest.mark.alone
-@pytest.mark.parametrize("fn, shape", FASTER.values(), ids=FASTER)
-def test_stages_are_faster(fn: Callable[[Tensor], Any], shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    x = torch.randn(shape)
-    graph = capture(lambda x: fn(x.permute(0, 3, 1, 2)), x)
-    staged = Inductor().compile(graph)
-    monkeypatch.setattr(channel_sums, "RULES", {})
-    at_once = Inductor().compile(graph)
-    for ours, theirs in zip(staged([x]), at_once([x]), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-4)
-    seconds = by_turns({"staged": lambda: staged([x]), "at once": lambda: at_once([x])}, 40, 2)
-    assert statistics.median(a / b for a, b in zip(seconds["at once"], seconds["staged"], strict=True)) > 1.1

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adaptrt.graph.capture import capture
-from adaptrt.graph.switches import CUDNN, MATH_ATTENTION, NO_CUDNN, TRACEABLE, Switch, Switches
+from adaptrt.graph.switches import CUDNN, MATH_ATTENTION, MATH_ATTENTION_NO_CUDNN, TRACEABLE, Switch, Switches
 
 READERS: dict[str, Callable[[], bool]] = {
     "cudnn": lambda: torch.backends.cudnn.enabled,
@@ -94,7 +94,7 @@ def test_blocks_of_two_threads_overlap(order: str, before: bool) -> None:
 def test_blocks_for_different_purposes_count_together() -> None:
     """A capture begins while a handle of `higher` runs, and goes on after it."""
     wanted = state()
-    handle, captures = InThread(NO_CUDNN), InThread(TRACEABLE)
+    handle, captures = InThread(MATH_ATTENTION_NO_CUDNN), InThread(TRACEABLE)
     handle.enter()
     captures.enter()
     handle.leave()
@@ -219,7 +219,7 @@ def test_captures_in_threads_leave_everything_as_it_was() -> None:
                 errors.append(number)
 
     errors: list[int] = []
-    with NO_CUDNN:
+    with MATH_ATTENTION_NO_CUDNN:
         thread = InThread(MATH_ATTENTION)
         thread.enter()
         work(0, errors)

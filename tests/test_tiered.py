@@ -18,6 +18,8 @@ from adaptrt.backend.base import Runner
 from adaptrt.backend.tiered import TieredRunner
 from adaptrt.errors import CompilerUnavailable, InvalidArgument
 from adaptrt.graph.ir import Graph
+from tests.models import MODELS, Batch
+from tests.tolerances import SECOND_DERIVATIVE, assert_close
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -45,17 +47,15 @@ class Gate(Backend):
 
 
 def net() -> nn.Module:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+    return MODELS["mlp"].model()
 
 
-def batch(seed: int) -> tuple[Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(6, 3, generator=generator, dtype=torch.float64), torch.randn(6, 2, generator=generator, dtype=torch.float64)
+def batch(seed: int) -> Batch:
+    return MODELS["mlp"].data(seed, 6)
 
 
 def runners(unroll: adaptrt.CompiledUnroll) -> list[TieredRunner]:
-    programs = [program for group in unroll._planner.program_sets() for _, program in group.named()]
+    programs = [program for _, program in unroll._planner.programs()]
     found = [program.run for program in programs if isinstance(program.run, TieredRunner)]
     assert len(found) == len(programs) > 0
     return found
@@ -73,13 +73,13 @@ def test_calls_answer_before_and_after(adjoint: adaptrt.Adjoint) -> None:
     unroll = compile_unroll(model, opt, 3, loss=F.mse_loss, adjoint=adjoint, backend=gate, tiered=True)
     for _ in range(3):
         for found, wanted in zip(gradients(unroll, model), expected, strict=True):
-            torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+            assert_close(found, wanted, SECOND_DERIVATIVE)
     assert not gate.calls and all(runner.is_pending for runner in runners(unroll))
     assert "to be compiled in the background" in str(unroll.explain()) and "backend tiered" in str(unroll.explain())
     gate.opened.set()
     assert all(runner.wait(30) for runner in runners(unroll))
     for found, wanted in zip(gradients(unroll, model), expected, strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+        assert_close(found, wanted, SECOND_DERIVATIVE)
     assert gate.calls and not any(report.is_pending for report in unroll.explain().programs)
 
 
@@ -94,7 +94,7 @@ def test_calls_from_threads_while_programs_are_replaced() -> None:
         try:
             while not stop.is_set():
                 for found, wanted in zip(gradients(unroll, model), expected, strict=True):
-                    torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+                    assert_close(found, wanted, SECOND_DERIVATIVE)
         except Exception as error:
             wrong.append(error)
 
@@ -131,7 +131,7 @@ def test_warmup_waits_for_inductor() -> None:
     plain = compile_unroll(model, opt, 1, loss=F.mse_loss, adjoint=Unrolled(), backend="eager")
     with torch.no_grad():
         for name, value in unroll.adapt(batch(0)).params.items():
-            torch.testing.assert_close(value, plain.adapt(batch(0)).params[name], rtol=1e-10, atol=1e-12)
+            assert_close(value, plain.adapt(batch(0)).params[name], SECOND_DERIVATIVE)
 
 
 def test_tiers_need_a_compiler() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,6 +16,41 @@ BFLOAT16 = 5e-2
 
 FORWARD_ULPS = 32
 """Of the largest value: a captured forward pass against eager. Kernels may sum in another order, no more."""
+
+PRODUCT: Mapping[torch.dtype, float] = {torch.float64: 1e-14, torch.float32: 3e-6}
+"""Of the largest element: a few matrix products, one after the other."""
+
+
+class Tolerance(NamedTuple):
+    """How far each element may be off: so much of its own size, and so much besides."""
+
+    relative: float
+    absolute: float
+
+
+EQUAL = Tolerance(0.0, 0.0)
+LAST_BIT = Tolerance(1e-15, 0.0)
+"""In float64, of one sum."""
+ROUNDING = Tolerance(1e-13, 1e-13)
+"""In float64, of a product or a sum of sums."""
+OPERATIONS = Tolerance(1e-12, 1e-12)
+"""In float64, of a few operations and their derivatives."""
+LOSS = Tolerance(1e-12, 0.0)
+"""In float64, of a loss after a few steps."""
+GRADIENT = Tolerance(1e-11, 1e-12)
+"""In float64, of the meta-gradient of a head after a few steps."""
+SECOND_DERIVATIVE = Tolerance(1e-10, 1e-12)
+"""In float64, also of a meta-gradient after a few smooth steps."""
+HIGH_DERIVATIVE = Tolerance(1e-9, 1e-11)
+"""In float64, also of a meta-gradient with batch normalisation or Adam in it."""
+KERNEL = Tolerance(1e-6, 1e-6)
+"""In float32, of pointwise operations."""
+STEPS = Tolerance(1e-5, 1e-6)
+"""In float32, of a few steps or of second derivatives."""
+STATISTIC = Tolerance(1e-5, 0.0)
+"""In float32, of means and variances."""
+LONG_SUM = Tolerance(1e-5, 1e-4)
+"""In float32, of products whose terms cancel."""
 
 SMALL = 1e-3
 """A leaf with less than this share of the whole gradient's norm is measured against that share: some are zero but for rounding."""
@@ -35,6 +71,11 @@ def assert_near(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], dtype: 
     assert not wrong, f"relative errors above {META_GRADIENT[dtype]:.0e}: " + ", ".join(
         f"{name} {error:.1e}" for name, error in wrong.items()
     )
+
+
+def assert_close(got: Any, wanted: Any, tolerance: Tolerance, **options: Any) -> None:
+    """Equal within a named tolerance; `options` are those of `torch.testing.assert_close`."""
+    torch.testing.assert_close(got, wanted, rtol=tolerance.relative, atol=tolerance.absolute, **options)
 
 
 def assert_ulps(got: Tensor, wanted: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""How the meta-gradient is formed: one strategy a file."""
+"""Strategies for the meta-gradient, one a file."""
 
 from adaptrt.adjoint.base import Adjoint
 from adaptrt.adjoint.first_order import FirstOrder

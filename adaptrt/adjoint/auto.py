@@ -1,4 +1,4 @@
-"""Which adjoint to use when the user does not say."""
+"""Chooses an adjoint where the user has not."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ by `benchmarks/convolutions_over_tasks.py`."""
 
 
 def one_by_one(num_flops: int) -> bool:
-    """Whether tasks are best done one after the other on the CPU.
+    """Whether tasks are done faster one after the other than together on the CPU.
 
     Args:
       num_flops: of model and loss on the support batch of one task.
@@ -36,14 +36,14 @@ def one_by_one(num_flops: int) -> bool:
 
 
 def choose(num_operations: int, num_shared: int, k: int, num_kept_bytes: Callable[[], int], device: torch.device) -> tuple[Adjoint, str]:
-    """An adjoint, and the reason in words.
+    """Returns an adjoint, and the reason for it in words.
 
     Args:
       num_operations: of one inner step, as captured.
       num_shared: those of them that are the same in every step, such as a frozen backbone on a support batch that all share; one graph
         holds them once.
       k: number of steps.
-      num_kept_bytes: about what the pullbacks of all steps need of their activations; asked where it matters.
+      num_kept_bytes: returns about how many bytes of activations the pullbacks of all steps need; called only where it matters.
       device: where the model is.
     """
     own = num_operations - num_shared

@@ -1,7 +1,8 @@
-"""What an adjoint is: the strategy by which the meta-gradient returns through the k steps.
+"""An adjoint: the strategy by which the meta-gradient returns through the k steps.
 
-Notation: phi is the inner state (`Carry`), lambda its cotangent, eta what all steps share (`Fixed`). An adjoint decides which programs
-are compiled and in which order they run. It gets the step and the unroll handed in, and asks `Programs` for compiled functions.
+Notation: phi is the inner state (`Carry`), lambda its cotangent, eta what all steps share (`Fixed`). A pullback is a vector-Jacobian
+product: from cotangents of a function's results to gradients of its arguments. An adjoint decides which programs are compiled and in which
+order they run. It is given the step, and asks `Programs` for compiled functions.
 """
 
 from __future__ import annotations
@@ -19,15 +20,15 @@ from adaptrt.inner.diagnose import refuse_once_differentiable
 from adaptrt.inner.step import Batch, Carry, Fixed, Step
 
 Noise = tuple[Tensor, ...]
-Unroll = Callable[..., tuple[Carry, Tensor]]
 
 
 class Programs(Protocol):
-    """Compiled functions by name. Each is captured and compiled at its first call, from the arguments of that call.
+    """Compiles functions, and finds them again by name. Each is captured and compiled at its first call, from the arguments of that call.
 
     `arguments` says what each argument is: "start" (the first carry), "carry" (a later one), "fixed", "support" (all of it), "batch" (one
     step's), "query", "noise" or "cotangent". Under a task axis all but "start" and "fixed" have one, and "start" has one when it comes from
-    an earlier adaptation. The function itself is always that of one task. `loop` makes the calls of what is returned those of a loop.
+    an earlier adaptation. The function itself is always that of one task. With `loop`, the calls of what is returned are taken for
+    those of one loop.
     """
 
     def program(self, name: str, fn: Callable[..., Any], arguments: Sequence[str], loop: Loop | None = None) -> Callable[..., Any]: ...
@@ -35,7 +36,10 @@ class Programs(Protocol):
     def stashed(
         self, name: str, fn: Callable[..., Any], arguments: Sequence[str], wrt: Wrt, loop: Loop | None
     ) -> tuple[Callable[..., Any], Callable[..., Any]]:
-        """(*args) -> (outputs, stash), and (*args, stash, cotangents) -> gradients, as `pullback` but with nothing expensive done twice."""
+        """Returns (*args) -> (outputs, stash) and (*args, stash, cotangents) -> gradients.
+
+        They do what `program` and `pullback` do, and nothing expensive twice: the stash holds what the second needs of the first.
+        """
         ...
 
     def pullback(
@@ -47,19 +51,22 @@ class Programs(Protocol):
         value: bool = False,
         loop: Loop | None = None,
     ) -> Callable[..., Any]:
-        """(*args, cotangents) -> gradients, or (outputs, gradients) if `value`; gradients of what tasks share are summed over them."""
+        """Returns (*args, cotangents) -> gradients, or -> (outputs, gradients) if `value`.
+
+        Gradients of what tasks share are summed over the tasks.
+        """
         ...
 
 
 @dataclasses.dataclass(slots=True)
 class Loop:
-    """Calls of one function from a carry to (the next carry, a loss), of which some arguments stay the same.
+    """The calls of a loop over one function, which takes a carry and returns the next one and a loss.
 
-    What the function returns of the carry as it was stays the same, too.
+    Some arguments are the same in all calls, and so is every part of the carry that the function returns unchanged.
 
     Attributes:
       same: for each argument whether it is the same in all calls.
-      shared: what depends on what is the same alone, as far as it is worth keeping; the first call computes it.
+      shared: results that depend on nothing else and are worth keeping; the first call computes them.
     """
 
     same: tuple[bool, ...]
@@ -73,36 +80,40 @@ class Wrt(NamedTuple):
     result: Sequence[bool]
 
 
+class Differentiated(NamedTuple):
+    """For each leaf of a call's arguments whether the caller wants its gradient."""
+
+    start: tuple[bool, ...]
+    fixed: tuple[bool, ...]
+    support: tuple[bool, ...]
+    query: tuple[bool, ...]
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Problem:
     """What is the same for all calls of one shape.
 
     Attributes:
-      step, unroll, k, per_step, updates_per_step: the inner loop.
-      start, fixed, support, query: for each leaf whether the caller wants its gradient.
+      step, k, per_step, updates_per_step: the inner loop.
+      differentiated: which leaves of the arguments get a gradient.
       carry: for each leaf of the carry whether a gradient can flow through it from step to step.
       task_axis: whether data and results have a leading axis of tasks.
       start_has_task_axis: whether the first carry has one already, because it comes from an earlier adaptation.
     """
 
     step: Step
-    unroll: Unroll
-    batch_of_step: Callable[..., Batch]
     k: int
     per_step: bool
-    start: tuple[bool, ...]
-    fixed: tuple[bool, ...]
-    support: tuple[bool, ...]
-    query: tuple[bool, ...]
+    differentiated: Differentiated
     carry: tuple[bool, ...]
     task_axis: bool = False
     start_has_task_axis: bool = False
     updates_per_step: int = 1
 
     @property
-    def marks(self) -> Hashable:
-        """All in which the problems of one plan differ."""
-        return self.start, self.fixed, self.support, self.query, self.start_has_task_axis
+    def key(self) -> Hashable:
+        """Everything in which the problems of one plan differ."""
+        return self.differentiated, self.start_has_task_axis
 
 
 class Task(NamedTuple):
@@ -122,7 +133,7 @@ class Query(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Gradients of the leaves that `Problem` marks, in their order."""
+    """Gradients of the leaves that `Problem.differentiated` marks, in their order."""
 
     start: Sequence[Tensor]
     fixed: Sequence[Tensor]
@@ -131,7 +142,7 @@ class Gradients(NamedTuple):
 
 
 class Adaptation(NamedTuple):
-    """Carry after k steps, losses (k,) ([T, k] with tasks), and what the adjoint kept for the way back."""
+    """The carry after k steps, the losses before each, (k,) or [T, k] with tasks, and what the adjoint kept for its pullback."""
 
     carry: Carry
     losses: Tensor
@@ -139,46 +150,81 @@ class Adaptation(NamedTuple):
 
 
 class Adjoint(abc.ABC):
-    """A strategy for the meta-gradient. Instances are immutable and hold no tensors."""
+    """A strategy for the meta-gradient: how the k steps run, and how a cotangent of their result returns through them.
+
+    `adapt` and `adapt_pullback` are the strategy. The meta-loss and its gradient follow from them by the query loss; a strategy overrides
+    these two where it has a better way. Instances are immutable and hold no tensors.
+    """
 
     detach_gradient: bool = False
     """Whether the inner gradients are constants to it."""
     sees_all_data: bool = False
     """Whether each of its programs, pullbacks of `adapt` aside, is given all of a call's data, and so can check it."""
 
-    def adapt_alone(self, programs: Programs, problem: Problem) -> Callable[..., Any] | None:
-        """The program that is all of `adapt`, if there is one: it takes (start, fixed, support, noise) and returns (carry, losses)."""
-        del programs, problem
-        return None
-
-    def meta_gradient_alone(self, programs: Programs, problem: Problem) -> Callable[..., Any] | None:
-        """The same for `meta_loss_and_gradients`: from (start, fixed, support, noise, query, noise, [cotangent]) to loss and gradients."""
-        del programs, problem
-        return None
-
     @abc.abstractmethod
     def adapt(self, programs: Programs, problem: Problem, task: Task, keep: bool) -> Adaptation:
-        """Runs the k steps. `keep`: keep what `adapt_pullback` needs."""
+        """Runs the k steps.
+
+        Args:
+          programs: compiles functions.
+          problem: what all calls of this shape share.
+          task: the arguments.
+          keep: whether to keep what `adapt_pullback` needs.
+        """
 
     @abc.abstractmethod
     def adapt_pullback(
         self, programs: Programs, problem: Problem, task: Task, kept: Any, carry: Sequence[Tensor], losses: Tensor
     ) -> Gradients:
-        """Gradients from the cotangents of the last carry (of the leaves in `problem.carry`) and of the losses."""
+        """Returns the gradients of what `problem.differentiated` marks in start, fixed and support; none of the query.
 
-    @abc.abstractmethod
+        Args:
+          programs, problem, task: as `adapt` got them.
+          kept: what `adapt` kept.
+          carry, losses: cotangents of the last carry (of the leaves in `problem.carry`), and of the losses.
+        """
+
     def meta_loss(self, programs: Programs, problem: Problem, task: Task, query: Query) -> Tensor:
-        """The query loss after adaptation, one for each task."""
+        """Returns the query loss after adaptation, one for each task."""
+        carry = self.adapt(programs, problem, task, keep=False).carry
+        return programs.program("query", problem.step.query, _QUERY)(carry, task.fixed, *query)
 
-    @abc.abstractmethod
     def meta_loss_and_gradients(
         self, programs: Programs, problem: Problem, task: Task, query: Query, cotangent: Tensor
     ) -> tuple[Tensor, Gradients]:
-        """The query loss, and its gradients times `cotangent`."""
+        """Returns the query loss, and its gradients times `cotangent`."""
+        adapted = self.adapt(programs, problem, task, keep=True)
+        wrt = Wrt((problem.carry, problem.differentiated.fixed, problem.differentiated.query, None), (True,))
+        pullback = programs.pullback("query pullback", problem.step.query, _QUERY, wrt, value=True)
+        loss, (carry, fixed, batch, _) = pullback(adapted.carry, task.fixed, *query, [cotangent])
+        # No cotangent reaches the support losses; zeros keep one pullback program for this call and for that of `adapt`.
+        zeros = torch.zeros_like(adapted.losses)
+        found = self.adapt_pullback(programs, problem, task, adapted.kept, carry, zeros)
+        of_fixed = [of_query + of_steps for of_query, of_steps in zip(fixed, found.fixed, strict=True)]
+        return loss, found._replace(fixed=of_fixed, query=batch)
+
+    def adapt_program(self, programs: Programs, problem: Problem) -> Callable[..., Any] | None:
+        """Returns the one program that is the whole of `adapt`, None if it takes several.
+
+        It takes (start, fixed, support, noise) and returns (carry, losses).
+        """
+        del programs, problem
+        return None
+
+    def meta_gradient_program(self, programs: Programs, problem: Problem) -> Callable[..., Any] | None:
+        """Returns the one program that is the whole of `meta_loss_and_gradients`, None if it takes several.
+
+        It takes (start, fixed, support, noise, query, query noise, [cotangent]) and returns the loss and the gradients of each argument.
+        """
+        del programs, problem
+        return None
+
+
+_QUERY = ("carry", "fixed", "query", "noise")
 
 
 def pull_back(fn: Callable[..., Any], wrt: Wrt, value: bool) -> Callable[..., Any]:
-    """The vector-Jacobian product of `fn`, as a function to capture: (*args, cotangents) -> gradients.
+    """Returns the vector-Jacobian product of `fn`, as a function to capture: (*args, cotangents) -> gradients.
 
     Gradients come as one list for each argument; a leaf on which no result depends gets zeros.
 

@@ -1,4 +1,4 @@
-"""Tasks one after the other, where that is faster than all of them in each program."""
+"""Adapts tasks one after the other, where that is faster than all of them in each program."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from adaptrt.adjoint.base import Adaptation, Adjoint, Gradients, Problem, Progra
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EachTask(Adjoint):
-    """Another adjoint, on one task at a time; results as under a task axis.
+    """Uses another adjoint on one task at a time; results are as under a task axis.
 
-    What a task needs stays in the processor's caches from its first step to the end of its way back, and of what is kept for the way back
-    there is one task's at a time, unless `adapt` is differentiated.
+    What a task needs stays in the processor's caches from its first step to the end of its pullback. Only one task's activations are kept
+    at a time, unless `adapt` is differentiated.
 
     Args:
       adjoint: used on each task, with programs that know of no task axis.
@@ -61,7 +61,7 @@ class EachTask(Adjoint):
 
 
 class _Gradients:
-    """Gradients of all tasks from those of each: stacked where a leaf has the task axis, summed where tasks share it."""
+    """Collects the gradients of all tasks: stacked where a leaf has the task axis, summed where tasks share it."""
 
     def __init__(self, problem: Problem) -> None:
         self._problem = problem
@@ -77,7 +77,7 @@ class _Gradients:
         start, _, support, query = (
             [torch.stack(values) for values in zip(*group, strict=True)] for group in zip(*self._parts, strict=True)
         )
-        num_start = 0 if self._problem.start_has_task_axis else sum(self._problem.start)
+        num_start = 0 if self._problem.start_has_task_axis else sum(self._problem.differentiated.start)
         return Gradients([*start, *self._shared[:num_start]], self._shared[num_start:], support, query)
 
 

@@ -1,4 +1,4 @@
-"""The meta-gradient with the inner gradients held constant."""
+"""First-order MAML: the meta-gradient with the inner gradients held constant."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptrt.adjoint.base import Adaptation, Adjoint, Gradients, Problem, Programs, Query, Task
+from adaptrt.adjoint.base import Adaptation, Adjoint, Gradients, Problem, Programs, Task
 from adaptrt.adjoint.replay import Replay
 
 
@@ -18,7 +18,7 @@ class FirstOrder(Adjoint):
 
     Each step's gradient is a constant, so dS/dphi holds the optimiser's own dependence on the parameters only (the identity for plain SGD).
     Gradients of hyperparameters keep every term but those through the inner gradients; a parameter that does not adapt gets its gradient
-    from the query loss alone. Attention keeps its fused kernels, since nothing is differentiated twice. Runs as `Replay(every=1)`.
+    from the query loss only. Attention keeps its fused kernels, since nothing is differentiated twice. It runs as `Replay(every=1)` does.
     """
 
     detach_gradient = True
@@ -30,14 +30,6 @@ class FirstOrder(Adjoint):
         self, programs: Programs, problem: Problem, task: Task, kept: Any, carry: Sequence[Tensor], losses: Tensor
     ) -> Gradients:
         return _REPLAY.adapt_pullback(programs, problem, task, kept, carry, losses)
-
-    def meta_loss(self, programs: Programs, problem: Problem, task: Task, query: Query) -> Tensor:
-        return _REPLAY.meta_loss(programs, problem, task, query)
-
-    def meta_loss_and_gradients(
-        self, programs: Programs, problem: Problem, task: Task, query: Query, cotangent: Tensor
-    ) -> tuple[Tensor, Gradients]:
-        return _REPLAY.meta_loss_and_gradients(programs, problem, task, query, cotangent)
 
 
 _REPLAY = Replay()

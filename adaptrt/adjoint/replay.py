@@ -1,4 +1,4 @@
-"""The meta-gradient by running the inner steps again, backwards."""
+"""Checkpointing: only carries are kept, and each step is evaluated again on the way back."""
 
 from __future__ import annotations
 
@@ -8,20 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptrt.adjoint.base import Adaptation, Adjoint, Gradients, Problem, Programs, Query, Task
-from adaptrt.adjoint.steps import (
-    STEP,
-    Pull,
-    backwards,
-    batch_of_update,
-    first_carry,
-    loop_of,
-    num_updates,
-    query_loss,
-    query_loss_and_gradients,
-    reported,
-    wrt_step,
-)
+from adaptrt.adjoint.base import Adaptation, Adjoint, Gradients, Problem, Programs, Task
+from adaptrt.adjoint.steps import STEP, backwards, batch_of_update, first_carry, loop_of, num_updates, reported, wrt_step
 from adaptrt.errors import InvalidArgument
 from adaptrt.inner.step import Carry
 
@@ -30,10 +18,10 @@ from adaptrt.inner.step import Carry
 class Replay(Adjoint):
     """Keeps the carry of every n-th step, and evaluates each step once more on the way back.
 
-    Compiles one step, one step's pullback and the query's, whatever k is. Memory is `k / every` copies of the carry (adapted
-    parameters, optimiser state, buffers) plus `every` more and one step's activations, where reverse mode through the whole loop keeps k
-    steps' activations; and what all steps share, once for the steps and once for their pullbacks. Cost: one evaluation of each step besides
-    its pullback, two for `every > 1`. Checkpointing as in Griewank & Walther 2000 (Algorithm 799), with a uniform schedule.
+    Three programs are compiled, whatever k is: a step, a step's pullback and the query's. The memory is that of `k / every + every` copies
+    of the carry (adapted parameters, optimiser state, buffers), of one step's activations, and of what all steps share, once for the steps
+    and once for their pullbacks; reverse mode through the whole loop keeps k steps' activations. Each step is evaluated once besides its
+    pullback, twice for `every > 1`. Checkpointing as in Griewank & Walther 2000 (Algorithm 799), with a uniform schedule.
 
     Args:
       every: keep every n-th carry; n = sqrt(k) minimises the sum of both memories.
@@ -46,13 +34,8 @@ class Replay(Adjoint):
             raise InvalidArgument(f"Replay(every={self.every!r}): every must be an int of at least 1")
 
     def adapt(self, programs: Programs, problem: Problem, task: Task, keep: bool) -> Adaptation:
-        return self._adapt(problem, task, keep, self._step(programs, problem))
-
-    def _step(self, programs: Programs, problem: Problem) -> Callable[..., Any]:
-        """One step. What all steps share is computed the first time, and held as long as the function is."""
-        return programs.program("step", problem.step, STEP, loop_of(problem))
-
-    def _adapt(self, problem: Problem, task: Task, keep: bool, step: Callable[..., Any]) -> Adaptation:
+        loop = loop_of(problem)
+        step = programs.program("step", problem.step, STEP, loop)
         carry = first_carry(problem, task)
         kept: list[Carry] = []
         losses: list[Tensor] = []
@@ -62,35 +45,24 @@ class Replay(Adjoint):
                 kept.append(carry)
             carry, loss = step(carry, task.fixed, batch_of_update(problem, task, index), task.noise[index])
             losses.append(loss)
-        return Adaptation(carry, reported(problem, losses), kept)
+        # Steps are evaluated again only between two carries that were kept.
+        shared = loop.shared if keep and loop is not None and self.every > 1 else None
+        return Adaptation(carry, reported(problem, losses), (shared, kept))
 
     def adapt_pullback(
         self, programs: Programs, problem: Problem, task: Task, kept: Any, carry: Sequence[Tensor], losses: Tensor
     ) -> Gradients:
-        pull = self._pull(programs, problem, task, kept, self._step(programs, problem))
-        return backwards(problem, task, pull, carry, losses)
-
-    def meta_loss(self, programs: Programs, problem: Problem, task: Task, query: Query) -> Tensor:
-        return query_loss(programs, problem, task, query, self.adapt(programs, problem, task, keep=False).carry)
-
-    def meta_loss_and_gradients(
-        self, programs: Programs, problem: Problem, task: Task, query: Query, cotangent: Tensor
-    ) -> tuple[Tensor, Gradients]:
-        step = self._step(programs, problem)
-        adapted = self._adapt(problem, task, True, step)
-        pull = self._pull(programs, problem, task, adapted.kept, step)
-        return query_loss_and_gradients(programs, problem, task, query, cotangent, adapted, pull)
-
-    def _pull(self, programs: Programs, problem: Problem, task: Task, kept: Sequence[Carry], step: Callable[..., Any]) -> Pull:
+        shared, kept_carries = kept
+        step = programs.program("step", problem.step, STEP, loop_of(problem, shared))
         pullback = programs.pullback("step pullback", problem.step, STEP, wrt_step(problem), loop=loop_of(problem))
         carries: list[Carry] = []
 
         def pull(index: int, cotangents: Sequence[Tensor]) -> Any:
             if not carries:
-                carries.extend(self._segment(step, problem, task, kept, index - index % self.every, index))
+                carries.extend(self._segment(step, problem, task, kept_carries, index - index % self.every, index))
             return pullback(carries.pop(), task.fixed, batch_of_update(problem, task, index), task.noise[index], cotangents)
 
-        return pull
+        return backwards(problem, task, pull, carry, losses)
 
     def _segment(self, step: Callable[..., Any], problem: Problem, task: Task, kept: Sequence[Carry], begin: int, end: int) -> list[Carry]:
         """The carries before updates begin, begin + 1, ... end, of which the first was kept."""

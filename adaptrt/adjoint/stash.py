@@ -1,4 +1,4 @@
-"""The meta-gradient from what the inner steps left behind."""
+"""Reverse mode step by step: each step keeps what its pullback needs."""
 
 from __future__ import annotations
 
@@ -8,30 +8,18 @@ from typing import Any
 
 from torch import Tensor
 
-from adaptrt.adjoint.base import Adaptation, Adjoint, Gradients, Loop, Problem, Programs, Query, Task
-from adaptrt.adjoint.steps import (
-    STEP,
-    Pull,
-    backwards,
-    batch_of_update,
-    first_carry,
-    loop_of,
-    num_updates,
-    query_loss,
-    query_loss_and_gradients,
-    reported,
-    wrt_step,
-)
+from adaptrt.adjoint.base import Adaptation, Adjoint, Gradients, Loop, Problem, Programs, Task
+from adaptrt.adjoint.steps import STEP, backwards, batch_of_update, first_carry, loop_of, num_updates, reported, wrt_step
 from adaptrt.errors import NotDifferentiable
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Stash(Adjoint):
-    """Each step also returns what its pullback needs, so that nothing expensive is evaluated twice.
+    """Keeps what each step's pullback needs, so that nothing expensive is evaluated twice.
 
-    Compiles one step and one step's pullback as `Replay` does, whatever k is, and takes less time where products and convolutions take
-    most of it. Memory grows with k as in reverse mode through the whole loop, with k steps' activations; which of them are kept, and which
-    are computed again from those, is a minimum cut of the step's graph.
+    One step and one step's pullback are compiled, as with `Replay`, whatever k is. It is faster than `Replay` where products and
+    convolutions take most of the time. Memory grows with k as in reverse mode through the whole loop, with k steps' activations. A minimum
+    cut of the step's graph decides which of them are kept, and which are computed again from those.
     """
 
     def adapt(self, programs: Programs, problem: Problem, task: Task, keep: bool) -> Adaptation:
@@ -47,7 +35,7 @@ class Stash(Adjoint):
         return self._run(problem, task, lambda *args: (plain(*args), None), loop)
 
     def _run(self, problem: Problem, task: Task, step: Callable[..., Any], loop: Loop | None) -> Adaptation:
-        """All steps. For the way back: what they share, and before each its carry and what it left; the first carry is the call's own."""
+        """Runs all steps, and keeps what they share and, for each, the carry before it and what it left; the first carry is an argument."""
         carry = first_carry(problem, task)
         kept: list[Any] = []
         losses: list[Tensor] = []
@@ -63,27 +51,14 @@ class Stash(Adjoint):
     def adapt_pullback(
         self, programs: Programs, problem: Problem, task: Task, kept: Any, carry: Sequence[Tensor], losses: Tensor
     ) -> Gradients:
-        return backwards(problem, task, self._pull(programs, problem, task, kept), carry, losses)
-
-    def meta_loss(self, programs: Programs, problem: Problem, task: Task, query: Query) -> Tensor:
-        return query_loss(programs, problem, task, query, self.adapt(programs, problem, task, keep=False).carry)
-
-    def meta_loss_and_gradients(
-        self, programs: Programs, problem: Problem, task: Task, query: Query, cotangent: Tensor
-    ) -> tuple[Tensor, Gradients]:
-        adapted = self.adapt(programs, problem, task, keep=True)
-        pull = self._pull(programs, problem, task, adapted.kept)
-        return query_loss_and_gradients(programs, problem, task, query, cotangent, adapted, pull)
-
-    def _pull(self, programs: Programs, problem: Problem, task: Task, kept: Any) -> Pull:
         if isinstance(kept, NotDifferentiable):
             raise kept
         shared, steps = kept
         _, pullback = programs.stashed("step", problem.step, STEP, wrt_step(problem), loop_of(problem, shared))
 
         def pull(index: int, cotangents: Sequence[Tensor]) -> Any:
-            carry, stash = steps[index]
-            carry = first_carry(problem, task) if carry is None else carry
-            return pullback(carry, task.fixed, batch_of_update(problem, task, index), task.noise[index], stash, cotangents)
+            before, stash = steps[index]
+            before = first_carry(problem, task) if before is None else before
+            return pullback(before, task.fixed, batch_of_update(problem, task, index), task.noise[index], stash, cotangents)
 
-        return pull
+        return backwards(problem, task, pull, carry, losses)

@@ -1,6 +1,6 @@
-"""What adjoints that take one step at a time have in common.
+"""Functions shared by adjoints that take one step at a time.
 
-With one step phi' = S(phi, eta, batch, noise), the way back is lambda <- lambda^T dS/dphi, and eta's gradient collects lambda^T dS/deta.
+One step is phi' = S(phi, eta, batch, noise). Its pullback is lambda <- lambda^T dS/dphi, and eta's gradient is the sum of lambda^T dS/deta.
 """
 
 from __future__ import annotations
@@ -12,56 +12,36 @@ import torch
 from torch import Tensor
 
 from adaptrt import tree
-from adaptrt.adjoint.base import Adaptation, Gradients, Loop, Problem, Programs, Query, Task, Wrt
+from adaptrt.adjoint.base import Gradients, Loop, Problem, Task, Wrt
 from adaptrt.inner.step import Batch, Carry
+from adaptrt.inner.unroll import batch_of_step
 
 STEP = ("carry", "fixed", "batch", "noise")
-_QUERY = ("carry", "fixed", "query", "noise")
 
 Pull = Callable[[int, Sequence[Tensor]], Any]
 """Index of an update and cotangents of its carry and loss, to gradients of carry, fixed, batch and noise. Asked from the last one back."""
 
 
 def wrt_step(problem: Problem) -> Wrt:
-    """What is differentiated in a step."""
-    return Wrt((problem.carry, problem.fixed, problem.support, None), (*problem.carry, True))
+    """Returns what a step's pullback is with respect to."""
+    return Wrt((problem.carry, problem.differentiated.fixed, problem.differentiated.support, None), (*problem.carry, True))
 
 
 def loop_of(problem: Problem, shared: list[Tensor] | None = None) -> Loop | None:
-    """What stays the same from step to step, and what depends on that alone if it is known; None for a single step."""
+    """Returns the loop over a problem's steps, None for a single step. `shared`: what its steps share, if that is known already."""
     return Loop((False, True, not problem.per_step, False), shared) if num_updates(problem) > 1 else None
 
 
-def query_loss(programs: Programs, problem: Problem, task: Task, query: Query, carry: Carry) -> Tensor:
-    """The query loss of an adapted carry."""
-    return programs.program("query", problem.step.query, _QUERY)(carry, task.fixed, *query)
-
-
-def query_loss_and_gradients(
-    programs: Programs, problem: Problem, task: Task, query: Query, cotangent: Tensor, adapted: Adaptation, pull: Pull
-) -> tuple[Tensor, Gradients]:
-    """The same, with the gradients of all that led to it."""
-    wrt = Wrt((problem.carry, problem.fixed, problem.query, None), (True,))
-    pullback = programs.pullback("query pullback", problem.step.query, _QUERY, wrt, value=True)
-    loss, (adjoint, fixed, batch, _) = pullback(adapted.carry, task.fixed, *query, [cotangent])
-    # No cotangent reaches the support losses; zeros keep one pullback program for this call and for that of `adapt`.
-    zeros = torch.zeros_like(adapted.losses)
-    return loss, backwards(problem, task, pull, adjoint, zeros, fixed)._replace(query=batch)
-
-
-def backwards(
-    problem: Problem, task: Task, pull: Pull, carry: Sequence[Tensor], losses: Tensor, of_fixed: Sequence[Tensor] = ()
-) -> Gradients:
-    """From cotangents of the last carry and of the losses, through all updates, to gradients.
+def backwards(problem: Problem, task: Task, pull: Pull, carry: Sequence[Tensor], losses: Tensor) -> Gradients:
+    """Pulls cotangents of the last carry and of the losses back through all updates, to gradients.
 
     Args:
       problem, task: what was run.
-      pull: through one update.
+      pull: pulls back through one update.
       carry, losses: cotangents.
-      of_fixed: gradients that there are already.
     """
     adjoint, of_loss = list(carry), losses.unbind(-1)
-    fixed = _Sum(of_fixed)
+    fixed = _Sum()
     none = torch.zeros_like(of_loss[0])
     support = [_Sum() for _ in range(problem.k if problem.per_step else 1)]
     for index in reversed(range(num_updates(problem))):
@@ -80,15 +60,15 @@ def backwards(
 class _Sum:
     """A running sum of lists of tensors. The first term is kept as it is, so a sum of one costs nothing."""
 
-    def __init__(self, first: Sequence[Tensor] = ()) -> None:
-        self.total = list(first)
+    def __init__(self) -> None:
+        self.total: list[Tensor] = []
 
     def add(self, terms: Sequence[Tensor]) -> None:
         self.total = [old + new for old, new in zip(self.total, terms, strict=True)] if self.total else list(terms)
 
 
 def first_carry(problem: Problem, task: Task) -> Carry:
-    """The carry to start from, with the task axis that every later carry has."""
+    """Returns the carry to start from, with the task axis that every later carry has."""
     if not problem.task_axis or problem.start_has_task_axis:
         return task.start
     num_tasks = tree.leaves(task.support)[0].shape[0]
@@ -96,25 +76,26 @@ def first_carry(problem: Problem, task: Task) -> Carry:
 
 
 def batch_of_update(problem: Problem, task: Task, index: int) -> Batch:
-    """The support batch of one update."""
-    return problem.batch_of_step(task.support, index // problem.updates_per_step, problem.per_step, problem.task_axis)
+    """Returns the support batch of one update."""
+    step = index // problem.updates_per_step
+    return batch_of_step(task.support, step, per_step=problem.per_step, task_axis=problem.task_axis)
 
 
 def num_updates(problem: Problem) -> int:
-    """Updates in all k steps."""
+    """Returns the number of updates in all k steps."""
     return problem.k * problem.updates_per_step
 
 
 def reported(problem: Problem, losses: Sequence[Tensor]) -> Tensor:
-    """The losses before each step, [k] or [T, k], from those before each update."""
+    """Returns the losses before each step, [k] or [T, k], from those before each update."""
     return torch.stack(list(losses[:: problem.updates_per_step]), -1)
 
 
 def _of_start(problem: Problem, adjoint: Sequence[Tensor]) -> list[Tensor]:
-    """From cotangents of the first carry to gradients of the leaves that the caller asked for."""
+    """Returns the gradients of the leaves that the caller asked for, from the cotangents of the first carry."""
     found = iter(adjoint)
     by_leaf = [next(found) if flag else None for flag in problem.carry]
-    wanted = [value for value, flag in zip(by_leaf, problem.start, strict=True) if flag]
+    wanted = [value for value, flag in zip(by_leaf, problem.differentiated.start, strict=True) if flag]
     assert all(value is not None for value in wanted), "a leaf that requires grad is always part of the carry's cotangent"
     shared = problem.task_axis and not problem.start_has_task_axis
     return [value.sum(0) if shared else value for value in wanted if value is not None]

@@ -44,6 +44,10 @@ class Backend(abc.ABC):
         del device
         return False
 
+    def private_parts(self) -> tuple[str, ...]:
+        """Returns the names of what this backend exchanges or uses of PyTorch's private parts, as far as this PyTorch has them."""
+        return ()
+
     @abc.abstractmethod
     def compile(self, graph: Graph) -> Runner:
         """Compiles the graph to a callable that computes the same values up to rounding.

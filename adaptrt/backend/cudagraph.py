@@ -168,6 +168,9 @@ class CudaGraph(Backend):
     def lower(self, graph: Graph) -> Graph:
         return self.compiler.lower(graph)
 
+    def private_parts(self) -> tuple[str, ...]:
+        return self.compiler.private_parts()
+
     def compile(self, graph: Graph) -> Runner:
         from torch._inductor import config
 

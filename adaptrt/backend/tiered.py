@@ -49,6 +49,9 @@ class Tiered(Backend):
     def lower(self, graph: Graph) -> Graph:
         return self.compiler.lower(graph)
 
+    def private_parts(self) -> tuple[str, ...]:
+        return self.compiler.private_parts()
+
     def compile(self, graph: Graph) -> Runner:
         runner = TieredRunner(Eager().compile(graph))
         outputs = tuple(dataclasses.replace(output, kept=False) for output in graph.signature.outputs)

@@ -1,8 +1,8 @@
-"""The few-shot protocol on real handwriting: which classes there are, and how an episode is drawn.
+"""Defines the few-shot protocol on real handwriting: the classes, and how an episode is drawn.
 
-The 1,797 digits that scikit-learn ships, of 8×8 pixels, give ten classes only: too few to learn how to learn from. As in the Omniglot
-protocol of Santoro et al. 2016, a rotated class is a class of its own: a class is a digit and a number of quarter-turns. Not every rotation
-qualifies, because some digits look like themselves, or like another, after a half-turn:
+The 1,797 digits of 8×8 pixels that scikit-learn ships have only ten classes, which are too few for meta-training. As in the Omniglot
+protocol of Santoro et al. 2016, a rotated class is a class of its own, so a class is a digit and a number of quarter-turns. Not every
+rotation qualifies, because some digits look like themselves, or like another, after a half-turn:
 
 | digits    | after a half-turn        | rotations           | classes                                          |
 |-----------|--------------------------|---------------------|--------------------------------------------------|
@@ -10,7 +10,7 @@ qualifies, because some digits look like themselves, or like another, after a ha
 | 6 9       | 6 looks like 9, 9 like 6 | 0°, 90°             | 4 for training; 9 at 0° stands for 6 at 180°     |
 | 3 4 7     | look like nothing else   | 0°, 90°, 180°, 270° | 12 unseen                                        |
 
-`tests/test_demo.py` measures that: nearest neighbours tell all 26 classes apart. Training and unseen classes share no digit, so no
+`tests/test_demo.py` verifies the table: nearest neighbours tell all 26 classes apart. Training and unseen classes share no digit, so no
 handwriting of an unseen class was ever shown, in whatever rotation.
 """
 
@@ -34,7 +34,7 @@ Task = tuple[Batch, Batch]  # support, query
 
 
 class ImageClass(NamedTuple):
-    """One class: a digit, turned anticlockwise by `quarter_turns` × 90°."""
+    """One class: a digit that is turned anticlockwise by `quarter_turns` × 90°."""
 
     digit: int
     quarter_turns: int
@@ -71,13 +71,13 @@ class Digits:
 
     def __init__(self, images: Tensor, digits: Tensor) -> None:
         seen = torch.isin(digits, torch.tensor(sorted({c.digit for c in TRAINING_CLASSES})))
-        # Standardised by the training digits alone: the unseen ones must not leak into anything.
+        # Standardised by the training digits alone, because the unseen ones must not influence anything.
         scaled = (images - images[seen].mean()) / images[seen].std()
         self._turned = torch.stack([torch.rot90(scaled, turns, (1, 2)) for turns in range(4)]).unsqueeze(2)  # [4, N, 1, 8, 8]
         self._members = {digit: torch.nonzero(digits == digit).flatten() for digit in range(10)}
 
     def images(self, image_class: ImageClass) -> Tensor:
-        """Every image of one class, [n, 1, 8, 8]."""
+        """Returns every image of one class, [n, 1, 8, 8]."""
         return self._turned[image_class.quarter_turns, self._members[image_class.digit]]
 
     def draw(
@@ -90,7 +90,7 @@ class Digits:
         shots: int = 5,
         queries: int = 10,
     ) -> Episodes:
-        """Draws tasks: `ways` classes in random order, and for each `shots` support and `queries` query images.
+        """Draws tasks of `ways` classes in random order, with `shots` support and `queries` query images for each class.
 
         Two classes of one episode may be rotations of the same digit. Each digit's images are dealt out without
         replacement over the whole episode, so that no handwriting is both support and query, in whatever rotation.
@@ -134,7 +134,7 @@ class Digits:
 
 
 def load() -> Digits:
-    """The digits that scikit-learn ships, from its own installation; nothing is downloaded.
+    """Loads the digits that scikit-learn ships from its own installation. Nothing is downloaded.
 
     Raises:
       MissingDemoExtra: scikit-learn is not installed.

@@ -1,4 +1,4 @@
-"""One picture of the demo: learning curve, accuracy by inner step, latency."""
+"""Draws the demo's figure: learning curve, accuracy by inner step, and latency."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Curve(NamedTuple):
 
 
 def require_matplotlib() -> None:
-    """Says so at once, not after minutes of training, if the figure cannot be drawn.
+    """Raises at once, rather than after minutes of training, if the figure cannot be drawn.
 
     Raises:
       MissingDemoExtra: matplotlib is not installed.
@@ -39,13 +39,13 @@ def draw(
     """Writes the figure as PNG.
 
     Args:
-      path: where to.
-      curve: the training.
+      path: where the file goes.
+      curve: the record of the training.
       by_step: accuracy on unseen classes after 0, 1, ... inner steps.
       reference: accuracy of nearest neighbours.
-      timing: of one adaptation.
+      timing: the latency of one adaptation.
       trained_steps: number of inner steps that meta-training used.
-      label: what the compiled bar is called.
+      label: the name of the bar of compiled adaptation.
 
     Raises:
       MissingDemoExtra: matplotlib is not installed.
@@ -128,7 +128,7 @@ def _estimates(axes: Axes, at: Sequence[int], values: Sequence[Estimate], colour
 
 
 def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
-    """Exponential mean, corrected for its start as Adam corrects its moments."""
+    """Returns the exponential moving average, with the bias correction that Adam uses for its moments."""
     smoothed: list[float] = []
     total = weight = 0.0
     for value in values:

@@ -1,7 +1,7 @@
-"""The model and its meta-training: MAML (Finn et al. 2017) with compiled meta-gradients, over batches of tasks.
+"""Defines the model and its meta-training: MAML (Finn et al. 2017) with compiled meta-gradients, over batches of tasks.
 
-Known limits: BatchNorm normalises by the batch in front of it, as in Finn et al. 2017, so the queries of an episode are classified together
-("transductive"). `measure.nearest_neighbour` says how far one gets without learning to learn.
+Known limits: BatchNorm normalises by the statistics of the current batch, as in Finn et al. 2017, so the queries of an episode are
+classified together ("transductive"). `measure.nearest_neighbour` gives the accuracy that is reached without meta-training.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class Progress(NamedTuple):
 
 
 def build_model(seed: int, width: int = 32) -> nn.Sequential:
-    """Three convolutions for 1×8×8 images; 20 thousand parameters."""
+    """Builds a network of three convolutions for 1×8×8 images, with 20 thousand parameters."""
 
     def block(channels: int) -> list[nn.Module]:
         return [nn.Conv2d(channels, width, 3, padding=1), nn.BatchNorm2d(width, track_running_stats=False), nn.SiLU()]
@@ -48,15 +48,15 @@ def build_model(seed: int, width: int = 32) -> nn.Sequential:
 
 
 def build_unroll(model: nn.Module, *, steps: int, backend: str) -> CompiledUnroll:
-    """`steps` steps of SGD on the cross-entropy of the support set."""
+    """Compiles `steps` steps of SGD on the cross-entropy of the support set."""
     return compile_unroll(model, torch.optim.SGD(model.parameters(), lr=INNER_LR), k=steps, loss=F.cross_entropy, backend=backend)
 
 
 def training_batch(digits: Digits, generator: torch.Generator) -> Episodes:
-    """A meta-batch of training tasks, each turned and mirrored as a whole.
+    """Draws a meta-batch of training tasks, each turned and mirrored as a whole.
 
-    That gives eight times the tasks for the same 14 classes: support and query move together, so classes that differ within
-    a task still do.
+    That gives eight times as many tasks from the same 14 classes. Support and query are turned together, so classes that differ within a
+    task still do.
     """
     episodes = digits.draw(TRAINING_CLASSES, generator, tasks=TASKS, ways=WAYS, shots=SHOTS, queries=QUERIES)
     symmetries = torch.randint(0, 8, (TASKS,), generator=generator).tolist()
@@ -78,9 +78,9 @@ def meta_train(
       model: the model that `unroll` was compiled from.
       unroll: the program of one task.
       digits: where the tasks are drawn from.
-      seed: of the tasks.
-      num_iterations: at most so many.
-      deadline: stop at this `time.monotonic()`, in seconds.
+      seed: seed of the tasks.
+      num_iterations: the largest number of iterations.
+      deadline: the `time.monotonic()`, in seconds, at which training stops.
     """
     generator = torch.Generator().manual_seed(seed)
     outer = torch.optim.Adam(model.parameters(), lr=OUTER_LR)
@@ -91,8 +91,8 @@ def meta_train(
             group["lr"] = OUTER_LR * (1 + math.cos(math.pi * done)) / 2
         outer.zero_grad()
         total = 0.0
-        # Task by task: with `vmap()` every task's own filters make grouped convolutions, which take more than twice as long on a CPU
-        # (2 cores, 8 tasks: 552 ms against 215 ms).
+        # One task after another: with `vmap()` each task has filters of its own, which makes grouped convolutions, and these take more than
+        # twice as long on a CPU (2 cores, 8 tasks: 552 ms against 215 ms).
         for support, query in training_batch(digits, generator).tasks():
             loss = unroll(support, query) / TASKS
             loss.backward()

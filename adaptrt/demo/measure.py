@@ -1,4 +1,4 @@
-"""How well and how fast a trained model adapts: accuracy by inner step, latency of compiled against eager adaptation."""
+"""Measures how well and how fast a trained model adapts: its accuracy after each step, and compiled against eager latency."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Params = dict[str, Tensor]
 
 
 class ResultsDiffer(AdaptrtError, AssertionError):
-    """Compiled and eager adaptation do not agree: a latency of wrong results means nothing."""
+    """Compiled and eager adaptation do not agree, so their latencies mean nothing."""
 
 
 class Estimate(NamedTuple):
@@ -35,7 +35,7 @@ class Estimate(NamedTuple):
 
 
 class Latency(NamedTuple):
-    """Seconds a call, interleaved: the i-th of both was measured at about the same time."""
+    """Seconds of each call, compiled and eager. Calls alternate, so the i-th of both were measured at about the same time."""
 
     compiled_s: Tensor
     eager_s: Tensor
@@ -43,27 +43,27 @@ class Latency(NamedTuple):
 
     @property
     def ratio(self) -> float:
-        """How many times the eager median is the compiled one."""
+        """The eager median divided by the compiled median."""
         return (self.eager_s.median() / self.compiled_s.median()).item()
 
 
 def estimate(values: Tensor) -> Estimate:
-    """Mean over episodes with mean ± 1.96 standard errors."""
+    """Estimates the mean over episodes, with an interval of ± 1.96 standard errors."""
     return Estimate(values.mean().item(), 1.96 * values.std().item() / math.sqrt(len(values)))
 
 
 def accuracy(unroll: CompiledUnroll, episodes: Episodes) -> Tensor:
-    """Query accuracy of every episode after adaptation, [episodes]."""
+    """Returns the query accuracy of every episode after adaptation, [episodes]."""
     with torch.inference_mode():
         return torch.stack([_accuracy(unroll.adapt(support)(x_query), y_query) for support, (x_query, y_query) in episodes.tasks()])
 
 
 def accuracy_by_step(model: nn.Module, step: CompiledUnroll, episodes: Episodes, *, num_steps: int) -> Tensor:
-    """Query accuracy of every episode after 0, 1, ..., num_steps inner steps, [num_steps + 1, episodes].
+    """Returns the query accuracy of every episode after 0, 1, ..., num_steps inner steps, [num_steps + 1, episodes].
 
     Args:
       model: the model that `step` was compiled from.
-      step: an unroll of one step, which `start=` takes on from where it stopped.
+      step: an unroll of one step. `start=` goes on from where the step before it stopped.
       episodes: the tasks.
       num_steps: at least 1.
     """
@@ -81,14 +81,14 @@ def accuracy_by_step(model: nn.Module, step: CompiledUnroll, episodes: Episodes,
 
 
 def nearest_neighbour(episodes: Episodes) -> Tensor:
-    """Accuracy of the nearest support image in pixel space, [episodes]: the reference that no learning needs."""
+    """Returns the accuracy of nearest neighbours in pixel space, [episodes], as a reference without any learning."""
     support, query = episodes.x_support.flatten(2), episodes.x_query.flatten(2)
     predicted = episodes.y_support.gather(1, torch.cdist(query, support).argmin(2))
     return (predicted == episodes.y_query).float().mean(1)
 
 
 def eager_adapt(model: nn.Module, support: Batch, steps: int) -> Params:
-    """The same adaptation as plain PyTorch: the loop that one writes without adaptrt, first order, nothing recorded across steps."""
+    """Adapts the model in plain PyTorch, by the loop that one writes without adaptrt. Nothing is recorded across steps."""
     x, y = support
     params = {name: value.detach().requires_grad_() for name, value in model.named_parameters()}
     for _ in range(steps):
@@ -102,10 +102,10 @@ def eager_adapt(model: nn.Module, support: Batch, steps: int) -> Params:
 
 
 def latency(model: nn.Module, unroll: CompiledUnroll, task: Task, *, steps: int, calls: int = 100) -> Latency:
-    """Adaptation time of one task, compiled and eager by turns in this process.
+    """Measures how long the adaptation to one task takes, compiled and eager by turns in this process.
 
     Raises:
-      ResultsDiffer: adapted logits differ by more than float32 rounding, amplified by `steps` steps, explains.
+      ResultsDiffer: adapted logits differ by more than float32 rounding that `steps` steps have amplified.
     """
     support, (x_query, _) = task
 

@@ -1,4 +1,4 @@
-"""The main job from beginning to end, as `adaptrt demo` runs it."""
+"""Runs the demo from beginning to end, as `adaptrt demo` does."""
 
 from __future__ import annotations
 
@@ -25,22 +25,24 @@ NUM_ITERATIONS_EAGER = 400
 NUM_CHECKPOINTS = 10
 NUM_WATCHED = 40
 EVALUATED_STEPS = 10
-# 8×8 images are too small to share out. Where another process wants the other core, two threads wait for each other at every operation:
-# 273 ms a meta-gradient instead of 32, measured beside a running test suite.
+# 8×8 images are too small to be shared between threads. If another process uses the other core, two threads wait for each other at every
+# operation: a meta-gradient took 273 ms instead of 32, measured beside a running test suite.
 NUM_THREADS = 1
-# Seconds kept free at the end of the time limit for accuracy, latency and the figure; on a short run, half of what is left.
+# Seconds that are reserved at the end of the time limit for accuracy, latency and the figure. A short run reserves half of what is left.
 MEASURING_S = 40.0
 
 
 def run(*, minutes: float, out: Path, seed: int, backend: str, num_episodes: int, console: Console | None = None) -> None:
-    """Compiles, meta-trains, evaluates on unseen classes, measures latency and writes the figure; on one thread, which it sets and resets.
+    """Compiles, meta-trains, evaluates on unseen classes, measures latency and writes the figure.
+
+    It runs on one thread, and restores the number of threads at the end.
 
     Args:
-      minutes: wall-clock limit for all of it; training gets what compiling and measuring leave.
+      minutes: wall-clock limit for the whole run. Training gets the time that compiling and measuring leave.
       out: path of the figure.
-      seed: of the model and of every task.
+      seed: seed of the model and of every task.
       backend: "auto", "eager" or "inductor".
-      num_episodes: unseen tasks to evaluate on.
+      num_episodes: number of unseen tasks to evaluate on.
       console: where to print; standard output by default.
 
     Raises:
@@ -63,7 +65,7 @@ def _run(minutes: float, out: Path, seed: int, backend: str, num_episodes: int, 
         f"meta-trained on {len(protocol.TRAINING_CLASSES)} classes, tested on {len(protocol.UNSEEN_CLASSES)} that it never saw.\n"
         f"torch {torch.__version__}, {NUM_THREADS} thread."
     )
-    # Some unseen tasks for the learning curve, and others for the result.
+    # The learning curve and the final result use different unseen tasks.
     watched = _unseen(digits, seed + 1, NUM_WATCHED)
     episodes = _unseen(digits, seed + 2, num_episodes)
 
@@ -106,7 +108,7 @@ def _unseen(digits: Digits, seed: int, num_episodes: int) -> Episodes:
 
 @contextlib.contextmanager
 def _warning_once(console: Console) -> Iterator[None]:
-    """A missing compiler is said in one line of the demo's own, not as a warning with a line of source."""
+    """Prints that a compiler is missing in one line of the demo's own, instead of a warning with a line of source."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("ignore")
         warnings.simplefilter("always", CompilerUnavailable)

@@ -1,13 +1,13 @@
-"""Capture: a pure Python function of tensors becomes a `Graph`.
+"""Captures a pure Python function of tensors as a `Graph`.
 
-The function runs once on fake tensors, a fresh one for each input, while every ATen operation under autograd is recorded. A function
-may call `torch.autograd.grad`: the gradient's operations are recorded like any other. Never differentiate a graph: what autograd saved
-for its backward is detached in it, so the result would be silently wrong. Loss, gradient and the gradient's adjoint are one function,
-captured once.
+The function runs once on fake tensors, with a fresh one for each input. Meanwhile every ATen operation is recorded, those of autograd
+included. So the function may call `torch.autograd.grad`, and the gradient's operations are recorded like any others. A graph itself must
+never be differentiated: the tensors that autograd saved for its backward pass are detached in it, so the result would be silently wrong.
+This is why loss, gradient and the gradient's adjoint are one function, which is captured once.
 
-Known limits: Python numbers that the function reads (attributes of a module, say) are constants of the graph; a function that depends on
-its arguments' shapes is captured for these shapes; no other thread may trace meanwhile; what a `TorchDispatchMode` around the call does to
-operations is not in the graph.
+Known limits: Python numbers that the function reads, such as attributes of a module, are constants of the graph. A function that depends on
+its arguments' shapes is captured for these shapes only. No other thread may trace at the same time. If a `TorchDispatchMode` is active
+around the call, what it does to operations is not in the graph.
 """
 
 # pyright: reportPrivateUsage=false, reportUnknownArgumentType=false, reportUnknownVariableType=false
@@ -72,11 +72,11 @@ def capture(
       roles: for each argument a role, or a tree of roles with a role at each leaf. DATA if left out.
       names: for each argument the name its inputs' names start with. `arg0`, `arg1`, ... if left out.
       fused_attention: keep fused attention kernels. They have no second derivative; otherwise attention is traced as matmul and softmax.
-      for_fusion: write what a compiler could not fuse with what surrounds it in terms of pointwise operations, and few of them
+      for_fusion: write functions that a compiler could not fuse with the operations around them in terms of a few pointwise operations
         (`pool_as_maxima`, `gelu_by_sigmoid`).
     Raises:
-      UnsupportedRandomness: a random operation outside `lift_noise`, or one that cannot be lifted.
-      InvalidGraph: a defect of a pass.
+      UnsupportedRandomness: `fn` calls a random operation outside `lift_noise`, or one that cannot be lifted.
+      InvalidGraph: a pass has a defect.
     """
     values, arguments = tree.flatten(examples)
     result: list[tree.Structure] = []
@@ -114,10 +114,10 @@ def capture(
 
 @contextlib.contextmanager
 def _deterministic() -> Generator[None]:
-    """Raises if the block draws from Python's or NumPy's random numbers: each capture would be of another draw.
+    """Raises if the block draws from Python's or NumPy's random numbers, because each capture would hold another draw.
 
     Raises:
-      UnsupportedRandomness: it does; the generators are put back.
+      UnsupportedRandomness: the block draws such numbers. The states of the generators are restored.
     """
     numpy = sys.modules.get("numpy")
     python_state = random.getstate()
@@ -143,7 +143,7 @@ def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        # Else gradients of CUDA tensors are traced in a thread of the engine's, which may itself wait for this capture to end.
+        # Otherwise autograd traces the gradients of CUDA tensors in a thread of its own, which may itself wait for this capture to end.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(autocast_off())
         stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
@@ -186,7 +186,10 @@ class _InThisThread:
 
 
 class _Functions(TorchFunctionMode):
-    """Computes `torch._weight_norm`, behind both of PyTorch's weight norms, by its formula; refuses what no operation would tell of."""
+    """Replaces `torch._weight_norm`, which both of PyTorch's weight norms call, by its formula, and refuses assignments to `.data`.
+
+    Such an assignment calls no operation that could be recorded.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
@@ -198,8 +201,8 @@ class _Functions(TorchFunctionMode):
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     """`torch._weight_norm` by its formula, `g * v / |v|` with the norm over all axes but `dim`.
 
-    The operation's gradient takes the norms as constants of `v`, so that its derivative is wrong (2.11 to 2.15). Like the operation, this
-    rounds once in half precision.
+    The operation's own gradient treats the norms as independent of `v`, so its second derivative is wrong (PyTorch 2.11 to 2.15). Like the
+    operation, this function rounds only once in half precision.
     """
     dtype = torch.promote_types(v.dtype, g.dtype)
     wide = torch.promote_types(dtype, torch.float32)
@@ -208,10 +211,10 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 
 class _EagerRules(TorchDispatchMode):
-    """Where fake kernels or schemas say less than eager kernels do.
+    """Enforces rules of eager kernels that fake kernels or operator schemas do not state.
 
-    The schema of `native_batch_norm` hides that it updates the running statistics. Fake matrix products accept operands of different
-    dtypes. Both could be had from PyTorch's Python dispatcher, whose recurrent networks, however, drop the dropout between layers (2.13).
+    The schema of `native_batch_norm` does not say that it updates the running statistics, and fake matrix products accept operands of
+    different dtypes. PyTorch's Python dispatcher would correct both, but its recurrent networks drop the dropout between layers (2.13).
     """
 
     def __init__(self) -> None:
@@ -233,7 +236,7 @@ class _EagerRules(TorchDispatchMode):
 
 
 class _Operations(TorchDispatchMode):
-    """Notes the name of every operation, and in which module it was called."""
+    """Records the name of every operation and the module in which it was called."""
 
     def __init__(self) -> None:
         super().__init__()  # pyright: ignore[reportUnknownMemberType]
@@ -249,7 +252,7 @@ class _Operations(TorchDispatchMode):
 
     def enter(self, module: torch.nn.Module, args: Any) -> None:
         del args
-        if threading.get_ident() != self._thread:  # the hooks are the process's
+        if threading.get_ident() != self._thread:  # the hooks act on all threads of the process
             return
         if not self._stack:
             self._paths = {id(part): path for path, part in module.named_modules()}
@@ -262,7 +265,7 @@ class _Operations(TorchDispatchMode):
 
 
 def record_operations(fn: Callable[..., Any], *examples: Tree, fused_attention: bool = False) -> list[tuple[str, str]]:
-    """Runs `fn` on fake tensors like `examples`; returns each operation's name with the path of the module that called it."""
+    """Runs `fn` on fake tensors like `examples`, and returns each operation's name with the path of the module that called it."""
     values, structure = tree.flatten(examples)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = fake_tensors(mode, [Spec.of(value) for value in values])

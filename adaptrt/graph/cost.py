@@ -1,4 +1,4 @@
-"""What a graph costs, read off its operations' shapes."""
+"""Estimates what a graph costs in operations and bytes, from the shapes of its operations."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from adaptrt.graph.operations import is_view
 aten = torch.ops.aten
 
 PRODUCTS: set[Any] = set()
-"""Operations of adaptrt's own that are the product of a [..., M, K] and a [..., K, N]; whoever defines one adds it."""
+"""adaptrt's own operations that compute the product of a [..., M, K] and a [..., K, N]. A file that defines one adds it here."""
 
 
 def num_flops(graph: Graph) -> int:
-    """Floating-point operations of the matrix products, convolutions and attention in the graph (a multiply-add counts as two).
+    """Counts the floating-point operations of matrix products, convolutions and attention in the graph (a multiply-add counts as two).
 
     Pointwise operations and reductions are not counted, as in `torch.utils.flop_counter`.
     """
@@ -29,7 +29,7 @@ def num_flops(graph: Graph) -> int:
 
 
 def flops_of(nodes: Iterable[fx.Node]) -> int:
-    """The same for some operations of a graph."""
+    """Counts the floating-point operations of some of a graph's operations, as `num_flops` does."""
     # Imported here because it imports Triton where that is installed, which takes seconds.
     from torch.utils.flop_counter import flop_registry
 
@@ -45,7 +45,7 @@ def flops_of(nodes: Iterable[fx.Node]) -> int:
     return total
 
 
-# What differentiating an operation reads: nothing, its result, or else its arguments.
+# The derivative of an operation reads nothing (_LINEAR), the result of the operation (_BY_RESULT), or otherwise its arguments.
 _LINEAR = {
     aten.add.Tensor,
     aten.sub.Tensor,
@@ -72,11 +72,13 @@ _BY_RESULT = {
 
 
 def num_bytes_to_keep(step: Graph, same: Collection[int]) -> int:
-    """About what `partition` keeps of a step, without the graph of its gradients: what differentiating it would read.
+    """Estimates how many bytes `partition` would keep of a step, without the graph of the step's gradients.
+
+    The estimate is what differentiating the step's operations would read.
 
     Args:
-      step: one step.
-      same: positions of inputs that are the same in every step; what depends on those alone is kept once, and not counted.
+      step: the graph of one step.
+      same: positions of inputs that are the same in every step. Values that depend on those alone are kept once, and are not counted.
     """
     nodes = [node for node in step.module.graph.nodes if node.op != "output"]
     read = {value for node in nodes if node.op == "call_function" for value in _read_on_the_way_back(node)}
@@ -101,7 +103,7 @@ def _read_on_the_way_back(node: fx.Node) -> Sequence[fx.Node]:
 
 
 def returns_input(graph: Graph, position: int) -> bool:
-    """Whether the output of this position is the input of the same one, as it came or copied."""
+    """Whether the output at this position is the input at the same position, unchanged or copied."""
     nodes = list(graph.module.graph.nodes)
     node = nodes[-1].args[0][position]
     while node.target is aten.clone.default:
@@ -114,5 +116,5 @@ def _value(node: fx.Node) -> Any:
 
 
 def num_bytes(graph: Graph) -> int:
-    """Bytes of all inputs and outputs: what a call has to read and write at least."""
+    """Counts the bytes of all inputs and outputs, which a call has to read and write at least."""
     return sum(entry.spec.num_bytes for entry in (*graph.signature.inputs, *graph.signature.outputs))

@@ -1,4 +1,4 @@
-"""Cutting a graph in two where least has to be kept."""
+"""Cuts a graph in two at the place where the fewest bytes have to be kept."""
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
@@ -32,13 +32,13 @@ _CHEAP = {
 
 
 def is_cheap(node: fx.Node) -> bool:
-    """Whether the operation is computed again rather than its result kept."""
+    """Whether the operation is so cheap that it is computed again instead of keeping its result."""
     target: Any = node.target
     return target is operator.getitem or target in _CHEAP or is_view(target) or is_pointwise(target)
 
 
 def varying(graph: Graph, same: Collection[int]) -> set[fx.Node]:
-    """The inputs whose position is not in `same`, and all operations that depend on one of them. Constants are no such inputs."""
+    """Returns the inputs whose position is not in `same`, and all operations that depend on them. Constants do not count as inputs."""
     nodes = list(graph.module.graph.nodes)
     arguments = [node for node in nodes if node.op == "placeholder"][: len(graph.signature.inputs) - len(graph.constants)]
     found = {node for index, node in enumerate(arguments) if index not in same}
@@ -49,7 +49,7 @@ def varying(graph: Graph, same: Collection[int]) -> set[fx.Node]:
 
 
 def minimum_cut(nodes: list[fx.Node], inputs: set[fx.Node], read: set[fx.Node]) -> list[fx.Node]:
-    """The values with the fewest bytes from which, and from `inputs`, all of `read` is computed by cheap operations."""
+    """Returns the values with the fewest bytes from which, together with `inputs`, cheap operations can compute all of `read`."""
     flow = networkx.DiGraph()
     source, sink = "source", "sink"
     flow.add_nodes_from((source, sink))
@@ -68,7 +68,7 @@ def minimum_cut(nodes: list[fx.Node], inputs: set[fx.Node], read: set[fx.Node]) 
 
 
 def leading_to(outputs: list[fx.Node], given: set[fx.Node]) -> set[fx.Node]:
-    """What has to be evaluated for `outputs` where `given` is at hand."""
+    """Returns the operations that must be evaluated to get `outputs` when `given` is available."""
     needed: set[fx.Node] = set()
     pending = list(outputs)
     while pending:
@@ -80,7 +80,7 @@ def leading_to(outputs: list[fx.Node], given: set[fx.Node]) -> set[fx.Node]:
 
 
 def extract(whole: Graph, inputs: list[fx.Node], outputs: list[fx.Node]) -> fx.GraphModule:
-    """The operations that lead from `inputs` to `outputs`."""
+    """Returns a module of the operations that lead from `inputs` to `outputs`."""
     graph = fx.Graph()
     copies: dict[fx.Node, fx.Node] = {}
     for number, node in enumerate(inputs):

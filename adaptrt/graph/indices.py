@@ -1,6 +1,6 @@
-"""Which inputs of a graph are class labels or indices into a table, and how far they may go.
+"""Finds which inputs of a graph are class labels or indices into a table, and the largest value that each may have.
 
-Compiled kernels do not all check an index before they use it, so the bounds are read off the graph and checked on the data.
+Not all compiled kernels check an index before they use it. So the bounds are found in the graph, and the data is checked against them.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ _VIEWS = {
 
 
 class IndexBound(NamedTuple):
-    """Input `name` holds integers in [0, size), or `ignore_index` where that is not None; `of` says what they count, in words.
+    """States that the input `name` holds integers in [0, size), or `ignore_index` if that is not None.
 
-    `position` counts the inputs of role DATA only.
+    `of` says in words what the integers count. `position` counts the inputs of role DATA only.
     """
 
     position: int
@@ -46,7 +46,7 @@ class IndexBound(NamedTuple):
 
 
 def index_bounds(graph: Graph) -> list[IndexBound]:
-    """The inputs of role DATA that reach, directly or through views, a loss as its class labels, or an embedding or gather as its index."""
+    """Returns the bounds of the inputs of role DATA that are class labels, or indices of an embedding or gather, possibly through views."""
     nodes = list(graph.module.graph.nodes)
     inputs = zip((node for node in nodes if node.op == "placeholder"), graph.signature.inputs, strict=True)
     data = [(node, entry.name) for node, entry in inputs if entry.role is Role.DATA]
@@ -62,7 +62,7 @@ def index_bounds(graph: Graph) -> list[IndexBound]:
 
 
 def _uses(node: fx.Node) -> list[tuple[object, int, int | None, str]]:
-    """Index, size, ignored value and meaning, if the operation has an index."""
+    """Returns index, size, ignored value and meaning for each index of the operation, or nothing if it has none."""
     args = node.args
     if node.target in _CLASS_AXIS:
         scores, target, _, _, ignore_index = args

@@ -1,7 +1,7 @@
-"""The graph: a pure function of tensors as functional ATen operations.
+"""Defines `Graph`, a pure function of tensors as functional ATen operations.
 
-A graph computes values only. Gradients are graphs of their own, traced together with the function that they differentiate; `run`
-therefore records nothing for autograd.
+A graph only computes values. A gradient is captured as a graph of its own, traced together with the function that it differentiates, so
+`run` records nothing for autograd.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from adaptrt.tree import Structure, Tree
 
 
 def autocast_off() -> contextlib.AbstractContextManager[object]:
-    """Graphs are captured and run in the dtypes they name, wherever that happens."""
+    """Returns a context without autocast, so that a graph is captured and run in the dtypes that it names."""
     enabled = [device for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)]
     stack = contextlib.ExitStack()
     for device in enabled:
@@ -31,12 +31,12 @@ def autocast_off() -> contextlib.AbstractContextManager[object]:
 _NOTHING = contextlib.nullcontext()
 
 Constant = Callable[[], Tensor]
-"""Reads the tensor that is the value of a graph's constant, as it is now."""
+"""Returns the current value of a graph's constant."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PassRecord:
-    """What a pass did to the number of nodes."""
+    """The number of nodes before and after a pass."""
 
     name: str
     num_nodes_before: int
@@ -48,11 +48,12 @@ class Graph:
     """A pure function of tensors as functional ATen operations.
 
     Attributes:
-      module: the operations; takes and returns flat tuples of tensors.
+      module: the operations. It takes and returns flat tuples of tensors.
       signature: name, role, shape and dtype of every input and output.
-      constants: values of the last `len(constants)` inputs (role CONST): tensors the function closed over. Held by reference.
+      constants: values of the last `len(constants)` inputs (role CONST). They are the tensors that the function closed over, held by
+        reference.
       arguments: structure of the tuple of arguments that the captured function took, without constants.
-      result: structure of what it returned.
+      result: structure of the value that the captured function returned.
       history: what each pass did.
     """
 
@@ -65,7 +66,7 @@ class Graph:
 
     @property
     def num_nodes(self) -> int:
-        """How many operations the graph holds, inputs and the output not counted."""
+        """The number of operations in the graph, without its inputs and its output."""
         return sum(node.op not in ("placeholder", "output") for node in self.module.graph.nodes)
 
     def run(self, *args: Tree) -> Tree:

@@ -1,7 +1,8 @@
-"""Layer and group norms of half-precision inputs with float32 weights, as autocast on the CPU calls them: in float32, rounded at the end.
+"""Computes layer and group norms of half-precision inputs with float32 weights in float32, and rounds the result at the end.
 
-That is what their kernels do, which return means and standard deviations in float32. Fake tensors say that these have the input's dtype,
-and vmap's rules return results in the weight's (2.13), so a graph of the operations themselves would hold other dtypes than it names.
+Autocast on the CPU makes such calls, and the kernels compute them in this way. The kernels return means and standard deviations in float32.
+Fake tensors claim that these have the input's dtype, and vmap's rules return results in the weight's dtype (2.13). So a graph of the
+operations themselves would name other dtypes than it computes.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def _layer_norm_backward(
 
 
 def _group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *sizes: Any) -> Any:
-    """`sizes`: N, C, H * W, groups, eps."""
+    """Computes the group norm; `sizes` are N, C, H * W, groups and eps."""
     if not _is_mixed(x, weight, bias):
         return NotImplemented
     result, mean, rstd = aten.native_group_norm(x.float(), _float(weight), _float(bias), *sizes)
@@ -56,7 +57,7 @@ def _group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, *sizes: A
 
 
 def _group_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, weight: Tensor | None, *rest: Any) -> Any:
-    """`rest`: N, C, H * W, groups, output mask."""
+    """Computes the gradients of the group norm; `rest` is N, C, H * W, groups and the output mask."""
     if not _is_mixed(x, mean, weight):
         return NotImplemented
     found = aten.native_group_norm_backward(grad.float(), x.float(), mean.float(), rstd.float(), _float(weight), *rest)
@@ -64,7 +65,7 @@ def _group_norm_backward(grad: Tensor, x: Tensor, mean: Tensor, rstd: Tensor, we
 
 
 def _rounded(found: Sequence[Tensor | None], *like: Tensor | None) -> tuple[Tensor | None, ...]:
-    """Each gradient in the dtype of what it is a gradient of."""
+    """Converts each gradient to the dtype of the tensor that it is the gradient of."""
     return tuple(
         gradient if gradient is None or value is None else gradient.to(value.dtype) for gradient, value in zip(found, like, strict=True)
     )
@@ -76,4 +77,4 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten.native_group_norm.default: _group_norm,
     aten.native_group_norm_backward.default: _group_norm_backward,
 }
-"""For each operation what is done in its place; NotImplemented where dtypes are not mixed."""
+"""The function that replaces each operation. It returns NotImplemented if the dtypes are not mixed."""

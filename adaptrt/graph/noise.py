@@ -1,8 +1,8 @@
-"""Randomness as data: what a program must be handed instead of drawing it.
+"""Describes random tensors that a program receives as inputs instead of drawing them itself.
 
-A random operation met while a function is captured becomes an input of role NOISE, described by a `Noise`. The values are drawn before the
-program runs, in the order in which eager code would draw them: on the CPU, for contiguous parameters and data, a seed gives the same
-dropout masks here as in eager PyTorch.
+A random operation that is called while a function is captured becomes an input of role NOISE, described by a `Noise`. The values are drawn
+before the program runs, in the order in which eager code would draw them. So on the CPU, for contiguous parameters and data, a seed gives
+the same dropout masks as in eager PyTorch.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ from adaptrt.tree import Spec
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Noise:
-    """One random tensor: distribution, its constants, shape, dtype and device, and the order in which its elements are drawn.
+    """Describes one random tensor: its distribution and constants, shape, dtype and device, and the order in which elements are drawn.
 
     `kind` is "bernoulli" (p), "uniform" (low, high), "normal" (mean, std), "exponential" (rate), "randint" (low, high) or
-    "randperm" (n). `order` lists the axes from the slowest to the fastest varying, as they lie in memory where eager code draws them; empty
-    for the order of the shape.
+    "randperm" (n). `order` lists the axes from the slowest to the fastest varying in the memory of the tensor that eager code would draw.
+    It is empty if that is the order of the shape.
     """
 
     kind: str
@@ -59,12 +59,12 @@ class Noise:
 
 
 def draw(noises: Sequence[Noise], generator: torch.Generator | None = None, num_tasks: int | None = None) -> tuple[Tensor, ...]:
-    """Draws every tensor in order. `generator=None` takes them from the global generator of the device, as eager code does."""
+    """Draws every tensor in order. With `generator=None` it uses the global generator of the device, as eager code does."""
     return tuple(noise.draw(generator, num_tasks) for noise in noises)
 
 
 def restored_on_error(noises: Sequence[Noise], generator: torch.Generator | None) -> contextlib.AbstractContextManager[None]:
-    """Puts the generator that `noises` are drawn from back to where it was if the block raises."""
+    """Restores the state of the generator from which `noises` are drawn if the block raises."""
     return _restored(noises[0].spec.device, generator) if noises else _NOTHING
 
 

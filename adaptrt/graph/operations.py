@@ -1,4 +1,4 @@
-"""Facts about ATen operations that PyTorch keeps in private attributes."""
+"""Answers questions about ATen operations whose answers PyTorch keeps in private attributes."""
 
 # pyright: reportPrivateUsage=false
 
@@ -17,7 +17,7 @@ COSTLY = frozenset(
         *("sin", "cos", "tan", "asin", "acos", "atan", "atan2", "erf", "erfc", "erfinv", "lgamma"),
     ]
 )
-"""Pointwise functions, by name, that the C library computes one by one and PyTorch's vector library many at once."""
+"""Names of pointwise functions that are costly: the C library computes one element at a time, PyTorch's vector library many at once."""
 
 
 def is_operation(target: Any) -> bool:
@@ -27,7 +27,7 @@ def is_operation(target: Any) -> bool:
 
 @functools.cache
 def is_composite(target: Any) -> bool:
-    """Whether PyTorch itself writes the operation as others, on each device: a reshape as a view or a copy."""
+    """Whether PyTorch itself expresses the operation by other operations on every device, as a reshape by a view or a copy."""
     if not isinstance(target, torch._ops.OpOverload):
         return False
     composite, *devices = (
@@ -42,9 +42,9 @@ def is_mutable(target: Any) -> bool:
 
 
 def out_of_place(target: Any) -> Any | None:
-    """The counterpart of an in-place operation such as `add_.Tensor` that returns its result instead; None if it has none.
+    """Returns the counterpart of an in-place operation such as `add_.Tensor` that returns a new tensor, or None if there is none.
 
-    Only for operations that write to their first argument and return it.
+    This works only for operations that write to their first argument and return it.
     """
     schema = target._schema
     written = [index for index, argument in enumerate(schema.arguments) if argument.alias_info is not None and argument.alias_info.is_write]
@@ -58,7 +58,7 @@ def out_of_place(target: Any) -> Any | None:
 def is_random(target: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> bool:
     """Whether the operation draws random numbers when called with these arguments.
 
-    Attention carries the tag for its dropout; it is random only if the probability is not zero.
+    Attention has the tag of random operations because of its dropout. It is random only if the dropout probability is not zero.
     """
     if not isinstance(target, torch._ops.OpOverload) or torch.Tag.nondeterministic_seeded not in target.tags:
         return False
@@ -74,17 +74,17 @@ def is_view(target: Any) -> bool:
 
 
 def memory_of(node: fx.Node) -> fx.Node:
-    """The node whose memory `node` shares: itself, unless it is a view."""
+    """Returns the node whose memory `node` uses, which is `node` itself unless it is a view."""
     while is_view(node.target) or (node.target is operator.getitem and is_view(node.args[0].target)):  # type: ignore[union-attr]
         node = node.args[0]  # type: ignore[assignment]
     return node
 
 
 def name_of(target: Any) -> str:
-    """The operation's name without namespace and overload, for messages."""
+    """Returns the operation's name without namespace and overload, for messages."""
     return str(target).removeprefix("aten.").split(".")[0]
 
 
 def is_pointwise(target: Any) -> bool:
-    """Whether each element of the operation's result is a function of those of its arguments at the same place."""
+    """Whether each element of the operation's result depends only on the elements of its arguments at the same place."""
     return isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags

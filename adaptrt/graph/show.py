@@ -1,4 +1,4 @@
-"""A graph as text that a person can read: one line an input, one line an operation."""
+"""Prints a graph as readable text, with one line for each input and one for each operation."""
 
 from __future__ import annotations
 
@@ -25,9 +25,10 @@ _SHORT = {
 
 
 def show(module: fx.GraphModule, signature: Signature) -> str:
-    """The graph as text.
+    """Returns the graph as text.
 
-    Inputs come first with their roles; operations are numbered, `%7: f32[6, 4] = addmm(params.bias, ...)`; the last line names the outputs.
+    Inputs come first, with their roles. Operations are numbered, as in `%7: f32[6, 4] = addmm(params.bias, ...)`. The last line names the
+    outputs.
     """
     names: dict[fx.Node, str] = {}
     lines: list[str] = []

@@ -1,4 +1,4 @@
-"""The signature of a graph: name, role and tensor of every input and output."""
+"""Defines the signature of a graph: the name, role, shape and dtype of every input and output."""
 
 from __future__ import annotations
 
@@ -9,7 +9,12 @@ from adaptrt.tree import Spec
 
 
 class Role(enum.Enum):
-    """What an input of a graph is to the unroll."""
+    """What an input of a graph is to the unroll.
+
+    PARAM is a parameter, BUFFER a buffer, STATE a part of the optimiser's state, HYPER a hyperparameter, NOISE a random tensor, DATA a part
+    of a batch, COTANGENT a derivative with respect to an output, KEPT a value that another program kept for this one, and CONST a tensor
+    that the captured function closed over.
+    """
 
     PARAM = "param"
     BUFFER = "buffer"
@@ -24,7 +29,7 @@ class Role(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Input:
-    """One input: its dotted name, its role and the tensor it takes, which is contiguous unless `strides` says otherwise."""
+    """One input: its dotted name, its role, and the tensor that it takes, which is contiguous unless `own_strides` are given."""
 
     name: str
     role: Role
@@ -38,7 +43,7 @@ class Input:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Output:
-    """One output: its dotted name and the tensor it gives; one that is `kept` for another program may have any strides."""
+    """One output: its dotted name and the tensor that it gives. An output that is `kept` for another program may have any strides."""
 
     name: str
     spec: Spec
@@ -47,7 +52,7 @@ class Output:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Signature:
-    """Every input and output of a graph, in order. `str(signature)` is a table."""
+    """All inputs and outputs of a graph, in order. `str(signature)` is a table."""
 
     inputs: tuple[Input, ...]
     outputs: tuple[Output, ...]

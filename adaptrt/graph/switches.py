@@ -135,17 +135,17 @@ FAST_PATH = Switch(torch.backends.mha.get_fastpath_enabled, torch.backends.mha.s
 _ATTENTION = {"math": True, "flash": False, "mem_efficient": False, "cudnn": False, "overrideable": False}
 """For each kernel of attention whether it has a second derivative."""
 
-MATH_ATTENTION = Switches(
-    *[
-        Switch(getattr(torch._C, f"_get_{name}_sdp_enabled"), getattr(torch._C, f"_set_sdp_use_{name}"), wanted)
-        for name, wanted in _ATTENTION.items()
-        if hasattr(torch._C, f"_get_{name}_sdp_enabled") and hasattr(torch._C, f"_set_sdp_use_{name}")
-    ]
-)
+_ATTENTION_KERNELS = [
+    Switch(getattr(torch._C, f"_get_{name}_sdp_enabled"), getattr(torch._C, f"_set_sdp_use_{name}"), wanted)
+    for name, wanted in _ATTENTION.items()
+    if hasattr(torch._C, f"_get_{name}_sdp_enabled") and hasattr(torch._C, f"_set_sdp_use_{name}")
+]
+
+MATH_ATTENTION = Switches(*_ATTENTION_KERNELS)
 """Attention is computed from products and a softmax."""
 
-NO_CUDNN = Switches(CUDNN)
-"""cuDNN is not used."""
+MATH_ATTENTION_NO_CUDNN = Switches(*_ATTENTION_KERNELS, CUDNN)
+"""The same, and cuDNN is not used."""
 
 TRACEABLE = Switches(CUDNN, ONEDNN, FAST_PATH)
 """Operations are those that the functions in a model call, with gradients that can be differentiated."""

@@ -1,4 +1,4 @@
-"""The invariants of a graph, checked after capture and after every pass."""
+"""Checks the invariants of a graph, after capture and after the passes."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from adaptrt.tree import Spec
 
 
 def verify(graph: Graph) -> Graph:
-    """Returns `graph` if it is functional, closed, deterministic, and agrees with its signature.
+    """Returns `graph` if it is functional, closed and deterministic, and agrees with its signature.
 
     Raises:
-      InvalidGraph: names the first node that breaks an invariant.
+      InvalidGraph: an invariant does not hold. The message names the first node that breaks one.
     """
     graph.module.graph.lint()
     nodes = list(graph.module.graph.nodes)

@@ -1,4 +1,8 @@
-"""A drop-in for the archived package `higher`: `from adaptrt import higher` in place of `import higher`."""
+"""A drop-in for the archived package `higher`: write `from adaptrt import higher` in place of `import higher`.
+
+A handle is a copy of a model whose parameters, the fast weights, are replaced by each inner step. A differentiable optimiser makes these
+steps eagerly, so that autograd's tape records them.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +30,16 @@ def innerloop_ctx(
     track_higher_grads: bool = True,
     first_order: bool = False,
 ) -> Iterator[tuple[Any, optim.DifferentiableOptimizer]]:
-    """A handle of `model` with fast weights, and the differentiable version of `opt` that steps them.
+    """Gives a handle of `model` with fast weights, and the differentiable version of `opt`, which steps them.
 
     Args:
-      model: left as it is.
-      opt: of `model.parameters()`, or some of them; left as it is.
+      model: remains unchanged.
+      opt: an optimiser of `model.parameters()` or of some of them. It remains unchanged.
       device, copy_initial_weights, track_higher_grads: as for `monkeypatch`.
       override, first_order: as for `DifferentiableOptimizer`.
+    Raises:
+      UnsupportedOptimizer: the class of `opt` has no differentiable version.
+      TypeError, ValueError: as `monkeypatch` and `DifferentiableOptimizer`.
     """
     fmodel = monkeypatch(model, device, copy_initial_weights=copy_initial_weights, track_higher_grads=track_higher_grads)
     yield (

@@ -1,4 +1,4 @@
-"""Nested containers, and copies of parameters."""
+"""Functions of nested containers, and copies of parameters."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 
 def flatten(x: Any) -> list[Any]:
-    """What is in a nest of dicts, lists, tuples and sets, as one list.
+    """Returns the leaves of nested dicts, lists, tuples and sets as one list.
 
     >>> flatten({"a": 1, "b": (2, [3, 4])})
     [1, 2, 3, 4]
@@ -24,24 +24,24 @@ def flatten(x: Any) -> list[Any]:
 
 
 def get_func_params(module: nn.Module, device: torch.device | None = None, safe_copy: bool = True) -> list[Tensor]:
-    """The module's parameters, cut from their graph; each requires grad as its original does.
+    """Returns the parameters of a module, detached from their graph. Each requires grad if its original does.
 
     Args:
-      module: in whose order they come.
-      device: where to put them; None leaves them where they are.
-      safe_copy: copy their memory, so that none is shared with the module.
+      module: the module, which gives the order of the parameters.
+      device: where they are put; None leaves them where they are.
+      safe_copy: copy their memory, so that they share none with the module.
     """
     return [copied(p, device, safe_copy) for p in module.parameters()]
 
 
 def copied(value: Tensor, device: torch.device | None = None, safe_copy: bool = True) -> Tensor:
-    """One tensor as `get_func_params` copies it."""
+    """Returns a copy of one tensor, made as `get_func_params` makes it."""
     found = value.detach().clone() if safe_copy else value.detach()
     return (found if device is None else found.to(device)).requires_grad_(value.requires_grad)
 
 
 def _recursive_map(target: Any, map_fn: Callable[[Any], Any]) -> Any:
-    """The nest `target` with `map_fn` applied to each leaf."""
+    """Returns nested containers like `target`, with `map_fn` applied to each leaf."""
     kind = type(target)  # not isinstance: a leaf may answer for another class
     if issubclass(kind, dict):
         mapped = copy.copy(target)  # which keeps what a defaultdict makes
@@ -55,5 +55,5 @@ def _recursive_map(target: Any, map_fn: Callable[[Any], Any]) -> Any:
 
 
 def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:
-    """A parameter group without its parameters."""
+    """Returns the settings of a parameter group: all its entries but the parameters."""
     return {key: value for key, value in group.items() if key != "params"}

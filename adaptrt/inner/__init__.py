@@ -1,1 +1,1 @@
-"""One inner step and k of them: what they do, and what of the user's model and optimiser is read, checked or refused."""
+"""One inner step and k of them: what a step computes, and how the user's model, optimiser and data are read and checked."""

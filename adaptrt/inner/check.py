@@ -1,4 +1,4 @@
-"""What is refused before anything is run: models, arguments and data that could only give wrong numbers or obscure errors."""
+"""Checks models, arguments and data before anything runs, and refuses what could only give wrong numbers or obscure errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from adaptrt.inner.step import Batch
 
 
 def model_device(model: nn.Module) -> torch.device:
-    """The device of the model, after checking that its parameters can be adapted and live together.
+    """Returns the device of the model, after checking that its parameters can be adapted and are all on one device.
 
     Raises:
       InvalidType: not a module.
@@ -52,11 +52,11 @@ def model_device(model: nn.Module) -> torch.device:
 
 
 def precision(params: Mapping[str, Tensor], dtype: Any) -> None:
-    """`dtype` can be what the model computes in while its parameters stay as they are.
+    """Checks that the model can compute in `dtype` while its parameters keep their own dtype.
 
     Raises:
       InvalidType: not a dtype.
-      InvalidArgument: a dtype other than bfloat16, or parameters that autocast would leave alone.
+      InvalidArgument: a dtype other than bfloat16, or parameters of a dtype that autocast does not convert.
     """
     if not isinstance(dtype, torch.dtype):
         raise InvalidType(f"dtype must be torch.bfloat16 or None, got {dtype!r}")
@@ -71,7 +71,7 @@ def precision(params: Mapping[str, Tensor], dtype: Any) -> None:
 
 
 def shared_tensors(model: nn.Module, loss: object, adapted: Collection[str]) -> None:
-    """No tensor that a step changes is known by two names that would change apart.
+    """Checks that no tensor that a step changes has two names, which would then hold different values.
 
     Raises:
       UnsupportedParameter: buffers that share memory, or a loss module that holds adapted parameters of the model.
@@ -92,7 +92,7 @@ def shared_tensors(model: nn.Module, loss: object, adapted: Collection[str]) -> 
 
 
 def positive_int(name: str, value: Any) -> int:
-    """`value`, after checking that it is an int of at least 1."""
+    """Returns `value`, after checking that it is an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise InvalidType(f"{name} must be an int, got {type(value).__name__}")
     if value < 1:
@@ -101,14 +101,14 @@ def positive_int(name: str, value: Any) -> int:
 
 
 def one_of(name: str, value: Any, choices: Sequence[str]) -> str:
-    """`value`, after checking that it is one of `choices`."""
+    """Returns `value`, after checking that it is one of `choices`."""
     if value not in choices:
         raise InvalidArgument(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
     return value
 
 
 def as_batch(name: str, value: Any, device: torch.device) -> Batch:
-    """`(inputs, target)` or `(inputs,)` as a `Batch`, after checking structure, device and sizes.
+    """Returns `(inputs, target)` or `(inputs,)` as a `Batch`, after checking structure, device and sizes.
 
     Raises:
       InvalidType: not such a tuple, or without tensors.
@@ -145,7 +145,7 @@ def as_batch(name: str, value: Any, device: torch.device) -> Batch:
 
 
 def batch_sizes(name: str, batch: Batch, leading: int) -> None:
-    """The target has as many rows as the inputs.
+    """Checks that the target has as many rows as the inputs.
 
     Some models take the batch as the second axis of sequences: of tokens [S, N], or of vectors [S, N, F].
 
@@ -154,7 +154,7 @@ def batch_sizes(name: str, batch: Batch, leading: int) -> None:
       batch: to check.
       leading: how many axes (tasks, steps) stand before those of one batch.
     Raises:
-      InvalidBatch: it does not. A loss might broadcast instead, silently.
+      InvalidBatch: it has not. A loss might broadcast the two silently.
     """
     sizes: set[int] = set()
     for leaf in tree.leaves(batch.inputs):
@@ -169,7 +169,7 @@ def batch_sizes(name: str, batch: Batch, leading: int) -> None:
 
 
 def leading_axis(name: str, value: tree.Tree, axis: int, size: int | None, meaning: str) -> int:
-    """The common size of all leaves along a leading axis.
+    """Returns the size that all leaves have along a leading axis.
 
     Raises:
       InvalidBatch: a leaf lacks the axis, or sizes differ from each other or from `size`.
@@ -187,10 +187,10 @@ def leading_axis(name: str, value: tree.Tree, axis: int, size: int | None, meani
 
 
 def finite(name: str, batch: Batch) -> None:
-    """No NaN or infinity in floating-point data.
+    """Checks that floating-point data holds neither NaN nor infinity.
 
     Raises:
-      NonFiniteInput: there is; names the tensor and its first such element.
+      NonFiniteInput: it does; the message names the tensor and its first such element.
     """
     for kind, values in (("input", tree.leaves(batch.inputs)), ("target", tree.leaves(batch.target))):
         for index, value in enumerate(values):
@@ -202,15 +202,15 @@ def finite(name: str, batch: Batch) -> None:
                 )
 
 
-def sound(batch: Batch, bounds: Sequence[IndexBound], are_finite: bool) -> tuple[Batch, Tensor | None]:
-    """What `indices` and `finite` look at, found out without waiting for the device.
+def validated(batch: Batch, bounds: Sequence[IndexBound], finite: bool) -> tuple[Batch, Tensor | None]:
+    """Does what `indices` and `finite` do without waiting for the device.
 
     Returns:
-      The batch with 0 in the place of indices that do not exist, which a GPU's kernels must not be given; and whether it has none of these,
-      and with `are_finite` no NaN and no infinity, as a bool tensor (0-dim). None if there is nothing to look at.
+      The batch with 0 in the place of indices that do not exist, since a GPU's kernels must not be given those; and a bool tensor (0-dim)
+      that says whether all indices exist and, with `finite`, whether all numbers are finite. It is None if there is nothing to validate.
     """
     values, structure = tree.flatten(batch)
-    found: list[Tensor] = [torch.isfinite(value).all() for value in values if value.is_floating_point()] if are_finite else []
+    found: list[Tensor] = [torch.isfinite(value).all() for value in values if value.is_floating_point()] if finite else []
     for bound in bounds:
         value = values[bound.position]
         wide = value.long()  # in a narrow dtype a bound may wrap around
@@ -223,7 +223,7 @@ def sound(batch: Batch, bounds: Sequence[IndexBound], are_finite: bool) -> tuple
 
 
 def indices(name: str, batch: Batch, bounds: Sequence[IndexBound]) -> None:
-    """Every class label, and every row of a table that is asked for, exists.
+    """Checks that every class label, and every row of an embedding that the data asks for, exists.
 
     Raises:
       LabelOutOfRange: names the value and the range.

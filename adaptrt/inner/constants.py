@@ -1,4 +1,7 @@
-"""Tensors that a traced function closes over: read at each call where the user's module holds them, or refused."""
+"""Constants of a graph: tensors that a traced function uses and does not get as arguments.
+
+A program reads each of them at every call, from the module that holds it.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from adaptrt.graph.ir import Constant
 
 
 def constant_reader(value: Tensor, modules: Sequence[nn.Module]) -> Constant:
-    """Reads a constant where the function found it: from the modules that have it as a plain attribute, or as it was captured.
+    """Returns a function that reads a constant: from the modules that hold it as a plain attribute, else the tensor that was captured.
 
     Raises:
       NotTraceable: it is a parameter or buffer of the modules, reached in a way that capture cannot follow.

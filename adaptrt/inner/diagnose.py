@@ -1,4 +1,4 @@
-"""From what PyTorch raises while a model is traced to an error in the user's terms: which line, which operation, which module."""
+"""Turns what PyTorch raises while a model is traced into an error in the user's terms: which line, operation and module it came from."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def _tracing(what: str, advice: str, other: Callable[[str], AdaptrtError]) -> Ge
 
 
 def differentiating(run: Callable[[], Any], model: nn.Module, forward: Callable[[], Sequence[tuple[str, str]]]) -> Any:
-    """The result of `run`, with an error that names operation and module where a second derivative does not exist.
+    """Runs `run`; where a second derivative does not exist, the error names the operation and the module that calls it.
 
     Args:
       run: captures a gradient.

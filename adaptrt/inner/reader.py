@@ -1,4 +1,4 @@
-"""Reads the model and the optimiser as they stand, at every call: parameters, buffers, mode, hyperparameters, state."""
+"""Reads the model and the optimiser at every call: parameters, buffers, train or eval mode, hyperparameters and optimiser state."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from adaptrt.optim.source import Reading, Source
 
 
 class Start(NamedTuple):
-    """Where a call starts.
+    """What a call starts from.
 
     Attributes:
       carry, fixed: what steps change, and what they share.
       carry_leaves, fixed_leaves: the tensors in them.
-      structure: all that changes a step besides the shapes of its arguments.
+      structure: everything besides the shapes of its arguments that makes another step: modes, and the form of the optimiser.
       has_tasks: whether the carry has a task axis already, because it comes from an earlier adaptation.
     """
 
@@ -36,15 +36,15 @@ class Start(NamedTuple):
 
 
 class Reader:
-    """The arguments that every program takes from the model and the optimiser.
+    """Reads what every program takes from the model and the optimiser.
 
     Args:
-      model: looked up once for its modules; their tensors are read at every call.
-      loss: its parameters and buffers are read likewise if it is a module.
+      model: its modules are looked up once, their tensors are read at every call.
+      loss: if it is a module, its parameters and buffers are read in the same way.
       adapted: names of the parameters that adapt.
       source: the optimiser.
       device: of the model.
-      dtype: of a step's autocast, None without.
+      dtype: of the autocast that a step runs in, None if it runs in none.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class Reader:
         self._state: tuple[Any, list[Tensor]] = None, []
 
     def read(self) -> Start:
-        """Where an adaptation starts: from model and optimiser as they stand."""
+        """Reads the values that model and optimiser have now, from which an adaptation starts."""
         reading = self._source.read()
         known, hyper, hyper_leaves = self._hyper
         if known is not reading:
@@ -100,7 +100,11 @@ class Reader:
         )
 
     def state_dict(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The model's state dict with these parameters and buffers, given by their first names, detached; the rest as it stands."""
+        """Returns the model's state dict, detached, with `values` in the place of its own parameters and buffers.
+
+        Args:
+          values: by name. A tensor that the model knows by several names is given by the first.
+        """
         named = [*self._model.named_parameters(remove_duplicate=False), *self._model.named_buffers(remove_duplicate=False)]
         first = canonical_names(named)
         return {
@@ -108,11 +112,11 @@ class Reader:
         }
 
     def mode(self) -> Hashable:
-        """Train or eval mode of every module, and whether algorithms have to be deterministic: constants of a program."""
+        """Returns what is a constant of a program: train or eval mode of every module, and whether algorithms must be deterministic."""
         return self._read_modes()
 
     def step(self, detach_gradient: bool) -> Step:
-        """The inner step of the current structure."""
+        """Returns the inner step for the optimiser's present form."""
         return Step(self._model, self._loss, self._source.optimizer(), detach_gradient, self._dtype)
 
     def _tensors(self, hyper: Any, name: str = "") -> Any:
@@ -147,7 +151,7 @@ _MAX_NUMBERS = 256
 
 
 def _places(root: nn.Module, named: Mapping[str, Tensor], table: str = "_parameters") -> dict[str, _Place]:
-    """For each tensor where it is held."""
+    """Returns for each tensor the place that holds it."""
     found: dict[str, _Place] = {}
     for name in named:
         path, _, attribute = name.rpartition(".")
@@ -156,7 +160,7 @@ def _places(root: nn.Module, named: Mapping[str, Tensor], table: str = "_paramet
 
 
 def _all_by(*groups: Mapping[str, _Place]) -> Callable[[], Sequence[dict[str, Tensor]]]:
-    """What reads the tensors of all groups, as code that looks at these places and no others."""
+    """Returns a function that reads the tensors of all groups, generated for exactly these places."""
     constants: dict[str, Any] = {}
     parts: list[str] = []
     for places in groups:
@@ -194,7 +198,7 @@ Select = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
 
 
 def adapted_names(model: nn.Module, opt: Any, select: Select) -> frozenset[str]:
-    """Names of the parameters that adapt, as `compile_unroll` documents them.
+    """Returns the names of the parameters that adapt, by the rules that `compile_unroll` documents.
 
     Raises:
       OptimizerMismatch: the optimiser holds parameters that are not the model's, or lacks one that `select` asks for.

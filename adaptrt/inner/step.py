@@ -1,8 +1,9 @@
-"""One inner step: model, loss and optimiser become a pure function of what changes, what stays, a batch and the noise.
+"""One inner step as a pure function.
 
     carry, loss = step(carry, fixed, batch, noise)
 
-Nothing in the model is touched: parameters, buffers and randomness are arguments.
+The carry is what a step changes, `fixed` what all steps share, and the noise what the model's random operations return. The model is never
+changed: its parameters and buffers, too, are arguments.
 """
 
 from __future__ import annotations
@@ -58,12 +59,12 @@ class Step:
     """One inner step of `optimizer` on `loss(model(inputs), target)`.
 
     Attributes:
-      model: called as a function, never changed; its mode (train or eval) is what it is when the step is captured.
+      model: called as a function and never changed. Its train or eval mode is the one it has when the step is captured.
       loss: a function or module of (output, target), or of (output) for batches without target; None for `default_loss`.
       optimizer: `update(grads, state, params, hyper)`.
       detach_gradient: treat the gradient as a constant, as first-order MAML does.
-      dtype: run model and loss under autocast to it, whatever the caller's autocast; None for the dtypes that they have. Parameters, their
-        gradients, the optimiser's state and the loss keep theirs.
+      dtype: model and loss run under autocast to it, whatever the caller's autocast is. Parameters, their gradients, the optimiser's state
+        and the loss keep their dtypes. None: without autocast.
     """
 
     model: nn.Module
@@ -73,7 +74,7 @@ class Step:
     dtype: torch.dtype | None = None
 
     def __call__(self, carry: Carry, fixed: Fixed, batch: Batch, noise: Sequence[Tensor]) -> tuple[Carry, Tensor]:
-        """The carry after the step, and the loss before it (0-dim)."""
+        """Returns the carry after the step, and the loss before it (0-dim)."""
         params = {name: value if value.requires_grad else value.detach().requires_grad_() for name, value in carry.params.items()}
         with lift_noise(noise):
             loss, buffers = self.evaluate(params, carry.buffers, fixed, batch)
@@ -84,7 +85,7 @@ class Step:
         return after, loss
 
     def update(self, grads: Mapping[str, Tensor], state: Tree, params: Mapping[str, Tensor], hyper: Tree) -> tuple[dict[str, Tensor], Tree]:
-        """The parameters and the optimiser's state after its update."""
+        """Returns the parameters and the optimiser's state after its update."""
         result = self.optimizer.update(grads, state, params, hyper)
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], Mapping):
             raise InvalidArgument(f"an optimiser's update must return (params, state), got {type(result).__name__}")
@@ -94,17 +95,17 @@ class Step:
         return {name: new[name] for name in params}, state
 
     def query(self, carry: Carry, fixed: Fixed, batch: Batch, noise: Sequence[Tensor]) -> Tensor:
-        """The loss of the adapted model on another batch (0-dim)."""
+        """Returns the loss of the adapted model on another batch (0-dim)."""
         with lift_noise(noise):
             return self.evaluate(carry.params, carry.buffers, fixed, batch)[0]
 
     def predict(self, carry: Carry, fixed: Fixed, inputs: Tree, noise: Sequence[Tensor]) -> Tree:
-        """What the adapted model returns for `inputs`."""
+        """Returns the adapted model's output for `inputs`."""
         with lift_noise(noise):
             return self.apply(carry.params, carry.buffers, fixed, inputs)[0]
 
     def gradient(self, loss: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The loss's gradient by parameter name, without the parameters that the loss does not use."""
+        """Returns the loss's gradient by parameter name. Parameters that the loss does not use have no entry."""
         if not loss.requires_grad:
             raise NothingToAdapt(
                 "the support loss does not depend on the adapted parameters: check `params=` and that the model does not detach its output"
@@ -138,7 +139,7 @@ class Step:
     def evaluate(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], fixed: Fixed, batch: Batch
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss and updated buffers; random operations are the caller's to lift."""
+        """Returns the loss and the updated buffers. The caller decides what random operations return (`lift_noise`)."""
         with self._precision(params):
             loss, updated = self._evaluate(params, buffers, fixed, batch)
         loss = _require_scalar(loss)
@@ -170,7 +171,7 @@ class Step:
     def apply(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], fixed: Fixed, inputs: Tree
     ) -> tuple[Tree, dict[str, Tensor]]:
-        """The model's output and all buffers, those that it updated included."""
+        """Returns the model's output, and all buffers as the model left them."""
         args, kwargs = as_call(inputs)
         own = {name: value for name, value in buffers.items() if not name.startswith(LOSS_BUFFER)}
         with self._precision(params):
@@ -183,7 +184,7 @@ def _sparse(name: str) -> UnsupportedParameter:
 
 
 def as_call(inputs: Tree) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Positional and keyword arguments of a model for a batch's inputs."""
+    """Returns the positional and keyword arguments by which a model is called with a batch's inputs."""
     if isinstance(inputs, Mapping):
         return (), dict(inputs)
     if isinstance(inputs, tuple | list) and not hasattr(inputs, "_fields"):
@@ -192,7 +193,7 @@ def as_call(inputs: Tree) -> tuple[tuple[Any, ...], dict[str, Any]]:
 
 
 def default_loss(output: Any, target: Tensor | None = None) -> Tensor:
-    """Cross-entropy for integer targets, mean squared error for floating ones, the output's own loss if it has one.
+    """Computes the output's own loss if it has one, else cross-entropy for integer targets or mean squared error for floating ones.
 
     Raises:
       InvalidLoss: none of these applies.

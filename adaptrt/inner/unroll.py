@@ -1,4 +1,4 @@
-"""A step, k times."""
+"""Runs an inner step k times."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from adaptrt.inner.step import Batch, Carry, Fixed
 StepFunction = Callable[[Carry, Fixed, Batch, Sequence[Tensor]], tuple[Carry, Tensor]]
 
 
-def batch_of_step(support: Batch, index: int, per_step: bool, task_axis: bool = False) -> Batch:
-    """The batch of one inner step: all of `support`, or its slice `index` if each step has a batch of its own.
+def batch_of_step(support: Batch, index: int, *, per_step: bool, task_axis: bool = False) -> Batch:
+    """Returns the batch of one inner step: all of `support`, or its slice `index` if each step has a batch of its own.
 
     Args:
       support: leaves [...], or [k, ...] if `per_step`, or [T, k, ...] if there is a task axis too.
@@ -34,10 +34,11 @@ def unroll(
     fixed: Fixed,
     support: Batch,
     noise: Sequence[Sequence[Tensor]],
+    *,
     per_step: bool = False,
     updates_per_step: int = 1,
 ) -> tuple[Carry, Tensor]:
-    """The carry after k steps, and the losses before each of them (k,).
+    """Returns the carry after k steps, and the losses before each of them (k,).
 
     Args:
       step: (carry, fixed, batch, noise) -> (carry, loss).
@@ -51,6 +52,6 @@ def unroll(
     """
     losses: list[Tensor] = []
     for index in range(k * updates_per_step):
-        carry, loss = step(carry, fixed, batch_of_step(support, index // updates_per_step, per_step), noise[index])
+        carry, loss = step(carry, fixed, batch_of_step(support, index // updates_per_step, per_step=per_step), noise[index])
         losses.append(loss)
     return carry, torch.stack(losses[::updates_per_step])

@@ -1,4 +1,4 @@
-"""Optimisers as pure functions: what `torch.optim` computes, out of place, differentiable and traceable."""
+"""Optimisers as pure functions. They compute what `torch.optim` computes, but out of place, so they can be differentiated and traced."""
 
 from adaptrt.optim.adadelta import adadelta
 from adaptrt.optim.adafactor import adafactor

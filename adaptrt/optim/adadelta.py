@@ -7,12 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Domain, Optimizer, Value, average_square, checked, fit, plus, safe_sqrt
+from adaptrt.optim.arithmetic import average_square, fit, plus, safe_sqrt
+from adaptrt.optim.base import Optimizer, Value
+from adaptrt.optim.checks import Domain, checked
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
 class AdadeltaState(NamedTuple):
-    """Of one parameter, with its shape and dtype."""
+    """The state of one parameter: tensors of its shape and dtype."""
 
     square_avg: Tensor
     acc_delta: Tensor
@@ -25,31 +27,31 @@ def adadelta(
     weight_decay: Value = 0.0,
     maximize: bool = False,
 ) -> Optimizer:
-    """Steps of the size of past steps, relative to that of past gradients (Zeiler 2012, arXiv 1212.5701).
+    """Adadelta: scales each gradient by the size of past steps over the size of past gradients (Zeiler 2012, arXiv 1212.5701).
 
     For each parameter p with gradient g, all of one shape:
 
-        g = g + weight_decay * p                            # -g first, if maximize
+        g = g + weight_decay * p                            # if maximize, g is negated first
         v = rho * v + (1 - rho) * g**2
         d = sqrt(u + eps) / sqrt(v + eps) * g
         u = rho * u + (1 - rho) * d**2
         p = p - lr * d
 
-    The update is smooth for eps > 0, so meta-gradients and hypergradients are exact everywhere. The derivative of sqrt at 0, which only
-    eps = 0 reaches, is taken as 0.
+    The update is smooth for eps > 0, so meta-gradients and hypergradients are exact everywhere. With eps = 0 a square root of 0 may occur;
+    its derivative is taken as 0.
 
-    Numbers may be of the same kinds as in `sgd`, and have their arguments' names in `hyper`.
+    Each number may be of the kinds that `sgd` takes. In `hyper` it has the name of its argument.
 
     Args:
       lr: factor of the step, >= 0.
-      rho: decay of both means of squares, in [0, 1].
-      eps: added under the roots, >= 0.
-      weight_decay: L2 penalty's factor, >= 0. The Python number 0 removes the term and its name from `hyper`.
-      maximize: ascend.
+      rho: share of both means of squares that is kept at a step, in [0, 1].
+      eps: added under both square roots, >= 0.
+      weight_decay: factor of the L2 penalty, >= 0. The Python number 0 removes the term and its name from `hyper`.
+      maximize: step along the gradient instead of against it.
 
     Raises:
-      InvalidArgument: a number outside its domain, or a tensor of several elements outside a mapping.
-      InvalidType: an argument that is no number.
+      InvalidArgument: a number is outside its domain, or a tensor of several elements is not an entry of a mapping.
+      InvalidType: an argument is not a number.
 
     Example:
       >>> opt = adadelta(lr=1.0, eps=1e-2)
@@ -66,7 +68,7 @@ def adadelta(
     def update(p: Tensor, g: Tensor, state: AdadeltaState, h: Numbers) -> tuple[Tensor, AdadeltaState]:
         eps = fit(h["eps"], p)
         v = average_square(state.square_avg, g, h["rho"])
-        root = torch.sqrt if isinstance(eps, float) and eps > 0 else safe_sqrt  # of nothing that is zero
+        root = torch.sqrt if isinstance(eps, float) and eps > 0 else safe_sqrt  # the argument is never zero
         d = root(state.acc_delta + eps) / root(v + eps) * g
         return plus(p, -h["lr"], d), AdadeltaState(v, average_square(state.acc_delta, d, h["rho"]))
 

@@ -8,20 +8,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Absent, Count, Domain, Optimizer, Value, checked, double, entries, fit, is_off, larger, safe_sqrt, smaller
+from adaptrt.optim.arithmetic import double, fit, larger, safe_sqrt, smaller
+from adaptrt.optim.base import Absent, Count, Optimizer, Value
+from adaptrt.optim.checks import Domain, checked, entries, is_off
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
 class AdafactorState(NamedTuple):
-    """Of one parameter of shape [..., R, C], or with fewer than two axes."""
+    """The state of one parameter, whose shape is [..., R, C], or which has fewer than two axes."""
 
     step: Count
     row_var: Tensor | Absent
-    """[..., R, 1]; absent with fewer than two axes."""
+    """Means over columns, [..., R, 1]; absent for a parameter with fewer than two axes."""
     col_var: Tensor | Absent
-    """[..., 1, C]; absent with fewer than two axes."""
+    """Means over rows, [..., 1, C]; absent for a parameter with fewer than two axes."""
     variance: Tensor | Absent
-    """The parameter's shape; absent with two axes or more."""
+    """Of the parameter's shape; absent for a parameter with two axes or more."""
 
 
 def adafactor(
@@ -32,11 +34,11 @@ def adafactor(
     weight_decay: Value = 0.0,
     maximize: bool = False,
 ) -> Optimizer:
-    """Adaptive steps whose second moments are kept as rows and columns (Shazeer & Stern 2018, arXiv 1804.04235).
+    """Adafactor: divides gradients by second moments that are kept as rows and columns (Shazeer & Stern 2018, arXiv 1804.04235).
 
-    For each parameter p with gradient g of one shape, at its t-th step, rms(x) being sqrt(mean(x**2)):
+    For each parameter p with gradient g of the same shape, at its t-th step, with rms(x) = sqrt(mean(x**2)):
 
-        alpha = max(eps2, rms(p)) * min(lr, 1 / sqrt(t))    # -g first, if maximize
+        alpha = max(eps2, rms(p)) * min(lr, 1 / sqrt(t))    # if maximize, g is negated first
         p = (1 - lr * weight_decay) * p
         b = t**beta2_decay
         row = (1 - b) * row + b * mean(g**2, -1, keepdim=True)
@@ -45,24 +47,24 @@ def adafactor(
         u = g / sqrt(max(v, eps1**2))
         p = p - alpha / max(1, rms(u) / d) * u
 
-    Meta-gradients at kinks. rms(x) has derivative 0 at x = 0. Where the two arguments of max or min are equal, the derivative is that of
-    the data-dependent one (rms(p), v, row, rms(u); 1 / sqrt(t) in the minimum). Elsewhere they are exact. v >= eps1**2, so zero gradients
-    divide nothing by zero unless eps1 = 0.
+    Meta-gradients at kinks: rms(x) has derivative 0 at x = 0. Where the two arguments of max or min are equal, the derivative is that of
+    the argument that depends on data (rms(p), v, row, rms(u); 1 / sqrt(t) in the minimum). Elsewhere meta-gradients are exact. Because
+    v >= eps1**2, zero gradients cause no division by zero unless eps1 = 0.
 
-    Numbers may be of the same kinds as in `sgd`; only `lr` and `weight_decay` may have a value for each element. They are named `lr`,
-    `beta2_decay`, `eps1`, `eps2`, `d` and `weight_decay` in `hyper`.
+    Each number may be of the kinds that `sgd` takes, but only `lr` and `weight_decay` may have a value for each element. In `hyper` they
+    are named `lr`, `beta2_decay`, `eps1`, `eps2`, `d` and `weight_decay`.
 
     Args:
       lr: largest relative step size, >= 0.
-      beta2_decay: power with which the weight of new squares falls, <= 0.
-      eps: floors of the root of the second moment (None: the machine epsilon of the parameter's dtype) and of rms(p), each >= 0.
-      d: largest rms of an update that is not scaled down, >= 1.
-      weight_decay: decoupled decay, >= 0. The Python number 0 removes the term and its name from `hyper`.
-      maximize: ascend.
+      beta2_decay: exponent of t in the weight of new squares, <= 0.
+      eps: lower bounds of the root of the second moment (None: the machine epsilon of the parameter's dtype) and of rms(p), each >= 0.
+      d: the largest rms that an update may have without being scaled down, >= 1.
+      weight_decay: factor of the decoupled decay, >= 0. The Python number 0 removes the term and its name from `hyper`.
+      maximize: step along the gradient instead of against it.
 
     Raises:
-      InvalidArgument: a number outside its domain, or a tensor of several elements outside a mapping.
-      InvalidType: an argument that is no number.
+      InvalidArgument: a number is outside its domain, or a tensor of several elements is not an entry of a mapping.
+      InvalidType: an argument is not a number.
 
     Example:
       >>> opt = adafactor(lr=0.1)

@@ -1,7 +1,7 @@
 """Adagrad, with the arithmetic of `torch.optim.Adagrad`.
 
-Known limits: the sum starts from the number, also where someone has written another one into the state of a `torch.optim.Adagrad` that has
-not stepped.
+Known limits: the sum always starts from `initial_accumulator_value`, even if another sum was written into the state of a
+`torch.optim.Adagrad` that has not stepped yet.
 """
 
 from __future__ import annotations
@@ -11,16 +11,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Count, Optimizer, Value, checked, choose, double, fit, like, plus, safe_sqrt
+from adaptrt.optim.arithmetic import choose, double, fit, like, plus, safe_sqrt
+from adaptrt.optim.base import Count, Optimizer, Value
+from adaptrt.optim.checks import checked
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
 class AdagradState(NamedTuple):
-    """Of one parameter."""
+    """The state of one parameter."""
 
     step: Count
     sum: Tensor
-    """Of squared gradients, with the parameter's shape; zero before the first step, which starts it."""
+    """Sum of squared gradients, of the parameter's shape and dtype. It is zero before the first step, which gives it its start."""
 
 
 def adagrad(
@@ -31,30 +33,30 @@ def adagrad(
     eps: Value = 1e-10,
     maximize: bool = False,
 ) -> Optimizer:
-    """Steps divided by the root of the sum of squared gradients (Duchi et al. 2011, JMLR 12).
+    """Adagrad: divides gradients by the root of the sum of all squared gradients so far (Duchi et al. 2011, JMLR 12).
 
-    For each parameter p with gradient g, all of one shape, at its t-th step, s being `initial_accumulator_value` before the first:
+    For each parameter p with gradient g, all of one shape, at its t-th step, where s is `initial_accumulator_value` before the first step:
 
-        g = g + weight_decay * p                            # -g first, if maximize
+        g = g + weight_decay * p                            # if maximize, g is negated first
         s = s + g**2
         p = p - lr / (1 + (t - 1) * lr_decay) * g / (sqrt(s) + eps)
 
-    Meta-gradients at kinks. The derivative of sqrt at s = 0 is taken as 0; s = 0 means that g = 0, where the derivative of
-    g / (sqrt(s) + eps) along g is 1 / eps, as found. With eps = 0 the update there is 0 / 0, as in PyTorch.
+    Meta-gradients at kinks: the derivative of sqrt at s = 0 is taken as 0. s = 0 means that g = 0, and there the derivative of
+    g / (sqrt(s) + eps) along g is 1 / eps, which is what this gives. With eps = 0 the update at this point is 0 / 0, as in PyTorch.
 
-    Numbers may be of the same kinds as in `sgd`, and have their arguments' names in `hyper`.
+    Each number may be of the kinds that `sgd` takes. In `hyper` it has the name of its argument.
 
     Args:
       lr: step size, >= 0.
-      lr_decay: how fast the step size falls, >= 0.
-      weight_decay: L2 penalty's factor, >= 0. The Python number 0 removes the term and its name from `hyper`.
-      initial_accumulator_value: where the sum starts, >= 0.
+      lr_decay: how fast the step size decreases, >= 0.
+      weight_decay: factor of the L2 penalty, >= 0. The Python number 0 removes the term and its name from `hyper`.
+      initial_accumulator_value: value at which the sum starts, >= 0.
       eps: added to the denominator, >= 0.
-      maximize: ascend.
+      maximize: step along the gradient instead of against it.
 
     Raises:
-      InvalidArgument: a number outside its domain, or a tensor of several elements outside a mapping.
-      InvalidType: an argument that is no number.
+      InvalidArgument: a number is outside its domain, or a tensor of several elements is not an entry of a mapping.
+      InvalidType: an argument is not a number.
 
     Example:
       >>> opt = adagrad(lr=0.1)

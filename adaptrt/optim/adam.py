@@ -7,32 +7,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import (
-    Absent,
-    Count,
-    Optimizer,
-    Value,
-    average,
-    average_square,
-    check_flags,
-    checked_moments,
-    double,
-    fit,
-    plus,
-    safe_sqrt,
-    sqrt,
-)
+from adaptrt.optim.arithmetic import average, average_square, double, fit, plus, safe_sqrt, sqrt
+from adaptrt.optim.base import Absent, Count, Optimizer, Value
+from adaptrt.optim.checks import check_flags, checked_moments
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
 class AdamState(NamedTuple):
-    """Of one parameter, with its shape and dtype unless noted."""
+    """The state of one parameter: tensors of its shape and dtype unless noted."""
 
     step: Count
     exp_avg: Tensor
     exp_avg_sq: Tensor
     max_exp_avg_sq: Tensor | Absent
-    """Absent without `amsgrad`."""
+    """The largest `exp_avg_sq` so far; absent without `amsgrad`."""
 
 
 def adam(
@@ -47,31 +35,31 @@ def adam(
 
     For each parameter p with gradient g, all of one shape, at its t-th step:
 
-        g = g + weight_decay * p                            # -g first, if maximize
+        g = g + weight_decay * p                            # if maximize, g is negated first
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g**2
         w = max(w, v) if amsgrad else v
         p = p - lr / (1 - beta1**t) * m / (sqrt(w) / sqrt(1 - beta2**t) + eps)
 
-    Meta-gradients at kinks. The derivative of sqrt at w = 0 is infinite; here it is taken as 0. That is no approximation for
-    m / (sqrt(w) + eps) where m is zero too, and w = 0 means that every gradient so far, and so m, was zero: along g the quotient is
+    Meta-gradients at kinks: the derivative of sqrt at w = 0 is infinite, and is taken as 0 here. For m / (sqrt(w) + eps) this is no
+    approximation where m is zero, too: w = 0 means that every gradient so far was zero, and so m is zero. Along g the quotient is
     a * g / (b * |g| + eps), whose derivative at g = 0 is a / eps. So with eps > 0 meta-gradients and hypergradients are finite and
-    right at zero gradients; with eps = 0 the update itself is 0 / 0, as in PyTorch. `max` gives half its gradient to each of two equal
+    right at zero gradients. With eps = 0 the update itself is 0 / 0, as in PyTorch. `max` gives half its gradient to each of two equal
     arguments.
 
-    Numbers may be of the same kinds as in `sgd`. They are named `lr`, `beta1`, `beta2`, `eps` and `weight_decay` in `hyper`.
+    Each number may be of the kinds that `sgd` takes. In `hyper` they are named `lr`, `beta1`, `beta2`, `eps` and `weight_decay`.
 
     Args:
       lr: step size, >= 0.
-      betas: decay of the mean of gradients and of their squares, each in [0, 1).
+      betas: share of the mean of gradients, and of the mean of their squares, that is kept at a step, each in [0, 1).
       eps: added to the denominator, >= 0.
-      weight_decay: L2 penalty's factor, >= 0. The Python number 0 removes the term and its name from `hyper`.
+      weight_decay: factor of the L2 penalty, >= 0. The Python number 0 removes the term and its name from `hyper`.
       amsgrad: divide by the largest second moment so far.
-      maximize: ascend.
+      maximize: step along the gradient instead of against it.
 
     Raises:
-      InvalidArgument: a number outside its domain, or a tensor of several elements outside a mapping.
-      InvalidType: an argument that is no number.
+      InvalidArgument: a number is outside its domain, or a tensor of several elements is not an entry of a mapping.
+      InvalidType: an argument is not a number.
 
     Example:
       >>> opt = adam(lr=0.1)
@@ -93,7 +81,7 @@ def adamw(
 ) -> Optimizer:
     """Adam with decoupled weight decay (Loshchilov & Hutter 2019, arXiv 1711.05101).
 
-    As `adam`, but the decay shrinks the parameter and leaves the moments alone:
+    It is `adam`, but the decay shrinks the parameter and does not enter the moments:
 
         p = (1 - lr * weight_decay) * p                     # in place of g = g + weight_decay * p
 

@@ -7,12 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Count, Optimizer, Value, average, checked_moments, double, fit, plus
+from adaptrt.optim.arithmetic import average, double, fit, plus
+from adaptrt.optim.base import Count, Optimizer, Value
+from adaptrt.optim.checks import checked_moments
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
 class AdamaxState(NamedTuple):
-    """Of one parameter, with its shape and dtype unless noted."""
+    """The state of one parameter: tensors of its shape and dtype unless noted."""
 
     step: Count
     exp_avg: Tensor
@@ -26,31 +28,31 @@ def adamax(
     weight_decay: Value = 0.0,
     maximize: bool = False,
 ) -> Optimizer:
-    """Adam with the infinity norm of past gradients (Kingma & Ba 2015, arXiv 1412.6980, section 7.1).
+    """Adamax: Adam with the infinity norm of past gradients (Kingma & Ba 2015, arXiv 1412.6980, section 7.1).
 
     For each parameter p with gradient g, all of one shape, at its t-th step:
 
-        g = g + weight_decay * p                            # -g first, if maximize
+        g = g + weight_decay * p                            # if maximize, g is negated first
         m = beta1 * m + (1 - beta1) * g
         u = max(beta2 * u, |g| + eps)
         p = p - lr / (1 - beta1**t) * m / u
 
-    Meta-gradients at kinks. |g| has slope 0 at g = 0. Where the two arguments of max are equal, each gets half the derivative. Elsewhere
-    they are exact. u >= eps, so nothing is divided by zero where eps > 0; with eps = 0 and zero gradients the update is 0 / 0, as in
-    PyTorch.
+    Meta-gradients at kinks: |g| has derivative 0 at g = 0. Where the two arguments of max are equal, each gets half the derivative.
+    Elsewhere meta-gradients are exact. Because u >= eps, nothing is divided by zero where eps > 0. With eps = 0 and zero gradients the
+    update is 0 / 0, as in PyTorch.
 
-    Numbers may be of the same kinds as in `sgd`. They are named `lr`, `beta1`, `beta2`, `eps` and `weight_decay` in `hyper`.
+    Each number may be of the kinds that `sgd` takes. In `hyper` they are named `lr`, `beta1`, `beta2`, `eps` and `weight_decay`.
 
     Args:
       lr: step size, >= 0.
-      betas: decay of the mean of gradients and of their norm, each in [0, 1).
+      betas: share of the mean of gradients, and of their norm, that is kept at a step, each in [0, 1).
       eps: added to |g|, >= 0.
-      weight_decay: L2 penalty's factor, >= 0. The Python number 0 removes the term and its name from `hyper`.
-      maximize: ascend.
+      weight_decay: factor of the L2 penalty, >= 0. The Python number 0 removes the term and its name from `hyper`.
+      maximize: step along the gradient instead of against it.
 
     Raises:
-      InvalidArgument: a number outside its domain, or a tensor of several elements outside a mapping.
-      InvalidType: an argument that is no number.
+      InvalidArgument: a number is outside its domain, or a tensor of several elements is not an entry of a mapping.
+      InvalidType: an argument is not a number.
 
     Example:
       >>> opt = adamax(lr=0.1)

@@ -1,8 +1,8 @@
 """Averaged stochastic gradient descent, with the arithmetic of `torch.optim.ASGD`.
 
-Known limits: the rate eta and the weight mu of the average follow from the step count and the numbers as they stand. `torch.optim.ASGD`
-keeps both as state, rounded to PyTorch's default dtype, and forms them a step ahead: it answers to a change of `lr`, `lambd`, `alpha` or
-`t0` one step later.
+Known limits: the rate eta and the weight mu of the average are computed from the step count and from the current numbers.
+`torch.optim.ASGD` keeps both as state, rounded to PyTorch's default dtype, and computes them one step ahead. So it follows a change of
+`lr`, `lambd`, `alpha` or `t0` one step later than this does.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Count, Optimizer, Value, checked, double, fit, larger, plus
+from adaptrt.optim.arithmetic import double, fit, larger, plus
+from adaptrt.optim.base import Count, Optimizer, Value
+from adaptrt.optim.checks import checked
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
 class ASGDState(NamedTuple):
-    """Of one parameter."""
+    """The state of one parameter."""
 
     step: Count
     ax: Tensor
-    """The average, with the parameter's shape and dtype."""
+    """The average of iterates, of the parameter's shape and dtype."""
 
 
 def asgd(
@@ -32,32 +34,32 @@ def asgd(
     weight_decay: Value = 0.0,
     maximize: bool = False,
 ) -> Optimizer:
-    """Gradient descent with a falling rate, and the average of its iterates (Polyak & Juditsky 1992).
+    """Gradient descent with a decreasing rate, and the average of its iterates (Polyak & Juditsky 1992).
 
-    For each parameter p with gradient g, all of one shape, n steps having been made before:
+    For each parameter p with gradient g, all of one shape, after n earlier steps:
 
-        g = g + weight_decay * p                            # -g first, if maximize
+        g = g + weight_decay * p                            # if maximize, g is negated first
         eta = lr / (1 + lambd * lr * n)**alpha
         mu = 1 / max(1, n - t0)
         p = (1 - lambd * eta) * p - eta * g
         ax = ax + mu * (p - ax)
 
-    What moves is p; the average ax is in the state. Meta-gradients are exact but at n - t0 = 1, where mu has a kink in t0 and the
-    derivative is that of n - t0.
+    The gradient is taken at p, and the average ax is only in the state. Meta-gradients are exact except at n - t0 = 1. There mu has a kink
+    in t0, and the derivative is that of n - t0.
 
-    Numbers may be of the same kinds as in `sgd`, and have their arguments' names in `hyper`.
+    Each number may be of the kinds that `sgd` takes. In `hyper` it has the name of its argument.
 
     Args:
       lr: step size, >= 0.
-      lambd: decay of p and of the rate, >= 0.
-      alpha: power with which the rate falls, >= 0.
-      t0: step after which iterates are averaged rather than copied, >= 0.
-      weight_decay: L2 penalty's factor, >= 0. The Python number 0 removes the term and its name from `hyper`.
-      maximize: ascend.
+      lambd: how fast p and the rate decay, >= 0.
+      alpha: exponent with which the rate decreases, >= 0.
+      t0: number of the step after which iterates are averaged; before it the average is a copy of p. >= 0.
+      weight_decay: factor of the L2 penalty, >= 0. The Python number 0 removes the term and its name from `hyper`.
+      maximize: step along the gradient instead of against it.
 
     Raises:
-      InvalidArgument: a number outside its domain, or a tensor of several elements outside a mapping.
-      InvalidType: an argument that is no number.
+      InvalidArgument: a number is outside its domain, or a tensor of several elements is not an entry of a mapping.
+      InvalidType: an argument is not a number.
 
     Example:
       >>> opt = asgd(lr=0.5, lambd=0.0)

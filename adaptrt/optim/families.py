@@ -1,4 +1,7 @@
-"""What each class of `torch.optim` is in terms of its pure counterpart, and how a parameter group is read."""
+"""What each class of `torch.optim` is in terms of its pure counterpart, and how one of its parameter groups is read.
+
+`FAMILIES` is the table of the classes that PyTorch has. Classes that users register are in `registry`.
+"""
 
 from __future__ import annotations
 
@@ -16,8 +19,10 @@ from adaptrt.optim.adafactor import adafactor
 from adaptrt.optim.adagrad import adagrad
 from adaptrt.optim.adam import adam, adamw
 from adaptrt.optim.adamax import adamax
+from adaptrt.optim.arithmetic import at
 from adaptrt.optim.asgd import asgd
-from adaptrt.optim.base import Optimizer, at, is_off
+from adaptrt.optim.base import Optimizer
+from adaptrt.optim.checks import is_off
 from adaptrt.optim.lbfgs import lbfgs
 from adaptrt.optim.muon import muon
 from adaptrt.optim.nadam import nadam
@@ -32,27 +37,33 @@ Settings: TypeAlias = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """A parameter group, seen from the parameters asked for."""
+    """A parameter group, restricted to the parameters that adapt.
+
+    Attributes:
+      label: the group's label in a `partition`.
+      settings: the entry of `param_groups` itself.
+      names: the names of its parameters, without those that do not adapt.
+      defaults: the arguments of the optimiser's constructor.
+    """
 
     label: str
     settings: Settings
     names: list[str]
     defaults: Settings
-    """The arguments of the optimiser's constructor."""
 
 
 @dataclass(frozen=True, slots=True)
 class Family:
-    """How to read one class of `torch.optim`.
+    """How to read the parameter groups of one class of `torch.optim`.
 
     Attributes:
-      name: of the pure counterpart.
-      make: the pure counterpart, whose arguments are named as in `param_groups`.
-      numbers: the settings that are numbers, or tuples of numbers: inputs of a program.
-      flags: those that are constants of it.
-      adjust: from settings to flags that differ from them.
-      constructor_only: numbers that PyTorch takes from its constructor's argument whatever the group says. A tensor, a mapping or a
-        schedule in the group is ours to use.
+      name: the name of the pure counterpart.
+      make: the pure counterpart. Its arguments are named as in `param_groups`.
+      numbers: the settings that are numbers, or tuples of numbers. They are inputs of a program.
+      flags: the settings that are constants of a program.
+      adjust: a function from settings to those flags that must differ from the settings.
+      constructor_only: numbers that PyTorch takes from its constructor's argument, whatever the group says. A tensor, a mapping or a
+        schedule in the group is used all the same.
     """
 
     name: str
@@ -63,11 +74,17 @@ class Family:
     constructor_only: tuple[str, ...] = ()
 
     def constants(self, settings: Settings) -> dict[str, Any]:
-        """Flags by name. Settings that a version of PyTorch does not have are left to their defaults."""
+        """Returns the flags by name. A setting that the installed PyTorch does not have keeps its default."""
         found = {flag: settings[flag] for flag in self.flags if flag in settings} | self.adjust(settings)
         return {flag: _constant(flag, value) for flag, value in found.items()}
 
     def build(self, group: Group) -> Optimizer:
+        """Returns the pure optimiser of a group, with the group's current numbers and flags.
+
+        Raises:
+          InvalidArgument, InvalidType: a number is outside its domain, or is no number.
+          UnsupportedOptimizer: L-BFGS is told to stop early or to search along lines.
+        """
         numbers = {key: _value(group, group.settings[key]) for key in self.numbers}
         numbers |= {key: group.defaults[key] for key in self.constructor_only if isinstance(numbers[key], Real)}
         return self.make(**numbers, **self.constants(group.settings))
@@ -127,8 +144,6 @@ def _adam_or_adamw(decoupled_weight_decay: bool, **settings: Any) -> Optimizer:
 
 _MOMENTS = ("lr", "betas", "eps", "weight_decay")
 _ADAM = Family("adam", _adam_or_adamw, _MOMENTS, ("amsgrad", "maximize"), _decoupled)
-ALIASES: dict[type[torch.optim.Optimizer], type[torch.optim.Optimizer]] = {}
-"""Classes that step as one of those does, registered by the user."""
 FAMILIES: dict[type[torch.optim.Optimizer], Family] = {
     torch.optim.SGD: Family("sgd", sgd, ("lr", "momentum", "dampening", "weight_decay"), adjust=_nesterov),
     torch.optim.Adam: _ADAM,

@@ -1,7 +1,8 @@
 """L-BFGS, with the arithmetic of `torch.optim.LBFGS` without line search and without stopping early.
 
-Known limits: no line search. How often strong Wolfe evaluates the loss, and which of its points it takes, depends on values, so it is no
-fixed graph; and its step length jumps where another point is taken, so the derivative would be that of a branch only.
+Known limits: there is no line search. How often a strong Wolfe search evaluates the loss, and which of its points it takes, depends on
+values, so it is not a fixed graph. Its step length also jumps where it takes another point, so the derivative would be that of one branch
+only.
 """
 
 from __future__ import annotations
@@ -14,24 +15,26 @@ from torch import Tensor
 
 from adaptrt import tree
 from adaptrt.errors import OptimizerMismatch
-from adaptrt.optim.base import Number, Optimizer, Params, Value, check_count, check_flags, check_grads, checked, fit, larger, read
+from adaptrt.optim.arithmetic import fit, larger, read
+from adaptrt.optim.base import Number, Optimizer, Params, Value, check_count
+from adaptrt.optim.checks import check_flags, check_grads, checked
 from adaptrt.optim.schedule import scheduled
 
 MIN_CURVATURE = 1e-10
-"""Pairs with y.s up to this are not kept, as in PyTorch."""
+"""A pair is kept only if y.s is larger than this, as in PyTorch."""
 
 
 class LBFGSState(NamedTuple):
-    """Of all parameters together, as one vector [P] in their order. H = history_size."""
+    """The state of all parameters together, as one vector of P elements in their order. H = history_size."""
 
     n_iter: Tensor
-    """0-dim int64: updates so far."""
+    """0-dim int64: the number of updates so far."""
     prev_flat_grad: Tensor
-    """[P]"""
+    """[P]: the gradient of the last update."""
     prev_step: Tensor
-    """[P]"""
+    """[P]: the step of the last update."""
     old_dirs: Tensor
-    """[H, P]: differences of gradients, the newest last; rows of zeros where there are none yet."""
+    """[H, P]: differences of gradients, the newest last, with rows of zeros where there are none yet."""
     old_stps: Tensor
     """[H, P]: the steps that belong to them."""
 
@@ -42,12 +45,12 @@ def lbfgs(
     history_size: int = 10,
     maximize: bool = False,
 ) -> Optimizer:
-    """Quasi-Newton steps from the last changes of the gradient (Liu & Nocedal 1989), a fixed number of them.
+    """L-BFGS: a fixed number of quasi-Newton updates, from the last changes of the gradient (Liu & Nocedal 1989).
 
-    One step of the unroll is `max_iter` updates on one batch, each with a gradient of its own, as is one
-    `torch.optim.LBFGS.step(closure)`. For all parameters as one vector p with gradient g, and pairs (y_i, s_i), i = 1 the oldest:
+    One step of the unroll is `max_iter` updates on one batch, each with its own gradient; so is one `torch.optim.LBFGS.step(closure)`. All
+    parameters together are one vector p with gradient g. (y_i, s_i) are the pairs that are kept, where i = 1 is the oldest:
 
-        y = g - previous g; s = previous step               # -g first, if maximize
+        y = g - previous g; s = previous step               # if maximize, g is negated first
         append (y, s) if y.s > 1e-10; keep the last history_size pairs; h = y.s / y.y of the last (1 without any)
         q = -g
         for i from last to first:  a_i = s_i.q / y_i.s_i;  q = q - a_i * y_i
@@ -55,24 +58,24 @@ def lbfgs(
         for i from first to last:  d = d + (a_i - y_i.d / y_i.s_i) * s_i
         p = p + lr * d                                      # lr / max(1, sum(|g|)) at the very first update
 
-    The two loops are solved as triangular systems, so the graph does not grow with `history_size`; its memory does: two rows of P numbers
-    for each pair, in every state that an adjoint keeps. More pairs than `max_iter * k` are of no use to an unroll that starts afresh.
+    The two loops are solved as triangular systems, so the graph does not grow with `history_size`. The memory does: each pair is two rows
+    of P numbers in every state that an adjoint keeps. An unroll that starts without history cannot use more than `max_iter * k` pairs.
 
-    Meta-gradients are exact, but of use for a few updates on a well-conditioned loss only: the longer the iteration, the more sharply it
-    depends on where it starts, and its derivatives grow until they say nothing, in float32 not even accurately. They have kinks where a
-    pair is just taken or left, where sum(|g|) = 1 at the first update (the derivative is that of the sum), and along the elements of g
-    that are 0 there (|g| has slope 0). `torch.optim.LBFGS` may stop early: with `tolerance_grad` and `tolerance_change` at 0 it is equal
-    to this.
+    Meta-gradients are exact, but they are useful only for a few updates on a well-conditioned loss. The longer the iteration, the more
+    sharply its result depends on the start. The derivatives then grow until they no longer say anything about larger changes, and in
+    float32 they are not accurate either. There are kinks where a pair is just kept or just left out; where sum(|g|) = 1 at the first update
+    (the derivative is that of the sum); and where an element of g is 0 at the first update (|g| has derivative 0). `torch.optim.LBFGS` may
+    stop early; with `tolerance_grad` and `tolerance_change` at 0 it computes the same as this.
 
     Args:
       lr: step size, >= 0; a number, a schedule, or a mapping by parameter name as in `sgd`.
-      max_iter: updates in a step, >= 1.
-      history_size: pairs kept, >= 1. The default is smaller than PyTorch's 100.
-      maximize: ascend.
+      max_iter: number of updates in a step, >= 1.
+      history_size: number of pairs that are kept, >= 1. The default is smaller than PyTorch's 100.
+      maximize: step along the gradient instead of against it.
 
     Raises:
-      InvalidArgument: a number outside its domain.
-      InvalidType: an argument that is no number.
+      InvalidArgument: a number is outside its domain.
+      InvalidType: an argument is not a number.
 
     Example:
       >>> opt = lbfgs(lr=1.0)

@@ -1,4 +1,4 @@
-"""A module as an optimiser: its parameters are hyperparameters, and so are meta-learned."""
+"""A module as an optimiser. The parameters of the module are hyperparameters, so they are meta-learned."""
 
 from __future__ import annotations
 
@@ -10,24 +10,28 @@ from torch import Tensor, nn
 from adaptrt import tree
 from adaptrt.errors import InvalidArgument, InvalidType, OptimizerMismatch
 from adaptrt.functional import call_stateless
-from adaptrt.optim.base import Optimizer, Params, State, check_grads
+from adaptrt.optim.base import Optimizer, Params, State
+from adaptrt.optim.checks import check_grads
 
 
 @runtime_checkable
 class UpdateRule(Protocol):
-    """A module that `learned` takes: how to begin, and `forward(grad, state)`."""
+    """The module that `learned` takes: it has `initial_state(param)` and `forward(grad, state)`."""
 
     def initial_state(self, param: Tensor) -> State:
-        """The state of one parameter before its first step: a tree of tensors, `()` for none. It may read values, and be learned."""
+        """Returns the state of one parameter before its first step: a tree of tensors, or `()` for none.
+
+        It may depend on the values of `param` and on learned parameters of the module.
+        """
         ...
 
     def __call__(self, grad: Tensor, state: State) -> tuple[Tensor, State]:
-        """The step to add to the parameter, of its shape, and the new state."""
+        """Returns the step that is added to the parameter, which has the parameter's shape, and the new state."""
         ...
 
 
 class _Tensors(Mapping[str, Tensor]):
-    """A module's parameters and buffers by name, as they stand whenever they are looked at."""
+    """The current parameters and buffers of a module, by name."""
 
     def __init__(self, module: nn.Module) -> None:
         self._module = module
@@ -44,24 +48,24 @@ class _Tensors(Mapping[str, Tensor]):
 
 
 def learned(rule: nn.Module) -> Optimizer:
-    """An optimiser that is a module (Andrychowicz et al. 2016, arXiv 1606.04474).
+    """Makes an optimiser of a module (Andrychowicz et al. 2016, arXiv 1606.04474).
 
         step, state = rule(grad, state)
         p = p + step
 
-    The rule sees one parameter of any shape at a time; a coordinate-wise one treats all axes as a batch. Its parameters and buffers are the
-    optimiser's `hyper` by name: inputs of a program, read at every call. `loss.backward()` of a compiled unroll fills
-    `rule.parameters().grad`. Train it over long horizons by truncated unrolls, each started from what the last one returned:
-    `adapted = unroll.adapt(support, start=adapted.detach())`.
+    The rule is called with one parameter at a time, of any shape; a rule that works element by element treats all axes as a batch. Its
+    parameters and buffers are the optimiser's `hyper`, by name. They are inputs of a program, which are read at every call, and
+    `loss.backward()` of a compiled unroll fills `rule.parameters().grad`. To train the rule over many steps, make truncated unrolls, each
+    of which starts from what the last one returned: `adapted = unroll.adapt(support, start=adapted.detach())`.
 
     Args:
-      rule: a module with `initial_state(param) -> state` besides `forward(grad, state) -> (step, state)`, an `UpdateRule`. Its mode is a
-        constant of a program, looked at before every call; it must not write to its buffers.
+      rule: an `UpdateRule`: a module with `initial_state(param) -> state` and `forward(grad, state) -> (step, state)`. Its train or eval
+        mode is a constant of a program, and is compared before every call. It must not write to its buffers.
 
     Raises:
-      InvalidType: not a module, or without `initial_state`.
-      NotTraceable: from `update`, it writes to a buffer.
-      InvalidArgument: it has no parameters; or, from `update`, its step is not of the parameter's shape, or its state changes shape.
+      InvalidType: `rule` is not a module, or has no `initial_state`.
+      NotTraceable: from `update`: it writes to a buffer.
+      InvalidArgument: it has no parameters; or, from `update`, its step does not have the parameter's shape, or its state changes shape.
 
     Example:
       >>> import torch

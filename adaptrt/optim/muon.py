@@ -1,7 +1,7 @@
 """Muon, with the arithmetic of `torch.optim.Muon`.
 
-Known limits: with bfloat16 parameters and without nesterov `torch.optim.Muon` (2.11 to 2.13) scales its momentum buffer in place, and loses
-digits by it; here the buffer is left alone.
+Known limits: with bfloat16 parameters and without nesterov, `torch.optim.Muon` (PyTorch 2.11 to 2.13) scales its momentum buffer in place,
+and loses digits by that. Here the buffer is not scaled, so results differ in these digits.
 """
 
 from __future__ import annotations
@@ -13,14 +13,16 @@ import torch
 from torch import Tensor
 
 from adaptrt.errors import InvalidArgument, InvalidType, UnsupportedParameter
-from adaptrt.optim.base import Number, Optimizer, Value, average, check_flags, checked, double, entries, larger, plus
+from adaptrt.optim.arithmetic import average, double, larger, plus
+from adaptrt.optim.base import Number, Optimizer, Value
+from adaptrt.optim.checks import check_flags, checked, entries
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 ADJUSTMENTS = (None, "original", "match_rms_adamw", "spectral_unclamped")
 
 
 class MuonState(NamedTuple):
-    """Of one parameter, with its shape and dtype."""
+    """The state of one parameter: tensors of its shape and dtype."""
 
     momentum_buffer: Tensor
 
@@ -36,9 +38,9 @@ def muon(
     adjust_lr_fn: str | None = None,
     ns_dtype: torch.dtype = torch.bfloat16,
 ) -> Optimizer:
-    """Momentum, orthogonalised by a Newton-Schulz iteration (Jordan et al. 2024, "Muon: an optimizer for hidden layers").
+    """Muon: orthogonalises the momentum by a Newton-Schulz iteration (Jordan et al. 2024, "Muon: an optimizer for hidden layers").
 
-    For each matrix p [R, C] with gradient g [R, C], r being 1 unless adjusted:
+    For each matrix p [R, C] with gradient g [R, C], where `adjust_lr_fn` gives r:
 
         b = momentum * b + (1 - momentum) * g
         u = (1 - momentum) * g + momentum * b if nesterov else b
@@ -46,29 +48,30 @@ def muon(
         for _ in range(ns_steps):  x = a0 * x + (a1 * x @ x.T + a2 * (x @ x.T) @ (x @ x.T)) @ x
         p = (1 - lr * weight_decay) * p - lr * r * x
 
-    Meta-gradients are those of this iteration, rounded to `ns_dtype`: with the default bfloat16, which `torch.optim.Muon` uses, they have
-    two or three digits. `ns_dtype=torch.float32` makes them as exact as the rest of a float32 program. At u = 0 the norm's derivative is
-    taken as 0, and the last x has along u the derivative a0**ns_steps / eps; where norm(u) = eps it is that of the norm.
+    Meta-gradients are those of this iteration, rounded to `ns_dtype`. With the default bfloat16, which `torch.optim.Muon` uses, two or
+    three of their digits are right. `ns_dtype=torch.float32` makes them as exact as the rest of a float32 program. At u = 0 the derivative
+    of the norm is taken as 0, and the derivative of the last x along u is a0**ns_steps / eps. Where norm(u) = eps, the derivative of the
+    maximum is that of the norm.
 
-    Numbers may be of the same kinds as in `sgd`, `eps` without a value for each element, and have their arguments' names in `hyper`. The
-    iteration is no number: `ns_coefficients` and `ns_steps` are constants of a program.
+    Each number may be of the kinds that `sgd` takes, but `eps` cannot have a value for each element. In `hyper` it has the name of its
+    argument. `ns_coefficients` and `ns_steps` are not among these numbers: they are constants of a program.
 
     Args:
       lr: step size, >= 0.
-      weight_decay: decoupled decay, >= 0. The Python number 0 removes the term and its name from `hyper`.
+      weight_decay: factor of the decoupled decay, >= 0. The Python number 0 removes the term and its name from `hyper`.
       momentum: share of the buffer that is kept, >= 0.
       nesterov: look ahead along the buffer.
       ns_coefficients: the floats a0, a1, a2.
-      eps: floor of the norm, >= 0.
+      eps: lower bound of the norm, >= 0.
       ns_steps: number of iterations, from 0 to 99.
-      adjust_lr_fn: r is sqrt(max(1, R / C)) for None or "original", 0.2 * sqrt(max(R, C)) for "match_rms_adamw" (Liu et al. 2025, arXiv
-        2502.16982), sqrt(R / C) for "spectral_unclamped".
+      adjust_lr_fn: tells what r is: sqrt(max(1, R / C)) for None or "original", 0.2 * sqrt(max(R, C)) for "match_rms_adamw" (Liu et al.
+        2025, arXiv 2502.16982), sqrt(R / C) for "spectral_unclamped".
       ns_dtype: floating-point dtype of the iteration.
 
     Raises:
-      InvalidArgument: a number outside its domain, or a tensor of several elements outside a mapping.
-      InvalidType: an argument that is no number, or no floating-point dtype.
-      UnsupportedParameter: from `init`, a parameter that is no matrix.
+      InvalidArgument: a number is outside its domain, or a tensor of several elements is not an entry of a mapping.
+      InvalidType: an argument is not a number, or `ns_dtype` is not a floating-point dtype.
+      UnsupportedParameter: from `init`: a parameter is not a matrix.
 
     Example:
       >>> opt = muon(lr=0.1, weight_decay=0.0)

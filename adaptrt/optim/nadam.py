@@ -1,7 +1,7 @@
 """NAdam, with the arithmetic of `torch.optim.NAdam`.
 
-Known limits: `torch.optim.NAdam` keeps `mu_product` in PyTorch's default dtype, float32 unless changed, and rounds it there; here it is
-float64. The two agree to float32 accuracy, and to float64's under `torch.set_default_dtype(torch.float64)`.
+Known limits: `torch.optim.NAdam` keeps `mu_product` in PyTorch's default dtype, which is float32 unless it was changed, and rounds it to
+that. Here it is float64. The two agree to float32 accuracy, and to float64 accuracy under `torch.set_default_dtype(torch.float64)`.
 """
 
 from __future__ import annotations
@@ -11,29 +11,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import (
-    Count,
-    Optimizer,
-    Value,
-    average,
-    average_square,
-    check_flags,
-    checked,
-    checked_moments,
-    double,
-    fit,
-    plus,
-    safe_sqrt,
-)
+from adaptrt.optim.arithmetic import average, average_square, double, fit, plus, safe_sqrt
+from adaptrt.optim.base import Count, Optimizer, Value
+from adaptrt.optim.checks import check_flags, checked, checked_moments
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
 class NAdamState(NamedTuple):
-    """Of one parameter, with its shape and dtype unless noted."""
+    """The state of one parameter: tensors of its shape and dtype unless noted."""
 
     step: Count
     mu_product: Tensor
-    """0-dim float64: product of the momenta so far."""
+    """0-dim float64: the product of all mu so far."""
     exp_avg: Tensor
     exp_avg_sq: Tensor
 
@@ -47,11 +36,11 @@ def nadam(
     decoupled_weight_decay: bool = False,
     maximize: bool = False,
 ) -> Optimizer:
-    """Adam with Nesterov's momentum (Dozat 2016, "Incorporating Nesterov momentum into Adam").
+    """NAdam: Adam with Nesterov's momentum (Dozat 2016, "Incorporating Nesterov momentum into Adam").
 
-    For each parameter p with gradient g, all of one shape, at its t-th step, P being 1 before the first:
+    For each parameter p with gradient g, all of one shape, at its t-th step, where P is 1 before the first step:
 
-        g = g + weight_decay * p                            # -g first, if maximize; p = (1 - lr * weight_decay) * p if decoupled
+        g = g + weight_decay * p                            # if decoupled, p = (1 - lr * weight_decay) * p instead
         mu = beta1 * (1 - 0.96**(t * momentum_decay) / 2)
         mu_next = beta1 * (1 - 0.96**((t + 1) * momentum_decay) / 2)
         P = P * mu
@@ -60,24 +49,24 @@ def nadam(
         d = sqrt(v / (1 - beta2**t)) + eps
         p = p - lr * ((1 - mu) / (1 - P) * g + mu_next / (1 - P * mu_next) * m) / d
 
-    Meta-gradients at kinks: as in `adam`, the derivative of sqrt at v = 0 is taken as 0, which makes that of the whole update exact there
-    if eps > 0.
+    Meta-gradients at kinks: as in `adam`, the derivative of sqrt at v = 0 is taken as 0. With eps > 0 this makes the derivative of the
+    whole update exact there.
 
-    Numbers may be of the same kinds as in `sgd`; `beta1` and `momentum_decay` have no value for each element, because P has no axes. They
-    are named `lr`, `beta1`, `beta2`, `eps`, `momentum_decay` and `weight_decay` in `hyper`.
+    Each number may be of the kinds that `sgd` takes, but `beta1` and `momentum_decay` cannot have a value for each element, because P has
+    no axes. In `hyper` they are named `lr`, `beta1`, `beta2`, `eps`, `momentum_decay` and `weight_decay`.
 
     Args:
       lr: step size, >= 0.
-      betas: decay of the mean of gradients and of their squares, each in [0, 1).
+      betas: share of the mean of gradients, and of the mean of their squares, that is kept at a step, each in [0, 1).
       eps: added to the denominator, >= 0.
-      weight_decay: its factor, >= 0. The Python number 0 removes the term and its name from `hyper`.
+      weight_decay: factor of the weight decay, >= 0. The Python number 0 removes the term and its name from `hyper`.
       momentum_decay: how fast the momentum grows to beta1, >= 0.
-      decoupled_weight_decay: shrink the parameter, as `adamw` does, in place of an L2 penalty.
-      maximize: ascend.
+      decoupled_weight_decay: shrink the parameter, as `adamw` does, instead of adding an L2 penalty.
+      maximize: step along the gradient instead of against it: g is negated first.
 
     Raises:
-      InvalidArgument: a number outside its domain, or a tensor of several elements outside a mapping.
-      InvalidType: an argument that is no number.
+      InvalidArgument: a number is outside its domain, or a tensor of several elements is not an entry of a mapping.
+      InvalidType: an argument is not a number.
 
     Example:
       >>> opt = nadam(lr=0.1)

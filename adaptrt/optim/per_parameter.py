@@ -1,4 +1,4 @@
-"""Optimisers that treat each parameter alone: all that is theirs is a function of one parameter, its gradient and its state."""
+"""Makes an optimiser from what it does to one parameter: a function of the parameter, its gradient and its state."""
 
 from __future__ import annotations
 
@@ -10,14 +10,16 @@ from torch import Tensor
 
 from adaptrt import tree
 from adaptrt.errors import InvalidArgument, OptimizerMismatch
-from adaptrt.optim.base import Number, Optimizer, Params, Value, check_flags, check_grads, checked, double, fit, is_off, plus, read
+from adaptrt.optim.arithmetic import double, fit, plus, read
+from adaptrt.optim.base import Number, Optimizer, Params, Value
+from adaptrt.optim.checks import check_flags, check_grads, checked, is_off
 from adaptrt.optim.schedule import scheduled
 
 S = TypeVar("S")
-"""One parameter's state: a NamedTuple of tensors, its fields named as `torch.optim` names them."""
+"""The state of one parameter: a NamedTuple of tensors, whose fields have the names that `torch.optim` gives them."""
 
 Numbers = Mapping[str, Number]
-"""The hyperparameters of one parameter: floats, or tensors with no axes or the parameter's."""
+"""The hyperparameters of one parameter, by name: floats, or tensors that are 0-dim or of the parameter's shape."""
 
 
 def per_parameter(
@@ -29,16 +31,17 @@ def per_parameter(
     weight_decay: Value = 0.0,
     decoupled: bool = False,
 ) -> Optimizer:
-    """The optimiser that does `update` to every parameter that has a gradient. Its state is a dict by parameter name.
+    """Returns the optimiser that applies `update` to every parameter that has a gradient. Its state is a dict by parameter name.
 
     Args:
       hyper: hyperparameters by name.
       init: parameter -> state before the first step.
       update: (parameter, gradient, state, numbers) -> (new parameter, new state), out of place.
-      maximize: hand `update` the negative gradient.
-      weight_decay: an L2 penalty's factor, added to the gradient; the Python number 0 leaves it and its name in `hyper` out.
-      decoupled: shrink the parameter by `lr` times it instead.
-      scalar: hyperparameters that cannot have a value for each element, because the state they enter has no axes.
+      maximize: pass the negative gradient to `update`.
+      scalar: names of hyperparameters that cannot have a value for each element, because what they enter has no axes.
+      weight_decay: factor of an L2 penalty, whose derivative is added to the gradient. The Python number 0 removes the term and its name
+        from `hyper`.
+      decoupled: multiply the parameter by 1 - lr * weight_decay instead.
     """
 
     check_flags(maximize=maximize)
@@ -101,7 +104,7 @@ _SCALAR = torch.Size(())
 
 
 def _form(state: Any) -> Any:
-    """Type and shapes of one parameter's state. A count may be an int or a tensor."""
+    """The type and the shapes of one parameter's state. A count of steps has the same form as an int and as a tensor."""
     if not isinstance(state, tuple):
         return None
     fields = cast("tuple[Any, ...]", state)

@@ -7,26 +7,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import (
-    Count,
-    Optimizer,
-    Value,
-    average,
-    average_square,
-    check_flags,
-    checked_moments,
-    choose,
-    double,
-    fit,
-    plus,
-    safe_sqrt,
-    sqrt,
-)
+from adaptrt.optim.arithmetic import average, average_square, choose, double, fit, plus, safe_sqrt, sqrt
+from adaptrt.optim.base import Count, Optimizer, Value
+from adaptrt.optim.checks import check_flags, checked_moments
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
 class RAdamState(NamedTuple):
-    """Of one parameter, with its shape and dtype unless noted."""
+    """The state of one parameter: tensors of its shape and dtype unless noted."""
 
     step: Count
     exp_avg: Tensor
@@ -41,11 +29,11 @@ def radam(
     decoupled_weight_decay: bool = False,
     maximize: bool = False,
 ) -> Optimizer:
-    """Adam whose adaptive rate is rectified, and left out while too few gradients are known (Liu et al. 2020, arXiv 1908.03265).
+    """RAdam: Adam whose adaptive rate is rectified, and not used while too few gradients are known (Liu et al. 2020, arXiv 1908.03265).
 
     For each parameter p with gradient g, all of one shape, at its t-th step:
 
-        g = g + weight_decay * p                            # -g first, if maximize; p = (1 - lr * weight_decay) * p if decoupled
+        g = g + weight_decay * p                            # if decoupled, p = (1 - lr * weight_decay) * p instead
         m = beta1 * m + (1 - beta1) * g
         v = beta2 * v + (1 - beta2) * g**2
         rho_inf = 2 / (1 - beta2) - 1
@@ -54,22 +42,22 @@ def radam(
         a = rect * sqrt(1 - beta2**t) / (sqrt(v) + eps) if rho > 5 else 1
         p = p - lr / (1 - beta1**t) * m * a
 
-    Meta-gradients at kinks. The derivative of sqrt at v = 0 is taken as 0, as in `adam`. The step at which rho passes 5 depends on beta2;
-    the update jumps there, and the derivative is that of the side on which beta2 stands.
+    Meta-gradients at kinks: the derivative of sqrt at v = 0 is taken as 0, as in `adam`. The step at which rho exceeds 5 depends on beta2.
+    At such a value of beta2 the update jumps, and the derivative is that of the side on which beta2 is.
 
-    Numbers may be of the same kinds as in `sgd`. They are named `lr`, `beta1`, `beta2`, `eps` and `weight_decay` in `hyper`.
+    Each number may be of the kinds that `sgd` takes. In `hyper` they are named `lr`, `beta1`, `beta2`, `eps` and `weight_decay`.
 
     Args:
       lr: step size, >= 0.
-      betas: decay of the mean of gradients and of their squares, each in [0, 1).
+      betas: share of the mean of gradients, and of the mean of their squares, that is kept at a step, each in [0, 1).
       eps: added to the denominator, >= 0.
-      weight_decay: its factor, >= 0. The Python number 0 removes the term and its name from `hyper`.
-      decoupled_weight_decay: shrink the parameter, as `adamw` does, in place of an L2 penalty.
-      maximize: ascend.
+      weight_decay: factor of the weight decay, >= 0. The Python number 0 removes the term and its name from `hyper`.
+      decoupled_weight_decay: shrink the parameter, as `adamw` does, instead of adding an L2 penalty.
+      maximize: step along the gradient instead of against it: g is negated first.
 
     Raises:
-      InvalidArgument: a number outside its domain, or a tensor of several elements outside a mapping.
-      InvalidType: an argument that is no number.
+      InvalidArgument: a number is outside its domain, or a tensor of several elements is not an entry of a mapping.
+      InvalidType: an argument is not a number.
 
     Example:
       >>> opt = radam(lr=0.1)
@@ -94,7 +82,7 @@ def radam(
         rho_inf = 0 * t + (2 / (1 - beta2) - 1)
         rho = rho_inf - 2 * t * beta2**t / correction2
         adaptive = rho > 5
-        # Where it is not used, its square roots may have no value and no derivative: other arguments stand in there.
+        # Where the adaptive rate is not used, its square roots may have no value and no derivative; they get other arguments there.
         rho = choose(adaptive, rho, 6.0)
         rho_inf = choose(adaptive, rho_inf, 6.0)
         rect = sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho))

@@ -7,18 +7,20 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Absent, Optimizer, Value, average, average_square, check_flags, checked, fit, is_off, plus, safe_sqrt
+from adaptrt.optim.arithmetic import average, average_square, fit, plus, safe_sqrt
+from adaptrt.optim.base import Absent, Optimizer, Value
+from adaptrt.optim.checks import check_flags, checked, is_off
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
 class RMSpropState(NamedTuple):
-    """Of one parameter, with its shape and dtype."""
+    """The state of one parameter: tensors of its shape and dtype."""
 
     square_avg: Tensor
     momentum_buffer: Tensor | Absent
     """Absent without momentum."""
     grad_avg: Tensor | Absent
-    """Absent unless centered."""
+    """Absent unless `centered`."""
 
 
 def rmsprop(
@@ -30,35 +32,35 @@ def rmsprop(
     centered: bool = False,
     maximize: bool = False,
 ) -> Optimizer:
-    """Steps divided by the root of a mean of squared gradients (Hinton 2012, lecture 6e; centered: Graves 2013, arXiv 1308.0850).
+    """RMSprop: divides gradients by the root of a mean of their squares (Hinton 2012, lecture 6e; centered: Graves 2013, arXiv 1308.0850).
 
     For each parameter p with gradient g, all of one shape:
 
-        g = g + weight_decay * p                            # -g first, if maximize
+        g = g + weight_decay * p                            # if maximize, g is negated first
         v = alpha * v + (1 - alpha) * g**2
         a = alpha * a + (1 - alpha) * g                     # if centered
         d = g / (sqrt(v - a**2 if centered else v) + eps)
         b = momentum * b + d                                # d without momentum
         p = p - lr * b
 
-    Meta-gradients at kinks. The derivative of sqrt at 0 is taken as 0. At v = 0, where every gradient so far was zero, that makes the
-    derivative of the update exact for eps > 0. A variance v - a**2 that rounding makes negative counts as 0 (PyTorch's is NaN then); its
-    root has derivative 0.
+    Meta-gradients at kinks: the derivative of sqrt at 0 is taken as 0. v = 0 means that every gradient so far was zero, and for eps > 0
+    this makes the derivative of the update exact there. If rounding makes the variance v - a**2 negative, it counts as 0, and its root has
+    derivative 0; PyTorch gets NaN from its square root.
 
-    Numbers may be of the same kinds as in `sgd`, and have their arguments' names in `hyper`.
+    Each number may be of the kinds that `sgd` takes. In `hyper` it has the name of its argument.
 
     Args:
       lr: step size, >= 0.
-      alpha: decay of the means, >= 0.
+      alpha: share of both means that is kept at a step, >= 0.
       eps: added to the denominator, >= 0.
-      weight_decay: L2 penalty's factor, >= 0. The Python number 0 removes the term and its name from `hyper`.
-      momentum: share of the last step that is kept, >= 0. The Python number 0 removes the buffer, and the name from `hyper`.
-      centered: divide by the standard deviation.
-      maximize: ascend.
+      weight_decay: factor of the L2 penalty, >= 0. The Python number 0 removes the term and its name from `hyper`.
+      momentum: share of the last step that is kept, >= 0. The Python number 0 removes the buffer, and the name in `hyper`.
+      centered: divide by the standard deviation of gradients instead.
+      maximize: step along the gradient instead of against it.
 
     Raises:
-      InvalidArgument: a number outside its domain, or a tensor of several elements outside a mapping.
-      InvalidType: an argument that is no number.
+      InvalidArgument: a number is outside its domain, or a tensor of several elements is not an entry of a mapping.
+      InvalidType: an argument is not a number.
 
     Example:
       >>> opt = rmsprop(lr=0.1, alpha=0.75)

@@ -7,17 +7,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.optim.base import Count, Domain, Optimizer, Value, checked, choose, entries, fit, larger, smaller
+from adaptrt.optim.arithmetic import choose, fit, larger, smaller
+from adaptrt.optim.base import Count, Optimizer, Value
+from adaptrt.optim.checks import Domain, checked, entries
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
 class RpropState(NamedTuple):
-    """Of one parameter, with its shape and dtype unless noted."""
+    """The state of one parameter: tensors of its shape and dtype unless noted."""
 
     step: Count
-    """Only zero or not matters: the first step starts `step_size`."""
+    """Only whether it is zero matters: the first step sets `step_size`."""
     prev: Tensor
-    """The last gradient; zero where it had changed sign."""
+    """The last gradient, with zeros where its sign had changed."""
     step_size: Tensor
 
 
@@ -27,29 +29,31 @@ def rprop(
     step_sizes: tuple[Value, Value] = (1e-6, 50.0),
     maximize: bool = False,
 ) -> Optimizer:
-    """Steps by the gradient's sign, each element's size growing while the sign stays (Riedmiller & Braun 1993).
+    """Rprop: steps by the sign of the gradient; an element's step grows while its sign stays (Riedmiller & Braun 1993).
 
-    For each parameter p with gradient g, all of one shape, s being `lr` and `prev` zero before the first step:
+    For each parameter p with gradient g, all of one shape, where s is `lr` and `prev` is zero before the first step:
 
         s = s * (eta_plus if g * prev > 0 else eta_minus if g * prev < 0 else 1), clamped to [step_size_min, step_size_max]
-        g = 0 where g * prev < 0                            # -g first, if maximize
+        g = 0 where g * prev < 0                            # if maximize, g is negated first
         p = p - s * sign(g);  prev = g
 
-    Meta-gradients. The update is constant in g but where a sign changes, where it jumps: its derivative along g is zero, so a
-    meta-gradient with respect to initial weights is the identity's, and data get none. Hypergradients of `lr`, `etas` and `step_sizes` are
-    exact. At equal signs, or at a zero gradient, nothing is singular. Where a size equals a limit, the derivative is that of the size.
+    Meta-gradients: as a function of g the update is constant, except that it jumps where a sign changes. So its derivative along g is zero:
+    the meta-gradient with respect to the initial weights is that of the identity, and data get none. Hypergradients of `lr`, `etas` and
+    `step_sizes` are exact. Nothing is singular at equal signs or at a zero gradient. Where a size equals a limit, the derivative is that of
+    the size.
 
-    Numbers may be of the same kinds as in `sgd`. They are named `lr`, `eta_minus`, `eta_plus`, `step_size_min` and `step_size_max`.
+    Each number may be of the kinds that `sgd` takes. In `hyper` they are named `lr`, `eta_minus`, `eta_plus`, `step_size_min` and
+    `step_size_max`.
 
     Args:
-      lr: size of the first steps, >= 0.
-      etas: factors of the size at a change of sign, in (0, 1), and at none, above 1.
+      lr: size of the first step of every element, >= 0.
+      etas: factor of the size where the sign changes, in (0, 1), and factor where it stays, above 1.
       step_sizes: smallest and largest size, each >= 0.
-      maximize: ascend.
+      maximize: step along the gradient instead of against it.
 
     Raises:
-      InvalidArgument: a number outside its domain, or a tensor of several elements outside a mapping.
-      InvalidType: an argument that is no number.
+      InvalidArgument: a number is outside its domain, or a tensor of several elements is not an entry of a mapping.
+      InvalidType: an argument is not a number.
 
     Example:
       >>> opt = rprop(lr=0.1)

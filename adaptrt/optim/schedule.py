@@ -1,4 +1,4 @@
-"""Hyperparameters as functions of the step."""
+"""Hyperparameters that are functions of the step."""
 
 from __future__ import annotations
 
@@ -12,30 +12,31 @@ import torch
 from torch import Tensor
 
 from adaptrt.errors import InvalidArgument, InvalidType
-from adaptrt.optim.base import REAL, Hyper, Optimizer, Params, Schedule, State, Value, checked
+from adaptrt.optim.base import Hyper, Optimizer, Params, Schedule, State, Value
+from adaptrt.optim.checks import REAL, checked
 
 
 class ScheduledState(NamedTuple):
-    """State of an optimiser that has schedules among its hyperparameters."""
+    """The state of an optimiser that has schedules among its hyperparameters."""
 
     num_updates: Tensor
-    """0-dim int64: updates so far."""
+    """0-dim int64: the number of updates so far."""
     state: State
-    """The optimiser's own."""
+    """The state of the optimiser without schedules."""
 
 
 def schedule(fn: Callable[..., Any], **numbers: Any) -> Schedule:
-    """A hyperparameter that is a function of the step, for any argument of any optimiser: what `torch.optim.lr_scheduler` does.
+    """Makes a hyperparameter that is a function of the step, for any argument of any optimiser; see also `torch.optim.lr_scheduler`.
 
     Args:
       fn: `fn(step, **numbers)` returns the value: a float, a 0-dim tensor, or a mapping from parameter name to those or to tensors of the
-        parameter's shape. `step` is a 0-dim float64 tensor, 0 at an adaptation's first step. It is traced, so it may not branch on the
-        value; use `torch.where`.
-      numbers: what else `fn` reads: floats, tensors of any shape, or mappings of those. They are inputs of the program like all
-        hyperparameters, and a tensor that requires grad is meta-learned. A number in `fn` itself is a constant.
+        parameter's shape. `step` is a 0-dim float64 tensor, 0 at the first step of an adaptation. `fn` is traced, so it must not branch on
+        the value of `step`; use `torch.where`.
+      numbers: what else `fn` reads: floats, tensors of any shape, or mappings of those. They are inputs of the program, as all
+        hyperparameters are, and a tensor that requires grad is meta-learned. A number that stands in `fn` itself is a constant.
 
     Raises:
-      InvalidType: `fn` cannot be called or hashed, or one of `numbers` is no number.
+      InvalidType: `fn` cannot be called or hashed, or one of `numbers` is not a number.
 
     Example:
       >>> from adaptrt.optim import sgd
@@ -54,14 +55,14 @@ def schedule(fn: Callable[..., Any], **numbers: Any) -> Schedule:
 
 
 def per_step(values: Tensor | Sequence[float] | Mapping[str, Tensor | Sequence[float]]) -> Schedule:
-    """A hyperparameter with a value for each step, for any argument of any optimiser.
+    """Makes a hyperparameter that has a value for each step, for any argument of any optimiser.
 
-    A mapping of one such table a parameter, as `lr`, is LSLR, the per-layer per-step rates of MAML++ (Antoniou et al. 2019, arXiv
-    1810.09502).
+    If `lr` is a mapping with such a table for each parameter, this is LSLR, the learning rates per layer and step of MAML++ (Antoniou et
+    al. 2019, arXiv 1810.09502).
 
     Args:
-      values: a tensor [k] or k floats; or by parameter name k floats, a tensor [k], or one of shape [k, *parameter's shape]. Steps beyond
-        the last entry use the last.
+      values: k floats or a tensor [k]; or a mapping from parameter name to k floats, a tensor [k], or a tensor [k, *parameter's shape].
+        Steps beyond the last entry use the last entry.
 
     Raises:
       InvalidArgument: a table is empty or a tensor without axes.
@@ -124,9 +125,13 @@ def _evaluate(key: str, value: Schedule, step: Tensor) -> Value:
 
 
 def scheduled(optimizer: Optimizer) -> Optimizer:
-    """`optimizer` with the schedules among its hyperparameters evaluated at every update; itself if there are none.
+    """Returns `optimizer` with the schedules among its hyperparameters evaluated at every update, or itself if there are none.
 
-    The optimisers of this package are made so. One of your own takes schedules as `scheduled(Optimizer(init, update, hyper))`.
+    The optimisers of this package call it. An optimiser of your own takes schedules if you make it by
+    `scheduled(Optimizer(init, update, hyper))`.
+
+    Raises:
+      InvalidType: the hyperparameters of `optimizer` are not a mapping.
     """
     hyper: Any = optimizer.hyper
     if not isinstance(hyper, Mapping):

@@ -8,16 +8,18 @@ import torch
 from torch import Tensor
 
 from adaptrt.errors import InvalidArgument
-from adaptrt.optim.base import REAL, Absent, Count, Optimizer, Value, check_flags, checked, choose, double, fit, is_off, plus
+from adaptrt.optim.arithmetic import choose, double, fit, plus
+from adaptrt.optim.base import Absent, Count, Optimizer, Value
+from adaptrt.optim.checks import REAL, check_flags, checked, is_off
 from adaptrt.optim.per_parameter import Numbers, per_parameter
 
 
 class SGDState(NamedTuple):
-    """Of one parameter; both absent where momentum is off."""
+    """The state of one parameter, of its shape and dtype unless noted. Both fields are absent without momentum."""
 
     momentum_buffer: Tensor | Absent
     step: Count | Absent
-    """Only zero or not matters: the first step starts the buffer."""
+    """Only whether it is zero matters: the first step sets the buffer."""
 
 
 def sgd(
@@ -32,28 +34,29 @@ def sgd(
 
     For each parameter p with gradient g, all of one shape:
 
-        g = g + weight_decay * p                            # -g first, if maximize
+        g = g + weight_decay * p                            # if maximize, g is negated first
         b = g at the first step, else momentum * b + (1 - dampening) * g
         d = g + momentum * b if nesterov else b
         p = p - lr * d
 
-    The update is smooth in every input, so meta-gradients and hypergradients are exact everywhere. At the first step those of
-    `momentum` (without `nesterov`) and `dampening` are zero, because the buffer starts as the gradient.
+    The update is smooth in every input, so meta-gradients and hypergradients are exact everywhere. At the first step the hypergradients of
+    `momentum` (without `nesterov`) and `dampening` are zero, because the first gradient becomes the buffer as it is.
 
     Each number may be a float, a 0-dim tensor, or a mapping from parameter name to a float, a 0-dim tensor or a tensor of the parameter's
-    shape. All of them are inputs of `update`, and a tensor that requires grad gets its hypergradient.
+    shape. All numbers are inputs of `update`, and a tensor that requires grad gets its hypergradient.
 
     Args:
       lr: step size, >= 0.
       momentum: share of the buffer that is kept, >= 0. The Python number 0 removes the buffer, and `momentum` and `dampening` from `hyper`.
       dampening: share of a gradient that is kept out of the buffer, from the second step on.
-      weight_decay: L2 penalty's factor, >= 0. The Python number 0 removes the term and its name from `hyper`.
+      weight_decay: factor of the L2 penalty, >= 0. The Python number 0 removes the term and its name from `hyper`.
       nesterov: look ahead along the buffer; needs momentum and the Python number 0 as dampening.
-      maximize: ascend.
+      maximize: step along the gradient instead of against it.
 
     Raises:
-      InvalidArgument: a number outside its domain, a tensor of several elements outside a mapping, or `nesterov` without its needs.
-      InvalidType: an argument that is no number.
+      InvalidArgument: a number is outside its domain, a tensor of several elements is not an entry of a mapping, or `nesterov` is on
+        without what it needs.
+      InvalidType: an argument is not a number.
 
     Example:
       >>> opt = sgd(lr=0.5)

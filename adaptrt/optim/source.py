@@ -1,10 +1,12 @@
-"""Where an unroll reads its optimiser from, at every call: a pure `Optimizer`, or a `torch.optim` instance as it stands."""
+"""The two kinds of optimisers that an unroll takes as sources: a pure `Optimizer`, and a `torch.optim` instance.
+
+The third kind, an instance of a registered class, is made by whoever registered the class; see `registry`.
+"""
 
 from __future__ import annotations
 
-import abc
 import operator
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -12,59 +14,24 @@ import torch
 from adaptrt import tree
 from adaptrt.errors import InvalidType
 from adaptrt.optim.base import Hyper, Optimizer, Params, State
-from adaptrt.optim.convert import SUPPORTED, convert, fingerprint, read_hyper, read_state
+from adaptrt.optim.convert import SUPPORTED, View, view
+from adaptrt.optim.reading import Reading, Source, kinds_of
+from adaptrt.optim.registry import REGISTERED
 
 _MAX_MADE = 16
-_registered: dict[type[torch.optim.Optimizer], Callable[[torch.optim.Optimizer, Params], Source]] = {}
-
-
-def register(kind: type[torch.optim.Optimizer], make: Callable[[Any, Params], Source] | None) -> None:
-    """Makes `source` read instances of exactly `kind` by `make`; None for what it does by itself."""
-    _registered.pop(kind, None)
-    if make is not None:
-        _registered[kind] = make
-
-
-class Reading(NamedTuple):
-    """An optimiser as it stands: what the methods of `Source` return. The same object only where nothing has changed."""
-
-    structure: Hashable
-    hyper: Hyper
-    state: State
-
-
-class Source(abc.ABC):
-    """An optimiser for the parameters `params`, read anew at every call."""
-
-    @abc.abstractmethod
-    def structure(self) -> Hashable:
-        """Changes when `optimizer()` gives another arithmetic."""
-
-    @abc.abstractmethod
-    def optimizer(self) -> Optimizer:
-        """The pure optimiser of the current structure."""
-
-    @abc.abstractmethod
-    def hyper(self) -> Hyper:
-        """Hyperparameters now: floats or tensors."""
-
-    @abc.abstractmethod
-    def state(self) -> State:
-        """The state to start from; never written to."""
-
-    def read(self) -> Reading:
-        """All three at once."""
-        return Reading(self.structure(), self.hyper(), self.state())
 
 
 class PureSource(Source):
-    """A pure optimiser: starts from its initial state, with the hyperparameters it was made with."""
+    """A pure optimiser. It starts from its initial state, with the hyperparameters it was made with.
+
+    A parameter that does not suit the optimiser is refused when the source is made.
+    """
 
     def __init__(self, optimizer: Optimizer, params: Params) -> None:
         self._optimizer = optimizer
         self._params = params
         self._initial: tuple[Hashable, State] = None, None
-        self.state()  # an unsuitable parameter is refused when the unroll is made
+        self.state()
 
     def structure(self) -> Hashable:
         return tuple([part.training for module in self._optimizer.modules for part in module.modules()])
@@ -85,76 +52,77 @@ class PureSource(Source):
 
 
 class TorchSource(Source):
-    """A `torch.optim` instance: param_groups and state are read as they stand, and left alone."""
+    """A `torch.optim` instance. Its current settings and state are read at every call, and never written to."""
 
     def __init__(self, opt: torch.optim.Optimizer, params: Params) -> None:
         self._opt = opt
         self._params = params
         self._made: dict[Hashable, tuple[Optimizer, State]] = {}
-        self._read: _Read | None = None
-        self._stateless: tuple[_Read, Reading] | None = None
-        self._current()
+        self._last: _Look | None = None
+        self._stateless: tuple[_Look, Reading] | None = None
+        self._current(self._now())
 
     def structure(self) -> Hashable:
-        return self._now().structure
+        return self._now().view.structure
 
     def optimizer(self) -> Optimizer:
-        return self._current()[0]
+        return self._current(self._now())[0]
 
     def hyper(self) -> Hyper:
-        return self._now().hyper
+        return self._now().view.optimizer.hyper
 
     def state(self) -> State:
         return self.read().state
 
     def read(self) -> Reading:
         now = self._now()
+        structure, hyper = now.view.structure, now.view.optimizer.hyper
         if self._opt.state:
-            return Reading(now.structure, now.hyper, read_state(self._opt, self._params))
+            return Reading(structure, hyper, now.view.state(self._opt, self._params))
         if self._stateless is not None and self._stateless[0] is now:
             return self._stateless[1]
-        reading = Reading(now.structure, now.hyper, self._current(now)[1])
+        reading = Reading(structure, hyper, self._current(now)[1])
         if now.held is not None and not tree.leaves(reading.state):
             self._stateless = now, reading
         return reading
 
-    def _current(self, now: _Read | None = None) -> tuple[Optimizer, State]:
-        key = (now or self._now()).structure, kinds_of(self._params)
+    def _current(self, now: _Look) -> tuple[Optimizer, State]:
+        """The optimiser of a structure, which is kept, and its initial state."""
+        key = now.view.structure, kinds_of(self._params)
         if key not in self._made:
             if len(self._made) >= _MAX_MADE:
                 self._made = {}
-            optimizer = convert(self._opt, self._params)
-            self._made[key] = optimizer, _initial(optimizer, self._params)
+            self._made[key] = now.view.optimizer, _initial(now.view.optimizer, self._params)
         return self._made[key]
 
-    def _now(self) -> _Read:
-        """What the groups say, read anew if they hold other objects than at the last call."""
+    def _now(self) -> _Look:
+        """Looks at the groups again if they hold other objects than at the last call."""
         groups = self._opt.param_groups
-        read = self._read
-        if read is None or not _hold(groups, read.held):
+        last = self._last
+        if last is None or not _hold(groups, last.held):
             fixed = all(_is_fixed(value) for group in groups for key, value in group.items() if key != "params")
             held = [([*group.values()], [*group["params"]]) for group in groups] if fixed else None
-            read = self._read = _Read(held, fingerprint(self._opt, self._params), read_hyper(self._opt, self._params))
-        return read
+            last = self._last = _Look(held, view(self._opt, self._params))
+        return last
 
 
-class _Read(NamedTuple):
-    """Groups as they were read.
+class _Look(NamedTuple):
+    """A view of an instance, and what its groups held at that time.
 
     Attributes:
-      held: for each group its values and its parameters; None where a value may change and stay the same object.
-      structure, hyper: what follows from them.
+      held: for each group its values and its parameters. None where a value may change and stay the same object.
+      view: what follows from them.
     """
 
     held: Sequence[tuple[list[Any], list[Any]]] | None
-    structure: Hashable
-    hyper: Hyper
+    view: View
 
 
 def _is_fixed(value: Any) -> bool:
-    """Whether the same object surely says the same; a 0-dim floating-point tensor is an input, whose value is not read here.
+    """Whether the same object always says the same.
 
-    One of another shape is not: what is read of it is a view, which does not follow its `requires_grad` and `data`.
+    A 0-dim floating-point tensor does: it is an input, whose value is not read here. One of another shape does not, because what is read of
+    it is a view, which does not follow its `requires_grad` and `data`.
     """
     if isinstance(value, tuple):
         return all(map(_is_fixed, cast("tuple[Any, ...]", value)))
@@ -177,27 +145,26 @@ def _hold(groups: Sequence[Mapping[str, Any]], held: Sequence[tuple[list[Any], l
 
 
 def source(opt: object, params: Params) -> Source:
-    """The source for what the user passed as `opt`.
+    """Returns the source for what the user passed as `opt`.
 
+    Args:
+      opt: an `adaptrt.optim.Optimizer`, or an instance of a class of `torch.optim` or of a registered class.
+      params: the parameters that adapt, by name.
     Raises:
-      InvalidType: neither an `adaptrt.optim.Optimizer` nor a `torch.optim.Optimizer`.
-      UnsupportedOptimizer: a class of `torch.optim` without pure counterpart.
+      InvalidType: `opt` is neither an `adaptrt.optim.Optimizer` nor a `torch.optim.Optimizer`.
+      UnsupportedOptimizer: its class has no pure counterpart and is not registered.
     """
     if isinstance(opt, Optimizer):
         return PureSource(opt, params)
     if isinstance(opt, torch.optim.Optimizer):
-        if type(opt) in _registered:
-            return _registered[type(opt)](opt, params)
+        registration = REGISTERED.get(type(opt))
+        if registration is not None and registration.make_source is not None:
+            return registration.make_source(opt, params)
         return TorchSource(opt, params)
     raise InvalidType(
         f"opt must be an adaptrt.optim.Optimizer such as adaptrt.optim.sgd(lr=0.1), or an instance of torch.optim's "
         f"{', '.join(SUPPORTED)}; got {type(opt).__name__}"
     )
-
-
-def kinds_of(params: Params) -> Hashable:
-    """Dtypes and devices: what an initial state depends on besides shapes, which stay."""
-    return tuple([(value.dtype, value.device) for value in params.values()])
 
 
 def _initial(optimizer: Optimizer, params: Params) -> State:

@@ -1,4 +1,4 @@
-"""Compositions of optimisers: in sequence with transforms, and side by side over groups of parameters."""
+"""Compositions of optimisers: one after transforms and before others, and several side by side, each for some of the parameters."""
 
 from __future__ import annotations
 
@@ -10,29 +10,33 @@ import torch
 from torch import Tensor
 
 from adaptrt.errors import InvalidArgument, InvalidType
-from adaptrt.optim.base import Hyper, Number, Optimizer, Params, State, Transform, Value, checked, fit, safe_sqrt, scalar, smaller
+from adaptrt.optim.arithmetic import fit, safe_sqrt, smaller
+from adaptrt.optim.base import Hyper, Number, Optimizer, Params, State, Transform, Value
+from adaptrt.optim.checks import checked, scalar
 
 
 class ScheduleState(NamedTuple):
+    """The state of `scale_by_schedule`."""
+
     step: Tensor
-    """0-dim int64: number of updates so far."""
+    """0-dim int64: the number of updates so far."""
 
 
 def chain(*parts: Transform | Optimizer) -> Optimizer:
-    """One optimiser with transforms around it.
+    """Makes one optimiser of an optimiser and transforms.
 
-    Transforms before the optimiser act on the gradients, those after it on its step, new params - params. A parameter without
-    a gradient takes no part in either.
+    Transforms before the optimiser act on the gradients. Transforms after it act on its step, which is new params - params. A parameter
+    without a gradient takes no part in either.
 
     Args:
       parts: any number of transforms and exactly one optimiser, in the order in which they apply.
 
     Returns:
-      An optimiser whose `hyper` and state are tuples with one entry per part.
+      An optimiser whose `hyper` and whose state are tuples with one entry for each part.
 
     Raises:
-      InvalidArgument: there is no optimiser among `parts`, or more than one, or something follows one that remembers its step (L-BFGS).
-      InvalidType: a part is neither.
+      InvalidArgument: there is not exactly one optimiser among `parts`, or something follows an optimiser that remembers its step (L-BFGS).
+      InvalidType: a part is neither a transform nor an optimiser.
 
     Example:
       >>> from adaptrt.optim import sgd
@@ -84,21 +88,21 @@ def chain(*parts: Transform | Optimizer) -> Optimizer:
 
 
 def clip_by_global_norm(max_norm: Value, eps: Value = 1e-6) -> Transform:
-    """Scale all updates by one factor so that their joint L2 norm is at most `max_norm` (Pascanu et al. 2013, arXiv 1211.5063).
+    """Scales all updates by one factor so that their joint L2 norm is at most `max_norm` (Pascanu et al. 2013, arXiv 1211.5063).
 
         norm = sqrt(sum over parameters of sum(u**2))
         u = u * min(max_norm / (norm + eps), 1)
 
-    The formula of `torch.nn.utils.clip_grad_norm_`, whose eps is 1e-6. The meta-gradient passes through the factor. Where nothing
-    is clipped it is that of the identity, at zero norm too (the norm's derivative there is taken as 0); at the very threshold it
-    is that of the clipped side. The norm is formed in float32 or wider.
+    This is the formula of `torch.nn.utils.clip_grad_norm_`, whose eps is 1e-6. The meta-gradient flows through the factor. Where nothing is
+    clipped, it is the meta-gradient of the identity; so it is at zero norm, where the derivative of the norm is taken as 0. At the very
+    threshold it is that of the clipped side. The norm is computed in float32 or wider.
 
     Args:
-      max_norm: largest norm, >= 0; a float or 0-dim tensor.
-      eps: keeps the quotient finite, >= 0; a float or 0-dim tensor.
+      max_norm: largest norm, >= 0; a float or a 0-dim tensor.
+      eps: keeps the quotient finite, >= 0; a float or a 0-dim tensor.
 
     Raises:
-      InvalidArgument: a negative number, or a mapping: there is one norm for all parameters.
+      InvalidArgument: a number is negative, or is given as a mapping although there is one norm for all parameters.
     """
     hyper = {"max_norm": checked("max_norm", max_norm), "eps": checked("eps", eps)}
     for key in hyper:
@@ -121,15 +125,15 @@ def clip_by_global_norm(max_norm: Value, eps: Value = 1e-6) -> Transform:
 
 
 def scale_by_schedule(fn: Callable[[Tensor], Number]) -> Transform:
-    """Multiply all updates by a function of the number of updates so far.
+    """Multiplies all updates by a function of the number of updates so far.
 
         u = u * fn(step); step = step + 1
 
     After an optimiser whose step is proportional to its `lr`, this is `torch.optim.lr_scheduler.LambdaLR`.
 
     Args:
-      fn: from a 0-dim float64 tensor, 0 at the first update, to the factor: a float or a 0-dim tensor. It is traced, so it may not
-        branch on the value; use `torch.where`. To look a factor up: `lambda step: table[step.long()]`.
+      fn: a function from a 0-dim float64 tensor, which is 0 at the first update, to the factor: a float or a 0-dim tensor. It is traced,
+        so it must not branch on the value; use `torch.where`. To look a factor up, write `lambda step: table[step.long()]`.
 
     Example:
       >>> from adaptrt.optim import sgd
@@ -156,18 +160,19 @@ def scale_by_schedule(fn: Callable[[Tensor], Number]) -> Transform:
 
 
 def partition(optimizers: Mapping[str, Optimizer], labels: Mapping[str, str]) -> Optimizer:
-    """Different optimisers for different parameters: what parameter groups are in `torch.optim`.
+    """Makes one optimiser that treats different parameters by different optimisers, as parameter groups do in `torch.optim`.
 
     Args:
-      optimizers: by label.
-      labels: from parameter name to label.
+      optimizers: the optimisers by label.
+      labels: the label of each parameter by the parameter's name.
 
     Returns:
-      An optimiser whose `hyper` and state are dicts by label.
+      An optimiser whose `hyper` and whose state are dicts by label.
 
     Raises:
-      InvalidArgument: a label that no optimiser has, or optimisers with unequal `updates_per_step`; or, from `init` and `update`, a
-        parameter without a label.
+      InvalidArgument: no optimiser has one of the labels, or the optimisers have different `updates_per_step`; or, from `init` and
+        `update`, a parameter has no label.
+      InvalidType: one of `optimizers` is not an `Optimizer`.
 
     Example:
       >>> from adaptrt.optim import adam, sgd

@@ -1,1 +1,1 @@
-"""Programs for the shapes of the user's data: planned, compiled, run, and differentiated."""
+"""Plans, compiles, runs and differentiates programs for the shapes of the user's data."""

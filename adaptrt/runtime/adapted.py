@@ -1,4 +1,4 @@
-"""A model after adaptation: what `CompiledUnroll.adapt` returns."""
+"""The model after adaptation, which `CompiledUnroll.adapt` returns."""
 
 from __future__ import annotations
 
@@ -7,68 +7,83 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from adaptrt import tree
 from adaptrt.errors import InvalidType
-from adaptrt.inner.step import LOSS_BUFFER, Carry, Fixed, as_call
+from adaptrt.inner.step import Fixed, as_call
+from adaptrt.runtime.state import State
 from adaptrt.tree import Tree
 
 
-class Owner(Protocol):
-    """The unroll that an adaptation came from."""
+class Predictor(Protocol):
+    """Computes the outputs of an adapted model."""
 
-    def predict(self, adapted: Adapted, inputs: Tree, generator: torch.Generator | None) -> Any: ...
+    def predict(self, state: State, fixed: Fixed, inputs: Tree, generator: torch.Generator | None) -> Any:
+        """Returns the model's output for `inputs`."""
+        ...
 
-    def state_dict(self, adapted: Adapted) -> dict[str, Tensor]: ...
+    def state_dict(self, state: State, fixed: Fixed) -> dict[str, Tensor]:
+        """Returns the whole model's state dict."""
+        ...
 
 
 class Adapted:
-    """A model after adaptation.
+    """A model after adaptation: its state, and the means to predict with it.
 
     Attributes:
-      params: adapted parameters by name; with a task axis [T, ...] if made by `vmap()`.
-      buffers: buffers by name, as the support batches left them.
-      opt_state: the optimiser's state.
+      state: what the steps changed, as a value.
       losses: support loss before each step, (k,) or [T, k].
-      num_tasks: T, or None without a task axis.
-      carry, fixed: the same and all else that the model needs, as programs take it. Parameters that did not adapt are the model's own.
+      fixed: what the model needs besides its state. Parameters that did not adapt are the model's own.
     """
 
-    def __init__(self, owner: Owner, carry: Carry, losses: Tensor, fixed: Fixed, num_tasks: int | None) -> None:
-        self._owner = owner
-        self.carry = carry
-        self.fixed = fixed
-        self.num_tasks = num_tasks
+    def __init__(self, predictor: Predictor, state: State, losses: Tensor, fixed: Fixed) -> None:
+        self._predictor = predictor
+        self.state = state
         self.losses = losses
-        self.params = carry.params
-        self.opt_state = carry.opt_state
-        self.buffers = {name: value for name, value in carry.buffers.items() if not name.startswith(LOSS_BUFFER)}
+        self.fixed = fixed
 
-    def comes_from(self, owner: Owner) -> bool:
-        """Whether it is an adaptation of this unroll."""
-        return self._owner is owner
+    @property
+    def params(self) -> dict[str, Tensor]:
+        """Adapted parameters by name; with a task axis [T, ...] if made by `vmap()`."""
+        return self.state.params
+
+    @property
+    def buffers(self) -> dict[str, Tensor]:
+        """Buffers by name, as the support batches left them."""
+        return self.state.buffers
+
+    @property
+    def opt_state(self) -> Tree:
+        """The optimiser's state."""
+        return self.state.opt_state
+
+    @property
+    def num_tasks(self) -> int | None:
+        """T, or None without a task axis."""
+        return self.state.num_tasks
 
     def __call__(self, *args: Any, generator: torch.Generator | None = None, **kwargs: Any) -> Any:
-        """What the adapted model returns for these arguments; differentiable outside `no_grad`.
+        """Returns the adapted model's output for these arguments; differentiable outside `no_grad`.
+
+        The call does not change any buffer, even one that the model's forward pass would update.
 
         Args:
-          args, kwargs: as the model takes them, or one argument that is inputs as in `(inputs, target)`: a tensor, a tuple or a dict of the
-            model's arguments. With a task axis on every tensor if made by `vmap()`.
-          generator: where dropout and the like draw from; None for the global generator.
-        Buffers that this call would update are left as they are.
+          args, kwargs: as the model takes them, or one argument that is like the inputs of a batch `(inputs, target)`: a tensor, or a tuple
+            or dict of the model's arguments. Every tensor has a task axis if the adaptation was made by `vmap()`.
+          generator: where dropout and other random operations draw from; None for the global generator.
+        Raises:
+          InvalidType: some inputs are given by position and others by keyword.
         """
         if args and kwargs:
             raise InvalidType("pass the model's inputs all by position or all by keyword")
         positional, named = ((), kwargs) if kwargs else as_call(args[0] if len(args) == 1 else args)
-        return self._owner.predict(self, named or positional, generator)
+        return self._predictor.predict(self.state, self.fixed, named or positional, generator)
 
     def detach(self) -> Adapted:
-        """The same adaptation, cut from what it was computed from: where the next of several truncated unrolls starts.
+        """Returns the same adaptation without its autograd history; the next of several truncated unrolls starts from it.
 
-        Parameters that did not adapt are the model's own, as before, and still get gradients from predictions.
+        Parameters that did not adapt remain the model's own, and still get gradients from predictions.
         """
-        carry, losses = tree.map_leaves(Tensor.detach, (self.carry, self.losses))
-        return Adapted(self._owner, carry, losses, self.fixed, self.num_tasks)
+        return Adapted(self._predictor, self.state.detach(), self.losses.detach(), self.fixed)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The whole model's state after adaptation, detached, under the names of `model.state_dict()`."""
-        return self._owner.state_dict(self)
+        """Returns the whole model's state after adaptation, detached, under the names of `model.state_dict()`."""
+        return self._predictor.state_dict(self.state, self.fixed)

@@ -1,21 +1,23 @@
-"""What an unroll decided, and what its programs cost."""
+"""Reports what an unroll decided, and what its programs cost."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
 
+import torch
+
+from adaptrt.backend import Backend
 from adaptrt.backend.tiered import TieredRunner
 from adaptrt.graph.cost import num_bytes, num_flops
 from adaptrt.graph.ir import PassRecord
-from adaptrt.runtime.plan import PredictionPlan, SupportPlan
+from adaptrt.runtime.plan import PredictionPlan, QueryPlan, SupportPlan
 from adaptrt.runtime.program import Program
-from adaptrt.runtime.program_set import ProgramSet
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ProgramReport:
-    """One program.
+    """Reports on one program.
 
     Attributes:
       name: what it computes.
@@ -48,7 +50,7 @@ class ProgramReport:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Explanation:
-    """What `CompiledUnroll.explain()` returns; `str()` of it is a report.
+    """Reports on an unroll; `str()` of it is a text for people.
 
     Attributes:
       num_steps: k.
@@ -56,6 +58,8 @@ class Explanation:
       adjoints: for each shape of support data, in words: shapes, adjoint and why it was chosen.
       programs: all programs compiled so far.
       calls: where calls are recorded, for each recorded so far: shapes, name, and whether it is one launch.
+      exchanged: names of what the backend exchanges or uses of PyTorch's private parts, as far as this PyTorch has them
+        (`adaptrt.backend.inductor.exchange.TABLE`); empty until something is compiled.
     """
 
     num_steps: int
@@ -63,6 +67,7 @@ class Explanation:
     adjoints: tuple[tuple[str, str, str], ...]
     programs: tuple[ProgramReport, ...]
     calls: tuple[tuple[str, str, bool], ...] = ()
+    exchanged: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"unroll of {self.num_steps} steps on backend {self.backend}"]
@@ -75,28 +80,31 @@ class Explanation:
             lines += [str(program) for program in self.programs if program.shapes == group]
             calls = [(name, "one launch" if whole else "could not be recorded") for shapes, name, whole in self.calls if shapes == group]
             lines += [f"    a call of {name}: {how}" for name, how in calls]
+        if self.exchanged:
+            lines.append(f"  private parts of PyTorch {torch.__version__} in use: {', '.join(self.exchanged)}")
         return "\n".join(lines)
 
 
-def explain(num_steps: int, backend: str, plans: Sequence[SupportPlan], predictions: Sequence[PredictionPlan]) -> Explanation:
-    """The report on everything planned and compiled so far."""
+def explain(num_steps: int, backend: Backend, plans: Sequence[SupportPlan], predictions: Sequence[PredictionPlan]) -> Explanation:
+    """Returns the report on everything planned and compiled so far."""
     adjoints: list[tuple[str, str, str]] = []
     programs: list[ProgramReport] = []
     calls: list[tuple[str, str, bool]] = []
 
-    def look_at(shapes: str, found: ProgramSet) -> None:
-        programs.extend(_report(name, shapes, program) for name, program in found.named())
-        calls.extend((shapes, recording.name, recording.is_one_launch) for recording in found.recordings())
+    def add(shapes: str, plan: SupportPlan | QueryPlan | PredictionPlan) -> None:
+        programs.extend(_report(name, shapes, program) for name, program in plan.programs.named())
+        calls.extend((shapes, recording.name, recording.is_one_launch) for recording in plan.calls.recordings())
 
     for plan in plans:
         support = ", ".join(plan.shapes)
         adjoints.append((support, repr(plan.adjoint), plan.reason))
-        look_at(support, plan.programs)
+        add(support, plan)
         for query in plan.queries.entries():
-            look_at(f"{support}; query {', '.join(query.shapes)}", query.programs)
+            add(f"{support}; query {', '.join(query.shapes)}", query)
     for prediction in predictions:
-        look_at(f"inputs {', '.join(prediction.shapes)}", prediction.programs)
-    return Explanation(num_steps, backend, tuple(adjoints), tuple(programs), tuple(calls))
+        add(f"inputs {', '.join(prediction.shapes)}", prediction)
+    exchanged = backend.private_parts() if programs else ()
+    return Explanation(num_steps, backend.name, tuple(adjoints), tuple(programs), tuple(calls), exchanged)
 
 
 def _report(name: str, shapes: str, program: Program) -> ProgramReport:

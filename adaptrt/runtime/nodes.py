@@ -1,6 +1,6 @@
-"""Programs as nodes of eager autograd: what is computed from their results may be differentiated once, by running the compiled adjoint.
+"""Makes calls nodes of eager autograd: `backward()` through their results runs the compiled adjoint.
 
-Differentiating the gradient itself raises; the meta-gradient of a meta-gradient is not a program.
+A gradient cannot itself be differentiated: there is no program for the meta-gradient of a meta-gradient, so that raises.
 """
 
 # pyright: reportIncompatibleMethodOverride=false
@@ -15,38 +15,33 @@ from torch import Tensor
 from torch.autograd import Function
 
 from adaptrt import tree
-from adaptrt.adjoint.base import Adaptation, Gradients, Problem, Query, Task, Wrt
+from adaptrt.adjoint.base import Adaptation, Gradients, Query, Task, Wrt
 from adaptrt.backend.engine import graph_is_kept
-from adaptrt.errors import NonFiniteInput, NotDifferentiable
-from adaptrt.inner.step import Carry, Fixed, Step
+from adaptrt.errors import NotDifferentiable
+from adaptrt.inner.step import Batch, Carry, Fixed
+from adaptrt.runtime.calls import Validate
 from adaptrt.runtime.plan import PredictionPlan, QueryPlan, SupportPlan
-from adaptrt.runtime.program import Program
+from adaptrt.runtime.route import Route
 from adaptrt.tree import Tree
 
 
 class Call(NamedTuple):
-    """One call, ready to run.
+    """A call that is ready to run.
 
     Attributes:
-      plan, query_plan: what to run.
-      problem, task, query: on what.
-      num_tasks: length of the task axis, None without one.
+      route: the plans and the problem to run.
+      task, query: the arguments.
       inputs: the leaves that the caller differentiates, of start, fixed, support and query in this order.
-      alone: the program that is all of it, if there is one.
     """
 
-    plan: SupportPlan
-    query_plan: QueryPlan | None
-    problem: Problem
+    route: Route
     task: Task
     query: Query | None
-    num_tasks: int | None
     inputs: tuple[Tensor, ...]
-    alone: Program | None = None
 
 
 def adapt(call: Call) -> tuple[Carry, Tensor]:
-    """The carry after k steps and the losses, differentiable if the call has anything to differentiate."""
+    """Returns the carry after k steps and the losses, differentiable if the call has anything to differentiate."""
     if not call.inputs:
         carry, losses, _ = _adapt(call, keep=False)
         return carry, losses
@@ -55,115 +50,100 @@ def adapt(call: Call) -> tuple[Carry, Tensor]:
 
 
 def meta_loss(call: Call) -> Tensor:
-    """The query loss, averaged over tasks, differentiable if the call has anything to differentiate."""
+    """Returns the query loss, averaged over tasks, differentiable if the call has anything to differentiate."""
     if not call.inputs:
         return _meta_loss(call).mean()
     return _MetaLoss.apply(call, *call.inputs)  # type: ignore[return-value]
 
 
-# --- one call of the adjoint, which may be one launch; then data is looked at in it
+# --- the functions that a call runs
 
 
 def _adapt(call: Call, keep: bool) -> Adaptation:
-    plan, problem = call.plan, call.problem
-    if not plan.programs.launches_calls:
-        return plan.programs.rehearsed(
-            "adapt, kept" if keep else "adapt", lambda: plan.adjoint.adapt(plan.programs, problem, call.task, keep)
-        )
+    plan, problem = call.route.plan, call.route.problem
 
-    def run(task: Task) -> tuple[Adaptation, Tensor | None]:
-        support, is_sound = plan.look_at(task.support)
-        return plan.adjoint.adapt(plan.programs, problem, task._replace(support=support), keep), is_sound
+    def run(task: Task) -> Adaptation:
+        return plan.adjoint.adapt(plan.programs, problem, task, keep)
 
-    return _if_sound(*plan.programs.launch("adapt, kept" if keep else "adapt", problem.marks, run, call.task))
+    def validate(task: Task) -> tuple[tuple[Task], Tensor | None]:
+        support, is_valid = plan.validation.within(task.support, plan.probe.bounds)
+        return (task._replace(support=support),), is_valid
+
+    return plan.calls.run("adapt, kept" if keep else "adapt", problem.key, run, (call.task,), validate)
 
 
 def _adapt_pullback(call: Call, task: Task, kept: Any, carry: Sequence[Tensor], losses: Tensor) -> Gradients:
-    plan, problem = call.plan, call.problem
+    plan, problem = call.route.plan, call.route.problem
 
     def run(task: Task, kept: Any, carry: Sequence[Tensor], losses: Tensor) -> Gradients:
         return plan.adjoint.adapt_pullback(plan.programs, problem, task, kept, carry, losses)
 
-    return plan.programs.launch("adapt pullback", problem.marks, run, task, kept, carry, losses)
+    return plan.calls.run("adapt pullback", problem.key, run, (task, kept, carry, losses))
 
 
 def _meta_loss(call: Call) -> Tensor:
-    plan, query_plan, problem = call.plan, call.query_plan, call.problem
-    assert call.query is not None and query_plan is not None
-    if not query_plan.programs.launches_calls:
-        programs, query = query_plan.programs, call.query
-        return programs.rehearsed("meta-loss", lambda: plan.adjoint.meta_loss(programs, problem, call.task, query))
+    plan, query_plan, problem = call.route.plan, call.route.query_plan, call.route.problem
+    assert query_plan is not None
 
-    def run(task: Task, query: Query) -> tuple[Tensor, Any]:
-        task, query, are_sound = _looked_at(plan, query_plan, task, query)
-        return plan.adjoint.meta_loss(query_plan.programs, problem, task, query), are_sound
+    def run(task: Task, query: Query) -> Tensor:
+        return plan.adjoint.meta_loss(query_plan.programs, problem, task, query)
 
-    return _if_sound(*query_plan.programs.launch("meta-loss", problem.marks, run, call.task, call.query))
+    return query_plan.calls.run("meta-loss", problem.key, run, (call.task, call.query), _validate_both(plan, query_plan))
 
 
 def _meta_loss_and_gradients(call: Call) -> tuple[Tensor, Gradients]:
-    plan, query_plan, problem = call.plan, call.query_plan, call.problem
-    assert call.query is not None and query_plan is not None
-    if not query_plan.programs.launches_calls:
-        programs, query, weights = query_plan.programs, call.query, query_plan.weights
-        return programs.rehearsed(
-            "meta-gradient", lambda: plan.adjoint.meta_loss_and_gradients(programs, problem, call.task, query, weights)
-        )
+    plan, query_plan, problem = call.route.plan, call.route.query_plan, call.route.problem
+    assert query_plan is not None
 
-    def run(task: Task, query: Query) -> tuple[tuple[Tensor, Gradients], Any]:
-        task, query, are_sound = _looked_at(plan, query_plan, task, query)
-        return plan.adjoint.meta_loss_and_gradients(query_plan.programs, problem, task, query, query_plan.weights), are_sound
+    def run(task: Task, query: Query) -> tuple[Tensor, Gradients]:
+        return plan.adjoint.meta_loss_and_gradients(query_plan.programs, problem, task, query, query_plan.weights)
 
-    return _if_sound(*query_plan.programs.launch("meta-gradient", problem.marks, run, call.task, call.query))
+    return query_plan.calls.run("meta-gradient", problem.key, run, (call.task, call.query), _validate_both(plan, query_plan))
 
 
-def _looked_at(plan: SupportPlan, query_plan: QueryPlan, task: Task, query: Query) -> tuple[Task, Query, Tensor | None]:
-    support, first = plan.look_at(task.support)
-    batch, second = query_plan.look_at(query.batch)
-    flags = [flag for flag in (first, second) if flag is not None]
-    return task._replace(support=support), query._replace(batch=batch), torch.stack(flags).all() if flags else None
+def _validate_both(plan: SupportPlan, query_plan: QueryPlan) -> Validate:
+    def validate(task: Task, query: Query) -> tuple[tuple[Task, Query], Tensor | None]:
+        support, first = plan.validation.within(task.support, plan.probe.bounds)
+        batch, second = plan.validation.within(query.batch, query_plan.probe.bounds)
+        flags = [flag for flag in (first, second) if flag is not None]
+        args = task._replace(support=support), query._replace(batch=batch)
+        return args, torch.stack(flags).all() if flags else None
+
+    return validate
 
 
-def _if_sound(result: Any, is_sound: Tensor | None) -> Any:
-    if is_sound is not None and not is_sound.item():
-        raise NonFiniteInput("the data holds NaN, infinity, or an index of what does not exist")
-    return result
-
-
-def _predict(plan: PredictionPlan, step: Step, args: Any) -> Tree:
-    if not plan.programs.launches_calls:
-        return plan.programs.program("predict", step.predict, _PREDICT)(*args)
-
-    def run(carry: Carry, fixed: Fixed, inputs: Tree, noise: tuple[Tensor, ...]) -> tuple[Tree, Tensor | None]:
-        inputs, is_sound = plan.look_at(inputs)
-        return plan.programs.program("predict", step.predict, _PREDICT)(carry, fixed, inputs, noise), is_sound
-
-    return _if_sound(*plan.programs.launch("predict", None, run, *args))
-
-
-def _predict_pullback(plan: PredictionPlan, step: Step, wrt: Wrt, args: Any, cotangents: Sequence[Tensor]) -> Any:
+def _predict(plan: PredictionPlan, args: Any) -> Tree:
     def run(*args: Tree) -> Tree:
-        return plan.programs.pullback("predict pullback", step.predict, _PREDICT, wrt)(*args)
+        return plan.programs.program("predict", plan.step.predict, _PREDICT)(*args)
 
-    return plan.programs.launch("predict pullback", wrt, run, *args, cotangents)
+    def validate(carry: Carry, fixed: Fixed, inputs: Tree, noise: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], Tensor | None]:
+        batch, is_valid = plan.validation.within(Batch(inputs, None), plan.bounds)
+        return (carry, fixed, batch.inputs, noise), is_valid
+
+    return plan.calls.run("predict", None, run, args, validate)
+
+
+def _predict_pullback(plan: PredictionPlan, wrt: Wrt, args: Any, cotangents: Sequence[Tensor]) -> Any:
+    def run(*args: Tree) -> Tree:
+        return plan.programs.pullback("predict pullback", plan.step.predict, _PREDICT, wrt)(*args)
+
+    return plan.calls.run("predict pullback", wrt, run, (*args, cotangents))
 
 
 # --- calls as nodes
 
 
-def predict(
-    plan: PredictionPlan, step: Step, carry: Carry, fixed: Fixed, inputs: Tree, noise: tuple[Tensor, ...], differentiable: bool
-) -> Tree:
-    """The model's output, differentiable if asked for and anything requires grad."""
+def predict(plan: PredictionPlan, carry: Carry, fixed: Fixed, inputs: Tree, noise: tuple[Tensor, ...]) -> Tree:
+    """Returns the model's output, differentiable if gradients are enabled and anything requires grad."""
     args = (carry, fixed, inputs, noise)
-    if not differentiable:
-        return _predict(plan, step, args)
+    if not torch.is_grad_enabled():
+        return _predict(plan, args)
     flags = tuple(tuple(leaf.requires_grad for leaf in tree.leaves(arg)) for arg in args)
     if not any(map(any, flags)):
-        return _predict(plan, step, args)
+        return _predict(plan, args)
     result: list[Any] = []
     wanted = [leaf for arg, marks in zip(args, flags, strict=True) for leaf, mark in zip(tree.leaves(arg), marks, strict=True) if mark]
-    leaves = _Predict.apply(plan, step, args, flags, result, *wanted)
+    leaves = _Predict.apply(plan, args, flags, result, *wanted)
     return tree.unflatten(result[0], leaves)  # type: ignore[arg-type]
 
 
@@ -192,7 +172,7 @@ class _Final(Function):
 
 
 def _final(gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-    """The gradients of `inputs`, connected to them in a way that raises if `create_graph=True` asked for more than their values."""
+    """Returns the gradients of `inputs`; under `create_graph=True`, connected to the inputs by a node that raises."""
     return _Final.apply(len(gradients), *gradients, *inputs) if torch.is_grad_enabled() and gradients else gradients  # type: ignore[return-value]
 
 
@@ -205,7 +185,7 @@ class _Adapt(Function):
         # Saved rather than kept: PyTorch then notices if one is changed in place before the way back.
         ctx.save_for_backward(*values)
         outputs = tree.leaves(carry)
-        ctx.mark_non_differentiable(*[value for value, flows in zip(outputs, call.problem.carry, strict=True) if not flows])
+        ctx.mark_non_differentiable(*[value for value, flows in zip(outputs, call.route.problem.carry, strict=True) if not flows])
         return *outputs, losses
 
     @staticmethod
@@ -213,7 +193,7 @@ class _Adapt(Function):
         call: Call = ctx.call
         task = tree.unflatten(ctx.structure, ctx.saved_tensors)
         with torch.no_grad():
-            carry = [value for value, flows in zip(cotangents, call.problem.carry, strict=False) if flows]
+            carry = [value for value, flows in zip(cotangents, call.route.problem.carry, strict=False) if flows]
             found = _adapt_pullback(call, task, ctx.kept, carry, cotangents[-1])
         return None, *_final((*found.start, *found.fixed, *found.support), ctx.inputs)
 
@@ -222,10 +202,11 @@ class _MetaLoss(Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *inputs: Tensor) -> Tensor:
         ctx.inputs = inputs
-        if call.alone is not None:
-            assert call.query is not None and call.query_plan is not None
-            args = (*call.task, *call.query, [call.query_plan.weights])
-            losses, *found = call.alone.run_leaves(call.alone.leaves_of(args))
+        whole = call.route.whole
+        if whole is not None:
+            assert call.query is not None and call.route.query_plan is not None
+            args = (*call.task, *call.query, [call.route.query_plan.weights])
+            losses, *found = whole.run_leaves(whole.leaves_of(args))
             ctx.found = found[: len(inputs)]
         else:
             losses, found = _meta_loss_and_gradients(call)
@@ -248,14 +229,12 @@ class _MetaLoss(Function):
 
 class _Predict(Function):
     @staticmethod
-    def forward(
-        ctx: Any, plan: PredictionPlan, step: Step, args: Any, flags: Any, result: list[Any], *inputs: Tensor
-    ) -> tuple[Tensor, ...]:
-        output = _predict(plan, step, args)
+    def forward(ctx: Any, plan: PredictionPlan, args: Any, flags: Any, result: list[Any], *inputs: Tensor) -> tuple[Tensor, ...]:
+        output = _predict(plan, args)
         leaves, structure = tree.flatten(output)
         result.append(structure)
         floating = tuple(leaf.is_floating_point() for leaf in leaves)
-        ctx.plan, ctx.step, ctx.wrt, ctx.inputs = plan, step, Wrt(flags, floating), inputs
+        ctx.plan, ctx.wrt, ctx.inputs = plan, Wrt(flags, floating), inputs
         values, ctx.structure = tree.flatten(args)
         ctx.save_for_backward(*values)
         ctx.mark_non_differentiable(*[leaf for leaf, flag in zip(leaves, floating, strict=True) if not flag])
@@ -266,5 +245,5 @@ class _Predict(Function):
         args = tree.unflatten(ctx.structure, ctx.saved_tensors)
         with torch.no_grad():
             wanted = [value for value, flag in zip(cotangents, ctx.wrt.result, strict=True) if flag]
-            found = _predict_pullback(ctx.plan, ctx.step, ctx.wrt, args, wanted)
-        return None, None, None, None, None, *_final([value for group in found for value in group], ctx.inputs)
+            found = _predict_pullback(ctx.plan, ctx.wrt, args, wanted)
+        return None, None, None, None, *_final([value for group in found for value in group], ctx.inputs)

@@ -1,19 +1,22 @@
-"""A program: a graph and what runs it. Checked inputs in, tensors out; safe to call from several threads."""
+"""A program: a graph together with what runs it. It checks its inputs, and is safe to call from several threads."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
+import time
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from adaptrt.backend.base import Form, Runner, without_values
+from adaptrt import tree
+from adaptrt.backend import Backend
+from adaptrt.backend.base import Building, Form, Runner, without_values
 from adaptrt.backend.guards import Known
-from adaptrt.backend.launch import Constant
 from adaptrt.errors import NonFiniteInput, ShapeChanged
-from adaptrt.graph.ir import Graph, autocast_off
+from adaptrt.graph.ir import Constant, Graph, autocast_off
+from adaptrt.inner.constants import constant_reader
 from adaptrt.tree import Spec, Tree
 
 
@@ -24,14 +27,14 @@ class Program:
     Attributes:
       graph: what was compiled.
       run: the backend's callable.
-      constants: read at each call, so that a plain tensor attribute of the model is used as it stands.
-      shapes, dtypes, devices, strides: what each input, constants included, has to be; contiguous.
-      known: inputs that were found to be so.
+      constants: read at each call, so that a plain tensor attribute of the model is used with its present value.
+      shapes, dtypes, devices, strides: of each input, constants included.
+      known: kinds of inputs that were found to have these.
       leaves_of, result_of: arguments to tensors, and tensors to what the captured function returned.
-      checks_data: whether the graph is one of `check_finite`, whose last result says what it found.
+      checks_data: whether the graph was made by `check_finite`: then its last result says whether the data is finite.
       backend: the backend's name.
       capture_s, compile_s: seconds spent on each.
-      forms: of the results, if a rehearsal can do without computing them.
+      forms: of the results, if a rehearsal need not compute them.
     """
 
     graph: Graph
@@ -50,9 +53,53 @@ class Program:
     compile_s: float
     forms: Sequence[Form] | None
 
+    @staticmethod
+    def compile(graph: Graph, backend: Backend, modules: Sequence[nn.Module], capture_s: float = 0.0, checks_data: bool = False) -> Program:
+        """Compiles a graph.
+
+        Args:
+          graph: the graph.
+          backend: compiles it.
+          modules: where plain tensor attributes are looked up.
+          capture_s, checks_data: as for the class.
+        """
+        began = time.perf_counter()
+        run = backend.compile(graph)
+        inputs = graph.signature.inputs
+        return Program(
+            graph=graph,
+            run=run,
+            constants=tuple(constant_reader(value, modules) for value in graph.constants),
+            shapes=[entry.spec.shape for entry in inputs],
+            dtypes=[entry.spec.dtype for entry in inputs],
+            devices=[entry.spec.device for entry in inputs],
+            strides=[entry.strides for entry in inputs],
+            known=Known(),
+            leaves_of=tree.leaves_by(graph.arguments),
+            result_of=tree.unflatten_by(graph.result.children[0] if checks_data else graph.result),
+            checks_data=checks_data,
+            backend=backend.name,
+            capture_s=capture_s,
+            compile_s=time.perf_counter() - began,
+            forms=run.forms if isinstance(run, Building) else None,
+        )
+
+    @property
+    def is_building(self) -> bool:
+        """Whether the backend is still building its code."""
+        return isinstance(self.run, Building)
+
+    def built(self) -> Program:
+        """Waits until the code has been built, and returns the program with it."""
+        if not isinstance(self.run, Building):
+            return self
+        began = time.perf_counter()
+        run = self.run.finish()
+        return dataclasses.replace(self, run=run, compile_s=self.compile_s + time.perf_counter() - began)
+
     @property
     def rehearsed(self) -> Program:
-        """The program as it runs in a rehearsal."""
+        """The program in the form in which it runs in a rehearsal: it returns memory without values if that is possible."""
         forms = self.forms
         return self if forms is None else dataclasses.replace(self, run=lambda values: [without_values(form) for form in forms])
 
@@ -66,7 +113,7 @@ class Program:
         return self.result_of(self.run_leaves(self.leaves_of(args)))
 
     def run_leaves(self, values: list[Tensor]) -> Sequence[Tensor]:
-        """The same from the arguments' tensors in order, to the results' tensors in order. May empty the list."""
+        """Does the same from the arguments' tensors in order to the results' tensors in order. It may empty the list."""
         if self.constants:
             values = [*values, *[read() for read in self.constants]]
         if values not in self.known:
@@ -81,7 +128,7 @@ class Program:
         return results
 
     def _checked(self, values: list[Tensor]) -> list[Tensor]:
-        """The values, contiguous.
+        """Returns the values with the strides that the program takes.
 
         Raises:
           ShapeChanged: one differs in shape, dtype or device from what was captured.
@@ -98,7 +145,7 @@ class Program:
         return values
 
     def _difference(self, values: Sequence[Tensor]) -> str:
-        """The first input that is not what was captured, in words."""
+        """Names the first input that is not what was captured."""
         for entry, value in zip(self.graph.signature.inputs, values, strict=True):
             if Spec.of(value) != entry.spec:
                 return f"{entry.name} was traced as {entry.spec}, got {Spec.of(value)} on {value.device}"

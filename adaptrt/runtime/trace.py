@@ -1,4 +1,4 @@
-"""`trace`: a module's forward pass as a graph one can print, inspect and run."""
+"""`trace`: captures a module's forward pass as a graph that can be printed, inspected and run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from adaptrt.tree import Tree
 
 
 def trace(model: nn.Module, *inputs: Tree) -> Graph:
-    """The forward pass of `model` in its current mode, with parameters, buffers and randomness lifted to inputs.
+    """Captures the forward pass of `model` in its current mode, with parameters, buffers and randomness as inputs.
 
     The graph's arguments are `(params, buffers, noise, inputs)`: two dicts by name, a tuple of tensors for the random operations in order,
     and the tuple of inputs. It returns `(output, buffers)`, the buffers as the pass leaves them. For a gradient, capture the function that

@@ -10,11 +10,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import platform
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
+from adaptrt.backend.inductor import processor
 from benchmarks.suite.contest import QUANTITIES
 from benchmarks.suite.contestants import ENTRANTS
 from benchmarks.suite.workloads import WORKLOADS
@@ -91,7 +96,7 @@ def latency_table(workload: str, rows: Mapping[tuple[str, str, str], Row]) -> st
         for quantity in QUANTITIES:
             row, ours = rows.get((workload, quantity, name)), rows.get((workload, quantity, OURS))
             longer = "" if ours is None or name == OURS or row is None else f"{ours['extra_info']['times_longer'][name]:.2f}"
-            cells += ["" if row is None else _time(row["stats"]["median"]), longer]
+            cells += ["" if row is None else shown_time(row["stats"]["median"]), longer]
         last = rows.get((workload, "meta", name))
         if any((workload, quantity, name) in rows for quantity in QUANTITIES):
             found = [rows[key]["extra_info"]["error"] for key in rows if key[0] == workload and key[2] == name]
@@ -100,7 +105,17 @@ def latency_table(workload: str, rows: Mapping[tuple[str, str, str], Row]) -> st
     return table(head, lines)
 
 
-def _time(seconds: float) -> str:
+def machine() -> str:
+    """The processor by its name, and what else a reader needs to know to compare times.
+
+    A virtual machine may call it less than it is; then only the maker is known.
+    """
+    name = processor.capabilities().get("cpu_name") or platform.processor() or platform.machine()
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def shown_time(seconds: float) -> str:
+    """Seconds in the unit in which they are easily read."""
     return f"{1e6 * seconds:.0f} µs" if seconds < 1e-3 else f"{1e3 * seconds:.2f} ms" if seconds < 0.1 else f"{1e3 * seconds:.0f} ms"
 
 
@@ -141,7 +156,7 @@ def adjoints_table(rows: Sequence[Row]) -> str:
     for workload in dict.fromkeys(workload for workload, _ in found):
         own = [found.get((workload, name)) for name in names]
         best = min(row["extra_info"]["times_longer"] for row in own if row is not None)
-        lines.append([workload, *["" if row is None else _time(row["stats"]["median"]) for row in own], f"{1 / best:.2f}"])
+        lines.append([workload, *["" if row is None else shown_time(row["stats"]["median"]) for row in own], f"{1 / best:.2f}"])
     return table(["workload", *names, "auto, times the best"], lines)
 
 

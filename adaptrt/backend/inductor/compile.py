@@ -27,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from adaptrt.backend.base import COMPILING, Backend, Building, Form, Runner, rehearsing
 from adaptrt.backend.eager import Eager
 from adaptrt.backend.inductor.costly_loops import costly_loops_vectorised
-from adaptrt.backend.inductor.exchange import COLLECTING, COMPILER, RANDOM_STATE, SIZE_ASSERTS, in_use
+from adaptrt.backend.inductor.exchange import COLLECTING, COMPILER, RANDOM_STATE, SIZE_ASSERTS, active, in_use
 from adaptrt.backend.inductor.few_libraries import few_libraries
 from adaptrt.backend.inductor.index_strides import quick_strides
 from adaptrt.backend.inductor.instructions import trusting_the_processor
@@ -110,6 +110,9 @@ class Inductor(Backend):
 
     def lower(self, graph: Graph) -> Graph:
         return apply((*LOWERING, own_outputs), graph) if COMPILER.holds else graph
+
+    def private_parts(self) -> tuple[str, ...]:
+        return active()
 
     def compile(self, graph: Graph) -> Runner:
         if not COMPILER.holds:

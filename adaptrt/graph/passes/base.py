@@ -1,4 +1,4 @@
-"""What a pass is: a graph to an equivalent graph, recorded and verified."""
+"""Defines passes, which turn a graph into an equivalent graph, and applies, records and verifies them."""
 
 # pyright: reportPrivateUsage=false
 
@@ -26,10 +26,10 @@ def _anything(graph: Graph) -> None:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Pass:
-    """A rewrite that keeps the graph's values.
+    """A rewrite of a graph that keeps the values it computes.
 
-    `run` gets a graph of its own, which it may edit in place. `requires` raises InvalidGraph if the pass cannot be applied; `ensures` if it
-    did not do what it is for.
+    `run` gets a graph of its own, which it may edit in place. `requires` raises InvalidGraph if the pass cannot be applied, and `ensures`
+    raises it if the pass did not do its work.
     """
 
     name: str
@@ -40,10 +40,10 @@ class Pass:
 
 @garbage_collection_paused()
 def apply(passes: Sequence[Pass], graph: Graph) -> Graph:
-    """A graph to which the passes were applied in order; its `history` tells what each did.
+    """Applies the passes in order and returns the resulting graph, whose `history` says what each pass did.
 
-    The invariants of `verify` hold for the result of all passes together, and between any two once they hold: the first passes are
-    what makes a fresh capture functional.
+    The invariants of `verify` hold for the result of all passes together. They need not hold after the first passes, which make a fresh
+    capture functional; once they hold, every later pass keeps them.
     """
     graph = dataclasses.replace(graph, module=copy_module(graph))
     for rewrite in passes:
@@ -58,40 +58,40 @@ def apply(passes: Sequence[Pass], graph: Graph) -> Graph:
 
 
 def add_call(module: fx.GraphModule, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-    """An operation where the graph is being written to, with its value."""
+    """Adds an operation at the place where the graph is being edited, and computes its value."""
     node = module.graph.call_function(target, args, kwargs)
     renew_value(node)
     return node
 
 
 def renew_value(node: fx.Node) -> None:
-    """Computes a node's value from those of its arguments."""
+    """Computes a node's value again from the values of its arguments."""
     args, kwargs = cast(Any, map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"]))
     with _mode_of(node.graph):
         node.meta["val"] = cast(Any, node.target)(*args, **kwargs)
 
 
 def has_other_strides(one: fx.Node, other: fx.Node) -> bool:
-    """Whether the values of two nodes, of one shape, lie otherwise in memory."""
+    """Whether the values of two nodes of equal shape have different memory layouts."""
     values = one.meta["val"], other.meta["val"]
     return values[0] is not values[1] and strides_of(values[0]) != strides_of(values[1])
 
 
 def strides_of(value: Any) -> Any:
-    """How a value lies in memory: strides and offset of a tensor, or of several."""
+    """Returns the memory layout of a value: the strides and offset of a tensor, or of several tensors."""
     return tree_map_only(Tensor, lambda part: (part.stride(), part.storage_offset()), value)
 
 
 def _mode_of(graph: fx.Graph) -> contextlib.AbstractContextManager[Any]:
-    """The mode in which the graph's values were made."""
+    """Returns the fake tensor mode in which the graph's values were made."""
     known = next((node.meta["val"] for node in graph.nodes if isinstance(node.meta.get("val"), FakeTensor)), None)
     return contextlib.nullcontext() if known is None else known.fake_mode
 
 
 def copy_module(graph: Graph) -> fx.GraphModule:
-    """A copy of the graph's operations."""
+    """Returns a copy of the graph's operations."""
     copy = fx.Graph()
     copy.output(copy.graph_copy(graph.module.graph, {}))
-    # graph_copy leaves out the output's own node, whose metadata no pass reads. Python code is generated when the module is first called:
-    # doing it after every pass took a fifth of the time of a capture.
+    # graph_copy leaves out the output's own node, whose metadata no pass reads. The module's Python code is generated when it is first
+    # called; generating it after every pass took a fifth of the time of a capture.
     return _LazyGraphModule(graph.module, copy)

@@ -1,7 +1,7 @@
-"""Adds a leading task axis to a graph: one program for a batch of tasks.
+"""Adds a leading task axis to a graph, which makes one program for a batch of tasks.
 
-The graph of one task is run under `torch.func.vmap` and recorded again. At this point it holds neither randomness nor autograd, so the
-meaning of the axis is simple: each task's results are what the graph gives for that task alone.
+The graph of one task is run under `torch.func.vmap` and recorded again. At this point it holds neither random operations nor autograd. So
+the axis has a simple meaning: each task's results are what the graph gives for that task alone.
 """
 
 # pyright: reportPrivateUsage=false
@@ -41,12 +41,12 @@ _WITHOUT_BATCHING_RULE = (
 
 
 def batch(graph: Graph, batched: Sequence[bool], summed: Sequence[bool], num_tasks: int) -> Graph:
-    """The graph over `num_tasks` tasks.
+    """Returns the graph over `num_tasks` tasks.
 
     Args:
       graph: the program of one task.
-      batched: for each input but the constants, whether it has a value for each task, along a new leading axis.
-      summed: for each output, whether to sum it over the tasks; otherwise it gets a leading axis.
+      batched: for each input except the constants, whether it has one value for each task, along a new leading axis.
+      summed: for each output, whether to sum it over the tasks. Otherwise the output gets a leading axis of tasks.
       num_tasks: length of the axis, at least 1.
     """
     axes = (*batched, *(False for _ in graph.constants))
@@ -56,7 +56,7 @@ def batch(graph: Graph, batched: Sequence[bool], summed: Sequence[bool], num_tas
         mapped = torch.func.vmap(fn, in_dims=tuple(0 if axis else None for axis in axes))
 
         def run(*values: Tensor) -> list[Tensor]:
-            # vmap accepts no call in which nothing is mapped, and gives every output an axis.
+            # vmap refuses a call in which no input is mapped, and gives every output an axis.
             return [value.sum(0) if total else value for value, total in zip(mapped(*values), summed, strict=True)]
 
         return run
@@ -68,8 +68,8 @@ def batch(graph: Graph, batched: Sequence[bool], summed: Sequence[bool], num_tas
         return _with_closed_slices(graph)
 
     def stack(graph: Graph) -> Graph:
-        # An operation without batching rule is run once for each task, which is right, and no news to the user. Python's filters do not
-        # see the warning when autograd is under way; there is no way to ask whether it was on.
+        # An operation without a batching rule is run once for each task. That is correct, so the user needs no warning. Python's warning
+        # filters do not see this one while autograd runs, and PyTorch cannot be asked whether the warning was enabled.
         functorch = cast(Any, torch._C)._functorch
         functorch._set_vmap_fallback_warning_enabled(False)
         try:
@@ -100,7 +100,10 @@ def _rules() -> dict[Any, Callable[..., Any]]:
 
 
 def _with_closed_slices(graph: Graph) -> Graph:
-    """Gives open slices an end: the batching rule of slice_scatter overflows on the largest integer, which an open end is recorded as."""
+    """Gives every open slice an explicit end.
+
+    An open end is recorded as the largest integer, on which the batching rule of slice_scatter overflows.
+    """
     module = graph.module
     for node in module.graph.nodes:
         if node.target in (aten.slice.Tensor, aten.slice_scatter.default):

@@ -1,6 +1,7 @@
-"""Makes a graph look at its own data: one more result says whether any of some inputs holds NaN or infinity.
+"""Makes a graph check its own data: one more result says whether any of the given inputs holds NaN or infinity.
 
-Looking from outside costs a call of a reduction for each tensor, more than a small program takes; inside, it is one more loop in a kernel.
+A check outside the program calls one reduction for each tensor, which takes longer than a small program does. Inside the program it is one
+more loop in a kernel.
 """
 
 from __future__ import annotations
@@ -20,11 +21,13 @@ aten = torch.ops.aten
 
 
 def check_finite(graph: Graph, inputs: Sequence[int]) -> Graph:
-    """A graph that returns (what it returned, the largest magnitude in these inputs): the latter, float64, is finite if they are.
+    """Returns a graph with the result (what it returned, the largest magnitude in these inputs).
+
+    The largest magnitude is a float64 tensor, and is finite if and only if the inputs are.
 
     Args:
-      graph: any.
-      inputs: positions, one of a floating-point tensor at least; the others are left out.
+      graph: any graph.
+      inputs: positions of inputs, at least one of which is a floating-point tensor. Other inputs are left out.
     """
 
     def run(graph: Graph) -> Graph:

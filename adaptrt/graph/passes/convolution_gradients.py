@@ -1,8 +1,9 @@
-"""Convolutions' gradients, computed where they are used and in the way that is fast.
+"""Removes gradients of convolutions that nothing uses, and computes the others in the way that is fast.
 
-Autograd asks `convolution_backward` for the gradients of image and weights at once; in the gradient of a gradient often one of them has no
-use, and it costs as much as the other. And the double backward of a convolution writes a weight gradient as a convolution of images by
-images, batch and channels exchanged: the same sums, in a shape that libraries are slow at and behind two copies.
+Autograd asks `convolution_backward` for the gradients of image and weights together. In the gradient of a gradient, one of them is often
+not used, and it costs as much as the other. In addition, the double backward of a convolution expresses a weight gradient as a convolution
+of images by images, with batch and channels exchanged. These are the same sums, but in a shape at which libraries are slow, and after two
+copies.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ def _name_weight_gradients(graph: Graph) -> Graph:
         value: Tensor = node.meta["val"]
         image, gradient, shape, rest = arguments
         with module.graph.inserting_before(node):
-            # Of the weights themselves only the shape matters.
+            # convolution_backward reads only the shape of the weights here.
             weights = add_call(module, aten.full.default, shape, 0, dtype=value.dtype, device=value.device)
             found = add_call(module, aten.convolution_backward.default, gradient, image, weights, None, *rest, [False, True, False])
             of_weights = add_call(module, operator.getitem, found, 1)
@@ -49,7 +50,7 @@ def _name_weight_gradients(graph: Graph) -> Graph:
         if has_other_strides(renewed, node):
             changed.add(renewed)
         module.graph.erase_node(node)
-    for node in module.graph.nodes if changed else ():  # of what follows strides may be others, too
+    for node in module.graph.nodes if changed else ():  # the strides of later values may have changed, too
         if node.op == "call_function" and not changed.isdisjoint(node.all_input_nodes):
             before = strides_of(node.meta["val"])
             renew_value(node)
@@ -60,7 +61,10 @@ def _name_weight_gradients(graph: Graph) -> Graph:
 
 
 def _as_weight_gradient(node: fx.Node) -> tuple[fx.Node, fx.Node, list[int], tuple[Any, ...]] | None:
-    """Image, gradient, shape of the weights and the convolution's numbers, if `node` convolves exchanged images by exchanged images."""
+    """Returns image, gradient, shape of the weights and the convolution's numbers if `node` is a weight gradient in disguise.
+
+    That is a convolution of images by images, both with their first two axes exchanged.
+    """
     image, weights, bias, stride, padding, dilation, transposed, output_padding, groups = node.args
     if transposed or groups != 1 or bias is not None:
         return None
@@ -69,7 +73,7 @@ def _as_weight_gradient(node: fx.Node) -> tuple[fx.Node, fx.Node, list[int], tup
         return None
     sizes, gradients = images[0].meta["val"].shape[2:], images[1].meta["val"].shape[2:]
     inputs, outputs, *kernel = node.meta["val"].shape  # of weights [outputs, inputs, *kernel], exchanged
-    # What strides and dilations were to the convolution, they are the other way about to this one.
+    # Strides and dilations of the original convolution have exchanged their places in this one.
     numbers: Any = zip(sizes, padding, stride, kernel, dilation, strict=True)  # type: ignore[arg-type]
     expected = [(length + 2 * pad - stretch * (taps - 1) - 1) // step + 1 for length, pad, stretch, taps, step in numbers]
     if list(gradients) != expected:
@@ -78,7 +82,7 @@ def _as_weight_gradient(node: fx.Node) -> tuple[fx.Node, fx.Node, list[int], tup
 
 
 def _exchanged(node: Any) -> fx.Node | None:
-    """What `node` is with its first two axes exchanged."""
+    """Returns the node whose first two axes `node` exchanges, or None if `node` is no such transposition."""
     if node.target is aten.transpose.int and sorted(axis % node.meta["val"].dim() for axis in node.args[1:]) == [0, 1]:
         return node.args[0]
     return None

@@ -1,6 +1,6 @@
-"""Replaces operations by simpler ones, by a table of rules.
+"""Replaces operations by simpler ones, as a table of rules says.
 
-Only operations that have a rule are traced; what they consist of is written where they stood, and all others are copied.
+Only operations that have a rule are traced. Their parts are written in their place, and all other operations are copied.
 """
 
 # pyright: reportPrivateUsage=false
@@ -27,19 +27,19 @@ from adaptrt.graph.passes.retrace import fake_inputs, renewed
 
 
 def decompose(graph: Graph, rules: Rules) -> Graph:
-    """The graph with every operation replaced that has a rule.
+    """Returns the graph with every operation replaced that has a rule.
 
-    Inputs have the strides that the signature gives them, and of what follows from them, strides are worked out anew.
+    Inputs have the strides that the signature gives them. The strides of values that depend on a replaced operation are computed anew.
 
     Args:
-      graph: any.
-      rules: by operation a function of the operation's arguments. The rules hold for the operations that it calls, too. NotImplemented
-        leaves the operation as it is.
+      graph: any graph.
+      rules: for each operation a function of the operation's arguments. The rules also apply to the operations that it calls. If it
+        returns NotImplemented, the operation stays as it is.
     Raises:
-      InvalidGraph: a rule uses a tensor that it did not get.
+      InvalidGraph: a rule uses a tensor that is none of its arguments.
     """
     known = [node.meta.get("val") for node in graph.module.graph.nodes]
-    # Values of two modes cannot be computed with together.
+    # No operation can take values of two fake tensor modes.
     mode = next((value.fake_mode for value in known if isinstance(value, FakeTensor)), FakeTensorMode())
     with contextlib.ExitStack() as stack:
         for context in (torch.inference_mode(False), torch.no_grad(), autocast_off(), mode):
@@ -49,7 +49,7 @@ def decompose(graph: Graph, rules: Rules) -> Graph:
 
 def _decomposed(graph: Graph, rules: Rules, mode: FakeTensorMode) -> fx.GraphModule:
     written = fx.Graph()
-    copies: dict[fx.Node, Any] = {}  # a node, or several of what has several results
+    copies: dict[fx.Node, Any] = {}  # a node, or a list of nodes for an operation with several results
     inputs = iter(fake_inputs(mode, graph.signature.inputs))
     for node in graph.module.graph.nodes:
         args, kwargs = cast(Any, map_arg((node.args, node.kwargs), copies.__getitem__))
@@ -71,9 +71,9 @@ def _decomposed(graph: Graph, rules: Rules, mode: FakeTensorMode) -> fx.GraphMod
 
 
 def _written_out(target: Any, args: Any, kwargs: Any, graph: fx.Graph, rules: Rules) -> Any:
-    """Writes to `graph` what the operation consists of; returns its result as a node, or as several."""
+    """Writes the parts of the operation to `graph`, and returns its result as one node or several."""
     recorder = Recorder(graph, rules)
-    values: dict[fx.Node, Any] = {}  # one for each node: rules may ask whether arguments are the same tensor
+    values: dict[fx.Node, Any] = {}  # one tensor for each node, because rules may ask whether two arguments are the same tensor
 
     def value_of(node: fx.Node) -> Any:
         if node not in values:

@@ -1,9 +1,9 @@
-"""Makes a graph functional: no operation in it mutates.
+"""Makes a graph functional, so that no operation in it mutates a tensor.
 
-In-place operations come from the user's model and from autograd's own derivative formulas (`div_`, `add_`), so the whole traced graph is
-functionalised rather than the model. Nearly all of them write to a value that nothing else shares memory with; these are exchanged for
-their out-of-place counterparts where they stand. If one is left, the graph is traced again through PyTorch's functionalisation, which
-follows views and costs as much as capturing did.
+In-place operations come from the user's model and from autograd's own derivative formulas (`div_`, `add_`). So the whole traced graph is
+functionalised, not only the model. Nearly all of these operations write to a value that shares memory with no other, and are replaced by
+their out-of-place counterparts in the same place. If one is left, the graph is traced again through PyTorch's functionalisation, which
+follows views and takes as long as the capture did.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def _run(graph: Graph) -> Graph:
 
 
 def _exchange(node: fx.Node) -> bool:
-    """Puts an out-of-place operation in the place of `node`; False if that would not be the same."""
+    """Replaces `node` by an out-of-place operation, and returns False if that would give other values."""
     if node.target is aten._native_batch_norm_legit.default:
         return _exchange_batch_norm(node)
     target = out_of_place(node.target)
@@ -69,14 +69,14 @@ def _exchange_batch_norm(node: fx.Node) -> bool:
 
 
 def _is_private(value: fx.Node, writer: fx.Node) -> bool:
-    """Whether nothing but `value` itself sees, after `writer`, what it writes to `value`."""
+    """Whether no value except `value` itself shows, after `writer`, what `writer` writes to it."""
     if value.op == "placeholder" or memory_of(value) is not value:
         return False
     return not any(user > writer for view in _views(value, value, writer) for user in view.users)
 
 
 def _views(value: fx.Node, memory: fx.Node, besides: fx.Node) -> Iterator[fx.Node]:
-    """Views of `value`, whose memory is that of `memory`, and views of those; but not what is reached by way of `besides`."""
+    """Returns the views of `value`, whose memory is that of `memory`, and their views, except those reached only through `besides`."""
     for user in value.users:
         if user is not besides and memory_of(user) is memory:
             yield user
@@ -84,18 +84,18 @@ def _views(value: fx.Node, memory: fx.Node, besides: fx.Node) -> Iterator[fx.Nod
 
 
 def _replace_from(writer: fx.Node, before: fx.Node, after: fx.Node) -> None:
-    """Lets every user of `before` behind `writer` use `after`."""
+    """Makes every user of `before` that comes after `writer` use `after` instead."""
     before.replace_all_uses_with(after, delete_user_cb=lambda user: user > writer)
 
 
 def _is_same(target: Any, node: fx.Node, written: fx.Node) -> bool:
-    """Whether `target` gives a tensor like the one written to: an in-place operation keeps its dtype, where `target` may promote."""
+    """Whether `target` gives a tensor like the one written to. An in-place operation keeps the dtype, whereas `target` may promote it."""
     value = written.meta["val"]
     args, kwargs = cast(Any, map_arg((node.args, node.kwargs), lambda argument: argument.meta["val"]))
     try:
         with torch.no_grad(), value.fake_mode:
             result = target(*args, **kwargs)
-    except Exception:  # an overload that takes other arguments; the graph is traced again
+    except Exception:  # the overload takes other arguments, so the graph is traced again
         return False
     return isinstance(result, Tensor) and (result.dtype, result.shape, result.stride()) == (value.dtype, value.shape, value.stride())
 

@@ -1,6 +1,6 @@
-"""Writes the approximate GELU in terms of one sigmoid, with derivatives in closed form, before it is differentiated.
+"""Expresses the approximate GELU by one sigmoid, with derivatives in closed form, before it is differentiated.
 
-PyTorch has it by `tanh`, which takes four times as long as the exponential in a sigmoid, and its second derivative by `cosh` besides.
+PyTorch computes it by `tanh`, which takes four times as long as the exponential in a sigmoid, and its second derivative also by `cosh`.
 
     gelu(x)   = x (1 + tanh(w / 2)) / 2 = x s             s = sigmoid(w),  w = 2 c (x + a x^3)     (Hendrycks and Gimpel 2016)
     gelu'(x)  = s + x p w'                                p = s (1 - s),  w' = 2 c (1 + 3 a x^2)
@@ -25,11 +25,11 @@ _C = 2 * math.sqrt(2 / math.pi)
 _AC = 0.044715 * _C
 
 _DTYPES = (torch.float32, torch.float64)
-"""In half precision the operation rounds once, and the formula at every step."""
+"""Dtypes for which the formula is used. In half precision the operation rounds once, but the formula would round at every step."""
 
 
 class GeluBySigmoid(WriteOut):
-    """Writes out `gelu(x, approximate="tanh")`."""
+    """Replaces `gelu(x, approximate="tanh")` by its formula."""
 
     functions = (F.gelu,)
     name, noun = "gelu_by_sigmoid", "functions"
@@ -58,7 +58,7 @@ def _slope(x: Tensor) -> Tensor:
 
 
 class _Slope(Function):
-    """The first derivative."""
+    """Computes the first derivative of the approximate GELU."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
@@ -68,11 +68,11 @@ class _Slope(Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors  # what follows is differentiated by autograd
+        (x,) = ctx.saved_tensors  # autograd differentiates the operations below
         s, p = _sigmoid(x)
         bend = 3 * _AC * (x * x)
         slope = _C + bend
-        # p first: it is zero where the squares overflow
+        # multiply by p first, because it is zero where the squares overflow
         return gradient * (2 * p * (slope + bend) + x * (1 - 2 * s) * (p * slope * slope))
 
 
@@ -81,7 +81,7 @@ def _sigmoid(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class _Sigmoid(Function):
-    """s and p = s (1 - s), without cancellation where s is nearly one."""
+    """Computes s and p = s (1 - s), without cancellation where s is nearly one."""
 
     @staticmethod
     def forward(ctx: Any, w: Tensor) -> tuple[Tensor, Tensor]:

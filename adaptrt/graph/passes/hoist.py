@@ -1,7 +1,8 @@
-"""Takes out of a step's graph what is the same in every step: a frozen backbone on a support batch that all steps share, say.
+"""Moves what is the same in every step out of the step's graph, for example a frozen backbone on a support batch that all steps share.
 
-What depends on inputs that stay the same becomes a graph of its own, run once; the step's graph takes its results as inputs. Which results
-is a minimum cut as in `partition`: cheap operations are done again in each step where that means less to keep.
+Operations that depend only on inputs that stay the same become a graph of their own, which is run once. The step's graph takes its results
+as inputs. A minimum cut decides which results these are, as in `partition`: cheap operations are computed again in each step if fewer bytes
+have to be kept then.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -22,17 +23,17 @@ from adaptrt.graph.signature import Input, Output, Role, Signature
 from adaptrt.tree import Spec, flatten, tuple_of
 
 MIN_FLOPS = 1_000_000
-"""Of the products and convolutions that are the same. Less takes about as long as the call of another program."""
+"""The fewest operations of products and convolutions that are worth moving. Fewer take about as long as the call of another program."""
 
 
 def hoist(graph: Graph, same: Collection[int]) -> tuple[Graph, Graph] | None:
-    """Two graphs: (*args) -> shared, a list, and (*args, shared) -> results; None where there is too little to take out.
+    """Splits a graph into (*args) -> shared, a list, and (*args, shared) -> results, or returns None if too little can be moved.
 
-    Cotangents, the last argument of a pullback, are none of the first graph's, and come after `shared` in the second's.
+    Cotangents, the last argument of a pullback, are no argument of the first graph, and come after `shared` in the second.
 
     Args:
       graph: a function that is called several times.
-      same: positions of the inputs that are the same in each call; constants always are.
+      same: positions of the inputs that are the same in each call. Constants always are.
     """
     nodes = list(graph.module.graph.nodes)
     placeholders = [node for node in nodes if node.op == "placeholder"]

@@ -1,6 +1,6 @@
-"""Replaces random operations by tensors that the program is given.
+"""Replaces random operations by tensors that the program receives as inputs.
 
-This rewrite happens while a function is captured, under autograd: the derivative formulas of the random operations apply unchanged.
+This happens while a function is captured, under autograd, so the derivative formulas of the random operations apply unchanged.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class _Randomness(TorchDispatchMode):
 
 @contextmanager
 def lift_noise(noise: Sequence[Tensor]) -> Generator[None]:
-    """Within the block, random operations return these tensors in order, in eager code as well as while it is captured."""
+    """Makes random operations in the block return these tensors in order, in eager code as well as during a capture."""
     pending = iter(noise)
 
     def take(wanted: Noise) -> Tensor:
@@ -64,7 +64,7 @@ def lift_noise(noise: Sequence[Tensor]) -> Generator[None]:
 
 @contextmanager
 def record_noise() -> Generator[list[Noise]]:
-    """Within the block, notes what random operations would draw and lets them return uninitialised tensors."""
+    """Records what random operations in the block would draw, and makes them return uninitialised tensors."""
     found: list[Noise] = []
 
     def note(wanted: Noise) -> Tensor:
@@ -77,7 +77,7 @@ def record_noise() -> Generator[list[Noise]]:
 
 @contextmanager
 def forbid_noise() -> Generator[None]:
-    """Within the block, random operations raise."""
+    """Makes random operations in the block raise."""
 
     def refuse(wanted: Noise) -> Tensor:
         raise UnsupportedRandomness(
@@ -93,7 +93,7 @@ def _like(value: Tensor, dtype: torch.dtype | None = None, device: torch.device 
 
 
 def _order(value: Tensor) -> tuple[int, ...]:
-    """The axes of `value` as they lie in memory, slowest first; empty if that is their own order, or if memory has gaps."""
+    """Returns the axes of `value` in the order of memory, slowest first, or () if that is their own order or the memory has gaps."""
     axes = sorted(range(value.dim()), key=lambda axis: -value.stride(axis))
     expected = 1
     for axis in reversed(axes):
@@ -110,14 +110,14 @@ def _new(size: Sequence[int], dtype: torch.dtype | None, device: torch.device | 
 def _native_dropout(source: _Source, value: Tensor, p: float, train: bool | None = True) -> tuple[Tensor, Tensor]:
     if train is False or p == 0.0:
         return value.clone(), torch.ones_like(value, dtype=torch.bool)
-    # Drawn as eager dropout draws it on the CPU: a 0/1 tensor of the input's own dtype.
+    # Eager dropout on the CPU draws a tensor of zeros and ones in the dtype of its input, and so does this rule.
     mask = source(Noise("bernoulli", (1.0 - p,), _like(value), _order(value)))
     scale = 0.0 if p == 1.0 else 1.0 / (1.0 - p)
     return value * mask * scale, mask.to(torch.bool)
 
 
 def _filled(kind: str, *defaults: float) -> Callable[..., Tensor]:
-    """A rule for an in-place fill such as `uniform_(low, high)`."""
+    """Makes a rule for an in-place fill such as `uniform_(low, high)`."""
 
     def rule(source: _Source, value: Tensor, *constants: float, generator: torch.Generator | None = None) -> Tensor:
         _refuse_generator(generator)
@@ -127,7 +127,7 @@ def _filled(kind: str, *defaults: float) -> Callable[..., Tensor]:
 
 
 def _made(kind: str, *constants: float) -> Callable[..., Tensor]:
-    """A rule for a factory such as `rand(size)`."""
+    """Makes a rule for a factory such as `rand(size)`."""
 
     def rule(source: _Source, size: Sequence[int], *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
         return source(Noise(kind, constants, _new(size, dtype, device)))
@@ -136,7 +136,7 @@ def _made(kind: str, *constants: float) -> Callable[..., Tensor]:
 
 
 def _made_like(kind: str, *constants: float) -> Callable[..., Tensor]:
-    """A rule for a factory such as `rand_like(value)`."""
+    """Makes a rule for a factory such as `rand_like(value)`."""
 
     def rule(source: _Source, value: Tensor, *, dtype: Any = None, device: Any = None, **_: Any) -> Tensor:
         return source(Noise(kind, constants, _like(value, dtype, device), _order(value)))

@@ -1,4 +1,4 @@
-"""Computes equal expressions once: operations with equal targets and arguments are merged."""
+"""Computes equal expressions only once, by merging operations with equal targets and arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from adaptrt.graph.passes.base import Pass
 
 
 def _key(value: Any) -> Any:
-    """A hashable stand-in for an argument; it keeps 1, 1.0 and True apart, and 0.0 from -0.0."""
+    """Returns a hashable stand-in for an argument that distinguishes 1, 1.0 and True, and 0.0 and -0.0."""
     if isinstance(value, list | tuple):
         return tuple(_key(part) for part in cast(Sequence[Any], value))
     if isinstance(value, fx.Node):

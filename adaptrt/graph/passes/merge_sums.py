@@ -1,7 +1,7 @@
-"""Adds up over several axes at once what was added up over one axis after the other.
+"""Merges sums over one axis after another into one sum over several axes.
 
-So the second derivative of batch normalisation comes from autograd: over the images, then over rows, then over columns. Compiled, the first
-sum reads memory across the images and writes a whole image of partial sums, for each of four sums a layer.
+Autograd writes such sums for the second derivative of batch normalisation: over the images, then over rows, then over columns. When
+compiled, the first of them reads memory across the images and writes a whole image of partial sums, for each of four sums in a layer.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ def _run(graph: Graph) -> Graph:
     for node in module.graph.find_nodes(op="call_function", target=_SUM):
         before: Any = node.args[0]
         axes, keeps = _axes(node)
-        # Where others need the partial sums, they are there anyway.
+        # If other operations need the partial sums, they are computed anyway.
         while before.target is _SUM and len(before.users) == 1 and not node.kwargs and not before.kwargs:
             earlier, kept = _axes(before)
             if kept != keeps:
                 break
-            if not kept:  # the axes are counted without the earlier ones
+            if not kept:  # these axes are counted after the earlier sum has removed its own
                 left = [axis for axis in range(before.args[0].meta["val"].dim()) if axis not in earlier]
                 axes = [left[axis] for axis in axes]
             axes, before = sorted({*axes, *earlier}), before.args[0]
@@ -38,7 +38,7 @@ def _run(graph: Graph) -> Graph:
 
 
 def _axes(node: fx.Node) -> tuple[list[int], bool]:
-    """Over which axes a sum is, counted from the first, and whether it keeps them."""
+    """Returns the axes of a sum, as non-negative numbers, and whether the sum keeps them."""
     args: Any = node.args
     dim = args[0].meta["val"].dim()
     keeps = len(args) > 2 and bool(args[2])

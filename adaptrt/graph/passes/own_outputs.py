@@ -1,6 +1,6 @@
-"""Gives every output memory of its own: copies an output that is an input, a view of one, or shares memory with another output.
+"""Gives every output memory of its own, by copying outputs that share memory with an input or with another output.
 
-Without it a result could alias a parameter of the model, and change when the model is trained on.
+Otherwise a result could alias a parameter of the model, and would change when the model is trained further.
 """
 
 from __future__ import annotations

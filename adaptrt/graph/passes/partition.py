@@ -1,8 +1,8 @@
-"""Cuts the graph of results and gradients in two: one that is run forward and keeps what the other needs on the way back.
+"""Cuts the graph of results and gradients in two: a forward graph, and a backward graph that uses what the forward graph keeps.
 
-What is kept is a minimum cut, as in Chen et al. 2016 (arXiv 1604.06174) and in PyTorch's own partitioner: each value that the way back
-needs is kept or computed again from kept ones, so that the kept bytes are fewest, under the rule that only cheap operations (pointwise ones
-and views) are computed again. Inputs of the graph are at hand on the way back and cost nothing.
+A minimum cut decides what is kept, as in Chen et al. 2016 (arXiv 1604.06174) and in PyTorch's own partitioner. Each value that the backward
+graph needs is either kept, or computed again from kept values, so that as few bytes as possible are kept. Only cheap operations (pointwise
+ones and views) are computed again. The inputs of the graph are available to the backward graph as well, and cost nothing.
 """
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
@@ -21,11 +21,11 @@ from adaptrt.tree import Spec, flatten, tuple_of
 
 
 def partition(joint: Graph, num_results: int) -> tuple[Graph, Graph]:
-    """Two graphs: (*args) -> (results, kept), and (*args, kept, cotangents) -> gradients; `kept` is a list.
+    """Returns two graphs: (*args) -> (results, kept), and (*args, kept, cotangents) -> gradients, where `kept` is a list.
 
     Args:
       joint: (*args, cotangents) -> (results, gradients).
-      num_results: tensors among the results.
+      num_results: the number of tensors among the results.
     """
     nodes = list(joint.module.graph.nodes)
     placeholders = [node for node in nodes if node.op == "placeholder"]
@@ -66,13 +66,13 @@ def partition(joint: Graph, num_results: int) -> tuple[Graph, Graph]:
         joint.result.children[1],
         joint.history,
     )
-    # What is kept has the strides that the first program gives it.
+    # Kept values have the strides that the first program gives them.
     passes = (relax_views, own_outputs)
     return apply(passes, forward), apply(passes, backward)
 
 
 def _to_keep(nodes: list[fx.Node], given: set[fx.Node], later: set[fx.Node], gradients: list[fx.Node]) -> list[fx.Node]:
-    """The values to keep, in their order; `later` are those that depend on a cotangent."""
+    """Returns the values to keep, in their order. `later` are the values that depend on a cotangent."""
     needed = leading_to(gradients, set())  # on either side
     before = [node for node in nodes if node in needed and node not in later and node.op != "output"]
     read = {node for node in before if node in gradients or any(user in later and user in needed for user in node.users)}

@@ -1,8 +1,8 @@
-"""Writes max-pooling over windows that do not overlap as maxima of strided slices, before it is differentiated.
+"""Expresses max-pooling over windows that do not overlap by maxima of strided slices, before it is differentiated.
 
-The operation finds indices, its gradient scatters to them and the gradient's gradient gathers from them; none of that fuses with what is
-around it. A choice between slices is a pointwise operation, and so are its derivatives, which keep to the element that the operation takes:
-the first of equal ones, and NaN before any number.
+PyTorch's operation finds indices, its gradient scatters to them, and the gradient's gradient gathers from them. None of these fuses with
+the operations around it. A choice between slices is a pointwise operation, and so are its derivatives. They choose the same element as the
+operation does: the first of equal elements, and NaN rather than any number.
 """
 
 # pyright: reportIncompatibleMethodOverride=false, reportPrivateUsage=false, reportUnknownMemberType=false
@@ -19,11 +19,11 @@ from torch.autograd import Function
 from adaptrt.graph.passes.write_out import WriteOut
 
 MAX_WINDOW = 16
-"""Elements of a window. The choice is written out for each."""
+"""The largest number of elements in a window. The choice is written out for each of them."""
 
 
 class PoolAsMaxima(WriteOut):
-    """Writes out `torch.nn.functional.max_pool2d`."""
+    """Replaces `torch.nn.functional.max_pool2d` by choices between slices."""
 
     functions = (F.max_pool2d, torch.max_pool2d)
     name, noun = "pool_as_maxima", "pools"
@@ -43,7 +43,7 @@ def _window(
     *rest: Any,
     **more: Any,
 ) -> tuple[int, int] | None:
-    """Height and width of the window, or None where it is not one that this file is for."""
+    """Returns height and width of the window, or None if this rewrite does not apply to the call."""
     height, width = _pair(kernel_size)
     strides = _pair(stride) if stride else (height, width)
     if strides != (height, width) or _pair(padding) != (0, 0) or _pair(dilation) != (1, 1) or ceil_mode or any(rest) or any(more.values()):
@@ -62,8 +62,8 @@ def _maximum(x: Tensor, height: int, width: int) -> Tensor:
     return _Maximum.apply(x, height, width)  # type: ignore[return-value]
 
 
-# Given which place of each window is the largest, pooling is linear, and these are it and its transpose. Autograd by itself would add up
-# a padded gradient for each slice.
+# Once it is known which place of each window is the largest, pooling is linear. The two classes below are this linear function and its
+# transpose. Autograd by itself would add up one padded gradient for each slice.
 
 
 class _Maximum(Function):
@@ -72,7 +72,7 @@ class _Maximum(Function):
         slices = _slices(x, height, width)
         found, place = slices[0], torch.zeros_like(slices[0])
         for index, value in enumerate(slices[1:], 1):
-            later = (value > found) | (value != value)  # NaN is chosen
+            later = (value > found) | (value != value)  # NaN is chosen before any number
             found, place = torch.where(later, value, found), torch.where(later, float(index), place)
         ctx.save_for_backward(place)
         ctx.form = x.shape, height, width
@@ -84,7 +84,7 @@ class _Maximum(Function):
 
 
 class _Spread(Function):
-    """From windows to the elements that were chosen in them; zero elsewhere."""
+    """Copies the value of each window to the element that was chosen in it, with zero elsewhere."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, place: Tensor, shape: torch.Size, height: int, width: int) -> Tensor:
@@ -102,7 +102,7 @@ class _Spread(Function):
 
 
 class _Chosen(Function):
-    """From elements to windows: in each the one that was chosen."""
+    """Returns for each window the element that was chosen in it."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, place: Tensor, height: int, width: int) -> Tensor:
@@ -120,6 +120,6 @@ class _Chosen(Function):
 
 
 def _slices(x: Tensor, height: int, width: int) -> list[Tensor]:
-    """For each place in a window that element of all windows."""
+    """Returns one slice for each place in a window: the elements at that place of all windows."""
     rows, columns = x.shape[-2] // height * height, x.shape[-1] // width * width
     return [row[..., j:columns:width] for row in (x[..., i:rows:height, :] for i in range(height)) for j in range(width)]

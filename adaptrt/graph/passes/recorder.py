@@ -1,7 +1,7 @@
 """Records the operations that a function of tensors calls.
 
-PyTorch's `make_fx` does the same and much more (dynamic shapes, control flow as operations), in twice the time. Where a graph has to run
-under one of PyTorch's transformations, `retrace` uses it.
+PyTorch's `make_fx` does the same and much more (dynamic shapes, control flow as operations), but takes twice the time. `retrace` uses it
+where a graph has to run under one of PyTorch's transformations.
 """
 
 # pyright: reportPrivateUsage=false
@@ -25,17 +25,19 @@ from adaptrt.errors import NotTraceable
 from adaptrt.graph.operations import is_composite, is_mutable
 
 aten = torch.ops.aten
-_DEVICE = torch.ops.prim.device.default  # by which a fake tensor is asked for its device
+_DEVICE = torch.ops.prim.device.default  # PyTorch calls this to ask a fake tensor for its device
 
 Rules = Mapping[Any, Callable[..., Any]]
 
 
 def record(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
-    """The operations that `fn` calls, as a module, and the values of its last inputs: tensors that `fn` uses and did not get.
+    """Returns the operations that `fn` calls, as a module, and its constants.
+
+    Constants are tensors that `fn` uses without getting them as arguments. They are the module's last inputs.
 
     Args:
-      fn: of fake tensors; it runs once, with autograd.
-      inputs: what it is called with, in the fake mode that is active.
+      fn: a function of fake tensors. It runs once, with autograd.
+      inputs: its arguments, made in the fake tensor mode that is active.
     """
     recorder = Recorder(fx.Graph())
     for index, value in enumerate(inputs):
@@ -48,11 +50,11 @@ def record(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> tup
 
 
 class Recorder(TorchDispatchMode):
-    """While it is active, operations are written to `graph`, or by a rule as others.
+    """Writes all operations to `graph` while it is active, or the operations by which a rule replaces one.
 
     Attributes:
       graph: the operations, with their values.
-      constants: tensors that were not known, in the order of their placeholders.
+      constants: tensors that were neither inputs nor results, in the order of their placeholders.
     """
 
     def __init__(self, graph: fx.Graph, rules: Rules | None = None) -> None:
@@ -60,24 +62,25 @@ class Recorder(TorchDispatchMode):
         self.graph = graph
         self.constants: list[Tensor] = []
         self._rules = rules or {}
-        # By address of the tensor, which is kept so that it stays its own; the weak reference keeps `swap_tensors` from exchanging it.
+        # By the address of a tensor. The tensor is kept so that no other gets its address; the weak reference keeps `swap_tensors` from
+        # exchanging it.
         self._known: dict[int, tuple[fx.Node, Tensor, weakref.ref[Tensor]]] = {}
         self._last_placeholder = graph._root  # the place before all nodes
 
     def place(self, name: str, value: Tensor) -> None:
-        """Writes an input, behind all others."""
+        """Writes an input, after all others."""
         with self.graph.inserting_after(self._last_placeholder):
             self._last_placeholder = self.graph.placeholder(name)
         self.know(self._last_placeholder, value)
 
     def know(self, node: fx.Node, value: Tensor) -> None:
-        """Takes `value` for what `node` computes."""
+        """Registers `value` as the tensor that `node` computes."""
         self._known[id(value)] = node, value, weakref.ref(value)
         if "val" not in node.meta:
             node.meta["val"] = extract_val(value)
 
     def nodes_of(self, value: Any) -> Any:
-        """An argument or a result with nodes in place of tensors."""
+        """Returns an argument or a result with nodes in place of its tensors."""
         return map_aggregate(value, self._node_of)
 
     def _node_of(self, value: Any) -> Any:
@@ -95,7 +98,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         if any(kind is not FakeTensor for kind in types):
-            return NotImplemented  # a tensor of tensors: it calls operations on these itself
+            return NotImplemented  # a tensor subclass that holds other tensors calls operations on those itself
         kwargs = kwargs or {}
         if func is _DEVICE:
             return func(*args)
@@ -107,13 +110,13 @@ class Recorder(TorchDispatchMode):
         if is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
-        if func is aten.lift_fresh.default:  # what is written to a tensor that was just made must not change the constant it was made of
+        if func is aten.lift_fresh.default:  # later writes to the new tensor must not change the constant
             func = aten.lift_fresh_copy.default
         result: Any = func(*args, **kwargs)
         node_args, node_kwargs = self.nodes_of(args), self.nodes_of(kwargs)
         several = isinstance(result, list | tuple)
         if not (several or isinstance(result, Tensor) or is_mutable(func) or (result is None and _has_node((node_args, node_kwargs)))):
-            return result  # a profiler's mark, or a number that is known
+            return result  # such as a mark of the profiler, or a number that is known already
         node = self.graph.create_node("call_function", func, node_args, node_kwargs, func.overloadpacket.__name__)
         if isinstance(result, Tensor):
             self.know(node, result)

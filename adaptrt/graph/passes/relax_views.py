@@ -1,7 +1,7 @@
-"""Replaces views by reshapes, which copy where the memory layout asks for it.
+"""Replaces views by reshapes, which copy if the memory layout requires it.
 
-A view was legal for the layout that was traced. The kernel that runs later, or one that works on all tasks at once, may lay out its result
-otherwise.
+A view was legal for the layout that was traced. The kernel that runs later, or one that works on all tasks at once, may give its result
+another layout.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Removes operations that return their argument, and operations that nothing uses.
 
-`detach` is one of them: a graph is never differentiated, so both autograd's and the user's detach have done their work when the gradient
-was traced. A `clone` stays if it changes the memory layout; `own_outputs` adds those that outputs need. In eval mode
-batch normalisation returns its running statistics as they were.
+`detach` is removed, too. A graph is never differentiated, so a detach has had its effect when the gradient was traced, whether it came
+from autograd or from the user. A `clone` stays if it changes the memory layout, and `own_outputs` adds the copies that outputs need. In
+eval mode batch normalisation returns its running statistics unchanged, so these are replaced as well.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _IDENTITIES = {aten.detach.default, aten.alias.default, aten.lift_fresh.default,
 
 
 def _same(node: fx.Node) -> fx.Node | None:
-    """The argument that the operation returns."""
+    """Returns the argument that the operation returns unchanged, or None if it does not."""
     args: Any = node.args
     if node.target in _IDENTITIES:
         before, after = args[0].meta["val"], node.meta["val"]

@@ -1,4 +1,4 @@
-"""Runs a graph's operations again on fake tensors, through a transformation, and records what comes out."""
+"""Runs a graph again on fake tensors, through a transformation, and records the resulting operations."""
 
 # pyright: reportPrivateUsage=false
 
@@ -20,14 +20,14 @@ from adaptrt.tree import Spec
 
 
 def fake_tensors(mode: FakeTensorMode, specs: Sequence[Spec]) -> list[Tensor]:
-    """A contiguous fake tensor for each spec. Each is an object of its own: `make_fx` aliases inputs that are one object."""
+    """Makes a contiguous fake tensor for each spec. Each is an object of its own, because `make_fx` treats one object as one input."""
     # An inference tensor could not require grad.
     with torch.inference_mode(False), mode:
         return [torch.empty(spec.shape, dtype=spec.dtype, device=spec.device) for spec in specs]
 
 
 def fake_inputs(mode: FakeTensorMode, inputs: Sequence[Input]) -> list[Tensor]:
-    """A fake tensor for each input, with its strides."""
+    """Makes a fake tensor for each input, with the strides of that input."""
     with torch.inference_mode(False), mode:
         return [torch.empty_strided(entry.spec.shape, entry.strides, dtype=entry.spec.dtype, device=entry.spec.device) for entry in inputs]
 
@@ -37,12 +37,12 @@ def retrace(
     transform: Callable[[Callable[..., Any]], Callable[..., Any]],
     inputs: Sequence[Input] | None = None,
 ) -> Graph:
-    """The graph of `transform(graph.module)`.
+    """Returns the graph of `transform(graph.module)`.
 
     Args:
-      graph: what to run.
-      transform: from a flat function of tensors to one, for example `torch.func.functionalize`.
-      inputs: the inputs of the transformed function where they differ from the graph's.
+      graph: the graph to run.
+      transform: takes and returns a flat function of tensors, for example `torch.func.functionalize`.
+      inputs: the inputs of the transformed function, if they differ from those of the graph.
     """
     inputs = graph.signature.inputs if inputs is None else inputs
     graph.module.recompile()  # a pass may have edited it
@@ -54,7 +54,7 @@ def retrace(
 
 
 def renewed(graph: Graph, module: fx.GraphModule, inputs: Sequence[Input]) -> Graph:
-    """The graph with other operations and inputs; its outputs are what these compute."""
+    """Returns the graph with the operations of `module` and these inputs. The outputs are what the operations compute."""
     values: Any = module.graph.output_node().args[0]
     outputs = [
         dataclasses.replace(entry, spec=Spec.of(node.meta["val"])) for entry, node in zip(graph.signature.outputs, values, strict=True)

@@ -1,4 +1,4 @@
-"""Functions of PyTorch written out in simpler operations while a model runs, before they are differentiated."""
+"""Replaces functions of PyTorch by simpler operations while a model runs, before they are differentiated."""
 
 # pyright: reportIncompatibleMethodOverride=false, reportPrivateUsage=false, reportUnknownMemberType=false
 
@@ -14,11 +14,12 @@ from torch.overrides import TorchFunctionMode
 
 
 class WriteOut(TorchFunctionMode, abc.ABC):
-    """While it is active its functions are written out where they can be; `num_written` counts.
+    """Replaces calls of its functions by simpler operations while it is active.
 
     Attributes:
-      functions: which.
-      name, noun: the rewrite and what it writes out, for the graph's history.
+      functions: the functions that it replaces.
+      name, noun: names of the rewrite and of what it replaces, for the graph's history.
+      num_written: how many calls were replaced.
     """
 
     functions: ClassVar[tuple[Callable[..., Any], ...]]
@@ -31,7 +32,7 @@ class WriteOut(TorchFunctionMode, abc.ABC):
 
     @abc.abstractmethod
     def write(self, *args: Any, **kwargs: Any) -> Any:
-        """What one of the functions returns for these arguments; NotImplemented where it is to be called itself."""
+        """Returns what one of the functions returns for these arguments, or NotImplemented if the function itself is to be called."""
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
         del types
@@ -45,5 +46,5 @@ class WriteOut(TorchFunctionMode, abc.ABC):
 
 
 def _under_transform() -> bool:
-    """Whether a `torch.func` transform or forward mode is going on, for which an autograd `Function` needs rules of its own."""
+    """Whether a `torch.func` transform or forward mode is active, for which an autograd `Function` would need rules of its own."""
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0  # type: ignore[attr-defined]

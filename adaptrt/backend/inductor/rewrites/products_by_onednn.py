@@ -12,21 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
+from adaptrt.backend.inductor.processor import mkl_is_slow
 from adaptrt.graph.ir import Graph
 from adaptrt.graph.passes.base import Pass, add_call
 
 aten = torch.ops.aten
 
 MIN_MULTIPLICATIONS = 1 << 22
-
-
-@functools.cache
-def mkl_is_slow() -> bool:
-    """Whether products are MKL's, the processor has AVX-512, and it is not Intel's."""
-    if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available() and hasattr(torch.cpu, "get_capabilities")):
-        return False
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_f")) and "intel" not in str(capabilities.get("cpu_name", "intel")).lower()
 
 
 def _run(graph: Graph) -> Graph:

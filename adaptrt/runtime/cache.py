@@ -1,0 +1,50 @@
+"""A bounded cache of plans."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from typing import Generic, TypeVar
+
+from adaptrt.backend.base import COMPILING
+
+Entry = TypeVar("Entry")
+
+
+class Cache(Generic[Entry]):
+    """Keeps the `size` entries that were used last. It is safe to use from several threads, and makes an entry only once."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
+        self._order = threading.Lock()
+
+    def get(self, key: Hashable) -> Entry | None:
+        """Returns the entry under `key`, None if there is none."""
+        entry = self._entries.get(key)
+        if entry is not None and len(self._entries) > 1:
+            with self._order:
+                if key in self._entries:
+                    self._entries.move_to_end(key)
+        return entry
+
+    def get_or_make(self, key: Hashable, make: Callable[[], Entry]) -> Entry:
+        """Returns the entry under `key`; if there is none, makes it, under the compilation lock."""
+        entry = self.get(key)
+        if entry is not None:
+            return entry
+        with COMPILING:
+            entry = self.get(key)
+            if entry is None:
+                entry = make()
+                with self._order:
+                    self._entries[key] = entry
+                    while len(self._entries) > self._size:
+                        self._entries.popitem(last=False)
+        return entry
+
+    def entries(self) -> list[Entry]:
+        """Returns all entries, the one used last at the end."""
+        with self._order:
+            return list(self._entries.values())

@@ -1,0 +1,185 @@
+"""Finds what runs a call: its arguments are checked, and its plans are looked up or made."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adaptrt import tree
+from adaptrt.adjoint.base import Differentiated, Problem
+from adaptrt.errors import InvalidArgument, InvalidType, OptimizerMismatch
+from adaptrt.inner import check
+from adaptrt.inner.reader import Reader, Start
+from adaptrt.inner.step import Batch
+from adaptrt.runtime.adapted import Adapted
+from adaptrt.runtime.capture import without_leading_axis
+from adaptrt.runtime.plan import QueryPlan, SupportPlan
+from adaptrt.runtime.planner import Planner
+from adaptrt.runtime.program import Program
+from adaptrt.runtime.recent import Recent
+from adaptrt.runtime.settings import Settings
+from adaptrt.runtime.validation import Validator
+
+_MAX_PROBLEMS = 64
+
+
+@dataclasses.dataclass(slots=True)
+class Route:
+    """Holds what runs a call, and every later call that is like it.
+
+    Attributes:
+      plan, query_plan, problem: what to run; no query plan for a call without query data.
+      num_tasks: length of the task axis, None without one.
+      whole: a compiled program that is the whole call, None if there is none: with it the adjoint's Python code need not run.
+      is_settled: whether it is known that there is one, or none.
+    """
+
+    plan: SupportPlan
+    query_plan: QueryPlan | None
+    problem: Problem
+    num_tasks: int | None
+    whole: Program | None = None
+    is_settled: bool = False
+
+    def settle(self, differentiated: bool) -> None:
+        """Looks for the program that is the whole call. `differentiated`: whether the caller wants any gradient."""
+        plan, query_plan = self.plan, self.query_plan
+        if plan.validation.validator is Validator.LAUNCH or plan.probe.noise or differentiated == (query_plan is None):
+            found = None
+        elif query_plan is None:
+            found = plan.adjoint.adapt_program(plan.programs, self.problem)
+        else:
+            found = None if query_plan.probe.noise else plan.adjoint.meta_gradient_program(query_plan.programs, self.problem)
+        self.whole = found if isinstance(found, Program) and not found.is_building else None
+        self.is_settled = found is None or self.whole is not None  # not while it is still to be compiled, or built
+
+
+class Routed(NamedTuple):
+    """The checked arguments of a call, and its route; `inputs` are the leaves that the caller differentiates."""
+
+    route: Route
+    begin: Start
+    support: Batch
+    query: Batch | None
+    inputs: tuple[Tensor, ...]
+
+
+class Router:
+    """Checks the arguments of an unroll's calls and finds their routes.
+
+    Args:
+      settings: of the unroll.
+      task_axis: whether data has a leading axis of tasks.
+      reader: of model and optimiser.
+      planner: of the unroll.
+    """
+
+    def __init__(self, settings: Settings, task_axis: bool, reader: Reader, planner: Planner) -> None:
+        self._settings = settings
+        self._task_axis = task_axis
+        self._reader = reader
+        self._planner = planner
+        self._recent: Recent[Route] = Recent()
+
+    def find(self, support: Any, query: tuple[Any] | None, start: Adapted | None, warm: bool) -> Routed:
+        """Returns the route of a call; one that is like the last call in all that matters takes its route.
+
+        Args:
+          support, start, warm: as `CompiledUnroll` takes them.
+          query: the query batch, None for a call without.
+        """
+        if start is not None or warm or not _is_pair(support) or not (query is None or _is_pair(query[0])):
+            return self._find_anew(support, query, start, warm)
+        begin = self._reader.read()
+        leaves = [*begin.carry_leaves, *begin.fixed_leaves, *support, *(query[0] if query is not None else ())]
+        differentiable = torch.is_grad_enabled()
+        kind = query is not None, differentiable, torch.is_inference_mode_enabled()
+        route = self._recent.find(kind, begin.structure, leaves)
+        if route is None:
+            routed = self._find_anew(support, query, start, warm)
+            self._recent.keep(kind, begin.structure, leaves, routed.route)
+            return routed
+        inputs = tuple([leaf for leaf in leaves if leaf.requires_grad]) if differentiable else ()
+        if not route.is_settled:
+            route.settle(bool(inputs))
+        return Routed(route, begin, Batch(*support), None if query is None else Batch(*query[0]), inputs)
+
+    def _find_anew(self, support: Any, query: tuple[Any] | None, start: Adapted | None, warm: bool) -> Routed:
+        batch, num_tasks = self._support(support)
+        asked = None if query is None else self._query(query[0], num_tasks)
+        begin = self._start(start, num_tasks)
+        if self._settings.dtype is not None:  # the model may have been converted since
+            check.precision({**begin.carry.params, **begin.fixed.params, **begin.fixed.loss_params}, self._settings.dtype)
+        plan = self._planner.support(batch, begin, num_tasks, warm)
+        query_plan = None if asked is None else self._planner.query(plan, asked, begin, num_tasks, warm)
+        problem, inputs = self._problem(plan, begin, batch, asked)
+        return Routed(Route(plan, query_plan, problem, num_tasks), begin, batch, asked, inputs)
+
+    def _support(self, support: Any) -> tuple[Batch, int | None]:
+        """Returns the checked support batch, and the number of tasks in it."""
+        batch = check.as_batch("support", support, self._settings.device)
+        num_tasks = check.leading_axis("support", batch, 0, None, "tasks") if self._task_axis else None
+        if self._settings.per_step:
+            check.leading_axis("support", batch, int(self._task_axis), self._settings.k, "inner steps")
+        check.batch_sizes("support", batch, int(self._task_axis) + int(self._settings.per_step))
+        return batch, num_tasks
+
+    def _query(self, query: Any, num_tasks: int | None) -> Batch:
+        """Returns the checked query batch."""
+        batch = check.as_batch("query", query, self._settings.device)
+        check.batch_sizes("query", batch, int(self._task_axis))
+        if num_tasks is not None:
+            check.leading_axis("query", batch, 0, num_tasks, "tasks")
+        return batch
+
+    def _start(self, start: Adapted | None, num_tasks: int | None) -> Start:
+        """Returns what to start from: the present values of model and optimiser, or an earlier result."""
+        begin = self._reader.read()
+        if start is None:
+            return begin
+        if not isinstance(start, Adapted):
+            raise InvalidType(f"start must be what adapt() returned, got {type(start).__name__}")
+        carry, has_tasks = start.state.carry, start.num_tasks is not None
+        if has_tasks and start.num_tasks != num_tasks:
+            raise InvalidArgument(
+                f"start holds {start.num_tasks} tasks, the support batch {num_tasks or 'no task axis'}; call the vmap() of the unroll, "
+                f"with support of {start.num_tasks} tasks"
+            )
+        held = tree.map_leaves(without_leading_axis, carry) if has_tasks else tree.specs(carry)
+        wanted = tree.specs(begin.carry)
+        if tree.flatten(held) != tree.flatten(wanted):
+            raise OptimizerMismatch(f"start was adapted with another model or optimiser: {tree.difference(wanted, held)}")
+        return begin._replace(carry=carry, carry_leaves=tree.leaves(carry), has_tasks=has_tasks)
+
+    def _problem(self, plan: SupportPlan, begin: Start, batch: Batch, query: Batch | None) -> tuple[Problem, tuple[Tensor, ...]]:
+        """Returns the problem, and the leaves that the caller differentiates."""
+        groups = begin.carry_leaves, begin.fixed_leaves, tree.leaves(batch), tree.leaves(query)
+        enabled = torch.is_grad_enabled()
+        differentiated = Differentiated(*[tuple([enabled and leaf.requires_grad for leaf in leaves]) for leaves in groups])
+        inputs = tuple([leaf for leaves in groups for leaf in leaves if leaf.requires_grad]) if enabled else ()
+        problem = plan.problems.get((differentiated, begin.has_tasks))
+        if problem is None:
+            problem = self._make_problem(plan, differentiated, begin.has_tasks)
+            if len(plan.problems) >= _MAX_PROBLEMS:
+                plan.problems.clear()
+            plan.problems[problem.key] = problem
+        return problem, inputs
+
+    def _make_problem(self, plan: SupportPlan, differentiated: Differentiated, start_has_task_axis: bool) -> Problem:
+        return Problem(
+            step=plan.step,
+            k=self._settings.k,
+            per_step=self._settings.per_step,
+            differentiated=differentiated,
+            carry=tuple([flows or asked for flows, asked in zip(plan.carry, differentiated.start, strict=True)]),
+            task_axis=self._task_axis,
+            start_has_task_axis=start_has_task_axis,
+            updates_per_step=plan.step.optimizer.updates_per_step,
+        )
+
+
+def _is_pair(batch: Any) -> bool:
+    return type(batch) is tuple and len(batch) == 2 and isinstance(batch[0], Tensor) and isinstance(batch[1], Tensor)

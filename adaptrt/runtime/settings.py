@@ -1,0 +1,49 @@
+"""The arguments of `compile_unroll`, checked and resolved, as one value."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import nn
+
+from adaptrt.adjoint import Adjoint
+from adaptrt.backend import Backend
+from adaptrt.inner.step import LossFunction
+from adaptrt.optim.source import Source
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Settings:
+    """Holds what `compile_unroll` was asked for.
+
+    Attributes:
+      model, loss, k, per_step, cache_size: as given.
+      adapted: names of the parameters that adapt.
+      source: the optimiser, which is read at every call.
+      adjoint: None to choose one for each shape of data.
+      backend: what runs the programs.
+      must_be_warm: whether data of a shape that `warmup` has not seen is refused.
+      check_finite: whether data with NaN or infinity is refused.
+      device: where the model was when the unroll was made.
+      dtype: of the autocast that a step runs in, None if it runs in none.
+    """
+
+    model: nn.Module
+    loss: LossFunction
+    adapted: frozenset[str]
+    source: Source
+    k: int
+    adjoint: Adjoint | None
+    backend: Backend
+    per_step: bool
+    must_be_warm: bool
+    cache_size: int
+    check_finite: bool
+    device: torch.device
+    dtype: torch.dtype | None
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The model, and the loss if it is a module; plain tensor attributes are looked up in these."""
+        return [part for part in (self.model, self.loss) if isinstance(part, nn.Module)]

@@ -1,0 +1,51 @@
+"""What users import stays importable, wherever the code behind it is moved."""
+
+from __future__ import annotations
+
+import importlib
+
+import pytest
+
+import adaptrt
+
+_OPTIMISERS = "adadelta adafactor adagrad adam adamax adamw asgd lbfgs muon nadam radam rmsprop rprop sgd"
+_TAPE = "SGD Adam AdamW Adadelta Adagrad Adamax ASGD RMSprop Rprop NAdam RAdam Adafactor Muon"
+
+NAMES = {
+    "adaptrt": "Adapted Adjoint Backend CompiledUnroll CudaGraph Eager FirstOrder Inductor Replay Stash Unrolled compile_unroll errors "
+    "optim trace",
+    "adaptrt.optim": f"{_OPTIMISERS} Optimizer Schedule Transform chain clip_by_global_norm learned partition per_step scale_by_schedule "
+    "schedule scheduled",
+    "adaptrt.errors": "AdaptrtError CannotRecord CompilerUnavailable DataDependentControlFlow DeviceMismatch InvalidArgument InvalidBatch "
+    "InvalidGraph InvalidLoss InvalidType LabelOutOfRange NonFiniteInput NotDifferentiable NotTraceable NothingToAdapt OptimizerMismatch "
+    "OutOfDeviceMemory RecordingFailed ShapeChanged UnsupportedOptimizer UnsupportedParameter UnsupportedRandomness",
+    "adaptrt.adjoint": "Adjoint FirstOrder Replay Stash Unrolled",
+    "adaptrt.backend": "Backend CudaGraph Eager Inductor Tiered",
+    "adaptrt.higher": "create_diff_optim get_diff_optim innerloop_ctx monkeypatch optim patch register_optim utils",
+    "adaptrt.higher.optim": "DifferentiableOptimizer apply_trainable_opt_params create_diff_optim get_diff_optim get_trainable_opt_params "
+    "register_optim _get_mask_closure " + " ".join(f"Differentiable{name}" for name in _TAPE.split()),
+    "adaptrt.higher.patch": "buffer_sync make_functional monkeypatch",
+    "adaptrt.higher.utils": "copied flatten get_func_params settings_of _recursive_map",
+    "adaptrt.pytest_plugin": "Latency UnrollBenchmark unroll_benchmark",
+}
+
+
+@pytest.mark.parametrize("module", NAMES)
+def test_names_can_be_imported(module: str) -> None:
+    found = importlib.import_module(module)
+    assert [name for name in NAMES[module].split() if not hasattr(found, name)] == []
+
+
+def test_all_lists_every_public_name() -> None:
+    assert sorted(adaptrt.__all__) == sorted(NAMES["adaptrt"].split())
+
+
+@pytest.mark.parametrize(
+    ("owner", "names"),
+    [
+        (adaptrt.CompiledUnroll, "adapt device explain graphs vmap warmup __call__"),
+        (adaptrt.Adapted, "params buffers opt_state num_tasks detach state_dict __call__"),
+    ],
+)
+def test_classes_keep_their_attributes(owner: type, names: str) -> None:
+    assert [name for name in names.split() if not hasattr(owner, name)] == []
