@@ -85,11 +85,6 @@ def gelu_pulled_back(x: Tensor, y: Tensor, z: Tensor) -> Tensor:
     return torch.autograd.grad((found, gradient), x, (y, z))[0]
 
 
-def low_rank(a: Tensor, b: Tensor) -> Tensor:
-    """A product of rank 4 within a loop over `tanh`, which reads `b` by columns."""
-    return (a.unsqueeze(2) * b.T).sum(1).tanh()
-
-
 ADAM = optim.adam(lr=1e-3)
 
 
@@ -124,7 +119,6 @@ PARTS: dict[str, Sequence[Part]] = {
     "products by oneDNN": [Part("four layers, 512×512×512", chain, normal((512, 512), *4 * [(512, 512)]))],
     "GELU by a sigmoid": [Part("pullback of 512×512", gelu_pulled_back, normal(*3 * [(512, 512)]))],
     "computed once": [Part("Adam on 262,144 numbers", adam, adams_values)],
-    "costly loops vectorised": [Part("tanh of a product, 16×4×256", low_rank, normal((16, 4), (256, 4)))],
     "kernels recorded": [Part("four layers, 10×40×40", chain, normal((10, 40), *4 * [(40, 40)]))],
     "one thread for small operations": [Part("softmax of 32×64", lambda x: torch.softmax(x, 1).log(), normal((32, 64)))],
 }

@@ -33,7 +33,7 @@ from adaptrt import tree
 from adaptrt.adjoint import auto
 from adaptrt.backend import Inductor
 from adaptrt.backend.inductor import compile as inductor
-from adaptrt.backend.inductor import costly_loops, processor, small_matmuls
+from adaptrt.backend.inductor import processor, small_matmuls
 from adaptrt.backend.inductor.rewrites import channel_sums, convolutions_as_products, inline_small_matmuls, products_by_onednn
 from adaptrt.backend.inductor.rewrites.compute_once import compute_once
 from adaptrt.backend.inductor.rewrites.one_channel_last import one_channel_last
@@ -100,7 +100,6 @@ REWRITES: dict[str, Rewrite] = {
     ),
     "GELU by a sigmoid": Rewrite(patched(GeluBySigmoid, "functions", ())),
     "computed once": Rewrite(without(inductor, "PASSES", compute_once)),
-    "costly loops vectorised": Rewrite(patched(costly_loops, "COSTLY", frozenset())),
     "kernels recorded": Rewrite(patched(inductor, "record", lambda *args: None)),
     "one thread for small operations": Rewrite(patched(inductor, "_threads", lambda graph: {})),
     "tasks one by one": Rewrite(patched(auto, "MIN_FLOPS_OF_A_TASK", sys.maxsize)),

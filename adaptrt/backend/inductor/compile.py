@@ -26,7 +26,6 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adaptrt.backend.base import COMPILING, Backend, Building, Form, Runner, rehearsing
 from adaptrt.backend.eager import Eager
-from adaptrt.backend.inductor.costly_loops import costly_loops_vectorised
 from adaptrt.backend.inductor.exchange import COLLECTING, COMPILER, RANDOM_STATE, SIZE_ASSERTS, active, in_use
 from adaptrt.backend.inductor.few_libraries import few_libraries
 from adaptrt.backend.inductor.index_strides import quick_strides
@@ -209,7 +208,6 @@ def _exchanges(waits: list[Callable[[], None]] | None) -> Generator[None]:
         for context in (
             few_libraries(waits),
             quick_strides(),
-            costly_loops_vectorised(),
             small_matmuls_in_place_of_loops(),
             exchanged(SIZE_ASSERTS, lambda original: _no_assertions),  # `Program` has looked at inputs
             exchanged(COLLECTING, collecting),  # what is not in the cache is made by this function

@@ -57,17 +57,6 @@ INDEX_STRIDES = Entry(
     exchanged=(Target(f"{_INDUCTOR}.codegen.cpp", "stride_at_vec_range", ("index", "var", "vec_length")),),
 )
 
-COSTLY_LOOPS = Entry(
-    "costly loops",
-    "Loops over expensive functions are vectorised (`costly_loops.py`).",
-    "some of them are not: programs take longer",
-    exchanged=(Target(f"{_INDUCTOR}.codegen.cpp", "TilingSelect.select_tiling", ("self", "fn_list", "var_sizes_list")),),
-    needed=(
-        Target(f"{_INDUCTOR}.codegen.cpp", "_get_loop_body", ("fn_list",)),
-        Target(f"{_INDUCTOR}.config", "cpp.enable_tiling_heuristics"),
-    ),
-)
-
 SMALL_MATMULS = Entry(
     "small matrix products",
     "Small matrix products are calls of a function within a kernel (`small_matmuls.py`).",
@@ -132,7 +121,6 @@ TABLE: tuple[Entry, ...] = (
     COMPILER,
     FEW_LIBRARIES,
     INDEX_STRIDES,
-    COSTLY_LOOPS,
     SMALL_MATMULS,
     SIZE_ASSERTS,
     COLLECTING,

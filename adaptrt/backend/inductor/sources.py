@@ -18,9 +18,6 @@ from collections.abc import Iterator
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 
-OTHERS = ("operations.py",)
-"""Files of `adaptrt.graph` that decide, too: which functions are costly."""
-
 
 @functools.cache
 def tag() -> str | None:
@@ -33,13 +30,11 @@ def tag() -> str | None:
 
 def fingerprint(package: Traversable) -> str | None:
     """As `tag`, of the package in this folder, which may be within an archive."""
-    found = hashlib.sha256()
-    folder, graph = package / "backend" / "inductor", package / "graph"
-    sources = [*_modules(folder), *[(name, graph / name) for name in OTHERS if (graph / name).is_file()]]
-    for name, file in sources:
-        content = file.read_bytes()
+    found, is_empty = hashlib.sha256(), True
+    for name, file in _modules(package / "backend" / "inductor"):
+        content, is_empty = file.read_bytes(), False
         found.update(f"{name} {len(content)}\n".encode() + content)
-    return f"adaptrt {found.hexdigest()[:32]}" if len(sources) > len(OTHERS) else None
+    return None if is_empty else f"adaptrt {found.hexdigest()[:32]}"
 
 
 def _modules(folder: Traversable, prefix: str = "") -> Iterator[tuple[str, Traversable]]:
