@@ -1,4 +1,4 @@
-"""Up to where our own code for products is as fast as a matrix library: the limit of `graph/passes/inline_small_matmuls.py`.
+"""Up to where our own code for products is as fast as a matrix library: the limit of `backend/inductor/rewrites/inline_small_matmuls.py`.
 
     python benchmarks/small_matmuls.py
 

@@ -12,8 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptrt.backend import Inductor
+from adaptrt.backend.inductor import compile as inductor
 from adaptrt.backend.inductor.rewrites.one_channel_last import one_channel_last
 from adaptrt.graph.capture import capture
+from adaptrt.graph.passes.base import apply
 from adaptrt.graph.passes.convolution_gradients import convolution_gradients
 from adaptrt.graph.passes.pool_as_maxima import PoolAsMaxima
 from tests.graphs import targets
@@ -144,7 +146,7 @@ def test_gradients_without_use_are_not_computed_and_weight_gradients_are_named()
             assert node.args[-1] == [index in {user.args[1] for user in node.users} for index in range(3)]
         if node.target is aten.convolution.default:
             assert not all(getattr(arg, "target", None) is aten.transpose.int for arg in node.args[:2]), "images convolved by images"
-    assert convolution_gradients.run(graph).num_nodes == graph.num_nodes, "what is done is not done again"
+    assert apply([convolution_gradients], graph).num_nodes == graph.num_nodes, "what is done is not done again"
 
 
 # --- layout
@@ -154,8 +156,9 @@ def test_gradients_without_use_are_not_computed_and_weight_gradients_are_named()
 def test_images_of_one_channel_become_channels_last(batch: int, channels: int, expected: int) -> None:
     x, w = torch.randn(batch, channels, 6, 6, dtype=torch.float64), torch.randn(3, channels, 3, 3, dtype=torch.float64)
     graph = capture(lambda x, w: F.conv2d(x, w).sin(), x, w)
-    renewed = one_channel_last.run(graph)
+    renewed = apply([one_channel_last], graph)
     assert targets(renewed).count(aten.as_strided.default) == expected
+    assert targets(apply(inductor.PASSES, graph)).count(aten.as_strided.default) == expected
     assert_close(renewed.run(x, w), graph.run(x, w), ROUNDING)
 
 

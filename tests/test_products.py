@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from adaptrt.backend import Inductor
+from adaptrt.backend.inductor import compile as inductor
 from adaptrt.backend.inductor.processor import mkl_is_slow
+from adaptrt.backend.inductor.rewrites import inline_small_matmuls
 from adaptrt.backend.inductor.rewrites import products_by_onednn as file
 from adaptrt.backend.inductor.rewrites.products_by_onednn import products_by_onednn
 from adaptrt.graph.capture import capture
 from adaptrt.graph.ir import Graph
+from adaptrt.graph.passes.base import apply
 from tests.tolerances import LONG_SUM, assert_close
 
 aten = torch.ops.aten
@@ -54,12 +57,15 @@ def test_products_are_the_same(fn: Callable[..., Any], expected: int) -> None:
 
 
 @pytest.mark.usefixtures("everywhere")
-def test_inductor_compiles_them() -> None:
+def test_inductor_compiles_them(monkeypatch: pytest.MonkeyPatch) -> None:
     def fn(a: Tensor, b: Tensor) -> Tensor:
         return torch.relu(torch.relu(a @ b) @ b.t()) + (a.t() @ a).sum()
 
     values = [torch.randn(48, 32), torch.randn(32, 40)]
-    (found,) = Inductor().compile(capture(fn, *values))(list(values))
+    monkeypatch.setattr(inline_small_matmuls, "RULES", {})  # which would take them first
+    graph = capture(fn, *values)
+    assert products(apply(inductor.PASSES, graph)) == 3
+    (found,) = Inductor().compile(graph)(list(values))
     assert_close(found, fn(*values), LONG_SUM)
 
 
