@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from adaptrt import tree
 from adaptrt.errors import DeviceMismatch, InvalidType, NothingToAdapt, OptimizerMismatch
 from adaptrt.functional import canonical_names
+from adaptrt.inner.python_state import PythonState
 from adaptrt.inner.step import LOSS_BUFFER, Carry, Fixed, LossFunction, Step
 from adaptrt.optim import Schedule
 from adaptrt.optim.source import Reading, Source
@@ -73,6 +74,7 @@ class Reader:
             self._modules += list(loss.modules())
         self._read_tensors = _all_by(self._adapted, self._buffers, self._frozen, self._loss_params)
         self._read_modes = _modes_by(self._modules)
+        self.python = PythonState({"model": model, "loss": loss, "the optimiser's update": source.optimizer().update})
         self._numbers: dict[float, Tensor] = {}
         self._hyper: tuple[Reading | None, Any, list[Tensor]] = None, None, []
         self._state: tuple[Any, list[Tensor]] = None, []
@@ -96,7 +98,7 @@ class Reader:
             Fixed(frozen, loss_params, hyper),
             [*params.values(), *state_leaves, *buffers.values()],
             [*frozen.values(), *loss_params.values(), *hyper_leaves],
-            (self._read_modes(), reading.structure),
+            (self._read_modes(), reading.structure, self.python.number()),
         )
 
     def state_dict(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -113,7 +115,7 @@ class Reader:
 
     def mode(self) -> Hashable:
         """Returns what is a constant of a program: train or eval mode of every module, and whether algorithms must be deterministic."""
-        return self._read_modes()
+        return self._read_modes(), self.python.number()
 
     def step(self, detach_gradient: bool) -> Step:
         """Returns the inner step for the optimiser's present form."""

@@ -22,6 +22,7 @@ from adaptrt.graph.indices import IndexBound
 from adaptrt.graph.ir import Graph
 from adaptrt.graph.noise import Noise
 from adaptrt.inner import diagnose
+from adaptrt.inner.python_state import Executed
 from adaptrt.inner.step import Batch, Carry, Fixed, Step
 from adaptrt.runtime.cache import Cache
 from adaptrt.runtime.calls import Calls
@@ -124,13 +125,14 @@ class PredictionPlan:
 
     Attributes:
       step: whose `predict` is computed.
-      bounds, noise: which inputs are indices, and what random operations draw.
+      bounds, noise, executed: which inputs are indices, what random operations draw, and which Python code ran.
       validation, programs, calls, shapes: as for `SupportPlan`.
     """
 
     step: Step
     bounds: tuple[IndexBound, ...]
     noise: tuple[Noise, ...]
+    executed: Executed
     validation: Validation
     programs: ProgramSet
     calls: Calls
@@ -190,11 +192,11 @@ def plan_query(settings: Settings, launcher: Launcher | None, plan: SupportPlan,
 
 def plan_prediction(settings: Settings, launcher: Launcher | None, step: Step, arguments: Arguments) -> PredictionPlan:
     """Decides how to predict for inputs of one shape. Arguments as for `plan_support`."""
-    noise, bounds = probe_prediction(step, arguments.carry, arguments.fixed, arguments.data)
+    noise, bounds, executed = probe_prediction(step, arguments.carry, arguments.fixed, arguments.data)
     validation = _validation(settings, launcher, sees_all_data=False)
     inputs = arguments._replace(data=Batch(arguments.data, None))
     programs = ProgramSet(settings.backend, settings.modules, _capturing(settings, step, noise, inputs, False))
-    return PredictionPlan(step, bounds, noise, validation, programs, _calls(settings, launcher, programs), arguments.shapes)
+    return PredictionPlan(step, bounds, noise, executed, validation, programs, _calls(settings, launcher, programs), arguments.shapes)
 
 
 def _choose(

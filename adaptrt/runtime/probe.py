@@ -16,6 +16,7 @@ from adaptrt.graph.noise import Noise
 from adaptrt.graph.passes.lift_noise import record_noise
 from adaptrt.graph.signature import Role
 from adaptrt.inner import diagnose
+from adaptrt.inner.python_state import Executed, record_code
 from adaptrt.inner.step import Batch, Carry, Fixed, Step
 from adaptrt.tree import Spec, Tree
 
@@ -32,12 +33,14 @@ class Probe(NamedTuple):
       bounds: which data are class labels or indices.
       live_buffers: for each buffer whether its update can be differentiated.
       loss: spec of the loss.
+      executed: the Python code that ran.
     """
 
     noise: tuple[Noise, ...]
     bounds: tuple[IndexBound, ...]
     live_buffers: tuple[bool, ...]
     loss: Spec
+    executed: Executed
 
 
 def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> tuple[Probe, Graph]:
@@ -53,6 +56,7 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> tu
       What the pass has shown, and the graph of model and loss.
     """
     live = {key: False for key in carry.buffers}
+    executed = Executed()
     while True:
         noise: list[Noise] = []
         before = dict(live)
@@ -60,14 +64,16 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> tu
         def forward(carry: Carry, fixed: Fixed, batch: Batch, noise: list[Noise] = noise, before: dict[str, bool] = before) -> Tensor:
             params, fixed, batch = tree.map_leaves(_differentiable, (carry.params, fixed, batch))
             buffers = {key: _differentiable(value) if before[key] else value for key, value in carry.buffers.items()}
-            with record_noise() as drawn, diagnose.running(name, batch):
+            with record_noise() as drawn, diagnose.running(name, batch), record_code() as ran:
                 loss, updated = step.evaluate(params, buffers, fixed, batch)
+            executed.merge(ran)
             noise.extend(drawn)
             live.update({key: value.requires_grad for key, value in updated.items()})
             if name == "support":
                 grads = step.gradient(loss, params)
-                with diagnose.updating():
+                with diagnose.updating(), record_code() as ran:
                     step.update(grads, carry.opt_state, params, fixed.hyper)
+                executed.merge(ran)
             return loss
 
         with watch_attributes() as overwritten:
@@ -75,25 +81,29 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> tu
         refuse_state(graph.constants, overwritten)
         # A buffer that is live may make others live, which read it; running statistics stay as they are.
         if live == before:
-            return Probe(tuple(noise), tuple(index_bounds(graph)), tuple(live.values()), graph.signature.outputs[0].spec), graph
+            return Probe(tuple(noise), tuple(index_bounds(graph)), tuple(live.values()), graph.signature.outputs[0].spec, executed), graph
 
 
-def probe_prediction(step: Step, carry: Carry, fixed: Fixed, inputs: Tree) -> tuple[tuple[Noise, ...], tuple[IndexBound, ...]]:
+def probe_prediction(
+    step: Step, carry: Carry, fixed: Fixed, inputs: Tree
+) -> tuple[tuple[Noise, ...], tuple[IndexBound, ...], Executed]:
     """Runs the model without the loss. Arguments and errors are as for `probe`.
 
     Returns:
-      What its random operations draw, in order, and which inputs are indices.
+      What its random operations draw, in order, which inputs are indices, and the Python code that ran.
     """
     noise: list[Noise] = []
+    executed = Executed()
 
     def forward(carry: Carry, fixed: Fixed, inputs: Tree) -> Tree:
-        with record_noise() as drawn, diagnose.running("input", Batch(inputs, None)):
+        with record_noise() as drawn, diagnose.running("input", Batch(inputs, None)), record_code() as ran:
             output, _ = step.apply(carry.params, carry.buffers, fixed, inputs)
         noise.extend(drawn)
+        executed.merge(ran)
         return output
 
     graph = capture(forward, carry, fixed, inputs, roles=_ROLES, names=("carry", "fixed", "batch.inputs"))
-    return tuple(noise), tuple(index_bounds(graph))
+    return tuple(noise), tuple(index_bounds(graph)), executed
 
 
 def noise_specs(noise: Sequence[Noise]) -> tuple[Spec, ...]:
