@@ -41,9 +41,9 @@ _DYNAMIC = frozenset({"getattr", "__dict__", "vars"})
 _APART = frozenset({"_parameters", "_buffers", "_modules", "training", "_forward_hooks", "_forward_pre_hooks"})
 """Attributes of a module that are read in other ways."""
 
-_IMMUTABLE = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, torch.dtype, torch.device, torch.Size, enum.Enum)
+IMMUTABLE = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, torch.dtype, torch.device, torch.Size, enum.Enum)
 
-_OPAQUE = (*_IMMUTABLE, Tensor, type, types.ModuleType, types.BuiltinFunctionType)
+OPAQUE = (*IMMUTABLE, Tensor, type, types.ModuleType, types.BuiltinFunctionType)
 """What is compared as a whole."""
 
 _MAX_DEPTH = 12
@@ -87,14 +87,25 @@ def record_code() -> Generator[Executed]:
     finally:
         sys.setprofile(before)
         for code, scope in frames.items():
-            place = code.co_filename
-            if place.startswith("<"):  # generated code, or that of a console
-                place = scope.get("__file__") or (place if scope.get("__name__") == "__main__" else _TORCH)
-            if _is_users(place):
+            if is_of_user(code, scope):
                 executed.scopes[code] = scope
-            elif not place.startswith(_LAYERS) or place.endswith("module.py"):
+            elif not code.co_filename.startswith(_LAYERS) or code.co_filename.endswith("module.py"):
                 continue
             executed.names.update(code.co_names, [value for value in code.co_consts if isinstance(value, str) and value.isidentifier()])
+
+
+def is_of_user(code: types.CodeType, scope: Mapping[str, Any]) -> bool:
+    """Whether a function is the user's, or that of a library the user works with."""
+    place = code.co_filename
+    if place.startswith("<"):  # generated code, or that of a console
+        place = scope.get("__file__") or (place if scope.get("__name__") == "__main__" else _TORCH)
+    return _is_users(place)
+
+
+def is_users_class(kind: type) -> bool:
+    """The same for a class."""
+    module = sys.modules.get(kind.__module__)
+    return module is not None and _is_users(getattr(module, "__file__", None) or ("<main>" if kind.__module__ == "__main__" else _TORCH))
 
 
 def _is_users(place: str) -> bool:
@@ -124,7 +135,7 @@ class Place:
     def key(self) -> Hashable:
         """Equal for values that give the same program."""
         value = self.value
-        if isinstance(value, _IMMUTABLE):
+        if isinstance(value, IMMUTABLE):
             return self.path, type(value), repr(value) if isinstance(value, float | complex) else value
         return self.path, id(value)
 
@@ -137,6 +148,7 @@ class _Search:
         self._names = executed.names
         self._is_dynamic = executed.is_dynamic
         self._seen: set[int] = set()
+        self._of_classes: set[tuple[int, str]] = set()
 
     def root(self, path: str, value: Any) -> None:
         """Searches what the user has passed in."""
@@ -152,7 +164,7 @@ class _Search:
                 if isinstance(value, types.ModuleType):
                     self._python_module(value, code.co_names)
                 elif not isinstance(value, type | types.BuiltinFunctionType):
-                    self._found(f"the global name '{name}' of {scope.get('__name__', '?')}", scope, f"{{}}[{name!r}]", value, 0)
+                    self._found(f"{scope.get('__name__', '?')}.{name}", scope, f"{{}}[{name!r}]", value, 0)
 
     def _python_module(self, module: types.ModuleType, names: Sequence[str]) -> None:
         place = getattr(module, "__file__", None) or ""
@@ -161,7 +173,7 @@ class _Search:
         own = vars(module)
         for name in names:
             if name in own and not isinstance(own[name], types.ModuleType | types.FunctionType | type):
-                self._found(f"'{module.__name__}.{name}'", own, f"{{}}[{name!r}]", own[name], 0)
+                self._found(f"{module.__name__}.{name}", own, f"{{}}[{name!r}]", own[name], 0)
 
     def _found(self, path: str, holder: Any, code: str, value: Any, depth: int) -> None:
         """Notes a value, and searches inside it."""
@@ -170,7 +182,7 @@ class _Search:
             self._inside(path, value, depth)
 
     def _inside(self, path: str, value: Any, depth: int) -> None:
-        if isinstance(value, _OPAQUE) or id(value) in self._seen:
+        if isinstance(value, OPAQUE) or id(value) in self._seen:
             return
         self._seen.add(id(value))
         if isinstance(value, nn.Module):
@@ -186,7 +198,7 @@ class _Search:
         elif isinstance(value, Mapping) and hasattr(value, "keys"):
             self._size(path, value)
             for key in list(value):
-                if isinstance(key, _IMMUTABLE) and not isinstance(key, enum.Enum):
+                if isinstance(key, IMMUTABLE) and not isinstance(key, enum.Enum):
                     self._found(f"{path}[{key!r}]", value, f"{{}}[{key!r}]", value[key], depth + 1)
         elif isinstance(value, list | tuple | collections.deque):
             if not isinstance(value, tuple):
@@ -219,11 +231,11 @@ class _Search:
                 self._inside(f"{path}.{name}", child, depth)
 
     def _function(self, path: str, function: types.FunctionType, depth: int) -> None:
-        if not _is_users(function.__code__.co_filename):
+        if not is_of_user(function.__code__, function.__globals__):
             return
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             if cell != types.CellType():
-                self._found(f"'{name}' in the closure of {path}", cell, "{}.cell_contents", cell.cell_contents, depth + 1)
+                self._found(f"{function.__name__}.<closure>.{name}", cell, "{}.cell_contents", cell.cell_contents, depth + 1)
         for part in (function.__defaults__, function.__kwdefaults__):
             if part:
                 self._inside(f"the defaults of {path}", part, depth + 1)
@@ -231,7 +243,7 @@ class _Search:
     def _object(self, path: str, value: Any, depth: int) -> None:
         """An object of a class of the user's: the attributes that are named."""
         kind = type(value)
-        if not _is_users(getattr(sys.modules.get(kind.__module__), "__file__", None) or "<unknown>"):
+        if not is_users_class(kind):
             return
         own = getattr(value, "__dict__", None)
         if isinstance(own, dict):
@@ -242,17 +254,13 @@ class _Search:
     def _class(self, path: str, kind: type, depth: int) -> None:
         """Data among the attributes of the user's classes."""
         for base in kind.__mro__:
-            if not _is_users(getattr(sys.modules.get(base.__module__), "__file__", None) or "<unknown>"):
+            if not is_users_class(base):
                 continue
             for name, value in list(vars(base).items()):
-                if name in self._names and not name.startswith("__") and isinstance(value, (*_IMMUTABLE, list, dict, set, tuple)):
-                    if (id(base), name) not in self._classes:
-                        self._classes.add((id(base), name))
-                        self._found(f"{base.__name__}.{name}", vars(base), f"{{}}[{name!r}]", value, depth + 1)
-
-    @property
-    def _classes(self) -> set[Any]:
-        return self.__dict__.setdefault("_of_classes", set())
+                is_read = name in self._names and not name.startswith("__") and (id(base), name) not in self._of_classes
+                if is_read and isinstance(value, (*IMMUTABLE, list, dict, set, tuple)):
+                    self._of_classes.add((id(base), name))
+                    self._found(f"{base.__name__}.{name}", vars(base), f"{{}}[{name!r}]", value, depth + 1)
 
 
 def unchanged_check(places: Sequence[Place]) -> Callable[[], bool]:
@@ -265,8 +273,8 @@ def unchanged_check(places: Sequence[Place]) -> Callable[[], bool]:
         constants[holder] = place.holder
         constants[f"v{index}"] = place.value
         lines.append(f"{place.code.format(holder)} v{index}")
-    source = "def check():\n  try:\n    return (\n      " + "\n      and ".join(["True", *lines]) + "\n    )\n  except LookupError: return False\n"
-    source = source.replace("except LookupError:", "except (LookupError, AttributeError, ValueError):")
+    condition = "\n      and ".join(["True", *lines])
+    source = f"def check():\n  try: return ({condition})\n  except (LookupError, AttributeError, ValueError): return False\n"
     exec(compile(source, "<watched values>", "exec"), constants)
     return constants["check"]
 
@@ -341,7 +349,7 @@ class PythonState:
             if place.path not in before or before[place.path].key != place.key
         ]
         warnings.warn(
-            f"{len(self._numbers)} different values of {', '.join(changed[:3]) or 'Python state'} were met, and programs are compiled for each. "
-            "Make it a buffer or a plain tensor attribute, which programs take as an input",
+            f"{len(self._numbers)} different values of {', '.join(changed[:3]) or 'Python state'} were met, and programs are compiled for "
+            "each. Make it a buffer or a plain tensor attribute, which programs take as an input",
             stacklevel=6,
         )
