@@ -124,12 +124,14 @@ class Place:
       holder: the object that has it.
       code: Python that reads it from the holder, which stands for `{}`.
       value: what was found, or for a tensor attribute of a module its class, as the tensor itself is read at each call.
+      makes_programs: whether another value needs another program. Otherwise it is a sign to search again.
     """
 
     path: str
     holder: Any
     code: str
     value: Any
+    makes_programs: bool = True
 
     @property
     def key(self) -> Hashable:
@@ -213,8 +215,13 @@ class _Search:
     def _size(self, path: str, value: Any) -> None:
         self.places.append(Place(f"the length of {path}", value, "len({}) ==", len(value)))
 
+    def _attributes(self, path: str, own: dict[str, Any]) -> None:
+        """Notes how many attributes there are, as one that is added may hide another of the class."""
+        self.places.append(Place(f"the attributes of {path}", own, "len({}) ==", len(own), makes_programs=False))
+
     def _module(self, path: str, module: nn.Module, depth: int) -> None:
         own = vars(module)
+        self._attributes(path, own)
         for name, value in list(own.items()):
             if name in _APART or not (name in self._names or (self._is_dynamic and not name.startswith("_"))):
                 continue
@@ -247,6 +254,7 @@ class _Search:
             return
         own = getattr(value, "__dict__", None)
         if isinstance(own, dict):
+            self._attributes(path, own)
             for name in [name for name in own if name in self._names]:
                 self._found(f"{path}.{name}", own, f"{{}}[{name!r}]", own[name], depth + 1)
         self._class(path, kind, depth)
@@ -326,7 +334,7 @@ class PythonState:
         return search.places
 
     def _key(self) -> Hashable:
-        return tuple([place.key for place in self._places])
+        return tuple([place.key for place in self._places if place.makes_programs])
 
     def _renew(self) -> None:
         before = {place.path: place for place in self._places}

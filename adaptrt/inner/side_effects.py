@@ -24,6 +24,7 @@ import functools
 import operator
 import random
 import types
+import weakref
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -252,6 +253,8 @@ def is_same(before: Any, after: Any, parts: Mapping[int, Any], settled: bool = F
         return False
     if isinstance(before, IMMUTABLE):
         return before == after or repr(before) == repr(after)
+    if isinstance(before, weakref.ref):
+        return settled or before() is after()
     if isinstance(before, types.MethodType):
         return before.__func__ is after.__func__ and is_same(before.__self__, after.__self__, parts, settled)
     if isinstance(before, dict):
