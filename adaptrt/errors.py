@@ -39,6 +39,10 @@ class ShapeChanged(InvalidArgument):
     """No program was compiled for data of this shape, and `on_new_shape="error"`."""
 
 
+class ModelChanged(InvalidArgument):
+    """Layers, parameters or what adapts are not what they were when `compile_unroll` was called."""
+
+
 class UnsupportedParameter(InvalidType):
     """A parameter is complex, of integer type, sparse or uninitialised."""
 

@@ -11,7 +11,7 @@ import contextlib
 import contextvars
 import copy
 import types
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Generator, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -60,42 +60,50 @@ def _call(
     values = {name: params[first] for name, first in canonical_names(module.named_parameters(remove_duplicate=False)).items()}
     values |= {name: owned[first] for name, first in canonical_names(module.named_buffers(remove_duplicate=False)).items()}
     # All aliases are in `values` already. With tie_weights, functional_call would not write a buffer that forward assigned anew into them.
-    twin = shadow(module)
+    calls = _calls.get(None)
+    base = module if calls is None else calls.base_of(module)
+    twin = shadow(base)
     output = torch.func.functional_call(twin, values, args, dict(kwargs), tie_weights=False)
-    for original, copied in zip(module.modules(), twin.modules(), strict=False):
-        for name, value in vars(original).items():
-            if isinstance(value, Tensor) and vars(copied).get(name) is not value:
-                _overwritten.get([]).append(value)
+    if calls is not None:
+        calls.note(module, base, twin)
     return output, values
 
 
-_overwritten: contextvars.ContextVar[list[Tensor]] = contextvars.ContextVar("overwritten")
+class Calls:
+    """The calls of modules in a block.
+
+    Attributes:
+      made: for each the module of which a shadow was called, and the shadow as the call left it.
+      follow: whether each call of a module goes on from the attributes that the call before has left, as it would without shadows.
+    """
+
+    def __init__(self, follow: bool) -> None:
+        self.made: list[tuple[nn.Module, nn.Module]] = []
+        self.follow = follow
+        self._latest: dict[int, nn.Module] = {}
+
+    def base_of(self, module: nn.Module) -> nn.Module:
+        """The module of which a call makes a shadow."""
+        return self._latest.get(id(module), module) if self.follow else module
+
+    def note(self, module: nn.Module, base: nn.Module, twin: nn.Module) -> None:
+        """Notes a call."""
+        self.made.append((base, twin))
+        self._latest[id(module)] = twin
+
+
+_calls: contextvars.ContextVar[Calls] = contextvars.ContextVar("calls")
 
 
 @contextlib.contextmanager
-def watch_attributes() -> Generator[list[Tensor]]:
-    """Collects the tensors whose attributes a forward pass in the block has set to something else."""
-    found: list[Tensor] = []
-    token = _overwritten.set(found)
+def watch_calls(follow: bool = False) -> Generator[Calls]:
+    """Notes the calls of modules in the block, so that what they do to attributes can be looked at."""
+    calls = Calls(follow)
+    token = _calls.set(calls)
     try:
-        yield found
+        yield calls
     finally:
-        _overwritten.reset(token)
-
-
-def refuse_state(constants: Sequence[Tensor], overwritten: Sequence[Tensor]) -> None:
-    """Raises if a forward pass both reads and sets a tensor attribute, because its value would be lost from step to step.
-
-    Raises:
-      NotTraceable: there is such an attribute.
-    """
-    stale = {id(value) for value in overwritten}
-    for value in constants:
-        if id(value) in stale:
-            raise NotTraceable(
-                f"the model keeps state in a plain tensor attribute (shape {list(value.shape)}), which forward reads and sets anew; it "
-                "would be lost from step to step. Make it a buffer with register_buffer"
-            )
+        _calls.reset(token)
 
 
 def canonical_names(named: Iterable[tuple[str, Tensor]]) -> dict[str, str]:

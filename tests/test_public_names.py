@@ -17,8 +17,8 @@ NAMES = {
     "adaptrt.optim": f"{_OPTIMISERS} Optimizer Schedule Transform chain clip_by_global_norm learned partition per_step scale_by_schedule "
     "schedule scheduled",
     "adaptrt.errors": "AdaptrtError CannotRecord CompilerUnavailable DataDependentControlFlow DeviceMismatch InvalidArgument InvalidBatch "
-    "InvalidGraph InvalidLoss InvalidType LabelOutOfRange NonFiniteInput NotDifferentiable NotTraceable NothingToAdapt OptimizerMismatch "
-    "OutOfDeviceMemory RecordingFailed ShapeChanged UnsupportedOptimizer UnsupportedParameter UnsupportedRandomness",
+    "InvalidGraph InvalidLoss InvalidType LabelOutOfRange ModelChanged NonFiniteInput NotDifferentiable NotTraceable NothingToAdapt "
+    "OptimizerMismatch OutOfDeviceMemory RecordingFailed ShapeChanged UnsupportedOptimizer UnsupportedParameter UnsupportedRandomness",
     "adaptrt.adjoint": "Adjoint FirstOrder Replay Stash Unrolled",
     "adaptrt.backend": "Backend CudaGraph Eager Inductor Tiered",
     "adaptrt.higher": "create_diff_optim get_diff_optim innerloop_ctx monkeypatch optim patch register_optim utils",

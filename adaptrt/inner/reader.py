@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from adaptrt import tree
-from adaptrt.errors import DeviceMismatch, InvalidType, NothingToAdapt, OptimizerMismatch
+from adaptrt.errors import DeviceMismatch, InvalidType, ModelChanged, NothingToAdapt, OptimizerMismatch
 from adaptrt.functional import canonical_names
+from adaptrt.inner.model_tree import ModelTree
+from adaptrt.inner.python_state import PythonState
 from adaptrt.inner.step import LOSS_BUFFER, Carry, Fixed, LossFunction, Step
 from adaptrt.optim import Schedule
 from adaptrt.optim.source import Reading, Source
@@ -45,6 +47,7 @@ class Reader:
       source: the optimiser.
       device: of the model.
       dtype: of the autocast that a step runs in, None if it runs in none.
+      selection: finds the parameters that adapt again, to see whether they are still the same.
     """
 
     def __init__(
@@ -55,12 +58,15 @@ class Reader:
         source: Source,
         device: torch.device,
         dtype: torch.dtype | None = None,
+        selection: Callable[[], frozenset[str]] | None = None,
     ) -> None:
         self._model = model
         self._loss = loss
         self._source = source
         self._device = device
         self._dtype = dtype
+        self._selection = selection
+        self._flags = self._read_flags()
         parameters = _places(model, dict(model.named_parameters()))
         self._adapted = {name: place for name, place in parameters.items() if name in adapted}
         self._frozen = {name: place for name, place in parameters.items() if name not in adapted}
@@ -73,12 +79,16 @@ class Reader:
             self._modules += list(loss.modules())
         self._read_tensors = _all_by(self._adapted, self._buffers, self._frozen, self._loss_params)
         self._read_modes = _modes_by(self._modules)
+        roots = {"model": model, **({"loss": loss} if isinstance(loss, nn.Module) else {})}
+        self._tree = ModelTree(roots)
+        self.python = PythonState({"model": model, "loss": loss, "the optimiser's update": source.optimizer().update})
         self._numbers: dict[float, Tensor] = {}
         self._hyper: tuple[Reading | None, Any, list[Tensor]] = None, None, []
         self._state: tuple[Any, list[Tensor]] = None, []
 
     def read(self) -> Start:
         """Reads the values that model and optimiser have now, from which an adaptation starts."""
+        self._tree.require_unchanged()
         reading = self._source.read()
         known, hyper, hyper_leaves = self._hyper
         if known is not reading:
@@ -96,7 +106,7 @@ class Reader:
             Fixed(frozen, loss_params, hyper),
             [*params.values(), *state_leaves, *buffers.values()],
             [*frozen.values(), *loss_params.values(), *hyper_leaves],
-            (self._read_modes(), reading.structure),
+            (self._read_modes(), reading.structure, self.python.number()),
         )
 
     def state_dict(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -113,7 +123,31 @@ class Reader:
 
     def mode(self) -> Hashable:
         """Returns what is a constant of a program: train or eval mode of every module, and whether algorithms must be deterministic."""
-        return self._read_modes()
+        self._tree.require_unchanged()
+        return self._read_modes(), self.python.number()
+
+    def require_same_selection(self) -> None:
+        """Checks that the parameters that adapt are still those that `compile_unroll` found.
+
+        Raises:
+          ModelChanged: `requires_grad` was changed, and `compile_unroll` would now find others; names the first.
+        """
+        flags = self._read_flags()
+        if flags == self._flags or self._selection is None:
+            return
+        try:
+            now = self._selection()
+        except NothingToAdapt:
+            now = frozenset[str]()
+        for name in sorted(now ^ self._adapted.keys()):
+            raise ModelChanged(
+                f"requires_grad of parameter '{name}' was changed after compile_unroll, which decided that it "
+                f"{'adapts' if name in self._adapted else 'does not adapt'}; make a new unroll, or say which parameters adapt by params="
+            )
+        self._flags = flags
+
+    def _read_flags(self) -> list[bool]:
+        return [param.requires_grad for param in self._model.parameters()]
 
     def step(self, detach_gradient: bool) -> Step:
         """Returns the inner step for the optimiser's present form."""
@@ -195,6 +229,17 @@ def _read(places: Mapping[str, _Place]) -> dict[str, Tensor]:
 
 
 Select = str | Sequence[str] | Callable[[str, nn.Parameter], bool] | None
+
+
+class Selection(NamedTuple):
+    """What decides which parameters adapt; called, it returns their names, as `adapted_names` does."""
+
+    model: nn.Module
+    opt: Any
+    select: Select
+
+    def __call__(self) -> frozenset[str]:
+        return adapted_names(self.model, self.opt, self.select)
 
 
 def adapted_names(model: nn.Module, opt: Any, select: Select) -> frozenset[str]:

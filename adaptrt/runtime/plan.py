@@ -22,11 +22,12 @@ from adaptrt.graph.indices import IndexBound
 from adaptrt.graph.ir import Graph
 from adaptrt.graph.noise import Noise
 from adaptrt.inner import diagnose
+from adaptrt.inner.python_state import Executed
 from adaptrt.inner.step import Batch, Carry, Fixed, Step
 from adaptrt.runtime.cache import Cache
 from adaptrt.runtime.calls import Calls
 from adaptrt.runtime.capture import CaptureSettings, TaskAxis, capture_graph, without_leading_axis
-from adaptrt.runtime.probe import Probe, noise_specs, probe, probe_prediction
+from adaptrt.runtime.probe import Prediction, Probe, noise_specs, probe, probe_prediction, undone_after
 from adaptrt.runtime.program_set import ProgramSet
 from adaptrt.runtime.settings import Settings
 from adaptrt.runtime.validation import Validation
@@ -124,13 +125,14 @@ class PredictionPlan:
 
     Attributes:
       step: whose `predict` is computed.
-      bounds, noise: which inputs are indices, and what random operations draw.
+      bounds, noise, executed: which inputs are indices, what random operations draw, and which Python code ran.
       validation, programs, calls, shapes: as for `SupportPlan`.
     """
 
     step: Step
     bounds: tuple[IndexBound, ...]
     noise: tuple[Noise, ...]
+    executed: Executed
     validation: Validation
     programs: ProgramSet
     calls: Calls
@@ -151,7 +153,7 @@ def plan_support(settings: Settings, launcher: Launcher | None, step_of: Callabl
     found, forward = probe(step, "support", carry, fixed, batch)
     flops = num_flops(forward)
     each_task = tasks.num_tasks is not None and settings.device.type == "cpu" and one_by_one(flops)
-    capturing = _capturing(settings, step, found.noise, arguments, each_task)
+    capturing = _capturing(settings, step, found, arguments, each_task)
     if settings.adjoint is None:
         adjoint, reason = _choose(settings, step, found.noise, arguments, capturing)
     else:
@@ -183,18 +185,20 @@ def plan_query(settings: Settings, launcher: Launcher | None, plan: SupportPlan,
     shape = () if num_tasks is None else (num_tasks,)
     with torch.inference_mode(False):
         weights = torch.full(shape, 1.0 / (num_tasks or 1), dtype=found.loss.dtype, device=found.loss.device)
-    capturing = _capturing(settings, plan.step, found.noise, arguments, isinstance(plan.adjoint, EachTask))
+    capturing = _capturing(settings, plan.step, found, arguments, isinstance(plan.adjoint, EachTask))
     programs = ProgramSet(settings.backend, settings.modules, capturing, plan.validation.in_program, parent=plan.programs)
     return QueryPlan(found, programs, _calls(settings, launcher, programs), arguments.shapes, weights)
 
 
 def plan_prediction(settings: Settings, launcher: Launcher | None, step: Step, arguments: Arguments) -> PredictionPlan:
     """Decides how to predict for inputs of one shape. Arguments as for `plan_support`."""
-    noise, bounds = probe_prediction(step, arguments.carry, arguments.fixed, arguments.data)
+    found = probe_prediction(step, arguments.carry, arguments.fixed, arguments.data)
     validation = _validation(settings, launcher, sees_all_data=False)
     inputs = arguments._replace(data=Batch(arguments.data, None))
-    programs = ProgramSet(settings.backend, settings.modules, _capturing(settings, step, noise, inputs, False))
-    return PredictionPlan(step, bounds, noise, validation, programs, _calls(settings, launcher, programs), arguments.shapes)
+    programs = ProgramSet(settings.backend, settings.modules, _capturing(settings, step, found, inputs, False))
+    return PredictionPlan(
+        step, found.bounds, found.noise, found.executed, validation, programs, _calls(settings, launcher, programs), arguments.shapes
+    )
 
 
 def _choose(
@@ -203,7 +207,7 @@ def _choose(
     """Chooses an adjoint by the size of a step's graph and of what would be kept of it; returns it and the reason in words."""
     carry, fixed, batch, _, tasks = arguments
     args = (carry, fixed, batch, noise_specs(noise))
-    graph = capture(step, *args)
+    graph = capturing.explain_failure(lambda: capture(step, *args))
     num_carry, num_fixed, num_batch = (len(tree.leaves(part)) for part in (carry, fixed, batch))
     same = {index for index in range(num_carry) if returns_input(graph, index)}
     same |= set(range(num_carry, num_carry + num_fixed + (0 if settings.per_step else num_batch)))
@@ -222,10 +226,10 @@ def _choose(
     return choose(graph.num_nodes, num_shared, num_updates, num_kept_bytes, settings.device)
 
 
-def _capturing(settings: Settings, step: Step, noise: Sequence[Noise], arguments: Arguments, each_task: bool) -> CaptureSettings:
+def _capturing(settings: Settings, step: Step, found: Probe | Prediction, arguments: Arguments, each_task: bool) -> CaptureSettings:
     """Says how a plan's functions are captured. `each_task`: tasks are done one after the other, by programs without a task axis."""
     tasks = TaskAxis(None, arguments.tasks.start_has_it) if each_task else arguments.tasks
-    return CaptureSettings(tasks, step.detach_gradient, settings.backend.fuses, _explained(step, noise, arguments))
+    return CaptureSettings(tasks, step.detach_gradient, settings.backend.fuses, _explained(step, found, arguments))
 
 
 def _validation(settings: Settings, launcher: Launcher | None, sees_all_data: bool) -> Validation:
@@ -237,11 +241,16 @@ def _calls(settings: Settings, launcher: Launcher | None, programs: ProgramSet) 
     return Calls(programs, launcher, settings.backend.builds_ahead(settings.device))
 
 
-def _explained(step: Step, noise: Sequence[Noise], arguments: Arguments) -> Callable[[Callable[[], Graph]], Graph]:
+def _explained(step: Step, found: Probe | Prediction, arguments: Arguments) -> Callable[[Callable[[], Graph]], Graph]:
     """Returns what turns a missing second derivative into an error that names the module; to find it, the model is run once more."""
     carry, fixed, batch = arguments[:3]
 
     def forward() -> list[tuple[str, str]]:
-        return record_operations(step.predict, carry, fixed, batch.inputs, noise_specs(noise))
+        return record_operations(step.predict, carry, fixed, batch.inputs, noise_specs(found.noise))
 
-    return lambda run: diagnose.differentiating(run, step.model, forward)
+    def run_explained(run: Callable[[], Graph]) -> Graph:
+        return diagnose.differentiating(run, step.model, forward)
+
+    if not found.leaves_traces:
+        return run_explained
+    return lambda run: undone_after(step, lambda: run_explained(run))

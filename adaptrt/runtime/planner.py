@@ -64,7 +64,9 @@ class Planner:
         def make() -> SupportPlan:
             self._require_warm("support", batch, [plan.shapes for plan in self.supports.entries()], warm)
             arguments = Arguments.of(start.carry, start.fixed, batch, TaskAxis(num_tasks, start.has_tasks), self._settings.per_step)
-            return plan_support(self._settings, self._launcher, self._reader.step, arguments)
+            plan = plan_support(self._settings, self._launcher, self._reader.step, arguments)
+            self._reader.python.add(plan.probe.executed)
+            return plan
 
         # The trees of carry and fixed follow from the reader's structure; what remains of them are shapes and dtypes.
         key = start.structure, _key(batch), _kinds(start.carry_leaves), _kinds(start.fixed_leaves), start.has_tasks
@@ -76,7 +78,9 @@ class Planner:
         def make() -> QueryPlan:
             self._require_warm("query", batch, [known.shapes for known in plan.queries.entries()], warm)
             arguments = Arguments.of(start.carry, start.fixed, batch, TaskAxis(num_tasks, start.has_tasks))
-            return plan_query(self._settings, self._launcher, plan, arguments)
+            query_plan = plan_query(self._settings, self._launcher, plan, arguments)
+            self._reader.python.add(query_plan.probe.executed)
+            return query_plan
 
         return plan.queries.get_or_make(_key(batch), make)
 
@@ -86,7 +90,9 @@ class Planner:
         def make() -> PredictionPlan:
             self._require_warm("input", inputs, [known.shapes for known in self.predictions.entries()], warm)
             arguments = Arguments.of(carry, fixed, inputs, TaskAxis(num_tasks, num_tasks is not None))
-            return plan_prediction(self._settings, self._launcher, self._reader.step(detach_gradient=False), arguments)
+            plan = plan_prediction(self._settings, self._launcher, self._reader.step(detach_gradient=False), arguments)
+            self._reader.python.add(plan.executed)
+            return plan
 
         return self.predictions.get_or_make((self._reader.mode(), _key((inputs, carry, fixed)), num_tasks), make)
 

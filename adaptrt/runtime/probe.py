@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from adaptrt import tree
-from adaptrt.functional import refuse_state, watch_attributes
+from adaptrt.functional import watch_calls
 from adaptrt.graph.capture import capture
 from adaptrt.graph.indices import IndexBound, index_bounds
 from adaptrt.graph.ir import Graph
@@ -16,6 +17,8 @@ from adaptrt.graph.noise import Noise
 from adaptrt.graph.passes.lift_noise import record_noise
 from adaptrt.graph.signature import Role
 from adaptrt.inner import diagnose
+from adaptrt.inner.python_state import Executed, record_code
+from adaptrt.inner.side_effects import Snapshot, Write, attribute_writes, computes_the_same, is_same, refuse, undone
 from adaptrt.inner.step import Batch, Carry, Fixed, Step
 from adaptrt.tree import Spec, Tree
 
@@ -32,12 +35,25 @@ class Probe(NamedTuple):
       bounds: which data are class labels or indices.
       live_buffers: for each buffer whether its update can be differentiated.
       loss: spec of the loss.
+      executed: the Python code that ran.
+      leaves_traces: whether it writes to objects outside of the model, which has to be undone after each capture.
     """
 
     noise: tuple[Noise, ...]
     bounds: tuple[IndexBound, ...]
     live_buffers: tuple[bool, ...]
     loss: Spec
+    executed: Executed
+    leaves_traces: bool
+
+
+class Prediction(NamedTuple):
+    """The same for the model without the loss."""
+
+    noise: tuple[Noise, ...]
+    bounds: tuple[IndexBound, ...]
+    executed: Executed
+    leaves_traces: bool
 
 
 def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> tuple[Probe, Graph]:
@@ -48,52 +64,105 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> tu
       name: "support" or "query", for messages.
       carry, fixed, batch: trees of tensors or specs of one task.
     Raises:
-      InvalidBatch, InvalidLoss, NothingToAdapt, DataDependentControlFlow, UnsupportedRandomness: see `adaptrt.errors`.
+      InvalidBatch, InvalidLoss, NothingToAdapt, DataDependentControlFlow, UnsupportedRandomness, NotTraceable: see `adaptrt.errors`.
     Returns:
       What the pass has shown, and the graph of model and loss.
     """
     live = {key: False for key in carry.buffers}
+    executed = Executed()
     while True:
         noise: list[Noise] = []
         before = dict(live)
 
-        def forward(carry: Carry, fixed: Fixed, batch: Batch, noise: list[Noise] = noise, before: dict[str, bool] = before) -> Tensor:
+        def run(carry: Carry, fixed: Fixed, batch: Batch, noise: list[Noise] = noise, before: dict[str, bool] = before) -> Tree:
+            """Loss, buffers, and for support batches what the update makes of them."""
             params, fixed, batch = tree.map_leaves(_differentiable, (carry.params, fixed, batch))
             buffers = {key: _differentiable(value) if before[key] else value for key, value in carry.buffers.items()}
-            with record_noise() as drawn, diagnose.running(name, batch):
+            with record_noise() as drawn, diagnose.running(name, batch), record_code() as ran:
                 loss, updated = step.evaluate(params, buffers, fixed, batch)
+            executed.merge(ran)
             noise.extend(drawn)
             live.update({key: value.requires_grad for key, value in updated.items()})
-            if name == "support":
-                grads = step.gradient(loss, params)
-                with diagnose.updating():
-                    step.update(grads, carry.opt_state, params, fixed.hyper)
-            return loss
+            if name != "support":
+                return loss, updated
+            grads = step.gradient(loss, params)
+            with diagnose.updating(), record_code() as ran:
+                result = step.update(grads, carry.opt_state, params, fixed.hyper)
+            executed.merge(ran)
+            return loss, updated, result
 
-        with watch_attributes() as overwritten:
-            graph = capture(forward, carry, fixed, batch, roles=_ROLES, names=_NAMES, fused_attention=step.detach_gradient)
-        refuse_state(graph.constants, overwritten)
+        def forward(*args: Any, run: Callable[..., Tree] = run) -> Tensor:
+            return run(*args)[0]
+
+        capturing = functools.partial(capture, names=_NAMES, fused_attention=step.detach_gradient)
+        with undone(_roots(step)) as world, watch_calls() as calls:
+            graph = capturing(forward, carry, fixed, batch, roles=_ROLES)
+            outside = world.writes()
+        drawn = tuple(noise)
+        writes = [*outside, *(write for base, twin in calls.made for write in attribute_writes(base, twin))]
+        if writes:
+            _require_no_state(writes, run, (carry, fixed, batch), step, executed)
         # A buffer that is live may make others live, which read it; running statistics stay as they are.
         if live == before:
-            return Probe(tuple(noise), tuple(index_bounds(graph)), tuple(live.values()), graph.signature.outputs[0].spec), graph
+            loss = graph.signature.outputs[0].spec
+            return Probe(drawn, tuple(index_bounds(graph)), tuple(live.values()), loss, executed, bool(outside)), graph
 
 
-def probe_prediction(step: Step, carry: Carry, fixed: Fixed, inputs: Tree) -> tuple[tuple[Noise, ...], tuple[IndexBound, ...]]:
-    """Runs the model without the loss. Arguments and errors are as for `probe`.
-
-    Returns:
-      What its random operations draw, in order, and which inputs are indices.
-    """
+def probe_prediction(step: Step, carry: Carry, fixed: Fixed, inputs: Tree) -> Prediction:
+    """Runs the model without the loss. Arguments and errors are as for `probe`."""
     noise: list[Noise] = []
+    executed = Executed()
 
     def forward(carry: Carry, fixed: Fixed, inputs: Tree) -> Tree:
-        with record_noise() as drawn, diagnose.running("input", Batch(inputs, None)):
+        with record_noise() as drawn, diagnose.running("input", Batch(inputs, None)), record_code() as ran:
             output, _ = step.apply(carry.params, carry.buffers, fixed, inputs)
         noise.extend(drawn)
+        executed.merge(ran)
         return output
 
-    graph = capture(forward, carry, fixed, inputs, roles=_ROLES, names=("carry", "fixed", "batch.inputs"))
-    return tuple(noise), tuple(index_bounds(graph))
+    with undone(_roots(step)) as world, watch_calls() as calls:
+        graph = capture(forward, carry, fixed, inputs, roles=_ROLES, names=("carry", "fixed", "batch.inputs"))
+        outside = world.writes()
+    drawn = tuple(noise)
+    writes = [*outside, *(write for base, twin in calls.made for write in attribute_writes(base, twin))]
+    if writes:
+        _require_no_state(writes, forward, (carry, fixed, inputs), step, executed)
+    return Prediction(drawn, tuple(index_bounds(graph)), executed, bool(outside))
+
+
+def _require_no_state(writes: Sequence[Write], run: Callable[..., Tree], args: tuple[Tree, ...], step: Step, executed: Executed) -> None:
+    """Runs two passes in succession, the second on other inputs, and raises if it does anything else than the first.
+
+    Raises:
+      NotTraceable: names what was written.
+    """
+    unsettled: list[Write] = []
+
+    def twice(first: tuple[Tree, ...], second: tuple[Tree, ...]) -> Tree:
+        with watch_calls(follow=True) as calls:
+            results = run(*first)
+            num_calls = len(calls.made)
+            world = Snapshot(_roots(step))
+            results = results, run(*second)
+            later = [*world.writes(), *(write for base, twin in calls.made[num_calls:] for write in attribute_writes(base, twin))]
+            unsettled.extend(write for write in later if not is_same(write.before, write.after, {}, settled=True))
+        return results
+
+    with undone(_roots(step)):
+        graph = capture(twice, args, args, fused_attention=step.detach_gradient)
+    num_inputs, num_outputs = len(tree.leaves(args)), graph.result.num_leaves // 2
+    if unsettled or not computes_the_same(graph, num_inputs, num_outputs):
+        refuse(unsettled or writes, executed)
+
+
+def _roots(step: Step) -> dict[str, Any]:
+    return {"model": step.model, "loss": step.loss, "the optimiser's update": step.optimizer.update}
+
+
+def undone_after(step: Step, run: Callable[[], Graph]) -> Graph:
+    """A capture, after which what model, loss and optimiser have written to objects outside of the model is undone."""
+    with undone(_roots(step)):
+        return run()
 
 
 def noise_specs(noise: Sequence[Noise]) -> tuple[Spec, ...]:

@@ -110,6 +110,7 @@ class Router:
     def _find_anew(self, support: Any, query: tuple[Any] | None, start: Adapted | None, warm: bool) -> Routed:
         batch, num_tasks = self._support(support)
         asked = None if query is None else self._query(query[0], num_tasks)
+        self._reader.require_same_selection()
         begin = self._start(start, num_tasks)
         if self._settings.dtype is not None:  # the model may have been converted since
             check.precision({**begin.carry.params, **begin.fixed.params, **begin.fixed.loss_params}, self._settings.dtype)

@@ -9,6 +9,7 @@ from torch import nn
 
 from adaptrt.adjoint import Adjoint
 from adaptrt.backend import Backend
+from adaptrt.inner.reader import Selection
 from adaptrt.inner.step import LossFunction
 from adaptrt.optim.source import Source
 
@@ -27,6 +28,7 @@ class Settings:
       check_finite: whether data with NaN or infinity is refused.
       device: where the model was when the unroll was made.
       dtype: of the autocast that a step runs in, None if it runs in none.
+      selection: what decided which parameters adapt.
     """
 
     model: nn.Module
@@ -42,6 +44,7 @@ class Settings:
     check_finite: bool
     device: torch.device
     dtype: torch.dtype | None
+    selection: Selection
 
     @property
     def modules(self) -> list[nn.Module]:

@@ -21,7 +21,7 @@ from adaptrt.errors import InvalidArgument, InvalidType, NonFiniteInput
 from adaptrt.graph.ir import Graph
 from adaptrt.graph.noise import restored_on_error
 from adaptrt.inner import check
-from adaptrt.inner.reader import Reader, Select, adapted_names
+from adaptrt.inner.reader import Reader, Select, Selection
 from adaptrt.inner.step import LossFunction, as_call
 from adaptrt.optim import Optimizer
 from adaptrt.optim.source import source
@@ -112,7 +112,8 @@ def compile_unroll(
     if adjoint != "auto" and not isinstance(adjoint, Adjoint):
         kind = InvalidArgument if isinstance(adjoint, str) else InvalidType
         raise kind(f"adjoint must be 'auto', Unrolled(), Replay(every=n), Stash() or FirstOrder(), got {adjoint!r}")
-    adapted = adapted_names(model, opt, params)
+    selection = Selection(model, opt, params)
+    adapted = selection()
     check.shared_tensors(model, loss, adapted)
     return CompiledUnroll(
         Settings(
@@ -129,6 +130,7 @@ def compile_unroll(
             check_finite=nonfinite == "error",
             device=device,
             dtype=dtype,
+            selection=selection,
         )
     )
 
@@ -154,7 +156,8 @@ class CompiledUnroll:
     def __init__(self, settings: Settings, task_axis: bool = False) -> None:
         self._settings = settings
         self._task_axis = task_axis
-        reader = Reader(settings.model, settings.loss, settings.adapted, settings.source, settings.device, settings.dtype)
+        what = settings.model, settings.loss, settings.adapted, settings.source, settings.device
+        reader = Reader(*what, dtype=settings.dtype, selection=settings.selection)
         self._planner = Planner(settings, reader)
         self._router = Router(settings, task_axis, reader, self._planner)
         self._predictor = ModelPredictor(settings, reader, self._planner)

@@ -1,0 +1,60 @@
+"""Notices when the layers of a model are not those that it had when its unroll was made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import nn
+
+from adaptrt.errors import ModelChanged
+
+_TABLES = ("_modules", "_parameters", "_buffers")
+
+
+class ModelTree:
+    """The modules of a model and the names of their parameters and buffers.
+
+    Values of parameters and buffers may change, also by assignment: they are read at every call.
+
+    Args:
+      roots: the modules, by names for messages.
+    """
+
+    def __init__(self, roots: Mapping[str, nn.Module]) -> None:
+        self._known: list[tuple[str, nn.Module, dict[str, nn.Module | None], dict[str, set[str]]]] = []
+        constants: dict[str, Any] = {}
+        conditions = ["True"]
+        for root, model in roots.items():
+            for name, part in model.named_modules(prefix=root):
+                held = f"m{len(self._known)}"
+                constants[held] = part
+                self._known.append((name, part, dict(part._modules), {table: set(getattr(part, table)) for table in _TABLES}))
+                conditions += [f"len({held}.{table}) == {len(getattr(part, table))}" for table in _TABLES]
+                for index, (child, value) in enumerate(part._modules.items()):
+                    constants[f"{held}_{index}"] = value
+                    conditions.append(f"{held}._modules[{child!r}] is {held}_{index}")
+        condition = "\n and ".join(conditions)
+        exec(compile(f"def check():\n try: return ({condition})\n except KeyError: return False\n", "<layers>", "exec"), constants)
+        self._is_unchanged: Callable[[], bool] = constants["check"]
+
+    def require_unchanged(self) -> None:
+        """Checks that no layer, parameter or buffer was added, removed or replaced by another.
+
+        Raises:
+          ModelChanged: one was; names it.
+        """
+        if not self._is_unchanged():
+            raise ModelChanged(f"{self._difference()} after compile_unroll; make a new unroll for the model as it is now")
+
+    def _difference(self) -> str:
+        for path, part, children, names in self._known:
+            for child, value in children.items():
+                now = part._modules.get(child)
+                if now is not value and now is not None:
+                    return f"the layer '{path}.{child}' was replaced by a {type(now).__name__}"
+            for table, kind in (("_modules", "layer"), ("_parameters", "parameter"), ("_buffers", "buffer")):
+                now = set(getattr(part, table))
+                for name in sorted(now ^ names[table]):
+                    return f"the {kind} '{path}.{name}' was {'added' if name in now else 'removed'}"
+        return "the model was changed"

@@ -1,0 +1,363 @@
+"""Python values that the model, the loss and the optimiser read: a program is made for the values that they have.
+
+While a model is traced, its Python code runs once, and whatever it reads that is no tensor becomes a constant of the program: a float
+attribute, a flag, an entry of a dict in the closure of a loss. `PythonState` finds these values and notices at each call if one of them has
+changed, so that the call gets a program of its own.
+
+Which values are read is estimated from above. The code objects that run while the model is traced are recorded, and a value counts as read
+if it can be reached from the model, the loss, the optimiser or a global name of that code, by attributes that this code names.
+
+Known limits: an attribute whose name is computed counts as read only on modules of the model. State behind C code, such as an iterator or
+an open file, is not seen.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import enum
+import os
+import sys
+import sysconfig
+import threading
+import types
+import warnings
+from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+_TORCH = os.path.dirname(torch.__file__) + os.sep
+_LAYERS = os.path.join(_TORCH, "nn") + os.sep
+_OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
+_STANDARD_LIBRARY = sysconfig.get_path("stdlib") + os.sep
+_PACKAGES = tuple({sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib")})
+
+_DYNAMIC = frozenset({"getattr", "__dict__", "vars"})
+"""Names in code that may read attributes under names which it does not spell out."""
+
+_APART = frozenset({"_parameters", "_buffers", "_modules", "training", "_forward_hooks", "_forward_pre_hooks"})
+"""Attributes of a module that are read in other ways."""
+
+IMMUTABLE = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, torch.dtype, torch.device, torch.Size, enum.Enum)
+
+OPAQUE = (*IMMUTABLE, Tensor, type, types.ModuleType, types.BuiltinFunctionType)
+"""What is compared as a whole."""
+
+_MAX_DEPTH = 12
+
+
+class Executed:
+    """The Python code that ran in a block, apart from PyTorch's own outside of `torch.nn`."""
+
+    def __init__(self) -> None:
+        self.scopes: dict[types.CodeType, dict[str, Any]] = {}
+        self.names: set[str] = set()
+
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether some of it may read attributes under computed names."""
+        return any(_DYNAMIC & set(code.co_names) for code in self.scopes)
+
+    def merge(self, other: Executed) -> bool:
+        """Adds code that another block ran; returns whether any of it is new."""
+        new = other.scopes.keys() - self.scopes.keys()
+        self.scopes |= other.scopes
+        grew = not other.names <= self.names
+        self.names |= other.names
+        return grew or bool(new)
+
+
+@contextlib.contextmanager
+def record_code() -> Generator[Executed]:
+    """Records the code that this thread runs in the block."""
+    executed = Executed()
+    frames: dict[types.CodeType, dict[str, Any]] = {}
+
+    def note(frame: types.FrameType, event: str, arg: Any) -> None:
+        if event == "call":
+            frames[frame.f_code] = frame.f_globals
+
+    before = sys.getprofile()
+    sys.setprofile(note)
+    try:
+        yield executed
+    finally:
+        sys.setprofile(before)
+        for code, scope in frames.items():
+            if is_of_user(code, scope):
+                executed.scopes[code] = scope
+            elif not code.co_filename.startswith(_LAYERS) or code.co_filename.endswith("module.py"):
+                continue
+            executed.names.update(code.co_names, [value for value in code.co_consts if isinstance(value, str) and value.isidentifier()])
+
+
+def is_of_user(code: types.CodeType, scope: Mapping[str, Any]) -> bool:
+    """Whether a function is the user's, or that of a library the user works with."""
+    place = code.co_filename
+    if place.startswith("<"):  # generated code, or that of a console
+        place = scope.get("__file__") or (place if scope.get("__name__") == "__main__" else _TORCH)
+    return _is_users(place)
+
+
+def is_users_class(kind: type) -> bool:
+    """The same for a class."""
+    module = sys.modules.get(kind.__module__)
+    return module is not None and _is_users(getattr(module, "__file__", None) or ("<main>" if kind.__module__ == "__main__" else _TORCH))
+
+
+def _is_users(place: str) -> bool:
+    """Whether code in this file is neither PyTorch's, ours nor the standard library's."""
+    if place.startswith((_TORCH, _OURS)) or place.startswith("<frozen"):
+        return False
+    return not place.startswith(_STANDARD_LIBRARY) or place.startswith(_PACKAGES)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Place:
+    """Where a value is found.
+
+    Attributes:
+      path: in words, for messages.
+      holder: the object that has it.
+      code: Python that reads it from the holder, which stands for `{}`.
+      value: what was found, or for a tensor attribute of a module its class, as the tensor itself is read at each call.
+      makes_programs: whether another value needs another program. Otherwise it is a sign to search again.
+    """
+
+    path: str
+    holder: Any
+    code: str
+    value: Any
+    makes_programs: bool = True
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for values that give the same program."""
+        value = self.value
+        if isinstance(value, IMMUTABLE):
+            return self.path, type(value), repr(value) if isinstance(value, float | complex) else value
+        return self.path, id(value)
+
+
+class _Search:
+    """Collects the places of all values that can be reached and count as read."""
+
+    def __init__(self, executed: Executed) -> None:
+        self.places: list[Place] = []
+        self._names = executed.names
+        self._is_dynamic = executed.is_dynamic
+        self._seen: set[int] = set()
+        self._of_classes: set[tuple[int, str]] = set()
+
+    def root(self, path: str, value: Any) -> None:
+        """Searches what the user has passed in."""
+        self._inside(path, value, 0)
+
+    def globals_of(self, executed: Executed) -> None:
+        """Searches the global names of code that ran."""
+        for code, scope in executed.scopes.items():
+            for name in code.co_names:
+                if name not in scope:
+                    continue
+                value = scope[name]
+                if isinstance(value, types.ModuleType):
+                    self._python_module(value, code.co_names)
+                elif not isinstance(value, type | types.BuiltinFunctionType):
+                    self._found(f"{scope.get('__name__', '?')}.{name}", scope, f"{{}}[{name!r}]", value, 0)
+
+    def _python_module(self, module: types.ModuleType, names: Sequence[str]) -> None:
+        place = getattr(module, "__file__", None) or ""
+        if not place or not _is_users(place):
+            return
+        own = vars(module)
+        for name in names:
+            if name in own and not isinstance(own[name], types.ModuleType | types.FunctionType | type):
+                self._found(f"{module.__name__}.{name}", own, f"{{}}[{name!r}]", own[name], 0)
+
+    def _found(self, path: str, holder: Any, code: str, value: Any, depth: int) -> None:
+        """Notes a value, and searches inside it."""
+        self.places.append(Place(path, holder, f"{code} is", value))
+        if depth < _MAX_DEPTH:
+            self._inside(path, value, depth)
+
+    def _inside(self, path: str, value: Any, depth: int) -> None:
+        if isinstance(value, OPAQUE) or id(value) in self._seen:
+            return
+        self._seen.add(id(value))
+        if isinstance(value, nn.Module):
+            self._module(path, value, depth)
+        elif isinstance(value, types.FunctionType):
+            self._function(path, value, depth)
+        elif isinstance(value, types.MethodType):
+            self._inside(path, value.__self__, depth)
+            self._inside(path, value.__func__, depth)
+        elif hasattr(value, "func") and hasattr(value, "keywords"):  # functools.partial
+            for part in (value.func, *value.args, *value.keywords.values()):
+                self._inside(path, part, depth)
+        elif isinstance(value, Mapping) and hasattr(value, "keys"):
+            self._size(path, value)
+            for key in list(value):
+                if isinstance(key, IMMUTABLE) and not isinstance(key, enum.Enum):
+                    self._found(f"{path}[{key!r}]", value, f"{{}}[{key!r}]", value[key], depth + 1)
+        elif isinstance(value, list | tuple | collections.deque):
+            if not isinstance(value, tuple):
+                self._size(path, value)
+            for index, entry in enumerate(value):
+                self._found(f"{path}[{index}]", value, f"{{}}[{index}]", entry, depth + 1)
+        elif isinstance(value, set):
+            self.places.append(Place(path, value, "{} ==", frozenset(value)))
+        else:
+            self._object(path, value, depth)
+
+    def _size(self, path: str, value: Any) -> None:
+        self.places.append(Place(f"the length of {path}", value, "len({}) ==", len(value)))
+
+    def _attributes(self, path: str, own: dict[str, Any]) -> None:
+        """Notes how many attributes there are, as one that is added may hide another of the class."""
+        self.places.append(Place(f"the attributes of {path}", own, "len({}) ==", len(own), makes_programs=False))
+
+    def _module(self, path: str, module: nn.Module, depth: int) -> None:
+        own = vars(module)
+        self._attributes(path, own)
+        for name, value in list(own.items()):
+            if name in _APART or not (name in self._names or (self._is_dynamic and not name.startswith("_"))):
+                continue
+            if isinstance(value, Tensor):
+                self.places.append(Place(f"{path}.{name}", own, f"{{}}[{name!r}].__class__ is", type(value)))
+            else:
+                self._found(f"{path}.{name}", own, f"{{}}[{name!r}]", value, depth + 1)
+        for table in ("_forward_hooks", "_forward_pre_hooks"):
+            if own.get(table):
+                self._inside(f"{path}.{table}", own[table], depth + 1)
+        self._class(path, type(module), depth)
+        for name, child in module._modules.items():
+            if child is not None:
+                self._inside(f"{path}.{name}", child, depth)
+
+    def _function(self, path: str, function: types.FunctionType, depth: int) -> None:
+        if not is_of_user(function.__code__, function.__globals__):
+            return
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            if cell != types.CellType():
+                self._found(f"{function.__name__}.<closure>.{name}", cell, "{}.cell_contents", cell.cell_contents, depth + 1)
+        for part in (function.__defaults__, function.__kwdefaults__):
+            if part:
+                self._inside(f"the defaults of {path}", part, depth + 1)
+
+    def _object(self, path: str, value: Any, depth: int) -> None:
+        """An object of a class of the user's: the attributes that are named."""
+        kind = type(value)
+        if not is_users_class(kind):
+            return
+        own = getattr(value, "__dict__", None)
+        if isinstance(own, dict):
+            self._attributes(path, own)
+            for name in [name for name in own if name in self._names]:
+                self._found(f"{path}.{name}", own, f"{{}}[{name!r}]", own[name], depth + 1)
+        self._class(path, kind, depth)
+
+    def _class(self, path: str, kind: type, depth: int) -> None:
+        """Data among the attributes of the user's classes."""
+        for base in kind.__mro__:
+            if not is_users_class(base):
+                continue
+            for name, value in list(vars(base).items()):
+                is_read = name in self._names and not name.startswith("__") and (id(base), name) not in self._of_classes
+                if is_read and isinstance(value, (*IMMUTABLE, list, dict, set, tuple)):
+                    self._of_classes.add((id(base), name))
+                    self._found(f"{base.__name__}.{name}", vars(base), f"{{}}[{name!r}]", value, depth + 1)
+
+
+def unchanged_check(places: Sequence[Place]) -> Callable[[], bool]:
+    """Generates a function that says whether all places still hold the values that were found."""
+    constants: dict[str, Any] = {}
+    holders: dict[int, str] = {}
+    lines: list[str] = []
+    for index, place in enumerate(places):
+        holder = holders.setdefault(id(place.holder), f"h{len(holders)}")
+        constants[holder] = place.holder
+        constants[f"v{index}"] = place.value
+        lines.append(f"{place.code.format(holder)} v{index}")
+    condition = "\n      and ".join(["True", *lines])
+    source = f"def check():\n  try: return ({condition})\n  except (LookupError, AttributeError, ValueError): return False\n"
+    exec(compile(source, "<watched values>", "exec"), constants)
+    return constants["check"]
+
+
+MAX_VALUES = 8
+"""Different sets of values that are met before a warning says that each makes programs of its own."""
+
+
+class PythonState:
+    """The Python values that are constants of programs.
+
+    Args:
+      roots: what the user passed in, by names for messages.
+    """
+
+    def __init__(self, roots: Mapping[str, Any]) -> None:
+        self._roots = dict(roots)
+        self._executed = Executed()
+        self._lock = threading.Lock()
+        self._number = 0
+        self._next = 1
+        self._places: list[Place] = []
+        self._numbers: dict[Hashable, int] = {}
+        self._kept: list[Any] = []  # so that no other object gets the identity of one that is known
+        self._is_unchanged: Callable[[], bool] = lambda: True
+        self._has_warned = False
+
+    def number(self) -> int:
+        """The number of the present values; equal numbers mean equal values, as far as code that has run so far reads them."""
+        if not self._is_unchanged():
+            with self._lock:
+                self._renew()
+        return self._number
+
+    def add(self, executed: Executed) -> None:
+        """Takes note of code that has run on the present values."""
+        with self._lock:
+            if self._executed.merge(executed):
+                self._places = self._search()
+                self._numbers = {self._key(): self._number}
+                self._is_unchanged = unchanged_check(self._places)
+
+    def _search(self) -> list[Place]:
+        search = _Search(self._executed)
+        for path, value in self._roots.items():
+            search.root(path, value)
+        search.globals_of(self._executed)
+        self._kept.append([place.value for place in search.places])
+        return search.places
+
+    def _key(self) -> Hashable:
+        return tuple([place.key for place in self._places if place.makes_programs])
+
+    def _renew(self) -> None:
+        before = {place.path: place for place in self._places}
+        self._places = self._search()
+        key = self._key()
+        known = self._numbers.get(key)
+        if known is None:
+            known, self._next = self._next, self._next + 1
+            self._numbers[key] = known
+            if len(self._numbers) > MAX_VALUES and not self._has_warned:
+                self._has_warned = True
+                self._warn(before)
+        self._number = known
+        self._is_unchanged = unchanged_check(self._places)
+
+    def _warn(self, before: Mapping[str, Place]) -> None:
+        changed = [
+            f"{place.path} (now {place.value!r})"
+            for place in self._places
+            if place.path not in before or before[place.path].key != place.key
+        ]
+        warnings.warn(
+            f"{len(self._numbers)} different values of {', '.join(changed[:3]) or 'Python state'} were met, and programs are compiled for "
+            "each. Make it a buffer or a plain tensor attribute, which programs take as an input",
+            stacklevel=6,
+        )

@@ -1,0 +1,378 @@
+"""What a traced pass writes outside of its own tensors: noticed, judged, and undone.
+
+A program computes what the Python code of model, loss and optimiser did while it was traced, and that code does not run again. So a pass
+must not leave anything behind on which the next pass depends: a counter, a running mean in an attribute, a list that grows.
+
+Real models do leave things behind, though: attention maps for whoever wants to look at them, or masks that are built once for each length.
+To tell the two apart, a pass that has written anything is traced again, twice in a row on different inputs, and the second time it finds
+what the first has left. If both compute the same function of their inputs, and the second leaves everything as it found it but for tensors
+that are set anew, then no program depends on it: it is a cache, or a record that nobody reads. Otherwise it is refused by name.
+
+What was written to objects outside of the model is undone after every trace, as it may hold tensors of the trace.
+
+Known limits: state behind C code, such as an open file, is not seen, except for `functools.lru_cache`, which is emptied, and iterators of
+which the position can be told. What an iterator has given cannot be taken back.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import dis
+import functools
+import operator
+import random
+import types
+import weakref
+from collections.abc import Generator, Iterable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor, fx, nn
+
+from adaptrt.errors import NotTraceable
+from adaptrt.graph.ir import Graph
+from adaptrt.inner.python_state import IMMUTABLE, OPAQUE, Executed, is_of_user, is_users_class
+
+_MAX_OBJECTS = 20_000
+"""Objects that are searched for state, those nearest to the model first."""
+
+_TABLES = frozenset({"_parameters", "_buffers", "_modules"})
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Write:
+    """A value that a pass has replaced; an entry that is not there before or afterwards counts as `MISSING`."""
+
+    path: str
+    before: Any
+    after: Any
+
+    def __str__(self) -> str:
+        return f"{self.path} ({_short(self.before)} before, {_short(self.after)} after)"
+
+
+class _Missing:
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+MISSING = _Missing()
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    if isinstance(value, list | dict | set | collections.deque) and not all(isinstance(entry, IMMUTABLE) for entry in value):
+        return f"a {type(value).__name__} of {len(value)}"
+    text = repr(value) if isinstance(value, (*IMMUTABLE, _Missing, list, dict, set, tuple)) else f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+class Snapshot:
+    """The Python objects that can be reached from what the user has passed in, with their contents.
+
+    Args:
+      roots: by names for messages.
+    """
+
+    def __init__(self, roots: Mapping[str, Any]) -> None:
+        self._contents: list[tuple[str, Any, Any]] = []
+        self._caches: list[tuple[Any, int]] = []
+        self._seen: set[int] = set()
+        left = collections.deque(roots.items())
+        while left and len(self._seen) < _MAX_OBJECTS:
+            path, value = left.popleft()
+            if not isinstance(value, OPAQUE) and id(value) not in self._seen:
+                self._seen.add(id(value))
+                left.extend(self._visit(path, value))
+
+    def writes(self) -> list[Write]:
+        """What has changed since."""
+        found: list[Write] = []
+        for path, holder, before in self._contents:
+            found += _differences(path, before, _content(holder))
+        found += [
+            Write(f"the cache of {cache.__name__}", misses, cache.cache_info().misses)
+            for cache, misses in self._caches
+            if cache.cache_info().misses != misses
+        ]
+        return found
+
+    def restore(self) -> None:
+        """Puts everything back."""
+        for _, holder, before in self._contents:
+            if _differences("", before, _content(holder)):
+                _put(holder, before)
+        for cache, misses in self._caches:
+            if cache.cache_info().misses != misses:
+                cache.cache_clear()
+
+    def _visit(self, path: str, value: Any) -> Iterable[tuple[str, Any]]:
+        if isinstance(value, nn.Module):
+            return self._module(path, value)
+        if isinstance(value, functools.partial):
+            return [(path, part) for part in (value.func, *value.args, *value.keywords.values())]
+        if isinstance(value, types.MethodType):
+            return [(path, value.__self__), (path, value.__func__)]
+        if isinstance(value, types.FunctionType):
+            return self._function(path, value)
+        if isinstance(value, functools._lru_cache_wrapper):
+            self._caches.append((value, value.cache_info().misses))
+            return [(path, value.__wrapped__)]
+        if isinstance(value, dict):
+            self._keep(path, value)
+            return [(f"{path}[{key!r}]", entry) for key, entry in value.items()]
+        if isinstance(value, list | tuple | set | frozenset | collections.deque):
+            if not isinstance(value, tuple | frozenset):
+                self._keep(path, value)
+            return [(f"{path}[{index}]", entry) for index, entry in enumerate(value)]
+        if _position(value) is not None:
+            self._keep(path, value)
+            return []
+        return self._object(path, value)
+
+    def _keep(self, path: str, holder: Any) -> None:
+        self._contents.append((path, holder, _content(holder)))
+
+    def _module(self, path: str, module: nn.Module) -> list[tuple[str, Any]]:
+        own = vars(module)
+        self._keep(path, own)
+        found = [(f"{path}.{name}", value) for name, value in own.items() if name not in _TABLES]
+        found += [(f"{path}.{name}", child) for name, child in module._modules.items() if child is not None]
+        return [*found, *self._class(type(module))]
+
+    def _function(self, path: str, function: types.FunctionType) -> list[tuple[str, Any]]:
+        if not is_of_user(function.__code__, function.__globals__):
+            return []
+        found: list[tuple[str, Any]] = [(path, part) for part in (function.__defaults__, function.__kwdefaults__) if part]
+        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
+            path = f"{function.__name__}.<closure>.{name}"
+            self._keep(path, cell)
+            found.append((path, _content(cell)))
+        scope = function.__globals__
+        if id(scope) not in self._seen:
+            self._seen.add(id(scope))
+            self._keep(scope.get("__name__", "?"), scope)
+        names = dict.fromkeys(name for code in _codes(function.__code__) for name in code.co_names)
+        return [*found, *[(f"{scope.get('__name__', '?')}.{name}", scope[name]) for name in names if name in scope]]
+
+    def _object(self, path: str, value: Any) -> list[tuple[str, Any]]:
+        if not is_users_class(type(value)):
+            return []
+        own = getattr(value, "__dict__", None)
+        found: list[tuple[str, Any]] = []
+        if isinstance(own, dict):
+            self._keep(path, own)
+            found = [(f"{path}.{name}", entry) for name, entry in own.items()]
+        return [*found, *self._class(type(value))]
+
+    def _class(self, kind: type) -> list[tuple[str, Any]]:
+        """Functions and data of the user's classes."""
+        found: list[tuple[str, Any]] = []
+        for base in kind.__mro__:
+            if is_users_class(base) and id(base) not in self._seen:
+                self._seen.add(id(base))
+                for name, entry in vars(base).items():
+                    entry = getattr(entry, "__func__", getattr(entry, "fget", entry))  # of a class or static method, of a property
+                    found.append((f"{base.__name__}.{name}", entry))
+        return found
+
+
+def _codes(code: types.CodeType) -> list[types.CodeType]:
+    """A function's code, and that of the functions in it."""
+    inner = [entry for constant in code.co_consts if isinstance(constant, types.CodeType) for entry in _codes(constant)]
+    return [code, *inner]
+
+
+def _content(holder: Any) -> Any:
+    """A shallow copy of what it holds."""
+    if isinstance(holder, types.CellType):
+        return holder.cell_contents if holder != types.CellType() else MISSING
+    position = _position(holder)
+    if position is not None:
+        return position
+    return dict(holder) if isinstance(holder, dict) else list(holder) if isinstance(holder, list | collections.deque) else set(holder)
+
+
+def _position(value: Any) -> Any:
+    """Where an iterator or a generator of random numbers is; None for everything else."""
+    if isinstance(value, random.Random):
+        return value.getstate()
+    if isinstance(value, types.GeneratorType):
+        frame = value.gi_frame
+        if frame is None:
+            return "ended"
+        values = [(name, entry if isinstance(entry, IMMUTABLE) else id(entry)) for name, entry in frame.f_locals.items()]
+        return frame.f_lasti, tuple(values)
+    if hasattr(type(value), "__next__") and not hasattr(value, "__dict__"):
+        return repr(value), operator.length_hint(value, -1)
+    return None
+
+
+def _put(holder: Any, content: Any) -> None:
+    if isinstance(holder, types.CellType):
+        if content is not MISSING:
+            holder.cell_contents = content
+        return
+    if isinstance(holder, random.Random):
+        holder.setstate(content)
+        return
+    if _position(holder) is not None:  # there is no way back
+        return
+    holder.clear()
+    (holder.extend if isinstance(holder, list | collections.deque) else holder.update)(content)
+
+
+def _differences(path: str, before: Any, after: Any) -> list[Write]:
+    """What is another object in the contents of one holder."""
+    if isinstance(before, dict):
+        if len(before) == len(after) and all(after.get(key, MISSING) is value for key, value in before.items()):
+            return []
+        keys = [key for key in {**before, **after} if not is_same(before.get(key, MISSING), after.get(key, MISSING), {})]
+        name = "{}.{}" if all(isinstance(key, str) and key.isidentifier() for key in keys) else "{}[{!r}]"
+        return [Write(name.format(path, key), before.get(key, MISSING), after.get(key, MISSING)) for key in keys]
+    return [] if is_same(before, after, {}) else [Write(path, before, after)]
+
+
+def is_same(before: Any, after: Any, parts: Mapping[int, Any], settled: bool = False) -> bool:
+    """Whether a value is what it was before.
+
+    Args:
+      before, after: the values.
+      parts: the modules that stand for those in `before`, by the identity of these.
+      settled: accept one tensor in place of another, and one object in place of another whose attributes are the same.
+    """
+    if before is after:
+        return True
+    if isinstance(before, nn.Module):
+        return parts.get(id(before), before) is after
+    if isinstance(before, Tensor):
+        return settled and isinstance(after, Tensor)
+    if type(before) is not type(after):
+        return False
+    if isinstance(before, IMMUTABLE):
+        return before == after or repr(before) == repr(after)
+    if isinstance(before, weakref.ref):
+        return settled or before() is after()
+    if isinstance(before, types.MethodType):
+        return before.__func__ is after.__func__ and is_same(before.__self__, after.__self__, parts, settled)
+    if isinstance(before, dict):
+        return before.keys() == after.keys() and all(is_same(value, after[key], parts, settled) for key, value in before.items())
+    if isinstance(before, list | tuple | collections.deque):
+        return len(before) == len(after) and all(is_same(old, new, parts, settled) for old, new in zip(before, after, strict=True))
+    if isinstance(before, set | frozenset):
+        return {id(parts.get(id(entry), entry)) for entry in before} == set(map(id, after)) or (not parts and before == after)
+    return settled and hasattr(before, "__dict__") and is_same(vars(before), vars(after), parts, settled)
+
+
+def attribute_writes(base: nn.Module, twin: nn.Module) -> list[Write]:
+    """What a call has changed in the attributes of `twin`, which was a shadow of `base`."""
+    names = {id(part): name for name, part in base.named_modules(prefix="model")}
+    pairs = list(zip(base.modules(), _modules_of(base, twin), strict=False))
+    parts = {id(part): copied for part, copied in pairs}
+    found: list[Write] = []
+    for part, copied in pairs:
+        before, after = vars(part), vars(copied)
+        for name in {**before, **after}:
+            old, new = before.get(name, MISSING), after.get(name, MISSING)
+            if name in _TABLES:  # tensors are carried from step to step; what counts is what was added or replaced
+                for key in {**old, **new}:
+                    one, other = old.get(key, MISSING), new.get(key, MISSING)
+                    if (one is MISSING or other is MISSING or name == "_modules") and not is_same(one, other, parts):
+                        found.append(Write(f"{names[id(part)]}.{key}", one, other))
+            elif not is_same(old, new, parts):
+                found.append(Write(f"{names[id(part)]}.{name}", old, new))
+    return found
+
+
+def _modules_of(base: nn.Module, twin: nn.Module) -> list[nn.Module]:
+    """The copies of `base`'s modules in their order, whatever was added to the copies."""
+    found: dict[int, nn.Module] = {}
+
+    def walk(part: nn.Module, copied: nn.Module) -> None:
+        if id(part) in found:
+            return
+        found[id(part)] = copied
+        for name, child in part._modules.items():
+            other = copied._modules.get(name)
+            if child is not None and other is not None:
+                walk(child, other)
+
+    walk(base, twin)
+    return [found[id(part)] for part in base.modules() if id(part) in found]
+
+
+def computes_the_same(graph: Graph, num_inputs: int, num_outputs: int) -> bool:
+    """Whether the two passes in a graph are one function, each of its own inputs.
+
+    Args:
+      graph: of two passes. Its inputs are those of the first pass, those of the second, and constants; its outputs likewise.
+      num_inputs, num_outputs: of one pass.
+    """
+    outputs: Sequence[Any] = graph.module.graph.output_node().args[0]  # type: ignore[assignment]
+    first = _numbered(graph, list(range(num_inputs)), list(outputs[:num_outputs]))
+    second = _numbered(graph, list(range(num_inputs, 2 * num_inputs)), list(outputs[num_outputs : 2 * num_outputs]))
+    return first == second
+
+
+def _numbered(graph: Graph, own: list[int], outputs: list[Any]) -> list[Any]:
+    """The outputs as nested expressions of their own inputs, in a form in which equal expressions are equal."""
+    place = {position: index for index, position in enumerate(own)}
+    known: dict[fx.Node, Any] = {}
+    table: dict[Any, tuple[str, int]] = {}
+
+    def of(value: Any) -> Any:
+        if isinstance(value, fx.Node):
+            return known[value]
+        if isinstance(value, list | tuple):
+            return tuple(of(entry) for entry in value)
+        return type(value).__name__, repr(value)
+
+    position = 0
+    for node in graph.module.graph.nodes:
+        if node.op == "placeholder":
+            known[node] = ("own", place[position]) if position in place else ("other", position)
+            if graph.signature.inputs[position].role.value == "const":
+                known[node] = ("const", position)
+            position += 1
+        elif node.op != "output":
+            key = str(node.target), of(node.args), tuple((name, of(value)) for name, value in node.kwargs.items())
+            known[node] = table.setdefault(key, ("node", hash(key)))
+    return [of(value) for value in outputs]
+
+
+def refuse(writes: Sequence[Write], executed: Executed) -> None:
+    """Raises for what a pass has written and later passes depend on.
+
+    Raises:
+      NotTraceable: names it.
+    """
+    shown = sorted(writes, key=lambda write: isinstance(write.before, Tensor) or isinstance(write.after, Tensor))[:3]
+    line = next((found for write in shown if (found := _line_of(write.path, executed))), None)
+    raise NotTraceable(
+        f"a pass of the model, the loss or the optimiser changes {', '.join(map(str, shown))}, and what a later pass computes depends on it"
+        f"{f' ({line})' if line else ''}. A program would go on with the value of the first pass. Make it a buffer of the model "
+        "(register_buffer), which is carried from step to step, or adapt with adaptrt.higher, whose steps run the model's Python code"
+    )
+
+
+def _line_of(path: str, executed: Executed) -> str | None:
+    """Where code that ran sets an attribute or a name like the last one of a path."""
+    name = path.rsplit(".", 1)[-1].strip("'").split("'")[0]
+    for code in executed.scopes:
+        for instruction in dis.get_instructions(code):
+            if instruction.opname in ("STORE_ATTR", "STORE_GLOBAL", "STORE_DEREF") and instruction.argval == name:
+                line = instruction.positions.lineno if instruction.positions else None
+                return f"{code.co_filename}:{line or code.co_firstlineno}"
+    return None
+
+
+@contextlib.contextmanager
+def undone(roots: Mapping[str, Any]) -> Generator[Snapshot]:
+    """Undoes what the block writes to objects that can be reached from `roots`."""
+    before = Snapshot(roots)
+    try:
+        yield before
+    finally:
+        before.restore()
