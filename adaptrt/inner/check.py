@@ -217,6 +217,8 @@ def validated(batch: Batch, bounds: Sequence[IndexBound], finite: bool) -> tuple
         exists = (wide >= 0) & (wide < bound.size)
         if bound.ignore_index is not None:
             exists |= wide == bound.ignore_index
+        if bound.part is not None:  # its axes are the last ones
+            exists |= ~bound.part
         values[bound.position] = torch.where(exists, value, 0)
         found.append(exists.all())
     return tree.unflatten(structure, values), torch.stack(found).all() if found else None
@@ -239,6 +241,8 @@ def indices(name: str, batch: Batch, bounds: Sequence[IndexBound]) -> None:
         outside = (values < 0) | (values >= bound.size)
         if bound.ignore_index is not None:
             outside &= values != bound.ignore_index
+        if bound.part is not None:  # its axes are the last ones
+            outside &= bound.part
         wrong = values[outside]
         if wrong.numel():
             part = bound.name.removeprefix("batch.")

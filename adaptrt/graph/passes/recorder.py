@@ -145,7 +145,6 @@ class Recorder(TorchDispatchMode):
                 self.know(self.graph.call_function(operator.getitem, (node, index)), part)
         return cast(Any, result)
 
-
     def _of_known_values(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Returns the result of an operation that reads values, if these are the same in every call; otherwise NotImplemented."""
         node_args, node_kwargs = self.nodes_of(args), self.nodes_of(kwargs)
