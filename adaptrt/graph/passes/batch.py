@@ -21,6 +21,7 @@ from adaptrt.graph.passes.base import Pass, apply
 from adaptrt.graph.passes.decompose import decompose
 from adaptrt.graph.passes.functionalise import functionalise
 from adaptrt.graph.passes.merge_duplicates import merge_duplicates
+from adaptrt.graph.passes.numbers_as_tensors import numbers_as_tensors
 from adaptrt.graph.passes.own_outputs import own_outputs
 from adaptrt.graph.passes.relax_views import relax_views
 from adaptrt.graph.passes.remove_identities import remove_identities
@@ -83,6 +84,7 @@ def batch(graph: Graph, batched: Sequence[bool], summed: Sequence[bool], num_tas
         relax_views,
         Pass("batch", stack),
         functionalise,
+        numbers_as_tensors,
         relax_views,
         remove_identities,
         merge_duplicates,
