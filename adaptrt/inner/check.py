@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from adaptrt import tree
 from adaptrt.errors import DeviceMismatch, InvalidArgument, InvalidBatch, InvalidType, LabelOutOfRange, NonFiniteInput, UnsupportedParameter
+from adaptrt.graph.in_memory import in_memory
 from adaptrt.graph.indices import IndexBound
 from adaptrt.inner.step import Batch
 
@@ -133,6 +134,8 @@ def as_batch(name: str, value: Any, device: torch.device) -> Batch:
         raise InvalidType(f"{name} inputs must be a tensor, a tuple or a dict with tensors; got {type(batch.inputs).__name__}")
     for kind, values in (("input", inputs), ("target", targets)):
         for index, tensor in enumerate(values):
+            if type(tensor) is not Tensor:
+                in_memory(tensor)  # raises if its values are elsewhere
             if tensor.layout is not torch.strided:
                 raise InvalidType(f"{name} {kind} {index} has layout {tensor.layout}; call .to_dense() on it first")
             if tensor.device != device:

@@ -15,6 +15,7 @@ from adaptrt.backend import Backend
 from adaptrt.backend.base import Building, Form, Runner, without_values
 from adaptrt.backend.guards import Known
 from adaptrt.errors import NonFiniteInput, ShapeChanged
+from adaptrt.graph.in_memory import in_memory
 from adaptrt.graph.ir import Constant, Graph, autocast_off
 from adaptrt.inner.constants import constant_reader
 from adaptrt.tree import Spec, Tree
@@ -132,6 +133,7 @@ class Program:
 
         Raises:
           ShapeChanged: one differs in shape, dtype or device from what was captured.
+          InvalidType: the values of one are not in its memory.
         """
         if (
             [value.shape for value in values] != self.shapes
@@ -139,6 +141,7 @@ class Program:
             or [value.device for value in values] != self.devices
         ):
             raise ShapeChanged(self._difference(values))
+        values = [in_memory(value) for value in values]
         if [value.stride() for value in values] != self.strides:
             return [_with_strides(value, strides) for value, strides in zip(values, self.strides, strict=True)]
         self.known.add(values)
