@@ -22,26 +22,31 @@ def select_by_tensors(value: Tensor, index: Any) -> Any:
 
     Otherwise NotImplemented.
     """
-    items = index if isinstance(index, tuple) else (index,)
+    items: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
     if not _is_known(value, items):
         return NotImplemented
     axes = _axes_of_places(value, items)
     found = value[tuple([slice(None) if _is_place(item) else item for item in items])]
     for axis, place in reversed(axes):
-        found = found[(*(slice(None),) * axis, place.long().reshape(1))].squeeze(axis)
+        found = found[(*(slice(None),) * axis, _as_index(place))].squeeze(axis)
     return found
 
 
 def assign_by_tensor(value: Tensor, index: Any, new: Any) -> Any:
     """Does what `value[index] = new` does for an index as above with one such tensor. Otherwise returns NotImplemented."""
-    items = index if isinstance(index, tuple) else (index,)
+    items: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
     if not _is_known(value, items) or sum(map(_is_place, items)) > 1:
         return NotImplemented
     ((axis, _),) = _axes_of_places(value, items)
     if isinstance(new, Tensor):
         new = new.to(value.dtype).expand(select_by_tensors(value, index).shape).unsqueeze(axis)
-    value[tuple([item.long().reshape(1) if _is_place(item) else item for item in items])] = new
+    value[tuple([_as_index(item) if _is_place(item) else item for item in items])] = new
     return None
+
+
+def _as_index(place: Tensor) -> Tensor:
+    """Returns a copy with one axis, since the model may count the original up before a gradient needs it."""
+    return place.to(torch.int64, copy=True).reshape(1)
 
 
 def _axes_of_places(value: Tensor, items: tuple[Any, ...]) -> list[tuple[int, Tensor]]:
@@ -59,7 +64,8 @@ def _axes_of_places(value: Tensor, items: tuple[Any, ...]) -> list[tuple[int, Te
 def _is_known(value: Tensor, items: tuple[Any, ...]) -> bool:
     if not any(map(_is_place, items)) or not all(_is_place(item) or _is_plain(item) for item in items):
         return False
-    return not torch._C._functorch.is_functorch_wrapped_tensor(value)
+    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    return not functorch.is_functorch_wrapped_tensor(value)
 
 
 def _is_place(item: Any) -> bool:

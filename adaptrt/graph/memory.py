@@ -41,10 +41,8 @@ def refuse_lost_writes(graph: fx.Graph, copies: Sequence[tuple[fx.Node, fx.Node]
     """
     for copy, original in copies:
         own, others = set(memories(copy)), set(memories(original))
-        stale = False
+        made = stale = False
         for node in graph.nodes:
-            if node <= copy:
-                continue
             reads = any(not own.isdisjoint(memories(argument)) for argument in node.all_input_nodes)
             writes = set(written(node)) if is_mutable(node.target) else set[int]()
             if (reads and stale) or not own.isdisjoint(writes):
@@ -52,4 +50,5 @@ def refuse_lost_writes(graph: fx.Graph, copies: Sequence[tuple[fx.Node, fx.Node]
                     f"what p[i] gives for a tensor i (shape {list(copy.meta['val'].shape)}) is a copy while the model is traced, and "
                     "a write in place would be lost. Assign p[i] = ... instead, and read p[i] again after each write to p"
                 )
-            stale |= not others.isdisjoint(writes)
+            made = made or not own.isdisjoint(memories(node))
+            stale |= made and not others.isdisjoint(writes)

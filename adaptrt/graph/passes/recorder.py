@@ -30,6 +30,16 @@ from adaptrt.graph.passes.known_values import known_values, on_real_tensors
 aten = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default  # PyTorch calls this to ask a fake tensor for its device
 
+_INDEXED = {
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+    aten._unsafe_index.Tensor,
+    aten._unsafe_index_put.default,
+}
+"""Operations whose second argument is a list of indices, among which there may be masks."""
+
 Rules = Mapping[Any, Callable[..., Any]]
 
 
@@ -120,6 +130,8 @@ class Recorder(TorchDispatchMode):
         if is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
+        if func in _INDEXED:
+            args = (args[0], self._with_known_masks(args[1]), *args[2:])
         if func is aten.lift_fresh.default:  # later writes to the new tensor must not change the constant
             func = aten.lift_fresh_copy.default
             if not isinstance(args[0], FakeTensor):
@@ -148,16 +160,6 @@ class Recorder(TorchDispatchMode):
     def _of_known_values(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Returns the result of an operation that reads values, if these are the same in every call; otherwise NotImplemented."""
         node_args, node_kwargs = self.nodes_of(args), self.nodes_of(kwargs)
-        if func is aten.index.Tensor:  # only the indices have to be known, and then they can be written as numbers
-            masks = [node for node in node_args[1] if node is not None and node.meta["val"].dtype in (torch.bool, torch.uint8)]
-            value_of = known_values(self.graph, masks, self._literals)
-            if value_of is None:
-                return NotImplemented
-            indices: list[Tensor | None] = []
-            for node, index in zip(node_args[1], args[1], strict=True):
-                indices += self._lifted(on_real_tensors(_places, value_of(node))) if node in masks else [index]
-            with self:
-                return func(args[0], indices)
         found: list[fx.Node] = []
         map_arg((node_args, node_kwargs), found.append)
         value_of = known_values(self.graph, found, self._literals)
@@ -165,6 +167,15 @@ class Recorder(TorchDispatchMode):
             return NotImplemented
         real_args, real_kwargs = cast(Any, map_arg((node_args, node_kwargs), value_of))
         return self._lifted(on_real_tensors(func, *real_args, **real_kwargs))
+
+    def _with_known_masks(self, indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Returns the indices with the places that a mask selects in place of the mask, if these are the same in every call."""
+        found: list[Tensor | None] = []
+        for index in indices:
+            is_mask = index is not None and index.dtype in (torch.bool, torch.uint8)
+            value_of = known_values(self.graph, [self._node_of(index)], self._literals) if is_mask else None
+            found += [index] if value_of is None else self._lifted(on_real_tensors(_places, value_of(self._node_of(index))))
+        return found
 
     def _lifted(self, value: Any) -> Any:
         """Returns fake tensors in place of real ones, which become constants."""
