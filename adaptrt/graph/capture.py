@@ -32,7 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptrt import tree
 from adaptrt.errors import NotTraceable, UnsupportedRandomness
-from adaptrt.graph import mixed_norms
+from adaptrt.graph import grouped_products, mixed_norms
 from adaptrt.graph.collector import garbage_collection_paused
 from adaptrt.graph.exchange import FX_TRACING, FX_TRACING_OF_OLD
 from adaptrt.graph.ir import Graph, PassRecord, autocast_off
@@ -237,7 +237,7 @@ def _numbers_of(value: Tensor) -> Any:
 
 _REPLACED: dict[Any, Callable[..., Any]] = {
     _WEIGHT_NORM: weight_norm,
-    Tensor.tolist: _numbers_of,
+    Tensor.tolist: _numbers_of,  # pyright: ignore[reportUnknownMemberType]
     Tensor.__getitem__: select_by_tensors,
     Tensor.__setitem__: assign_by_tensor,
 }
@@ -261,8 +261,9 @@ class _EagerRules(TorchDispatchMode):
                 raise RuntimeError(f"{name_of(func)} needs operands of one dtype, got {' and '.join(sorted(map(str, dtypes)))}")
         if func is aten.native_batch_norm.default and args[3] is not None:
             func = aten._native_batch_norm_legit.default
-        if func in mixed_norms.RULES:
-            found = mixed_norms.RULES[func](*args, **(kwargs or {}))
+        rule = mixed_norms.RULES.get(func) or grouped_products.RULES.get(func)
+        if rule is not None:
+            found = rule(*args, **(kwargs or {}))
             if found is not NotImplemented:
                 return found
         return func(*args, **(kwargs or {}))

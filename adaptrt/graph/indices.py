@@ -79,17 +79,18 @@ def index_bounds(graph: Graph) -> list[IndexBound]:
     for node in nodes:
         for index, size, ignore_index, of in _uses(node):
             numbers = _elements(index, firsts)
-            for position, (placeholder, name) in enumerate(data if numbers is not None else ()):
+            if numbers is None:
+                continue
+            for position, (placeholder, name) in enumerate(data):
                 shape, first = placeholder.meta["val"].shape, firsts[placeholder]
-                part = torch.zeros(shape.numel(), dtype=torch.bool)
-                own = numbers[(numbers >= first) & (numbers < first + part.numel())] - first
-                part[own] = True
+                own = numbers[(numbers >= first) & (numbers < first + shape.numel())] - first
                 if not own.numel():
                     continue
-                everywhere = IndexBound(position, name, size, ignore_index, of)
-                device = placeholder.meta["val"].device
-                bound = everywhere if part.all() else everywhere._replace(part=part.view(shape).to(device))
-                found[everywhere, part.numpy().tobytes()] = bound
+                part = torch.zeros(shape.numel(), dtype=torch.bool)
+                part[own] = True
+                bound = IndexBound(position, name, size, ignore_index, of)
+                place = part.view(shape).to(placeholder.meta["val"].device)
+                found[bound, part.numpy().tobytes()] = bound if part.all() else bound._replace(part=place)
     return list(found.values())
 
 

@@ -8,7 +8,7 @@ traced there is nothing to read.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def select_by_tensors(value: Tensor, index: Any) -> Any:
 
     Otherwise NotImplemented.
     """
-    items: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
+    items = _items(index)
     if not _is_known(value, items):
         return NotImplemented
     axes = _axes_of_places(value, items)
@@ -34,7 +34,7 @@ def select_by_tensors(value: Tensor, index: Any) -> Any:
 
 def assign_by_tensor(value: Tensor, index: Any, new: Any) -> Any:
     """Does what `value[index] = new` does for an index as above with one such tensor. Otherwise returns NotImplemented."""
-    items: tuple[Any, ...] = index if isinstance(index, tuple) else (index,)
+    items = _items(index)
     if not _is_known(value, items) or sum(map(_is_place, items)) > 1:
         return NotImplemented
     ((axis, _),) = _axes_of_places(value, items)
@@ -61,10 +61,14 @@ def _axes_of_places(value: Tensor, items: tuple[Any, ...]) -> list[tuple[int, Te
     return axes
 
 
+def _items(index: Any) -> tuple[Any, ...]:
+    return cast("tuple[Any, ...]", index) if isinstance(index, tuple) else (index,)
+
+
 def _is_known(value: Tensor, items: tuple[Any, ...]) -> bool:
     if not any(map(_is_place, items)) or not all(_is_place(item) or _is_plain(item) for item in items):
         return False
-    functorch: Any = torch._C._functorch  # type: ignore[attr-defined]
+    functorch = cast(Any, torch._C)._functorch
     return not functorch.is_functorch_wrapped_tensor(value)
 
 
