@@ -94,6 +94,14 @@ def item(m: Any, x: Tensor) -> Tensor:
     return x @ m.p[m.i] + m.p[m.last, 1:2, ..., None, m.i].sum() + m.p[None, ..., m.i, :].sum()
 
 
+def item_of_constants(m: Any, x: Tensor) -> Tensor:
+    table = torch.zeros(3, 4)
+    for i in torch.arange(2):
+        table[i + 1].add_(x[i])  # a view
+    table[torch.tensor(0), m.i] = 1.0
+    return (x + table[m.i - 1]) @ m.w
+
+
 def stepping(m: Any, x: Tensor) -> Tensor:
     m.memory[m.i] = m.memory[m.i] * 0.5 + x.mean()
     m.i.add_(1)
@@ -137,6 +145,7 @@ CASES: dict[str, Case] = {
         lambda: Apply(stepping, {"p": torch.randn(5, 4, 3)}, i=torch.tensor(0), memory=torch.zeros(5)),
         vectors,
     ),
+    "p[i] of constants": Case(lambda: linear(item_of_constants, i=torch.tensor(2)), vectors),
     "channels last": Case(lambda: Apply(channels_last, {"c": torch.randn(3, 2, 3, 3)}), images),
     "requires_grad set on data": Case(lambda: linear(asks_for_gradient), vectors, data_gradient=False),
     "loss times a number": Case(lambda: linear(lambda m, x: x @ m.w), vectors, lambda out, y: F.cross_entropy(out, y) * 0.3 + 0.1),

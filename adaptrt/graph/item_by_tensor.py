@@ -12,7 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor
 
 _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 
@@ -20,7 +20,7 @@ _INTEGERS = (torch.int8, torch.int16, torch.int32, torch.int64)
 def select_by_tensors(value: Tensor, index: Any) -> Any:
     """Returns `value[index]` as a copy if the index holds integer tensors without axes besides numbers, slices, None and an ellipsis.
 
-    Otherwise NotImplemented.
+    Otherwise returns NotImplemented; in particular if the integer tensors follow from constants, where PyTorch can make a view.
     """
     items = _items(index)
     if not _is_known(value, items):
@@ -62,7 +62,16 @@ def _axes_of_places(value: Tensor, items: tuple[Any, ...]) -> list[tuple[int, Te
 
 
 def _items(index: Any) -> tuple[Any, ...]:
-    return cast("tuple[Any, ...]", index) if isinstance(index, tuple) else (index,)
+    items = cast("tuple[Any, ...]", index) if isinstance(index, tuple) else (index,)
+    return tuple([_number(item) if _is_place(item) else item for item in items])
+
+
+def _number(place: Tensor) -> Tensor | int:
+    """Returns an integer tensor as a number if it has the same value in every call."""
+    try:
+        return int(place)
+    except DataDependentOutputException:
+        return place
 
 
 def _is_known(value: Tensor, items: tuple[Any, ...]) -> bool:
