@@ -104,8 +104,9 @@ def item_of_constants(m: Any, x: Tensor) -> Tensor:
 
 def stepping(m: Any, x: Tensor) -> Tensor:
     m.memory[m.i] = m.memory[m.i] * 0.5 + x.mean()
-    m.i.add_(1)
-    return x @ m.p[m.i - 1] * m.memory[m.i - 1] + m.memory.sum()
+    used = m.memory[m.i]
+    m.i.add_(1).remainder_(2)
+    return x @ (m.p[m.i] + m.p[0]) * (1 + used + m.memory.sum())
 
 
 def channels_last(m: Any, x: Tensor) -> Tensor:
@@ -142,7 +143,7 @@ CASES: dict[str, Case] = {
         vectors,
     ),
     "p[i] = v": Case(
-        lambda: Apply(stepping, {"p": torch.randn(5, 4, 3)}, i=torch.tensor(0), memory=torch.zeros(5)),
+        lambda: Apply(stepping, {"p": torch.randn(2, 4, 3)}, i=torch.tensor(0), memory=torch.zeros(2)),
         vectors,
     ),
     "p[i] of constants": Case(lambda: linear(item_of_constants, i=torch.tensor(2)), vectors),
