@@ -36,10 +36,10 @@ from adaptrt.graph import grouped_products, mixed_norms
 from adaptrt.graph.collector import garbage_collection_paused
 from adaptrt.graph.exchange import FX_TRACING, FX_TRACING_OF_OLD
 from adaptrt.graph.ir import Graph, PassRecord, autocast_off
-from adaptrt.graph.item_by_tensor import assign_by_tensor, select_by_tensors
 from adaptrt.graph.operations import name_of
 from adaptrt.graph.passes.base import apply
 from adaptrt.graph.passes.gelu_by_sigmoid import GeluBySigmoid
+from adaptrt.graph.passes.item_by_tensor import assign_by_tensor, select_by_tensors
 from adaptrt.graph.passes.lift_noise import forbid_noise
 from adaptrt.graph.passes.pool_as_maxima import PoolAsMaxima
 from adaptrt.graph.passes.recorder import record

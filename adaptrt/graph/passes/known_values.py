@@ -20,8 +20,8 @@ from torch.fx.node import map_arg
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
-from adaptrt.graph.memory import memories, written
 from adaptrt.graph.operations import is_mutable, is_random, name_of
+from adaptrt.graph.passes.memory import memories, written
 
 MAX_ELEMENTS = 1 << 24
 """Of all tensors together that one value is computed from. A larger value counts as not known."""

@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from adaptrt.errors import NotTraceable
-from adaptrt.graph.memory import refuse_lost_writes
 from adaptrt.graph.operations import is_composite, is_mutable
 from adaptrt.graph.passes.known_values import known_values, on_real_tensors
+from adaptrt.graph.passes.memory import refuse_lost_writes
 
 aten = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default  # PyTorch calls this to ask a fake tensor for its device
