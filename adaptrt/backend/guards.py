@@ -24,8 +24,9 @@ GUARDS = Entry(
 def alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """Returns a function that says whether other tensors, as many, are like these.
 
-    They are if each has the class, dtype, device, layout, sizes, strides and `requires_grad` of its example, and if arguments that are one
-    object here are one object there, too. What the function accepts within inference mode it refuses outside, and the other way round.
+    They are if each has the class, dispatch keys, dtype, device, layout, sizes, strides and `requires_grad` of its example, and if
+    arguments that are one object here are one object there, too. Dispatch keys say, for example, whether a view is a negated one. What the
+    function accepts within inference mode it refuses outside, and the other way round.
     """
     if any(tensor.layout is not torch.strided for tensor in tensors):
         return lambda *others: False

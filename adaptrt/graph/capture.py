@@ -25,20 +25,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import _symbolic_trace
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptrt import tree
 from adaptrt.errors import NotTraceable, UnsupportedRandomness
-from adaptrt.graph import mixed_norms
+from adaptrt.graph import grouped_products, mixed_norms
 from adaptrt.graph.collector import garbage_collection_paused
 from adaptrt.graph.exchange import FX_TRACING, FX_TRACING_OF_OLD
 from adaptrt.graph.ir import Graph, PassRecord, autocast_off
 from adaptrt.graph.operations import name_of
 from adaptrt.graph.passes.base import apply
 from adaptrt.graph.passes.gelu_by_sigmoid import GeluBySigmoid
+from adaptrt.graph.passes.item_by_tensor import assign_by_tensor, select_by_tensors
 from adaptrt.graph.passes.lift_noise import forbid_noise
 from adaptrt.graph.passes.pool_as_maxima import PoolAsMaxima
 from adaptrt.graph.passes.recorder import record
@@ -51,6 +52,7 @@ from adaptrt.tree import Spec, Tree
 aten = torch.ops.aten
 _WEIGHT_NORM: Any = torch._weight_norm  # pyright: ignore[reportPrivateImportUsage]
 _SET_DATA: Any = Tensor.data.__set__  # pyright: ignore
+_SET_REQUIRES_GRAD: Any = Tensor.requires_grad.__set__  # pyright: ignore
 _PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.mv.default, aten.dot.default}
 
 
@@ -96,8 +98,8 @@ def capture(
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = fake_tensors(mode, [Spec.of(value) for value in values])
-    with _tracing(mode, fused_attention):
-        module, constants = record(flat, fakes)
+    with _tracing(mode, fused_attention) as functions:
+        module, constants = record(flat, fakes, functions.copies)
     labels = list(names) or [f"arg{index}" for index in range(len(examples))]
     given = list(roles) or [Role.DATA] * len(examples)
     input_names = [path for label, example in zip(labels, examples, strict=True) for path in tree.paths(example, label)]
@@ -138,7 +140,7 @@ def _spread(entry: Role | Tree, example: Tree) -> list[Role]:
 
 
 @contextlib.contextmanager
-def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[None]:
+def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[_Functions]:
     """The state in which functions are traced, whatever the caller's: gradients on, autocast off, kernels with a second derivative only."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -152,9 +154,9 @@ def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[None]:
         if not fused_attention:
             stack.enter_context(MATH_ATTENTION)
         stack.enter_context(_refusing_compiled_modules())
-        stack.enter_context(_Functions())
+        functions = stack.enter_context(_Functions())
         stack.enter_context(mode)
-        yield
+        yield functions
 
 
 @contextlib.contextmanager
@@ -186,16 +188,32 @@ class _InThisThread:
 
 
 class _Functions(TorchFunctionMode):
-    """Replaces `torch._weight_norm`, which both of PyTorch's weight norms call, by its formula, and refuses assignments to `.data`.
+    """Replaces functions of PyTorch's that could not be recorded as they are by others that can.
 
-    Such an assignment calls no operation that could be recorded.
+    An assignment to `.data` is refused, because it calls no operation that could be recorded.
+
+    Attributes:
+      copies: pairs of what `p[i]` gave and of `p`, where that is a copy and not a view.
     """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.copies: list[tuple[Tensor, Tensor]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
         if func == _SET_DATA:
             raise NotTraceable("the model assigns to the `.data` of a tensor, which cannot be traced; compute a new tensor, or use copy_()")
-        return (weight_norm if func is _WEIGHT_NORM else func)(*args, **(kwargs or {}))
+        if func == _SET_REQUIRES_GRAD and args[1] is True and args[0].requires_grad:
+            return None  # data may require grad where the user's did not, so that it is no leaf here
+        replacement = _REPLACED.get(func)
+        if replacement is not None:
+            found = replacement(*args, **(kwargs or {}))
+            if found is not NotImplemented:
+                if func is Tensor.__getitem__:
+                    self.copies.append((found, args[0]))
+                return found
+        return func(*args, **(kwargs or {}))
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
@@ -208,6 +226,21 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     wide = torch.promote_types(dtype, torch.float32)
     direction, length = v.to(wide), g.to(wide)
     return (direction * (length / torch.norm_except_dim(direction, 2, dim))).to(dtype)
+
+
+def _numbers_of(value: Tensor) -> Any:
+    """`Tensor.tolist` by `item`, which is an operation that can be recorded or refused."""
+    if not isinstance(value, FakeTensor):
+        return NotImplemented
+    return [_numbers_of(part) for part in value.unbind(0)] if value.dim() else value.item()
+
+
+_REPLACED: dict[Any, Callable[..., Any]] = {
+    _WEIGHT_NORM: weight_norm,
+    Tensor.tolist: _numbers_of,  # pyright: ignore[reportUnknownMemberType]
+    Tensor.__getitem__: select_by_tensors,
+    Tensor.__setitem__: assign_by_tensor,
+}
 
 
 class _EagerRules(TorchDispatchMode):
@@ -228,8 +261,9 @@ class _EagerRules(TorchDispatchMode):
                 raise RuntimeError(f"{name_of(func)} needs operands of one dtype, got {' and '.join(sorted(map(str, dtypes)))}")
         if func is aten.native_batch_norm.default and args[3] is not None:
             func = aten._native_batch_norm_legit.default
-        if func in mixed_norms.RULES:
-            found = mixed_norms.RULES[func](*args, **(kwargs or {}))
+        rule = mixed_norms.RULES.get(func) or grouped_products.RULES.get(func)
+        if rule is not None:
+            found = rule(*args, **(kwargs or {}))
             if found is not NotImplemented:
                 return found
         return func(*args, **(kwargs or {}))
@@ -270,11 +304,17 @@ def record_operations(fn: Callable[..., Any], *examples: Tree, fused_attention: 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     fakes = fake_tensors(mode, [Spec.of(value) for value in values])
     operations = _Operations()
+
+    def watched(*inputs: Tensor) -> list[Tensor]:
+        with operations:
+            fn(*tree.unflatten(structure, inputs))
+        return []
+
     before = torch.nn.modules.module.register_module_forward_pre_hook(operations.enter)
     after = torch.nn.modules.module.register_module_forward_hook(operations.leave, always_call=True)
     try:
-        with _tracing(mode, fused_attention), operations:
-            fn(*tree.unflatten(structure, fakes))
+        with _tracing(mode, fused_attention):
+            record(watched, fakes)  # which knows what the model may read of its constants
     finally:
         before.remove()
         after.remove()

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from adaptrt import tree
 from adaptrt.errors import DeviceMismatch, InvalidArgument, InvalidBatch, InvalidType, LabelOutOfRange, NonFiniteInput, UnsupportedParameter
+from adaptrt.graph.in_memory import in_memory
 from adaptrt.graph.indices import IndexBound
 from adaptrt.inner.step import Batch
 
@@ -133,6 +134,8 @@ def as_batch(name: str, value: Any, device: torch.device) -> Batch:
         raise InvalidType(f"{name} inputs must be a tensor, a tuple or a dict with tensors; got {type(batch.inputs).__name__}")
     for kind, values in (("input", inputs), ("target", targets)):
         for index, tensor in enumerate(values):
+            if type(tensor) is not Tensor:
+                in_memory(tensor)  # raises if its values are elsewhere
             if tensor.layout is not torch.strided:
                 raise InvalidType(f"{name} {kind} {index} has layout {tensor.layout}; call .to_dense() on it first")
             if tensor.device != device:
@@ -217,6 +220,8 @@ def validated(batch: Batch, bounds: Sequence[IndexBound], finite: bool) -> tuple
         exists = (wide >= 0) & (wide < bound.size)
         if bound.ignore_index is not None:
             exists |= wide == bound.ignore_index
+        if bound.part is not None:  # its axes are the last ones
+            exists |= ~bound.part
         values[bound.position] = torch.where(exists, value, 0)
         found.append(exists.all())
     return tree.unflatten(structure, values), torch.stack(found).all() if found else None
@@ -239,6 +244,8 @@ def indices(name: str, batch: Batch, bounds: Sequence[IndexBound]) -> None:
         outside = (values < 0) | (values >= bound.size)
         if bound.ignore_index is not None:
             outside &= values != bound.ignore_index
+        if bound.part is not None:  # its axes are the last ones
+            outside &= bound.part
         wrong = values[outside]
         if wrong.numel():
             part = bound.name.removeprefix("batch.")

@@ -14,10 +14,14 @@ from adaptrt import tree
 from adaptrt.backend import Backend
 from adaptrt.backend.base import Building, Form, Runner, without_values
 from adaptrt.backend.guards import Known
-from adaptrt.errors import NonFiniteInput, ShapeChanged
+from adaptrt.errors import LabelOutOfRange, NonFiniteInput, ShapeChanged
+from adaptrt.graph.in_memory import in_memory
 from adaptrt.graph.ir import Constant, Graph, autocast_off
 from adaptrt.inner.constants import constant_reader
 from adaptrt.tree import Spec, Tree
+
+_OUT_OF_RANGE = ("out of bounds", "out of range")
+"""What kernels say of an index that does not exist, the compiled ones included."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -108,6 +112,7 @@ class Program:
 
         Raises:
           ShapeChanged: an argument differs in shape, dtype or device from what was captured.
+          LabelOutOfRange: an index that the program computes does not exist.
           NonFiniteInput: data holds NaN or infinity, if the program looks.
         """
         return self.result_of(self.run_leaves(self.leaves_of(args)))
@@ -118,11 +123,19 @@ class Program:
             values = [*values, *[read() for read in self.constants]]
         if values not in self.known:
             values = self._checked(values)
-        if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
-            with torch.no_grad(), autocast_off():
+        try:
+            if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+                with torch.no_grad(), autocast_off():
+                    results = self.run(values)
+            else:
                 results = self.run(values)
-        else:
-            results = self.run(values)
+        except (IndexError, RuntimeError) as error:
+            if any(text in str(error) for text in _OUT_OF_RANGE):
+                raise LabelOutOfRange(
+                    f"a kernel was given an index that does not exist ({error}). The model or the loss computes it, from data or from a "
+                    "buffer such as a step counter; keep it within the table or the axis that it indexes"
+                ) from error
+            raise
         if self.checks_data and not math.isfinite(results[-1].item()):
             raise NonFiniteInput("the data holds NaN or infinity")
         return results
@@ -132,6 +145,7 @@ class Program:
 
         Raises:
           ShapeChanged: one differs in shape, dtype or device from what was captured.
+          InvalidType: the values of one are not in its memory.
         """
         if (
             [value.shape for value in values] != self.shapes
@@ -139,6 +153,7 @@ class Program:
             or [value.device for value in values] != self.devices
         ):
             raise ShapeChanged(self._difference(values))
+        values = [in_memory(value) for value in values]
         if [value.stride() for value in values] != self.strides:
             return [_with_strides(value, strides) for value, strides in zip(values, self.strides, strict=True)]
         self.known.add(values)

@@ -21,6 +21,7 @@ from adaptrt.graph.passes.base import Pass, apply
 from adaptrt.graph.passes.decompose import decompose
 from adaptrt.graph.passes.functionalise import functionalise
 from adaptrt.graph.passes.merge_duplicates import merge_duplicates
+from adaptrt.graph.passes.numbers_as_tensors import numbers_as_tensors
 from adaptrt.graph.passes.own_outputs import own_outputs
 from adaptrt.graph.passes.relax_views import relax_views
 from adaptrt.graph.passes.remove_identities import remove_identities
@@ -65,7 +66,7 @@ def batch(graph: Graph, batched: Sequence[bool], summed: Sequence[bool], num_tas
         rules = _rules()
         if any(node.target in rules for node in graph.module.graph.nodes):
             graph = decompose(graph, rules)
-        return _with_closed_slices(graph)
+        return _in_any_layout(_with_closed_slices(graph))
 
     def stack(graph: Graph) -> Graph:
         # An operation without a batching rule is run once for each task. That is correct, so the user needs no warning. Python's warning
@@ -83,6 +84,7 @@ def batch(graph: Graph, batched: Sequence[bool], summed: Sequence[bool], num_tas
         relax_views,
         Pass("batch", stack),
         functionalise,
+        numbers_as_tensors,
         relax_views,
         remove_identities,
         merge_duplicates,
@@ -111,6 +113,17 @@ def _with_closed_slices(graph: Graph) -> Graph:
             dim = node.args[end - 2] if len(node.args) > end - 2 else 0
             if len(node.args) > end and isinstance(node.args[end], int):
                 node.update_arg(end, min(node.args[end], node.args[0].meta["val"].shape[dim]))
+    return graph
+
+
+def _in_any_layout(graph: Graph) -> Graph:
+    """Lets results that were asked for with the channels last have any layout.
+
+    Only tensors of four or five axes have such a layout, and an axis of tasks makes five or six of them.
+    """
+    for node in graph.module.graph.nodes:
+        if node.kwargs.get("memory_format") in (torch.channels_last, torch.channels_last_3d):
+            node.update_kwarg("memory_format", torch.contiguous_format)
     return graph
 
 

@@ -4,6 +4,9 @@ Autograd asks `convolution_backward` for the gradients of image and weights toge
 not used, and it costs as much as the other. In addition, the double backward of a convolution expresses a weight gradient as a convolution
 of images by images, with batch and channels exchanged. These are the same sums, but in a shape at which libraries are slow, and after two
 copies.
+
+The double backward of a transposed convolution hands its output padding on to the plain convolutions that it consists of. `convolution`
+ignores it there and `convolution_backward` refuses it, so it is set to zero first.
 """
 
 from __future__ import annotations
@@ -18,6 +21,17 @@ from adaptrt.graph.ir import Graph
 from adaptrt.graph.passes.base import Pass, add_call, has_other_strides, renew_value, strides_of
 
 aten = torch.ops.aten
+_TRANSPOSED = {aten.convolution.default: 6, aten.convolution_backward.default: 7}
+"""Where each operation's arguments say that it is transposed. The output padding comes next."""
+
+
+def _without_output_padding(graph: Graph) -> Graph:
+    """Sets the output padding of convolutions that are not transposed to zero."""
+    for node in graph.module.graph.nodes:
+        place = _TRANSPOSED.get(node.target)
+        if place is not None and not node.args[place] and any(node.args[place + 1]):
+            node.update_arg(place + 1, [0] * len(node.args[place + 1]))
+    return graph
 
 
 def _narrow(graph: Graph) -> Graph:
@@ -88,4 +102,4 @@ def _exchanged(node: Any) -> fx.Node | None:
     return None
 
 
-convolution_gradients = Pass("convolution_gradients", lambda graph: _narrow(_name_weight_gradients(graph)))
+convolution_gradients = Pass("convolution_gradients", lambda graph: _narrow(_name_weight_gradients(_without_output_padding(graph))))

@@ -56,7 +56,7 @@ def lift_noise(noise: Sequence[Tensor]) -> Generator[None]:
                 f"the model drew {wanted.kind} {wanted.spec}, which it did not draw when it was first run: its random operations must "
                 "not vary from run to run"
             )
-        return value
+        return value.clone()  # the model may write to what it has drawn
 
     with _Randomness(take):
         yield

@@ -15,22 +15,37 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, fx
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from torch.fx._lazy_graph_module import _LazyGraphModule
 from torch.fx.experimental.proxy_tensor import extract_val
 from torch.fx.node import map_aggregate, map_arg
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from adaptrt.errors import NotTraceable
 from adaptrt.graph.operations import is_composite, is_mutable
+from adaptrt.graph.passes.known_values import known_values, on_real_tensors
+from adaptrt.graph.passes.memory import refuse_lost_writes
 
 aten = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default  # PyTorch calls this to ask a fake tensor for its device
 
+_INDEXED = {
+    aten.index.Tensor,
+    aten.index_put.default,
+    aten.index_put_.default,
+    aten._index_put_impl_.default,
+    aten._unsafe_index.Tensor,
+    aten._unsafe_index_put.default,
+}
+"""Operations whose second argument is a list of indices, among which there may be masks."""
+
 Rules = Mapping[Any, Callable[..., Any]]
 
 
-def record(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
+def record(
+    fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor], copies: Sequence[tuple[Tensor, Tensor]] = ()
+) -> tuple[fx.GraphModule, tuple[Tensor, ...]]:
     """Returns the operations that `fn` calls, as a module, and its constants.
 
     Constants are tensors that `fn` uses without getting them as arguments. They are the module's last inputs.
@@ -38,12 +53,16 @@ def record(fn: Callable[..., Sequence[Tensor]], inputs: Sequence[Tensor]) -> tup
     Args:
       fn: a function of fake tensors. It runs once, with autograd.
       inputs: its arguments, made in the fake tensor mode that is active.
+      copies: filled while `fn` runs; pairs of tensors, the first of which is a copy where PyTorch has a view of the second.
+    Raises:
+      NotTraceable: a write to a copy would be lost, or a tensor comes from elsewhere.
     """
     recorder = Recorder(fx.Graph())
     for index, value in enumerate(inputs):
         recorder.place(f"arg{index}", value)
     with recorder:
         outputs = fn(*inputs)
+    refuse_lost_writes(recorder.graph, recorder.nodes_of(list(copies)))
     recorder.graph.output(recorder.nodes_of(list(outputs)))
     recorder.graph.eliminate_dead_code()
     return _LazyGraphModule({}, recorder.graph), tuple(recorder.constants)
@@ -62,6 +81,7 @@ class Recorder(TorchDispatchMode):
         self.graph = graph
         self.constants: list[Tensor] = []
         self._rules = rules or {}
+        self._literals: dict[fx.Node, Tensor] = {}
         # By the address of a tensor. The tensor is kept so that no other gets its address; the weak reference keeps `swap_tensors` from
         # exchanging it.
         self._known: dict[int, tuple[fx.Node, Tensor, weakref.ref[Tensor]]] = {}
@@ -110,9 +130,19 @@ class Recorder(TorchDispatchMode):
         if is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
+        if func in _INDEXED:
+            args = (args[0], self._with_known_masks(args[1]), *args[2:])
         if func is aten.lift_fresh.default:  # later writes to the new tensor must not change the constant
             func = aten.lift_fresh_copy.default
-        result: Any = func(*args, **kwargs)
+            if not isinstance(args[0], FakeTensor):
+                self._literals[self._node_of(args[0])] = args[0]
+        try:
+            result: Any = func(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            known = self._of_known_values(func, args, kwargs)
+            if known is NotImplemented:
+                raise
+            return known
         node_args, node_kwargs = self.nodes_of(args), self.nodes_of(kwargs)
         several = isinstance(result, list | tuple)
         if not (several or isinstance(result, Tensor) or is_mutable(func) or (result is None and _has_node((node_args, node_kwargs)))):
@@ -127,8 +157,37 @@ class Recorder(TorchDispatchMode):
                 self.know(self.graph.call_function(operator.getitem, (node, index)), part)
         return cast(Any, result)
 
+    def _of_known_values(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Returns the result of an operation that reads values, if these are the same in every call; otherwise NotImplemented."""
+        node_args, node_kwargs = self.nodes_of(args), self.nodes_of(kwargs)
+        found: list[fx.Node] = []
+        map_arg((node_args, node_kwargs), found.append)
+        value_of = known_values(self.graph, found, self._literals)
+        if value_of is None:
+            return NotImplemented
+        real_args, real_kwargs = cast(Any, map_arg((node_args, node_kwargs), value_of))
+        return self._lifted(on_real_tensors(func, *real_args, **real_kwargs))
+
+    def _with_known_masks(self, indices: Sequence[Tensor | None]) -> list[Tensor | None]:
+        """Returns the indices with the places that a mask selects in place of the mask, if these are the same in every call."""
+        found: list[Tensor | None] = []
+        for index in indices:
+            is_mask = index is not None and index.dtype in (torch.bool, torch.uint8)
+            value_of = known_values(self.graph, [self._node_of(index)], self._literals) if is_mask else None
+            found += [index] if value_of is None else self._lifted(on_real_tensors(_places, value_of(self._node_of(index))))
+        return found
+
+    def _lifted(self, value: Any) -> Any:
+        """Returns fake tensors in place of real ones, which become constants."""
+        with self:
+            return tree_map_only(Tensor, aten.lift_fresh.default, value)
+
 
 def _has_node(arguments: Any) -> bool:
     found: list[fx.Node] = []
     map_arg(arguments, found.append)
     return bool(found)
+
+
+def _places(mask: Tensor) -> list[Tensor]:
+    return list(mask.nonzero().unbind(1))
