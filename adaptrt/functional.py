@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from adaptrt.errors import NotTraceable
+from adaptrt.errors import NotTraceable, UnsupportedParameter
+from adaptrt.parts import compiled_from, prepare
 
 
 def call_module(
@@ -32,9 +33,35 @@ def call_module(
       args, kwargs: arguments of the call.
     Returns:
       What the module returned, and the buffers as the call left them.
+    Raises:
+      UnsupportedParameter: it writes to a buffer that shares memory with another one.
     """
-    output, values = _call(module, params, {name: value.clone() for name, value in buffers.items()}, args, kwargs)
-    return output, {name: values[name] for name in buffers}
+    owned = {name: value.clone() for name, value in buffers.items()}
+    output, values = _call(module, params, owned, args, kwargs)
+    after = {name: values[name] for name in buffers}
+    _refuse_shared(module, [name for name, value in after.items() if value is not owned[name] or value._version])
+    return output, after
+
+
+def _refuse_shared(module: nn.Module, written: Sequence[str]) -> None:
+    """Raises if a buffer that was written shares memory with another one: in a program each buffer has memory of its own.
+
+    Raises:
+      UnsupportedParameter: there is such a buffer.
+    """
+    named = dict(module.named_buffers())
+    for name in written:
+        memory = _memory(named[name])
+        for other, value in named.items():
+            if other != name and memory and _memory(value) == memory:
+                raise UnsupportedParameter(
+                    f"buffers '{other}' and '{name}' share memory, and {type(module).__name__} writes to '{name}', which would not "
+                    "change the other in a program; make them one buffer, or clone one"
+                )
+
+
+def _memory(buffer: Tensor) -> int:
+    return 0 if buffer.device.type == "meta" or buffer.layout is not torch.strided else buffer.untyped_storage().data_ptr()
 
 
 def call_stateless(module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...]) -> Any:
@@ -61,6 +88,8 @@ def _call(
     values |= {name: owned[first] for name, first in canonical_names(module.named_buffers(remove_duplicate=False)).items()}
     # All aliases are in `values` already. With tie_weights, functional_call would not write a buffer that forward assigned anew into them.
     twin = shadow(module)
+    for part in twin.modules():
+        prepare(part)
     output = torch.func.functional_call(twin, values, args, dict(kwargs), tie_weights=False)
     for original, copied in zip(module.modules(), twin.modules(), strict=False):
         for name, value in vars(original).items():
@@ -127,6 +156,9 @@ def remapped(value: Any, parts: Mapping[int, nn.Module]) -> Any:
         return parts.get(id(value), value)
     if isinstance(value, types.MethodType) and id(value.__self__) in parts:
         return types.MethodType(value.__func__, parts[id(value.__self__)])
+    if isinstance(value, types.FunctionType):
+        original = compiled_from(value)  # a method that torch.compile has bound to a module of the model
+        return remapped(original, parts) if refers(original, parts) else value
     if isinstance(value, tuple):
         held = [remapped(entry, parts) for entry in value]
         return type(value)(*held) if hasattr(value, "_fields") else tuple(held) if type(value) is tuple else value
@@ -156,6 +188,8 @@ def refers(value: Any, parts: Mapping[int, nn.Module]) -> bool:
         return id(value) in parts
     if isinstance(value, types.MethodType):
         return id(value.__self__) in parts
+    if isinstance(value, types.FunctionType):
+        return refers(compiled_from(value), parts)
     if isinstance(value, dict):
         return any(refers(entry, parts) for entry in value.values())
     if isinstance(value, list | tuple | set | frozenset | collections.deque):

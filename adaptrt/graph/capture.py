@@ -44,6 +44,7 @@ from adaptrt.graph.passes.pool_as_maxima import PoolAsMaxima
 from adaptrt.graph.passes.recorder import record
 from adaptrt.graph.passes.retrace import fake_tensors
 from adaptrt.graph.passes.standard import STANDARD
+from adaptrt.graph.plain import without_wrappers
 from adaptrt.graph.signature import Input, Output, Role, Signature
 from adaptrt.graph.switches import MATH_ATTENTION, TRACEABLE
 from adaptrt.tree import Spec, Tree
@@ -151,15 +152,16 @@ def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[None]:
         stack.enter_context(TRACEABLE)
         if not fused_attention:
             stack.enter_context(MATH_ATTENTION)
-        stack.enter_context(_refusing_compiled_modules())
+        stack.enter_context(_marked_as_tracing())
+        stack.enter_context(without_wrappers())
         stack.enter_context(_Functions())
         stack.enter_context(mode)
         yield
 
 
 @contextlib.contextmanager
-def _refusing_compiled_modules() -> Generator[None]:
-    """What `torch.compile` compiled for fake tensors would not be recorded; while this thread traces, it refuses to be called."""
+def _marked_as_tracing() -> Generator[None]:
+    """What `torch.compile` compiled for fake tensors would not be recorded; while this thread traces, it does not compile (`plain.py`)."""
     trace: Any = _symbolic_trace
     if FX_TRACING.holds:
         before, flag, put = trace._get_is_fx_tracing(), True, trace._set_is_fx_tracing

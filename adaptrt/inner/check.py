@@ -71,16 +71,11 @@ def precision(params: Mapping[str, Tensor], dtype: Any) -> None:
 
 
 def shared_tensors(model: nn.Module, loss: object, adapted: Collection[str]) -> None:
-    """Checks that no tensor that a step changes has two names, which would then hold different values.
+    """Checks that no parameter that a step changes has a second name in the loss, where it would keep its first value.
 
     Raises:
-      UnsupportedParameter: buffers that share memory, or a loss module that holds adapted parameters of the model.
+      UnsupportedParameter: a loss module that holds adapted parameters of the model.
     """
-    memories: dict[int, str] = {}
-    for name, buffer in model.named_buffers():
-        memory = buffer.untyped_storage().data_ptr() if buffer.device.type != "meta" else 0
-        if memory and memories.setdefault(memory, name) != name:
-            raise UnsupportedParameter(f"buffers '{memories[memory]}' and '{name}' share memory; make them one buffer, or clone one")
     if isinstance(loss, nn.Module):
         own = {id(param): name for name, param in model.named_parameters() if name in adapted}
         for name, param in loss.named_parameters():
