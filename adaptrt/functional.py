@@ -37,10 +37,23 @@ def call_module(
       UnsupportedParameter: it writes to a buffer that shares memory with another one.
     """
     owned = {name: value.clone() for name, value in buffers.items()}
-    output, values = _call(module, params, owned, args, kwargs)
+    token = _written.set([])
+    try:
+        output, values = _call(module, params, owned, args, kwargs)
+        noted = {id(value) for value in _written.get()}
+    finally:
+        _written.reset(token)
     after = {name: values[name] for name in buffers}
-    _refuse_shared(module, [name for name, value in after.items() if value is not owned[name] or value._version])
+    _refuse_shared(module, [name for name, value in after.items() if value is not owned[name] or value._version or id(value) in noted])
     return output, after
+
+
+_written: contextvars.ContextVar[list[Tensor]] = contextvars.ContextVar("written")
+
+
+def note_write(*values: Tensor) -> None:
+    """Says that these tensors are written to by an operation that does not count as one, so that their version stays what it was."""
+    _written.get([]).extend(values)
 
 
 def _refuse_shared(module: nn.Module, written: Sequence[str]) -> None:

@@ -32,6 +32,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptrt import tree
 from adaptrt.errors import NotTraceable, UnsupportedRandomness
+from adaptrt.functional import note_write
 from adaptrt.graph import mixed_norms
 from adaptrt.graph.collector import garbage_collection_paused
 from adaptrt.graph.exchange import FX_TRACING, FX_TRACING_OF_OLD
@@ -99,6 +100,7 @@ def capture(
     fakes = fake_tensors(mode, [Spec.of(value) for value in values])
     with _tracing(mode, fused_attention):
         module, constants = record(flat, fakes)
+    _require_dense(constants)
     labels = list(names) or [f"arg{index}" for index in range(len(examples))]
     given = list(roles) or [Role.DATA] * len(examples)
     input_names = [path for label, example in zip(labels, examples, strict=True) for path in tree.paths(example, label)]
@@ -111,6 +113,16 @@ def capture(
     written = [f"{writer.name} of {writer.num_written} {writer.noun}" for writer in writers if writer.num_written]
     history = tuple([PassRecord(text, graph.num_nodes, graph.num_nodes) for text in written])
     return apply(STANDARD, dataclasses.replace(graph, history=history))
+
+
+def _require_dense(constants: Sequence[Tensor]) -> None:
+    for value in constants:
+        if value.is_nested or value.layout is not torch.strided:
+            kind = "a nested tensor" if value.is_nested else f"a tensor of layout {value.layout} (shape {list(value.shape)})"
+            raise NotTraceable(
+                f"the model or the loss uses {kind} that it holds as an attribute or in a closure; only dense tensors can be inputs of a "
+                "program. Call .to_dense() on it, or make it where it is used"
+            )
 
 
 @contextlib.contextmanager
@@ -230,6 +242,10 @@ class _EagerRules(TorchDispatchMode):
                 raise RuntimeError(f"{name_of(func)} needs operands of one dtype, got {' and '.join(sorted(map(str, dtypes)))}")
         if func is aten.native_batch_norm.default and args[3] is not None:
             func = aten._native_batch_norm_legit.default
+            if args[5]:
+                note_write(*args[3:5])
+        if func is aten._efficientzerotensor.default:  # of forward mode; what is computed from it may lose its device (PyTorch 2.13)
+            func = aten.zeros.default
         if func in mixed_norms.RULES:
             found = mixed_norms.RULES[func](*args, **(kwargs or {}))
             if found is not NotImplemented:

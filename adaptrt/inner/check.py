@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from adaptrt import tree
 from adaptrt.errors import DeviceMismatch, InvalidArgument, InvalidBatch, InvalidType, LabelOutOfRange, NonFiniteInput, UnsupportedParameter
 from adaptrt.graph.indices import IndexBound
+from adaptrt.inner.refused import refuse_parts, refuse_script
 from adaptrt.inner.step import Batch
 
 
@@ -19,18 +20,15 @@ def model_device(model: nn.Module) -> torch.device:
     """Returns the device of the model, after checking that its parameters can be adapted and are all on one device.
 
     Raises:
-      InvalidType: not a module.
-      UnsupportedParameter: a parameter is complex, of integer type, uninitialised, or gets sparse gradients.
+      InvalidType: not a module, or a script.
+      UnsupportedParameter: a parameter is complex, of integer type, uninitialised, without values, or gets sparse gradients; and what
+        `refuse_parts` refuses.
       DeviceMismatch: parameters on several devices.
       InvalidArgument: no parameters.
     """
     if not isinstance(model, nn.Module):
         raise InvalidType(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
-            raise UnsupportedParameter(
-                f"module '{name}' was built with sparse=True; sparse gradients cannot be unrolled. Build it with sparse=False"
-            )
+    refuse_parts(model)
     devices: dict[torch.device, str] = {}
     for name, param in model.named_parameters():
         if isinstance(param, nn.parameter.UninitializedParameter):
@@ -48,7 +46,10 @@ def model_device(model: nn.Module) -> torch.device:
         raise DeviceMismatch(
             f"the model's parameters are on several devices: {', '.join(f'{name} on {device}' for device, name in devices.items())}"
         )
-    return next(iter(devices))
+    device, name = next(iter(devices.items()))
+    if device.type == "meta":
+        raise UnsupportedParameter(f"parameter '{name}' is on the meta device, where it has no values; load the model's weights first")
+    return device
 
 
 def precision(params: Mapping[str, Tensor], dtype: Any) -> None:
@@ -75,8 +76,11 @@ def shared_tensors(model: nn.Module, loss: object, adapted: Collection[str]) -> 
 
     Raises:
       UnsupportedParameter: a loss module that holds adapted parameters of the model.
+      InvalidType: a loss module that is a script.
     """
     if isinstance(loss, nn.Module):
+        for part in loss.modules():
+            refuse_script(part, "the loss")
         own = {id(param): name for name, param in model.named_parameters() if name in adapted}
         for name, param in loss.named_parameters():
             if id(param) in own:
@@ -128,6 +132,8 @@ def as_batch(name: str, value: Any, device: torch.device) -> Batch:
         raise InvalidType(f"{name} inputs must be a tensor, a tuple or a dict with tensors; got {type(batch.inputs).__name__}")
     for kind, values in (("input", inputs), ("target", targets)):
         for index, tensor in enumerate(values):
+            if tensor.is_nested:
+                raise InvalidType(f"{name} {kind} {index} is a nested tensor; pad it, with value.to_padded_tensor(0.0), and pass a mask, too")
             if tensor.layout is not torch.strided:
                 raise InvalidType(f"{name} {kind} {index} has layout {tensor.layout}; call .to_dense() on it first")
             if tensor.device != device:
