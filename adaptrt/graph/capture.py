@@ -36,6 +36,7 @@ from adaptrt.functional import note_write
 from adaptrt.graph import mixed_norms
 from adaptrt.graph.collector import garbage_collection_paused
 from adaptrt.graph.exchange import FX_TRACING, FX_TRACING_OF_OLD
+from adaptrt.graph.formulas import FORMULAS
 from adaptrt.graph.ir import Graph, PassRecord, autocast_off
 from adaptrt.graph.operations import name_of
 from adaptrt.graph.passes.base import apply
@@ -200,16 +201,18 @@ class _InThisThread:
 
 
 class _Functions(TorchFunctionMode):
-    """Replaces `torch._weight_norm`, which both of PyTorch's weight norms call, by its formula, and refuses assignments to `.data`.
+    """Replaces some functions by their formulas (`formulas.py`), and refuses assignments to `.data`.
 
-    Such an assignment calls no operation that could be recorded.
+    Among them is `torch._weight_norm`, which both of PyTorch's weight norms call. An assignment to `.data` calls no operation that could be
+    recorded.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         del types
         if func == _SET_DATA:
             raise NotTraceable("the model assigns to the `.data` of a tensor, which cannot be traced; compute a new tensor, or use copy_()")
-        return (weight_norm if func is _WEIGHT_NORM else func)(*args, **(kwargs or {}))
+        found = weight_norm if func is _WEIGHT_NORM else FORMULAS.get(func, func)
+        return found(*args, **(kwargs or {}))
 
 
 def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:

@@ -65,7 +65,8 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> tu
             noise.extend(drawn)
             live.update({key: value.requires_grad for key, value in updated.items()})
             if name == "support":
-                grads = step.gradient(loss, params)
+                with diagnose.pulling_back(loss):
+                    grads = step.gradient(loss, params)
                 with diagnose.updating():
                     step.update(grads, carry.opt_state, params, fixed.hyper)
             return loss
