@@ -41,8 +41,9 @@ def run_uncompiled(part: nn.Module) -> None:
 
 
 def compiled_from(function: Any) -> Any:
-    """The function from which `torch.compile` made this one; None if it did not make it."""
-    return vars(function).get("_torchdynamo_orig_callable") if isinstance(function, types.FunctionType) else None
+    """The function or bound method from which `torch.compile` made this function; None if it did not make it."""
+    made = isinstance(function, types.FunctionType) and "_torchdynamo_orig_callable" in vars(function)
+    return vars(function).get("__wrapped__") if made else None
 
 
 def _uncompiled(self: nn.Module, *args: Any, **kwargs: Any) -> Any:

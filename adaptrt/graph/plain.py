@@ -22,9 +22,7 @@ CHECKPOINTS = Entry(
     "torch.utils.checkpoint does nothing while a function is captured: the adjoint decides what is computed again.",
     "models with checkpoints are refused",
     exchanged=(
-        Target(
-            "torch.utils.checkpoint", _NEW if hasattr(torch.utils.checkpoint, _NEW) else "_checkpoint_without_reentrant_generator"
-        ),
+        Target("torch.utils.checkpoint", _NEW if hasattr(torch.utils.checkpoint, _NEW) else "_checkpoint_without_reentrant_generator"),
         Target("torch.utils.checkpoint", "CheckpointFunction.apply"),
     ),
 )

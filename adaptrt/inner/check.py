@@ -133,7 +133,9 @@ def as_batch(name: str, value: Any, device: torch.device) -> Batch:
     for kind, values in (("input", inputs), ("target", targets)):
         for index, tensor in enumerate(values):
             if tensor.is_nested:
-                raise InvalidType(f"{name} {kind} {index} is a nested tensor; pad it, with value.to_padded_tensor(0.0), and pass a mask, too")
+                raise InvalidType(
+                    f"{name} {kind} {index} is a nested tensor; pad it, with value.to_padded_tensor(0.0), and pass a mask, too"
+                )
             if tensor.layout is not torch.strided:
                 raise InvalidType(f"{name} {kind} {index} has layout {tensor.layout}; call .to_dense() on it first")
             if tensor.device != device:

@@ -140,7 +140,7 @@ def _more_advice(error: Exception) -> str:
         return " Arguments of a distribution are looked at unless it is built with validate_args=False."
     if any(text in str(error) for text in _SELECTS):
         return (
-            " In place of rows chosen by a mask keep all rows, and give the others the weight 0: with reduction=\"none\", "
+            ' In place of rows chosen by a mask keep all rows, and give the others the weight 0: with reduction="none", '
             "(losses * mask).sum() / mask.sum() is the mean over the chosen ones."
         )
     return ""

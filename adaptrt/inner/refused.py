@@ -77,7 +77,9 @@ def _refuse_buffer(name: str, value: Tensor) -> None:
     if value.is_nested:
         raise UnsupportedParameter(f"buffer '{name}' is a nested tensor; pad it, with value.to_padded_tensor(0.0), and keep a mask")
     if value.layout is not torch.strided:
-        raise UnsupportedParameter(f"buffer '{name}' has layout {value.layout}; only dense tensors can be inputs of a program. Call .to_dense()")
+        raise UnsupportedParameter(
+            f"buffer '{name}' has layout {value.layout}; only dense tensors can be inputs of a program. Call .to_dense()"
+        )
     if value.is_meta:
         raise UnsupportedParameter(f"buffer '{name}' is on the meta device, where it has no values; load the model's weights first")
 
