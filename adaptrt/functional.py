@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptrt.errors import NotTraceable, UnsupportedParameter
-from adaptrt.parts import compiled_from, prepare
+from adaptrt.parts import prepare
 
 
 def call_module(
@@ -169,9 +169,6 @@ def remapped(value: Any, parts: Mapping[int, nn.Module]) -> Any:
         return parts.get(id(value), value)
     if isinstance(value, types.MethodType) and id(value.__self__) in parts:
         return types.MethodType(value.__func__, parts[id(value.__self__)])
-    if isinstance(value, types.FunctionType):
-        original = compiled_from(value)  # a method that torch.compile has bound to a module of the model
-        return remapped(original, parts) if refers(original, parts) else value
     if isinstance(value, tuple):
         held = [remapped(entry, parts) for entry in value]
         return type(value)(*held) if hasattr(value, "_fields") else tuple(held) if type(value) is tuple else value
@@ -201,8 +198,6 @@ def refers(value: Any, parts: Mapping[int, nn.Module]) -> bool:
         return id(value) in parts
     if isinstance(value, types.MethodType):
         return id(value.__self__) in parts
-    if isinstance(value, types.FunctionType):
-        return refers(compiled_from(value), parts)
     if isinstance(value, dict):
         return any(refers(entry, parts) for entry in value.values())
     if isinstance(value, list | tuple | set | frozenset | collections.deque):

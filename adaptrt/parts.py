@@ -40,12 +40,6 @@ def run_uncompiled(part: nn.Module) -> None:
     vars(part)["forward"] = types.MethodType(_uncompiled, part)
 
 
-def compiled_from(function: Any) -> Any:
-    """The function or bound method from which `torch.compile` made this function; None if it did not make it."""
-    made = isinstance(function, types.FunctionType) and "_torchdynamo_orig_callable" in vars(function)
-    return vars(function).get("__wrapped__") if made else None
-
-
 def _uncompiled(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     module: Any = self._modules["_orig_mod"]
     return module(*args, **kwargs)

@@ -211,7 +211,7 @@ class _Functions(TorchFunctionMode):
         del types
         if func == _SET_DATA:
             raise NotTraceable("the model assigns to the `.data` of a tensor, which cannot be traced; compute a new tensor, or use copy_()")
-        found = weight_norm if func is _WEIGHT_NORM else FORMULAS.get(func, func)
+        found: Any = weight_norm if func is _WEIGHT_NORM else FORMULAS.get(func, func)
         return found(*args, **(kwargs or {}))
 
 

@@ -10,7 +10,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adaptrt.errors import InvalidType, UnsupportedParameter
 
-_DISTRIBUTED = """DistributedDataParallel would average the gradients of the first call only. Wrap a module that returns the meta-loss instead:
+_DISTRIBUTED = """DistributedDataParallel would average the gradients of the first call only. Wrap what returns the meta-loss:
   class MetaLoss(nn.Module):
       def __init__(self, model): super().__init__(); self.model, self.unroll = model, compile_unroll(model, ...)
       def forward(self, support, query): return self.unroll(support, query)
