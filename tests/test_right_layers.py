@@ -247,7 +247,7 @@ OUTER_STEPS = 3
 
 def learner() -> nn.Sequential:
     torch.manual_seed(1)
-    return mlp().double()
+    return mlp()
 
 
 def tasks_of(rank: int, step: int) -> list[Batch]:
@@ -257,6 +257,7 @@ def tasks_of(rank: int, step: int) -> list[Batch]:
 
 def train(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
     model = learner()
     meta_loss = DistributedDataParallel(MetaLoss(model))
@@ -672,6 +673,7 @@ def test_torch_func_within_a_model(name: str) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch._prims_common.check. is deprecated")  # by which Inductor compiles a diagonal
 def test_a_hessian_within_a_model_compiled() -> None:
     model = Transformed("hessian")
     assert_equal(model, model, adjoints=EXACT[:1], backend="inductor")
