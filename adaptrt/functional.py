@@ -11,13 +11,14 @@ import contextlib
 import contextvars
 import copy
 import types
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from adaptrt.errors import NotTraceable
+from adaptrt.errors import NotTraceable, UnsupportedParameter
+from adaptrt.parts import prepare
 
 
 def call_module(
@@ -32,9 +33,48 @@ def call_module(
       args, kwargs: arguments of the call.
     Returns:
       What the module returned, and the buffers as the call left them.
+    Raises:
+      UnsupportedParameter: it writes to a buffer that shares memory with another one.
     """
-    output, values = _call(module, params, {name: value.clone() for name, value in buffers.items()}, args, kwargs)
-    return output, {name: values[name] for name in buffers}
+    owned = {name: value.clone() for name, value in buffers.items()}
+    token = _written.set([])
+    try:
+        output, values = _call(module, params, owned, args, kwargs)
+        noted = {id(value) for value in _written.get()}
+    finally:
+        _written.reset(token)
+    after = {name: values[name] for name in buffers}
+    _refuse_shared(module, [name for name, value in after.items() if value is not owned[name] or value._version or id(value) in noted])
+    return output, after
+
+
+_written: contextvars.ContextVar[list[Tensor]] = contextvars.ContextVar("written")
+
+
+def note_write(*values: Tensor) -> None:
+    """Says that these tensors are written to by an operation that does not count as one, so that their version stays what it was."""
+    _written.get([]).extend(values)
+
+
+def _refuse_shared(module: nn.Module, written: Sequence[str]) -> None:
+    """Raises if a buffer that was written shares memory with another one: in a program each buffer has memory of its own.
+
+    Raises:
+      UnsupportedParameter: there is such a buffer.
+    """
+    named = dict(module.named_buffers())
+    for name in written:
+        memory = _memory(named[name])
+        for other, value in named.items():
+            if other != name and memory and _memory(value) == memory:
+                raise UnsupportedParameter(
+                    f"buffers '{other}' and '{name}' share memory, and {type(module).__name__} writes to '{name}', which would not "
+                    "change the other in a program; make them one buffer, or clone one"
+                )
+
+
+def _memory(buffer: Tensor) -> int:
+    return 0 if buffer.device.type == "meta" or buffer.layout is not torch.strided else buffer.untyped_storage().data_ptr()
 
 
 def call_stateless(module: nn.Module, tensors: Mapping[str, Tensor], args: tuple[Any, ...]) -> Any:
@@ -63,6 +103,8 @@ def _call(
     calls = _calls.get(None)
     base = module if calls is None else calls.base_of(module)
     twin = shadow(base)
+    for part in twin.modules():
+        prepare(part)
     output = torch.func.functional_call(twin, values, args, dict(kwargs), tie_weights=False)
     if calls is not None:
         calls.note(module, base, twin)

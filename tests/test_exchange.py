@@ -142,7 +142,7 @@ def other_parameters(monkeypatch: pytest.MonkeyPatch) -> Generator[None]:
 
 @pytest.mark.usefixtures("empty_cache", "other_parameters")
 def test_a_pytorch_whose_functions_take_other_arguments(libraries: list[str]) -> None:
-    assert in_use() == ("garbage collection while compiling",), "which only hands its arguments on"
+    assert in_use() == ("garbage collection while compiling", "checkpoints"), "which do not look at their arguments"
     with pytest.warns(UnknownPyTorch, match="other threads draw again what they drew meanwhile"):
         check(2.5)
     with warnings.catch_warnings():

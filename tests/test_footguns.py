@@ -762,15 +762,6 @@ def test_models_that_cannot_be_right_are_refused(kind: type[Flow], error: type[E
     assert random.getstate() == before
 
 
-def test_buffers_that_share_memory_are_refused() -> None:
-    model = Flow()
-    base = torch.zeros(4)
-    model.register_buffer("base", base)
-    model.register_buffer("view", base[:2])
-    with pytest.raises(UnsupportedParameter, match="'base' and 'view' share memory"):
-        compile_unroll(model, adaptrt.optim.sgd(0.1), 1)
-
-
 def test_loss_that_holds_an_adapted_parameter_is_refused() -> None:
     class Regularised(nn.Module):
         def __init__(self, model: nn.Module) -> None:

@@ -32,9 +32,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptrt import tree
 from adaptrt.errors import NotTraceable, UnsupportedRandomness
+from adaptrt.functional import note_write
 from adaptrt.graph import grouped_products, mixed_norms
 from adaptrt.graph.collector import garbage_collection_paused
 from adaptrt.graph.exchange import FX_TRACING, FX_TRACING_OF_OLD
+from adaptrt.graph.formulas import FORMULAS
 from adaptrt.graph.ir import Graph, PassRecord, autocast_off
 from adaptrt.graph.operations import name_of
 from adaptrt.graph.passes.base import apply
@@ -45,6 +47,7 @@ from adaptrt.graph.passes.pool_as_maxima import PoolAsMaxima
 from adaptrt.graph.passes.recorder import record
 from adaptrt.graph.passes.retrace import fake_tensors
 from adaptrt.graph.passes.standard import STANDARD
+from adaptrt.graph.plain import without_wrappers
 from adaptrt.graph.signature import Input, Output, Role, Signature
 from adaptrt.graph.switches import MATH_ATTENTION, TRACEABLE
 from adaptrt.tree import Spec, Tree
@@ -100,6 +103,7 @@ def capture(
     fakes = fake_tensors(mode, [Spec.of(value) for value in values])
     with _tracing(mode, fused_attention) as functions:
         module, constants = record(flat, fakes, functions.copies)
+    _require_dense(constants)
     labels = list(names) or [f"arg{index}" for index in range(len(examples))]
     given = list(roles) or [Role.DATA] * len(examples)
     input_names = [path for label, example in zip(labels, examples, strict=True) for path in tree.paths(example, label)]
@@ -112,6 +116,16 @@ def capture(
     written = [f"{writer.name} of {writer.num_written} {writer.noun}" for writer in writers if writer.num_written]
     history = tuple([PassRecord(text, graph.num_nodes, graph.num_nodes) for text in written])
     return apply(STANDARD, dataclasses.replace(graph, history=history))
+
+
+def _require_dense(constants: Sequence[Tensor]) -> None:
+    for value in constants:
+        if value.is_nested or value.layout is not torch.strided:
+            kind = "a nested tensor" if value.is_nested else f"a tensor of layout {value.layout} (shape {list(value.shape)})"
+            raise NotTraceable(
+                f"the model or the loss uses {kind} that it holds as an attribute or in a closure; only dense tensors can be inputs of a "
+                "program. Call .to_dense() on it, or make it where it is used"
+            )
 
 
 @contextlib.contextmanager
@@ -153,15 +167,16 @@ def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[_Function
         stack.enter_context(TRACEABLE)
         if not fused_attention:
             stack.enter_context(MATH_ATTENTION)
-        stack.enter_context(_refusing_compiled_modules())
+        stack.enter_context(_marked_as_tracing())
+        stack.enter_context(without_wrappers())
         functions = stack.enter_context(_Functions())
         stack.enter_context(mode)
         yield functions
 
 
 @contextlib.contextmanager
-def _refusing_compiled_modules() -> Generator[None]:
-    """What `torch.compile` compiled for fake tensors would not be recorded; while this thread traces, it refuses to be called."""
+def _marked_as_tracing() -> Generator[None]:
+    """What `torch.compile` compiled for fake tensors would not be recorded; while this thread traces, it does not compile (`plain.py`)."""
     trace: Any = _symbolic_trace
     if FX_TRACING.holds:
         before, flag, put = trace._get_is_fx_tracing(), True, trace._set_is_fx_tracing
@@ -188,7 +203,7 @@ class _InThisThread:
 
 
 class _Functions(TorchFunctionMode):
-    """Replaces functions of PyTorch's that could not be recorded as they are by others that can.
+    """Replaces functions of PyTorch's that could not be recorded as they are, some of them by their formulas (`formulas.py`).
 
     An assignment to `.data` is refused, because it calls no operation that could be recorded.
 
@@ -236,6 +251,7 @@ def _numbers_of(value: Tensor) -> Any:
 
 
 _REPLACED: dict[Any, Callable[..., Any]] = {
+    **FORMULAS,
     _WEIGHT_NORM: weight_norm,
     Tensor.tolist: _numbers_of,  # pyright: ignore[reportUnknownMemberType]
     Tensor.__getitem__: select_by_tensors,
@@ -261,6 +277,10 @@ class _EagerRules(TorchDispatchMode):
                 raise RuntimeError(f"{name_of(func)} needs operands of one dtype, got {' and '.join(sorted(map(str, dtypes)))}")
         if func is aten.native_batch_norm.default and args[3] is not None:
             func = aten._native_batch_norm_legit.default
+            if args[5]:
+                note_write(*args[3:5])
+        if func is aten._efficientzerotensor.default:  # of forward mode; what is computed from it may lose its device (PyTorch 2.13)
+            func = aten.zeros.default
         rule = mixed_norms.RULES.get(func) or grouped_products.RULES.get(func)
         if rule is not None:
             found = rule(*args, **(kwargs or {}))

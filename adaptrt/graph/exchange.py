@@ -191,9 +191,9 @@ def _exchanged(owner: Any, name: str, other: Callable[..., Any]) -> Generator[No
 
 
 FX_TRACING = Entry(
-    "compiled modules are refused",
-    "A function that torch.compile has compiled raises an error while a capture runs, instead of computing what would not be recorded.",
-    "a model that holds what torch.compile compiled is not refused, and may be captured wrongly",
+    "compiled modules run uncompiled",
+    "A function that torch.compile made runs as it was before while a capture runs, instead of computing what would not be recorded.",
+    "a model that holds what torch.compile made may be captured wrongly",
     needed=(
         Target("torch.fx._symbolic_trace", "_set_is_fx_tracing", ("value",)),
         Target("torch.fx._symbolic_trace", "_get_is_fx_tracing", ()),

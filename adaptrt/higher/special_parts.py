@@ -20,6 +20,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 
 from adaptrt import tree
 from adaptrt.graph.capture import weight_norm
+from adaptrt.parts import is_compiled, run_uncompiled
 
 
 def check_parts(parts: list[nn.Module]) -> None:
@@ -37,7 +38,7 @@ def check_parts(parts: list[nn.Module]) -> None:
             raise TypeError(
                 f"a script ({torch.typename(part)}) cannot run on other weights than its own; patch the module it was made from"
             )
-        for held in () if _is_compiled(part) else _held_by(vars(part).get("forward")):
+        for held in () if is_compiled(part) else _held_by(vars(part).get("forward")):
             if id(held) in known:
                 raise ValueError(
                     f"forward of a {type(part).__name__} was replaced by a function that holds on to a {type(held).__name__}, and would "
@@ -85,8 +86,8 @@ def prepare_part(part: nn.Module) -> None:
     """
     # What torch.compile made runs the original, and its gradients have no derivative in AOTAutograd.
     vars(part)["_compiled_call_impl"] = None
-    if _is_compiled(part):
-        vars(part)["forward"] = types.MethodType(_uncompiled, part)
+    if is_compiled(part):
+        run_uncompiled(part)
     if isinstance(part, DistributedDataParallel):
         _keep_to_itself(part)
     if isinstance(part, _WeightNorm) and "forward" not in vars(part):
@@ -104,16 +105,6 @@ def expect_no_gradient(part: nn.Module) -> None:
     """
     if isinstance(part, DistributedDataParallel):
         part.require_backward_grad_sync = False
-
-
-def _is_compiled(part: nn.Module) -> bool:
-    """Whether `torch.compile` made the module. It asks by name, because importing Dynamo takes seconds."""
-    return type(part).__module__.startswith("torch._dynamo") and "_orig_mod" in part._modules
-
-
-def _uncompiled(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    module: Any = self._modules["_orig_mod"]
-    return module(*args, **kwargs)
 
 
 def _keep_to_itself(part: DistributedDataParallel) -> None:

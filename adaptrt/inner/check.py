@@ -13,6 +13,7 @@ from adaptrt import tree
 from adaptrt.errors import DeviceMismatch, InvalidArgument, InvalidBatch, InvalidType, LabelOutOfRange, NonFiniteInput, UnsupportedParameter
 from adaptrt.graph.in_memory import in_memory
 from adaptrt.graph.indices import IndexBound
+from adaptrt.inner.refused import refuse_parts, refuse_script
 from adaptrt.inner.step import Batch
 
 
@@ -20,18 +21,15 @@ def model_device(model: nn.Module) -> torch.device:
     """Returns the device of the model, after checking that its parameters can be adapted and are all on one device.
 
     Raises:
-      InvalidType: not a module.
-      UnsupportedParameter: a parameter is complex, of integer type, uninitialised, or gets sparse gradients.
+      InvalidType: not a module, or a script.
+      UnsupportedParameter: a parameter is complex, of integer type, uninitialised, without values, or gets sparse gradients; and what
+        `refuse_parts` refuses.
       DeviceMismatch: parameters on several devices.
       InvalidArgument: no parameters.
     """
     if not isinstance(model, nn.Module):
         raise InvalidType(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.sparse:
-            raise UnsupportedParameter(
-                f"module '{name}' was built with sparse=True; sparse gradients cannot be unrolled. Build it with sparse=False"
-            )
+    refuse_parts(model)
     devices: dict[torch.device, str] = {}
     for name, param in model.named_parameters():
         if isinstance(param, nn.parameter.UninitializedParameter):
@@ -49,7 +47,10 @@ def model_device(model: nn.Module) -> torch.device:
         raise DeviceMismatch(
             f"the model's parameters are on several devices: {', '.join(f'{name} on {device}' for device, name in devices.items())}"
         )
-    return next(iter(devices))
+    device, name = next(iter(devices.items()))
+    if device.type == "meta":
+        raise UnsupportedParameter(f"parameter '{name}' is on the meta device, where it has no values; load the model's weights first")
+    return device
 
 
 def precision(params: Mapping[str, Tensor], dtype: Any) -> None:
@@ -72,17 +73,15 @@ def precision(params: Mapping[str, Tensor], dtype: Any) -> None:
 
 
 def shared_tensors(model: nn.Module, loss: object, adapted: Collection[str]) -> None:
-    """Checks that no tensor that a step changes has two names, which would then hold different values.
+    """Checks that no parameter that a step changes has a second name in the loss, where it would keep its first value.
 
     Raises:
-      UnsupportedParameter: buffers that share memory, or a loss module that holds adapted parameters of the model.
+      UnsupportedParameter: a loss module that holds adapted parameters of the model.
+      InvalidType: a loss module that is a script.
     """
-    memories: dict[int, str] = {}
-    for name, buffer in model.named_buffers():
-        memory = buffer.untyped_storage().data_ptr() if buffer.device.type != "meta" else 0
-        if memory and memories.setdefault(memory, name) != name:
-            raise UnsupportedParameter(f"buffers '{memories[memory]}' and '{name}' share memory; make them one buffer, or clone one")
     if isinstance(loss, nn.Module):
+        for part in loss.modules():
+            refuse_script(part, "the loss")
         own = {id(param): name for name, param in model.named_parameters() if name in adapted}
         for name, param in loss.named_parameters():
             if id(param) in own:
@@ -134,6 +133,10 @@ def as_batch(name: str, value: Any, device: torch.device) -> Batch:
         raise InvalidType(f"{name} inputs must be a tensor, a tuple or a dict with tensors; got {type(batch.inputs).__name__}")
     for kind, values in (("input", inputs), ("target", targets)):
         for index, tensor in enumerate(values):
+            if tensor.is_nested:
+                raise InvalidType(
+                    f"{name} {kind} {index} is a nested tensor; pad it, with value.to_padded_tensor(0.0), and pass a mask, too"
+                )
             if type(tensor) is not Tensor:
                 in_memory(tensor)  # raises if its values are elsewhere
             if tensor.layout is not torch.strided:

@@ -40,7 +40,12 @@ _READS_VALUE = (
     "aten._unique",
     "aten.repeat_interleave",
 )
-_NO_DERIVATIVE = re.compile(r"derivative for (?:aten::)?'?(?:aten::)?(\w+)'? is not implemented")
+_NO_DERIVATIVE = re.compile(
+    r"(?:derivative for (?:aten::)?'?(?:\w+::)?(\w+)'? is not implemented|double backwards? on (\w+) not supported"
+    r"|Trying to backward through \w+\.(\w+)\.\w+ but no autograd formula)"
+)
+_NO_FAKE = ("fake impl", "fake/meta kernel", "fake implementation", "FakeTensor support")
+_SELECTS = ("aten.nonzero", "aten.masked_select", "aten.index.Tensor")
 
 
 def user_line(error: BaseException) -> str:
@@ -99,6 +104,10 @@ def _tracing(what: str, advice: str, other: Callable[[str], AdaptrtError]) -> Ge
         raise
     except Exception as error:
         line = user_line(error)
+        if type(error).__name__ == "UnsupportedOperatorException" or any(text in str(error) for text in _NO_FAKE):
+            _refuse_operator(error, line)
+        if any(text in str(error) for text in ("aten._nested_", "NestedTensor")) or _passes(error, "torch", "nested"):
+            raise NotTraceable(f"{line} makes a nested tensor, which cannot be traced. Pad it, and keep a mask") from error
         reads = any(text in str(error) for text in _READS_VALUE)
         if type(error).__name__ in _NEEDS_VALUE and not reads:
             raise NotTraceable(
@@ -108,11 +117,58 @@ def _tracing(what: str, advice: str, other: Callable[[str], AdaptrtError]) -> Ge
         if reads:
             raise DataDependentControlFlow(
                 f"{line} depends on the value of a tensor, which is not known while {what} is traced. Use torch.where or arithmetic "
-                f"masks for the branch, or {advice}."
+                f"masks for the branch, or {advice}.{_more_advice(error)}"
             ) from error
         raise other(f"{type(error).__name__} at {line}\n  {error}") from error
     finally:
         logger.disabled = disabled
+
+
+def _refuse_operator(error: Exception, line: str) -> None:
+    """Raises for an operator of the user's, or of another library, that does not say what shape its result has."""
+    if "aten." in str(error):
+        return
+    raise NotTraceable(
+        f"{line} calls a custom operator that cannot be traced, because the shape of its result is not known without running it "
+        f"({str(error).splitlines()[0]}). Register a function that makes a tensor of that shape, with torch.library.register_fake"
+    ) from error
+
+
+def _more_advice(error: Exception) -> str:
+    """What to do where the value is read by a function whose caller cannot see it."""
+    if _passes(error, "torch", "distributions"):
+        return " Arguments of a distribution are looked at unless it is built with validate_args=False."
+    if any(text in str(error) for text in _SELECTS):
+        return (
+            ' In place of rows chosen by a mask keep all rows, and give the others the weight 0: with reduction="none", '
+            "(losses * mask).sum() / mask.sum() is the mean over the chosen ones."
+        )
+    return ""
+
+
+def _passes(error: BaseException, *folders: str) -> bool:
+    """Whether the error was raised in a file of this folder, or in what that called."""
+    part = os.sep + os.path.join(*folders) + os.sep
+    return any(part in frame.filename for frame in traceback.extract_tb(error.__traceback__))
+
+
+def pulling_back(loss: Tensor) -> AbstractContextManager[None]:
+    """Turns what is raised while the gradient of a loss is traced into an error that names the line, or the custom functions that are met.
+
+    Raises:
+      DataDependentControlFlow, NotTraceable: as `running`.
+      NotDifferentiable: anything else that is not an error of ours.
+    """
+    return _tracing("the gradient of the model", "save what it needs in forward", lambda error: _no_gradient(error, [loss]))
+
+
+def _no_gradient(error: str, results: Sequence[Tensor]) -> NotDifferentiable:
+    names = ", ".join(sorted(_custom_functions(results)[0]))
+    met = f" The loss was computed by custom autograd functions: {names}." if names else ""
+    return NotDifferentiable(
+        f"the gradient of the loss cannot be traced: {error}\n {met} Write their backward, and what the model computes in place, with "
+        "operations that return new tensors, or replace them by PyTorch's own functions."
+    )
 
 
 def differentiating(run: Callable[[], Any], model: nn.Module, forward: Callable[[], Sequence[tuple[str, str]]]) -> Any:
@@ -123,15 +179,17 @@ def differentiating(run: Callable[[], Any], model: nn.Module, forward: Callable[
       model: where to look for the module.
       forward: runs the model once; gives each operation's name and the path of the module that calls it.
     Raises:
-      NotDifferentiable: an operation has no derivative of its gradient.
+      NotDifferentiable: an operation has no derivative of its gradient, or it fails.
     """
     try:
         return run()
     except (RuntimeError, NotImplementedError) as error:
-        found = _NO_DERIVATIVE.search(str(error))
-        if found is None or isinstance(error, AdaptrtError):
+        if isinstance(error, AdaptrtError | torch.OutOfMemoryError):
             raise
-        operation = found.group(1)
+        found = _NO_DERIVATIVE.search(str(error))
+        if found is None:
+            raise _no_gradient(f"{type(error).__name__} at {user_line(error)}\n  {error}", []) from error
+        operation = next(filter(None, found.groups()))
         where = _module_of(operation, model, forward)
         raise NotDifferentiable(
             f"'{operation}', called in {where}, has no derivative, so the meta-gradient through the inner steps does not exist. Use "
@@ -161,6 +219,16 @@ def refuse_once_differentiable(results: Sequence[Tensor]) -> None:
     Raises:
       NotDifferentiable: names the custom functions met.
     """
+    custom, refused = _custom_functions(results)
+    if refused:
+        raise NotDifferentiable(
+            f"a custom autograd function marked once_differentiable ({', '.join(sorted(custom)) or 'not named by PyTorch'}) has no "
+            "derivative of its gradient. Write its backward with differentiable operations, or use adjoint=FirstOrder()."
+        )
+
+
+def _custom_functions(results: Sequence[Tensor]) -> tuple[set[str], bool]:
+    """The names of the custom functions from which `results` were computed, and whether one of them can be differentiated only once."""
     pending = [value.grad_fn for value in results if value.grad_fn is not None]
     seen: set[Any] = set()
     custom: set[str] = set()
@@ -174,8 +242,4 @@ def refuse_once_differentiable(results: Sequence[Tensor]) -> None:
         if isinstance(node, torch.autograd.function.BackwardCFunction):
             custom.add(node.name().removesuffix("Backward"))
         pending += [following for following, _ in node.next_functions if following is not None]
-    if refused:
-        raise NotDifferentiable(
-            f"a custom autograd function marked once_differentiable ({', '.join(sorted(custom)) or 'not named by PyTorch'}) has no "
-            "derivative of its gradient. Write its backward with differentiable operations, or use adjoint=FirstOrder()."
-        )
+    return custom, refused

@@ -243,4 +243,11 @@ def _require_scalar(loss: Any) -> Tensor:
 def _require_same_specs(before: Carry, after: Carry) -> None:
     if tree.flatten(tree.specs(before)) == tree.flatten(tree.specs(after)):
         return
+    for name, value in before.buffers.items():
+        if tree.Spec.of(value) != tree.Spec.of(after.buffers[name]):
+            raise InvalidArgument(
+                f"buffer '{name}' is {tree.Spec.of(value)} when a step begins, and {tree.Spec.of(after.buffers[name])} when it ends. If it "
+                "gets its shape when the model is first called, call the model once, under no_grad, on a batch of this shape; otherwise "
+                "let it keep its shape and dtype"
+            )
     raise InvalidArgument(f"a step must keep the structure, shapes and dtypes of what it updates; {tree.difference(before, after)}")

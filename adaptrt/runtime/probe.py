@@ -85,7 +85,8 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> tu
             live.update({key: value.requires_grad for key, value in updated.items()})
             if name != "support":
                 return loss, updated
-            grads = step.gradient(loss, params)
+            with diagnose.pulling_back(loss):
+                grads = step.gradient(loss, params)
             with diagnose.updating(), record_code() as ran:
                 result = step.update(grads, carry.opt_state, params, fixed.hyper)
             executed.merge(ran)

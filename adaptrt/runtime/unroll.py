@@ -22,6 +22,7 @@ from adaptrt.graph.ir import Graph
 from adaptrt.graph.noise import restored_on_error
 from adaptrt.inner import check
 from adaptrt.inner.reader import Reader, Select, Selection
+from adaptrt.inner.refused import unwrapped
 from adaptrt.inner.step import LossFunction, as_call
 from adaptrt.optim import Optimizer
 from adaptrt.optim.source import source
@@ -58,7 +59,8 @@ def compile_unroll(
     parameters, buffers and mode, nor its hooks and `.grad`.
 
     Args:
-      model: any module. Its parameters, buffers and train/eval mode are read at every call.
+      model: any module. Its parameters, buffers and train/eval mode are read at every call. Of a `DataParallel` the module in it is taken,
+        whose parameters' names count; of what `torch.compile` made the names count that it gives, such as "_orig_mod.weight".
       opt: an instance of `torch.optim` (docs/optimisers.md says which), whose groups, hyperparameters and state are read at every call and
         never changed, or an optimiser of `adaptrt.optim`. Hyperparameters are inputs: changing one does not recompile, and a tensor that
         requires grad gets its meta-gradient.
@@ -100,6 +102,7 @@ def compile_unroll(
       >>> model.weight.grad.shape
       torch.Size([2, 3])
     """
+    model = unwrapped(model)
     device = check.model_device(model)
     check.positive_int("k", k)
     check.positive_int("cache_size", cache_size)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from adaptrt.backend.engine import RETAINED
 from adaptrt.backend.guards import GUARDS
 from adaptrt.graph.exchange import FX_TRACING, FX_TRACING_OF_OLD, Entry, Target
+from adaptrt.graph.plain import CHECKPOINTS
 
 _INDUCTOR = "torch._inductor"
 
@@ -129,6 +130,7 @@ TABLE: tuple[Entry, ...] = (
     RECORDED,
     GUARDS,
     RETAINED,
+    CHECKPOINTS,
     FX_TRACING,
     FX_TRACING_OF_OLD,
 )

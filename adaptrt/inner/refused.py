@@ -1,0 +1,88 @@
+"""Refuses models and losses of kinds that programs cannot be made of, with the way out, and takes off wrappers that do not matter."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from adaptrt.errors import InvalidType, UnsupportedParameter
+
+_DISTRIBUTED = """DistributedDataParallel would average the gradients of the first call only. Wrap what returns the meta-loss:
+  class MetaLoss(nn.Module):
+      def __init__(self, model): super().__init__(); self.model, self.unroll = model, compile_unroll(model, ...)
+      def forward(self, support, query): return self.unroll(support, query)
+  meta_loss = DistributedDataParallel(MetaLoss(model))"""
+
+
+def unwrapped(model: Any) -> Any:
+    """Returns the model in `DataParallel`, after checking that it is a module that can be compiled.
+
+    Raises:
+      InvalidType: it is an exported program, or it is or holds a `DistributedDataParallel`.
+    """
+    while isinstance(model, nn.DataParallel):
+        model = model.module
+    if type(model).__name__ == "ExportedProgram":
+        raise InvalidType("model must be a torch.nn.Module, got ExportedProgram; pass its .module(), or the model that was exported")
+    for name, part in model.named_modules() if isinstance(model, nn.Module) else ():
+        if isinstance(part, DistributedDataParallel):
+            raise InvalidType(f"{_what('model', name)} is wrapped. {_DISTRIBUTED}")
+    return model
+
+
+def refuse_parts(model: nn.Module) -> None:
+    """Raises if a module in the model, or a buffer, is of a kind that cannot be traced.
+
+    Raises:
+      InvalidType: a module is a script.
+      UnsupportedParameter: a table of embeddings is built with `sparse` or `max_norm`, or a buffer is sparse, nested or without values.
+    """
+    for name, part in model.named_modules():
+        refuse_script(part, _what("model", name))
+        if isinstance(part, nn.Embedding | nn.EmbeddingBag):
+            _refuse_table(name, part)
+    for name, buffer in model.named_buffers():
+        _refuse_buffer(name, buffer)
+
+
+def refuse_script(value: Any, what: str) -> None:
+    """Raises if a module is one that `torch.jit` made.
+
+    Raises:
+      InvalidType: it is. Its weights are out of reach.
+    """
+    if isinstance(value, torch.jit.ScriptModule):
+        raise InvalidType(
+            f"{what} was made by torch.jit.script or torch.jit.trace, and runs on its own weights only; pass the Python module that it was "
+            "made from. Where there is only the file, build the model in Python and call load_state_dict(scripted.state_dict()) on it"
+        )
+
+
+def _refuse_table(name: str, part: nn.Embedding | nn.EmbeddingBag) -> None:
+    if part.sparse:
+        raise UnsupportedParameter(
+            f"module '{name}' was built with sparse=True; sparse gradients cannot be unrolled. Build it with sparse=False"
+        )
+    if part.max_norm is not None:
+        raise UnsupportedParameter(
+            f"module '{name}' was built with max_norm={part.max_norm}, so that each call rewrites rows of its weight outside of the "
+            "optimiser. Build it with max_norm=None, and scale what it returns to that norm"
+        )
+
+
+def _refuse_buffer(name: str, value: Tensor) -> None:
+    if value.is_nested:
+        raise UnsupportedParameter(f"buffer '{name}' is a nested tensor; pad it, with value.to_padded_tensor(0.0), and keep a mask")
+    if value.layout is not torch.strided:
+        raise UnsupportedParameter(
+            f"buffer '{name}' has layout {value.layout}; only dense tensors can be inputs of a program. Call .to_dense()"
+        )
+    if value.is_meta:
+        raise UnsupportedParameter(f"buffer '{name}' is on the meta device, where it has no values; load the model's weights first")
+
+
+def _what(model: str, name: str) -> str:
+    return f"module '{name}'" if name else f"the {model}"
