@@ -10,12 +10,41 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
+from adaptrt.errors import CannotBeSet
+
 Tree = Any
+
+
+class ReadOnly(dict[Any, Any]):
+    """A dict that refuses writes. Copies of it, its pickles, and trees that are rebuilt from its structure are plain dicts."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        del args, kwargs
+        raise CannotBeSet(
+            "the values of an adaptation are read-only; adapted.replace(params={name: value}) returns an adaptation with other values, and "
+            "dict(...) a dict of your own"
+        )
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # pyright: ignore
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        del protocol
+        return dict, (dict(self),)
+
+
+def read_only(tree: Tree) -> Tree:
+    """Returns the tree with `ReadOnly` in the place of each dict."""
+    kind = _kind_of(type(tree))[0]
+    if isinstance(tree, dict):
+        return ReadOnly({key: read_only(value) for key, value in cast("dict[Any, Tree]", tree).items()})
+    if kind == "named":
+        return type(tree)(*map(read_only, tree))
+    return type(tree)(map(read_only, tree)) if type(tree) in (tuple, list) else tree
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -119,7 +148,8 @@ def _flatten_into(tree: Tree, leaves: list[Any]) -> Structure:
         return _LEAF
     if kind == "static":
         return Structure(kind, tree, (type(tree), repr(tree) if isinstance(tree, float) else None))
-    return Structure(kind, type(tree), keys, tuple([_flatten_into(child, leaves) for child in children]))
+    payload: Any = dict if type(tree) is ReadOnly else type(tree)
+    return Structure(kind, payload, keys, tuple([_flatten_into(child, leaves) for child in children]))
 
 
 def leaves(tree: Tree) -> list[Any]:

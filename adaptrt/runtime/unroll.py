@@ -256,7 +256,8 @@ class CompiledUnroll:
             except NonFiniteInput:
                 plan.validation.report("support", batch, plan.probe.bounds)
                 raise
-        return Adapted(self._predictor, State(carry, route.num_tasks), losses, begin.fixed)
+        num_links = 0 if start is None else start.num_links_after(carry)
+        return Adapted(self._predictor, State(carry, route.num_tasks), losses, begin.fixed, num_links)
 
     def _meta_loss(self, support: Any, query: Any, start: Adapted | None, generator: torch.Generator | None, warm: bool) -> Tensor:
         route, begin, batch, asked, inputs = self._router.find(support, (query,), start, warm)

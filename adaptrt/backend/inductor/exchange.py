@@ -10,6 +10,7 @@ from __future__ import annotations
 from adaptrt.backend.engine import RETAINED
 from adaptrt.backend.guards import GUARDS
 from adaptrt.graph.exchange import FX_TRACING, FX_TRACING_OF_OLD, Entry, Target
+from adaptrt.graph.pytrees import PYTREES
 
 _INDUCTOR = "torch._inductor"
 
@@ -141,6 +142,7 @@ TABLE: tuple[Entry, ...] = (
     RECORDED,
     GUARDS,
     RETAINED,
+    PYTREES,
     FX_TRACING,
     FX_TRACING_OF_OLD,
 )
