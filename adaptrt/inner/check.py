@@ -91,6 +91,18 @@ def shared_tensors(model: nn.Module, loss: object, adapted: Collection[str]) -> 
                 )
 
 
+def loss(value: Any) -> None:
+    """Checks that `value` can be a loss.
+
+    Raises:
+      InvalidType: it cannot be called, or is the class of a loss.
+    """
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        raise InvalidType(f"loss must be an instance, got the class {value.__name__}; write loss={value.__name__}()")
+    if value is not None and not callable(value):
+        raise InvalidType(f"loss must be a function, a module or None, got {type(value).__name__}")
+
+
 def positive_int(name: str, value: Any) -> int:
     """Returns `value`, after checking that it is an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -126,9 +138,8 @@ def as_batch(name: str, value: Any, device: torch.device) -> Batch:
     try:
         hash(tree.flatten(batch)[1])
     except TypeError as error:
-        raise InvalidType(
-            f"{name} holds something that is neither a tensor nor hashable ({error}); pass tensors, numbers and strings only"
-        ) from error
+        advice = "pass a tensor in its place, for example torch.from_numpy(...)" if "numpy" in str(error) else "pass tensors, numbers and strings"
+        raise InvalidType(f"{name} holds something that is neither a tensor nor hashable ({error}); {advice}") from error
     if not inputs:
         raise InvalidType(f"{name} inputs must be a tensor, a tuple or a dict with tensors; got {type(batch.inputs).__name__}")
     for kind, values in (("input", inputs), ("target", targets)):

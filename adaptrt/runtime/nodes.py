@@ -176,12 +176,18 @@ def _final(gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> Sequence[Te
     return _Final.apply(len(gradients), *gradients, *inputs) if torch.is_grad_enabled() and gradients else gradients  # type: ignore[return-value]
 
 
+def _saveable(part: Tree) -> tuple[list[Tensor], tree.Structure]:
+    """Returns the tensors of a tree, with copies of those made in inference mode, which autograd does not save; and its structure."""
+    values, structure = tree.flatten(part)
+    return [value.clone() if value.is_inference() else value for value in values], structure
+
+
 class _Adapt(Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *inputs: Tensor) -> tuple[Tensor, ...]:
         carry, losses, ctx.kept = _adapt(call, keep=True)
         ctx.call, ctx.inputs = call._replace(task=None, inputs=()), inputs
-        values, ctx.structure = tree.flatten(call.task)
+        values, ctx.structure = _saveable(call.task)
         # Saved rather than kept: PyTorch then notices if one is changed in place before the way back.
         ctx.save_for_backward(*values)
         outputs = tree.leaves(carry)
@@ -235,7 +241,7 @@ class _Predict(Function):
         result.append(structure)
         floating = tuple(leaf.is_floating_point() for leaf in leaves)
         ctx.plan, ctx.wrt, ctx.inputs = plan, Wrt(flags, floating), inputs
-        values, ctx.structure = tree.flatten(args)
+        values, ctx.structure = _saveable(args)
         ctx.save_for_backward(*values)
         ctx.mark_non_differentiable(*[leaf for leaf, flag in zip(leaves, floating, strict=True) if not flag])
         return tuple(leaves)

@@ -62,7 +62,7 @@ class Planner:
         """
 
         def make() -> SupportPlan:
-            self._require_warm("support", batch, [plan.shapes for plan in self.supports.entries()], warm)
+            self._require_warm("support", batch, [plan.shapes for plan in self.supports.entries()], warm, start.has_tasks)
             arguments = Arguments.of(start.carry, start.fixed, batch, TaskAxis(num_tasks, start.has_tasks), self._settings.per_step)
             return plan_support(self._settings, self._launcher, self._reader.step, arguments)
 
@@ -74,7 +74,7 @@ class Planner:
         """Returns the plan for evaluating data like `batch` after `plan`. Arguments and errors are as for `support`."""
 
         def make() -> QueryPlan:
-            self._require_warm("query", batch, [known.shapes for known in plan.queries.entries()], warm)
+            self._require_warm("query", batch, [known.shapes for known in plan.queries.entries()], warm, start.has_tasks)
             arguments = Arguments.of(start.carry, start.fixed, batch, TaskAxis(num_tasks, start.has_tasks))
             return plan_query(self._settings, self._launcher, plan, arguments)
 
@@ -114,10 +114,12 @@ class Planner:
         sets += [prediction.programs for prediction in self.predictions.entries()]
         return [entry for programs in sets for entry in programs.named()]
 
-    def _require_warm(self, name: str, part: Tree, known: list[tuple[str, ...]], warm: bool) -> None:
+    def _require_warm(self, name: str, part: Tree, known: list[tuple[str, ...]], warm: bool, from_tasks: bool = False) -> None:
         if warm or not self._settings.must_be_warm:
             return
         advice = "Call unroll.warmup() with this shape first, or pad to a shape that was."
+        if from_tasks:
+            advice = "Call unroll.warmup(support, query, start=True) first: with a task axis, calls with start= need programs of their own."
         if not known:
             raise ShapeChanged(f"{name} {tree.describe(part)}: nothing was compiled yet. {advice}")
         for index, (before, now) in enumerate(zip(known[-1], in_words(part), strict=False)):
