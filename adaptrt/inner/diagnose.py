@@ -8,7 +8,7 @@ import os
 import re
 import traceback
 from collections.abc import Callable, Generator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from adaptrt import tree
 from adaptrt.errors import AdaptrtError, DataDependentControlFlow, InvalidArgument, InvalidBatch, NotDifferentiable, NotTraceable
+from adaptrt.inner import check
+from adaptrt.inner.comparisons import Comparisons
 from adaptrt.inner.step import Batch
 
 _LIBRARIES = tuple(os.path.dirname(path) + os.sep for path in (torch.__file__, os.path.dirname(__file__)))
@@ -40,6 +42,8 @@ _READS_VALUE = (
     "aten._unique",
     "aten.repeat_interleave",
 )
+# What operations raise whose operands differ in dtype.
+_DTYPES_DIFFER = ("operands of one dtype", "should be the same", "same dtype", "expected scalar type")
 _NO_DERIVATIVE = re.compile(r"derivative for (?:aten::)?'?(?:aten::)?(\w+)'? is not implemented")
 
 
@@ -53,8 +57,11 @@ def user_line(error: BaseException) -> str:
     return f"{frame.filename}:{frame.lineno}: {code}"
 
 
-def running(name: str, batch: Batch) -> AbstractContextManager[None]:
+@contextmanager
+def running(name: str, batch: Batch) -> Generator[None]:
     """Turns what the model or the loss raises on a batch into an error that names the batch and the line.
+
+    Comparisons of outputs with targets that can only be mistakes (`Comparisons`) are such errors, too.
 
     Raises:
       DataDependentControlFlow: the line reads a tensor's value.
@@ -66,10 +73,20 @@ def running(name: str, batch: Batch) -> AbstractContextManager[None]:
         return InvalidBatch(
             f"the model or the loss cannot be run on the {name} batch: {error}\n"
             f"  inputs: {tree.describe(batch.inputs)}; target: {tree.describe(batch.target)}. "
-            "Check shapes and dtypes against what the model takes."
+            f"Check shapes and dtypes against what the model takes.{_precision_advice(error)}{check.rows_differ(name, batch)}"
         )
 
-    return _tracing("the model", "read the value before the model is called", other)
+    with _tracing("the model", "read the value before the model is called", other), Comparisons(batch.target):
+        yield
+
+
+def _precision_advice(error: str) -> str:
+    if not any(text in error for text in _DTYPES_DIFFER):
+        return ""
+    return (
+        " Convert the data to the dtype of the model's parameters, or the model to that of the data, for example by model.float(); "
+        "dtype=torch.bfloat16 computes in half precision while the parameters stay in float32."
+    )
 
 
 def updating() -> AbstractContextManager[None]:

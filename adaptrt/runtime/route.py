@@ -115,6 +115,10 @@ class Router:
             check.precision({**begin.carry.params, **begin.fixed.params, **begin.fixed.loss_params}, self._settings.dtype)
         plan = self._planner.support(batch, begin, num_tasks, warm)
         query_plan = None if asked is None else self._planner.query(plan, asked, begin, num_tasks, warm)
+        if self._task_axis:
+            check.class_axis("support", batch, plan.probe.bounds, 1 + int(self._settings.per_step))
+            if asked is not None and query_plan is not None:
+                check.class_axis("query", asked, query_plan.probe.bounds, 1)
         problem, inputs = self._problem(plan, begin, batch, asked)
         return Routed(Route(plan, query_plan, problem, num_tasks), begin, batch, asked, inputs)
 
@@ -124,13 +128,11 @@ class Router:
         num_tasks = check.leading_axis("support", batch, 0, None, "tasks") if self._task_axis else None
         if self._settings.per_step:
             check.leading_axis("support", batch, int(self._task_axis), self._settings.k, "inner steps")
-        check.batch_sizes("support", batch, int(self._task_axis) + int(self._settings.per_step))
         return batch, num_tasks
 
     def _query(self, query: Any, num_tasks: int | None) -> Batch:
         """Returns the checked query batch."""
         batch = check.as_batch("query", query, self._settings.device)
-        check.batch_sizes("query", batch, int(self._task_axis))
         if num_tasks is not None:
             check.leading_axis("query", batch, 0, num_tasks, "tasks")
         return batch
