@@ -40,7 +40,10 @@ class Comparisons(TorchFunctionMode):
         name = getattr(func, "__name__", "")
         if name in _LABELLED or name in _LOSSES:
             first, second = (*args, *[kwargs[key] for key in ("input", "target") if key in kwargs])[:2]
-            _refuse_labels(first, second) if name in _LABELLED else _refuse_broadcast(name, first, second)
+            if name in _LABELLED:
+                _refuse_labels(first, second)
+            else:
+                _refuse_broadcast(name, first, second)
         elif (name in _DIFFERENCES or name in _PRODUCTS) and len(args) == 2:
             self._refuse_expansion(name.strip("_"), *args, is_difference=name in _DIFFERENCES)
         result = func(*args, **kwargs)

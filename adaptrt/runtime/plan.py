@@ -18,6 +18,7 @@ from adaptrt.backend.launch import Launcher
 from adaptrt.graph.capture import capture, record_operations
 from adaptrt.graph.cost import num_bytes_to_keep, num_flops, returns_input
 from adaptrt.graph.cut import varying
+from adaptrt.graph.gradient_mode import GradientMode
 from adaptrt.graph.indices import IndexBound
 from adaptrt.graph.ir import Graph
 from adaptrt.graph.noise import Noise
@@ -124,13 +125,14 @@ class PredictionPlan:
 
     Attributes:
       step: whose `predict` is computed.
-      bounds, noise: which inputs are indices, and what random operations draw.
+      bounds, noise, asks_mode: which inputs are indices, what random operations draw, and whether the model asks for the gradient mode.
       validation, programs, calls, shapes: as for `SupportPlan`.
     """
 
     step: Step
     bounds: tuple[IndexBound, ...]
     noise: tuple[Noise, ...]
+    asks_mode: bool
     validation: Validation
     programs: ProgramSet
     calls: Calls
@@ -176,9 +178,11 @@ def plan_support(settings: Settings, launcher: Launcher | None, step_of: Callabl
     )
 
 
-def plan_query(settings: Settings, launcher: Launcher | None, plan: SupportPlan, arguments: Arguments) -> QueryPlan:
-    """Decides how to evaluate query batches of one shape after `plan`. Other arguments as for `plan_support`."""
-    found, _ = probe(plan.step, "query", arguments.carry, arguments.fixed, arguments.data)
+def plan_query(
+    settings: Settings, launcher: Launcher | None, plan: SupportPlan, arguments: Arguments, mode: GradientMode = GradientMode.GRAD
+) -> QueryPlan:
+    """Decides how to evaluate query batches of one shape after `plan`, in one gradient mode. Other arguments as for `plan_support`."""
+    found, _ = probe(dataclasses.replace(plan.step, mode=mode), "query", arguments.carry, arguments.fixed, arguments.data)
     num_tasks = arguments.tasks.num_tasks
     shape = () if num_tasks is None else (num_tasks,)
     with torch.inference_mode(False):
@@ -190,11 +194,11 @@ def plan_query(settings: Settings, launcher: Launcher | None, plan: SupportPlan,
 
 def plan_prediction(settings: Settings, launcher: Launcher | None, step: Step, arguments: Arguments) -> PredictionPlan:
     """Decides how to predict for inputs of one shape. Arguments as for `plan_support`."""
-    noise, bounds = probe_prediction(step, arguments.carry, arguments.fixed, arguments.data)
+    noise, bounds, asks_mode = probe_prediction(step, arguments.carry, arguments.fixed, arguments.data)
     validation = _validation(settings, launcher, sees_all_data=False)
     inputs = arguments._replace(data=Batch(arguments.data, None))
     programs = ProgramSet(settings.backend, settings.modules, _capturing(settings, step, noise, inputs, False))
-    return PredictionPlan(step, bounds, noise, validation, programs, _calls(settings, launcher, programs), arguments.shapes)
+    return PredictionPlan(step, bounds, noise, asks_mode, validation, programs, _calls(settings, launcher, programs), arguments.shapes)
 
 
 def _choose(

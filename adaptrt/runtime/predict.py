@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from adaptrt.errors import NonFiniteInput
+from adaptrt.graph.gradient_mode import GradientMode
 from adaptrt.graph.noise import restored_on_error
 from adaptrt.inner import check
 from adaptrt.inner.reader import Reader
@@ -77,6 +78,8 @@ class ModelPredictor:
         if num_tasks is not None:
             check.leading_axis("input", inputs, 0, num_tasks, "tasks")
         plan = self._planner.prediction(inputs, carry, fixed, num_tasks, warm)
+        if plan.asks_mode and (current := GradientMode.current()) is not GradientMode.GRAD:
+            plan = self._planner.prediction(inputs, carry, fixed, num_tasks, True, current)
         if usual:
             self._recent.keep(kind, mode, leaves, plan)
         return plan
