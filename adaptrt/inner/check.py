@@ -138,7 +138,11 @@ def as_batch(name: str, value: Any, device: torch.device) -> Batch:
     try:
         hash(tree.flatten(batch)[1])
     except TypeError as error:
-        advice = "pass a tensor in its place, for example torch.from_numpy(...)" if "numpy" in str(error) else "pass tensors, numbers and strings"
+        advice = (
+            "pass a tensor in its place, for example torch.from_numpy(...)"
+            if "numpy" in str(error)
+            else "pass tensors, numbers and strings"
+        )
         raise InvalidType(f"{name} holds something that is neither a tensor nor hashable ({error}); {advice}") from error
     if not inputs:
         raise InvalidType(f"{name} inputs must be a tensor, a tuple or a dict with tensors; got {type(batch.inputs).__name__}")

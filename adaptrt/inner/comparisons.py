@@ -86,6 +86,6 @@ def _broadcast(first: Tensor, second: Tensor) -> torch.Size | None:
 
 def _broadcasts(name: str, output: Tensor, target: Tensor, shape: torch.Size) -> str:
     return (
-        f"'{name}' of output {tree.Spec.of(output)} and target {tree.Spec.of(target)} would broadcast them to {list(shape)}; give the target the "
-        "shape of the output, or call expand_as() on it in the loss"
+        f"'{name}' of output {tree.Spec.of(output)} and target {tree.Spec.of(target)} would broadcast them to {list(shape)}; give the "
+        "target the shape of the output, or call expand_as() on it in the loss"
     )

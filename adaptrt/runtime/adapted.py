@@ -36,7 +36,7 @@ LONG_CHAIN = 64
 class Adapted:
     """A model after adaptation: its state, and the means to predict with it. It is immutable.
 
-    A deep copy (`copy.deepcopy`) has the values of the adaptation in memory of its own, without its autograd history, and also copies of the
+    A deep copy (`copy.deepcopy`) has the values of the adaptation in memory of its own, without its autograd history, and copies of the
     parameters that did not adapt. It predicts with the same model code. An adaptation cannot be pickled; `state_dict()` can.
 
     Attributes:
@@ -45,6 +45,8 @@ class Adapted:
       fixed: what the model needs besides its state. Parameters that did not adapt are the model's own.
     """
 
+    _predictor: Predictor
+    _num_links: int
     state: State
     losses: Tensor
     fixed: Fixed
@@ -61,8 +63,8 @@ class Adapted:
     def __setattr__(self, name: str, value: object) -> NoReturn:
         del value
         raise CannotBeSet(
-            f"an Adapted has no attribute '{name}' that can be set; adapted.replace(params=..., buffers=..., opt_state=...) returns one with "
-            "other values"
+            f"an Adapted has no attribute '{name}' that can be set; adapted.replace(params=..., buffers=..., opt_state=...) returns one "
+            "with other values"
         )
 
     __delattr__ = __setattr__  # pyright: ignore
@@ -82,8 +84,8 @@ class Adapted:
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         del protocol
         raise CannotBePickled(
-            "an Adapted belongs to its unroll, whose programs cannot be pickled; save adapted.state_dict(), and adapted.opt_state beside it, or "
-            "send these to another process, and compile an unroll there"
+            "an Adapted belongs to its unroll, whose programs cannot be pickled; save adapted.state_dict(), and adapted.opt_state beside it, "
+            "or send these to another process, and compile an unroll there"
         )
 
     @property
@@ -154,15 +156,15 @@ class Adapted:
         return Adapted(self._predictor, state, self.losses, self.fixed, self._num_links)
 
     def num_links_after(self, carry: Tree) -> int:
-        """Returns how many adaptations' graphs a result with this carry holds that was started from here. Warns once where there are many."""
+        """Returns how many adaptations' graphs a result holds that was started from here and has this carry. Warns once of many."""
         if not any(value.grad_fn is not None for value in tree.leaves(carry)) or not any(
             value.grad_fn is not None for value in tree.leaves(self.state.carry)
         ):
             return 0
         if self._num_links + 1 == LONG_CHAIN:
             warnings.warn(
-                f"{LONG_CHAIN} adaptations follow each other by start=, and each keeps what backward() through all of them needs. If there is "
-                "no such backward(), call detach() on what start= is given, or adapt under torch.inference_mode()",
+                f"{LONG_CHAIN} adaptations follow each other by start=, and each keeps what backward() through all of them needs. If there "
+                "is no such backward(), call detach() on what start= is given, or adapt under torch.inference_mode()",
                 LongChain,
                 stacklevel=4,
             )

@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from adaptrt import tree
 from adaptrt.adjoint.base import Adaptation, Gradients, Query, Task, Wrt
-from adaptrt.backend.engine import graph_is_kept
+from adaptrt.backend.engine import graph_is_kept, refuse_freed
 from adaptrt.errors import NotDifferentiable
 from adaptrt.inner.step import Batch, Carry, Fixed
 from adaptrt.runtime.calls import Validate
@@ -182,11 +182,19 @@ def _saveable(part: Tree) -> tuple[list[Tensor], tree.Structure]:
     return [value.clone() if value.is_inference() else value for value in values], structure
 
 
+def _computed_hyper(call: Call, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Returns the hyperparameters that are differentiated and were computed from something else."""
+    if not any([value.grad_fn is not None for value in inputs]):
+        return []
+    return [value for value in tree.leaves(call.task.fixed.hyper) if value.grad_fn is not None]
+
+
 class _Adapt(Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *inputs: Tensor) -> tuple[Tensor, ...]:
         carry, losses, ctx.kept = _adapt(call, keep=True)
         ctx.call, ctx.inputs = call._replace(task=None, inputs=()), inputs
+        ctx.computed = _computed_hyper(call, inputs)
         values, ctx.structure = _saveable(call.task)
         # Saved rather than kept: PyTorch then notices if one is changed in place before the way back.
         ctx.save_for_backward(*values)
@@ -197,6 +205,8 @@ class _Adapt(Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
+        if ctx.computed:
+            refuse_freed(ctx.computed)
         task = tree.unflatten(ctx.structure, ctx.saved_tensors)
         with torch.no_grad():
             carry = [value for value, flows in zip(cotangents, call.route.problem.carry, strict=False) if flows]
@@ -208,6 +218,7 @@ class _MetaLoss(Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *inputs: Tensor) -> Tensor:
         ctx.inputs = inputs
+        ctx.computed = _computed_hyper(call, inputs)
         whole = call.route.whole
         if whole is not None:
             assert call.query is not None and call.route.query_plan is not None
@@ -224,6 +235,8 @@ class _MetaLoss(Function):
         found = ctx.found
         if found is None:
             raise RuntimeError("backward() was called a second time on a meta-loss; pass retain_graph=True to the first call")
+        if ctx.computed:
+            refuse_freed(ctx.computed)
         if not graph_is_kept():
             ctx.found = None
             if cotangent.device.type == "cpu" and cotangent.item() == 1.0:  # as in loss.backward()

@@ -79,7 +79,9 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> tu
         refuse_state(graph.constants, overwritten)
         # A buffer that is live may make others live, which read it; running statistics stay as they are.
         if live == before:
-            return Probe(tuple(noise), tuple(index_bounds(graph)), tuple(live.values()), graph.signature.outputs[0].spec, bool(asked)), graph
+            return Probe(
+                tuple(noise), tuple(index_bounds(graph)), tuple(live.values()), graph.signature.outputs[0].spec, bool(asked)
+            ), graph
 
 
 def probe_prediction(step: Step, carry: Carry, fixed: Fixed, inputs: Tree) -> tuple[tuple[Noise, ...], tuple[IndexBound, ...], bool]:

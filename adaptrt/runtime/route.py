@@ -10,6 +10,7 @@ from torch import Tensor
 
 from adaptrt import tree
 from adaptrt.adjoint.base import Differentiated, Problem
+from adaptrt.backend.guards import in_forward_mode, refuse_tangents
 from adaptrt.errors import InvalidArgument, InvalidType, OptimizerMismatch
 from adaptrt.graph.gradient_mode import GradientMode
 from adaptrt.inner import check
@@ -92,6 +93,10 @@ class Router:
           support, start, warm: as `CompiledUnroll` takes them.
           query: the query batch, None for a call without.
         """
+        if in_forward_mode():
+            begin = self._reader.read()
+            carry = start.state.carry if isinstance(start, Adapted) else ()
+            refuse_tangents([*begin.carry_leaves, *begin.fixed_leaves, *tree.leaves((support, query, carry))])
         if start is not None or warm or not _is_pair(support) or not (query is None or _is_pair(query[0])):
             return self._find_anew(support, query, start, warm)
         begin = self._reader.read()

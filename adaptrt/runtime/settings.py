@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from adaptrt.adjoint import Adjoint
 from adaptrt import tree
+from adaptrt.adjoint import Adjoint
 from adaptrt.backend import Backend
 from adaptrt.inner.step import LossFunction
 from adaptrt.optim import Optimizer

@@ -13,7 +13,6 @@ from adaptrt.graph.pytrees import register
 from adaptrt.inner.step import LOSS_BUFFER, Carry
 from adaptrt.tree import Tree
 
-
 register(tree.ReadOnly)
 
 

@@ -189,8 +189,8 @@ class CompiledUnroll:
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         del protocol
         raise CannotBePickled(
-            "an unroll holds compiled programs and cannot be pickled; save model.state_dict(), or send it to a process that was started with "
-            "the method 'spawn', and call compile_unroll there"
+            "an unroll holds compiled programs and cannot be pickled; save model.state_dict(), or send it to a process that was started "
+            "with the method 'spawn', and call compile_unroll there"
         )
 
     def __repr__(self) -> str:

@@ -7,8 +7,8 @@ it: fake tensors, dispatch modes and lazily compiled graph modules (`torch._subc
 
 from __future__ import annotations
 
-from adaptrt.backend.engine import RETAINED
-from adaptrt.backend.guards import GUARDS
+from adaptrt.backend.engine import FREED, RETAINED
+from adaptrt.backend.guards import GUARDS, TANGENTS
 from adaptrt.graph.exchange import FX_TRACING, FX_TRACING_OF_OLD, Entry, Target
 from adaptrt.graph.pytrees import PYTREES
 
@@ -142,7 +142,9 @@ TABLE: tuple[Entry, ...] = (
     RECORDED,
     GUARDS,
     RETAINED,
+    FREED,
     PYTREES,
+    TANGENTS,
     FX_TRACING,
     FX_TRACING_OF_OLD,
 )
