@@ -84,8 +84,8 @@ class Adapted:
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         del protocol
         raise CannotBePickled(
-            "an Adapted belongs to its unroll, whose programs cannot be pickled; save adapted.state_dict(), and adapted.opt_state beside it, "
-            "or send these to another process, and compile an unroll there"
+            "an Adapted belongs to its unroll, whose programs cannot be pickled; save or send adapted.state_dict(), and "
+            "adapted.opt_state beside it, and compile an unroll in the other process"
         )
 
     @property
