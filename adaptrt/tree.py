@@ -30,7 +30,12 @@ class ReadOnly(dict[Any, Any]):
             "dict(...) a dict of your own"
         )
 
-    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = update = _refuse  # pyright: ignore
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = _refuse  # pyright: ignore
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing if it would change nothing, as `torch.func.functional_call` asks for after every call; else refuses."""
+        if any(key not in self or self[key] is not value for key, value in dict(*args, **kwargs).items()):
+            self._refuse()
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         del protocol

@@ -13,6 +13,7 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 import adaptrt
 from adaptrt import optim
@@ -77,7 +78,7 @@ def test_read_only_values_work_as_dicts() -> None:
     for copied in (dict(result.params), {**result.params}, result.params | {}, result.params.copy()):
         assert type(copied) is dict and list(copied) == ["weight", "bias"]
     values = result.detach().params
-    for copied in (copy.deepcopy(values), pickle.loads(pickle.dumps(values)), torch.utils._pytree.tree_map(torch.clone, values)):
+    for copied in (copy.deepcopy(values), pickle.loads(pickle.dumps(values)), tree_map(torch.clone, values)):
         assert type(copied) is dict and torch.equal(copied["weight"], values["weight"])
 
 
@@ -86,17 +87,15 @@ WRITES: dict[str, Callable[[Any], Any]] = {
     "its losses": lambda result: setattr(result, "losses", None),
     "an entry": lambda result: result.params.__setitem__("0.weight", None),
     "deletes an entry": lambda result: result.params.__delitem__("0.weight"),
-    "update": lambda result: result.params.update({}),
+    "update": lambda result: result.params.update({"0.weight": None}),
     "in-place union": lambda result: result.params.__ior__({}),
     "a buffer": lambda result: result.buffers.clear(),
-    "the optimiser's state": lambda result: result.opt_state.momentum.pop("0.weight"),
 }
 
 REFUSED: list[Case] = [
     *[
         Case(f"writes {name}", lambda write=write: adapted(lambda unroll, result: write(result)), CannotBeSet, r"adapted\.replace\(params=")
         for name, write in WRITES.items()
-        if name != "the optimiser's state"
     ],
     Case("replace: a wrong shape", lambda: adapted(lambda _, a: a.replace(params={"0.bias": zeros(1)})), InvalidArgument, r"0\.bias"),
     Case("replace: an unknown name", lambda: adapted(lambda _, a: a.replace(params={"nose": zeros(1)})), InvalidArgument, r"nose"),
@@ -130,7 +129,12 @@ REFUSED: list[Case] = [
             ("convolution", nn.Sequential(nn.Conv1d(1, 3, 4), nn.Flatten()), normal(6, 1, 4)),
         )
     ],
-    Case("one task under vmap", lambda: attempt(vmap=True), InvalidBatch, r"support target \(int64\[6\]\) has no axis.*without vmap\(\)"),
+    Case(
+        "one task under vmap",
+        lambda: attempt(nn.Linear(4, 3), optim.sgd(LR), vmap=True),
+        InvalidBatch,
+        r"support target \(int64\[6\]\) has no axis.*without vmap\(\)",
+    ),
     Case(
         "one query under vmap",
         lambda: attempt(
@@ -169,10 +173,12 @@ REFUSED: list[Case] = [
 
 
 def with_tangent(then: Callable[[adaptrt.CompiledUnroll, Tensor, Tensor], Any]) -> Attempt:
+    unroll = adaptrt.compile_unroll(nn.Linear(4, 3), optim.sgd(LR), 1, backend="eager")
+    x, y = data()
+
     def run() -> None:
-        unroll = adaptrt.compile_unroll(nn.Linear(4, 3), optim.sgd(LR), 1, backend="eager")
-        x, y = data()
-        with forward_ad.dual_level():
+        with forward_ad.dual_level(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # PyTorch's own, when it loads its rules for forward mode
             then(unroll, forward_ad.make_dual(x, torch.ones_like(x)), y)
 
     return Attempt(run, ())
@@ -219,7 +225,8 @@ def test_replaced_values_are_used() -> None:
     start = unroll.adapt(batch()).replace(params=other)
     close(start(batch()[0]), F.linear(batch()[0], other["weight"], start.params["bias"]))
     loop, begin = looped(model)
-    wanted = naive.adapt(loop, begin._replace(params={**other, "bias": start.params["bias"]}), batch())
+    begin = begin._replace(params={name: value.detach().requires_grad_() for name, value in start.params.items()})
+    wanted = naive.adapt(loop, begin, batch())
     close(unroll.adapt(batch(), start=start).losses, wanted.losses)
 
 
@@ -227,7 +234,7 @@ def test_replaced_values_are_used() -> None:
 
 
 def test_deep_copy_of_a_result_is_a_snapshot() -> None:
-    model = nn.Sequential(linear(), linear()) if False else linear()
+    model = linear()
     unroll = unrolled(model, params="weight")
     result = unroll.adapt(batch())
     twin, before = copy.deepcopy(result), result(batch()[0]).detach()
@@ -340,7 +347,7 @@ def test_tensors_of_inference_mode(made_there: str, backend: str) -> None:
     loop, start = looped(twin)
     with torch.inference_mode(made_there == "data"):
         x, y = batch()
-        x = x + 0
+        x, y = x + 0, y + 0
     begin: Any = None
     if made_there == "start":
         with torch.inference_mode():
@@ -349,7 +356,7 @@ def test_tensors_of_inference_mode(made_there: str, backend: str) -> None:
         start = start._replace(params={name: value.detach() for name, value in first.params.items()})
         start = start._replace(params={name: value.requires_grad_() for name, value in start.params.items()})
     extra = batch()[0].requires_grad_()
-    wanted = naive.adapt(loop, start, (extra, y))
+    wanted = naive.adapt(loop, start, (extra, batch()[1]))  # as eager code, which would not take the others
     (wanted_grad,) = torch.autograd.grad(wanted.losses.sum(), extra, retain_graph=True)
     found = unroll.adapt((extra, y), start=begin)
     close(found.losses, wanted.losses)

@@ -76,8 +76,14 @@ def running(name: str, batch: Batch) -> Generator[None]:
             f"Check shapes and dtypes against what the model takes.{_precision_advice(error)}{check.rows_differ(name, batch)}"
         )
 
-    with _tracing("the model", "read the value before the model is called", other), Comparisons(batch.target):
-        yield
+    try:
+        with _tracing("the model", "read the value before the model is called", other), Comparisons(batch.target):
+            yield
+    except InvalidBatch as error:
+        note = check.rows_differ(name, batch)
+        if not note or note in str(error):
+            raise
+        raise InvalidBatch(f"{error}{note}") from error
 
 
 def _precision_advice(error: str) -> str:

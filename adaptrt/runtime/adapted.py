@@ -121,7 +121,7 @@ class Adapted:
           InvalidType: some inputs are given by position and others by keyword.
         """
         if not args and not kwargs:
-            raise InvalidType("an adapted model was called without inputs; pass what the model takes, such as adapted(x)")
+            raise InvalidType("an adapted model was called without inputs; there must be a tensor among them, as in adapted(x)")
         if args and kwargs:
             raise InvalidType("pass the model's inputs all by position or all by keyword")
         positional, named = ((), kwargs) if kwargs else as_call(args[0] if len(args) == 1 else args)
