@@ -178,7 +178,7 @@ def with_tangent(then: Callable[[adaptrt.CompiledUnroll, Tensor, Tensor], Any]) 
 
     def run() -> None:
         with forward_ad.dual_level(), warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # PyTorch's own, when it loads its rules for forward mode
+            warnings.simplefilter("ignore")  # PyTorch's own, when it loads its rules for forward mode
             then(unroll, forward_ad.make_dual(x, torch.ones_like(x)), y)
 
     return Attempt(run, ())
