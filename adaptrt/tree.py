@@ -6,9 +6,11 @@ static, which means that it is part of the structure and not a leaf. A `Structur
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
@@ -21,7 +23,7 @@ Tree = Any
 
 
 class ReadOnly(dict[Any, Any]):
-    """A dict that refuses writes. Copies of it, its pickles, and trees that are rebuilt from its structure are plain dicts."""
+    """A dict that refuses writes. Copies of it, and trees that are rebuilt from its structure, are plain dicts; pickles ordered ones."""
 
     def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
         del args, kwargs
@@ -37,9 +39,15 @@ class ReadOnly(dict[Any, Any]):
         if any(key not in self or self[key] is not value for key, value in dict(*args, **kwargs).items()):
             self._refuse()
 
+    def __copy__(self) -> dict[Any, Any]:
+        return dict(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[Any, Any]:
+        return copy.deepcopy(dict(self), memo)
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         del protocol
-        return dict, (dict(self),)
+        return OrderedDict, (), None, None, iter(self.items())  # `torch.load` makes those, and no plain dicts, of weights only
 
 
 def read_only(tree: Tree) -> Tree:

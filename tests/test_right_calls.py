@@ -6,6 +6,7 @@ import copy
 import pickle
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,7 +65,7 @@ def close(found: Any, wanted: Any) -> None:
 # --- results are values
 
 
-def test_read_only_values_work_as_dicts() -> None:
+def test_read_only_values_work_as_dicts(tmp_path: Path) -> None:
     model = linear()
     result = unrolled(model).adapt(batch())
     x = batch()[0]
@@ -78,8 +79,12 @@ def test_read_only_values_work_as_dicts() -> None:
     for copied in (dict(result.params), {**result.params}, result.params | {}, result.params.copy()):
         assert type(copied) is dict and list(copied) == ["weight", "bias"]
     values = result.detach().params
-    for copied in (copy.deepcopy(values), pickle.loads(pickle.dumps(values)), tree_map(torch.clone, values)):
+    for copied in (copy.copy(values), copy.deepcopy(values), tree_map(torch.clone, values)):
         assert type(copied) is dict and torch.equal(copied["weight"], values["weight"])
+    torch.save(values, tmp_path / "values.pt")
+    for kept in (pickle.loads(pickle.dumps(values)), torch.load(tmp_path / "values.pt")):
+        assert isinstance(kept, dict) and torch.equal(kept["weight"], values["weight"])
+        kept["weight"] = None
 
 
 WRITES: dict[str, Callable[[Any], Any]] = {

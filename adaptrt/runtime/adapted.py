@@ -60,7 +60,7 @@ class Adapted:
         held["fixed"] = fixed
         held["_num_links"] = num_links
 
-    def __setattr__(self, name: str, value: object) -> NoReturn:
+    def __setattr__(self, name: str, value: object = None) -> NoReturn:
         del value
         raise CannotBeSet(
             f"an Adapted has no attribute '{name}' that can be set; adapted.replace(params=..., buffers=..., opt_state=...) returns one "

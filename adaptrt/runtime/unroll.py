@@ -171,7 +171,7 @@ class CompiledUnroll:
         held["_router"] = Router(settings, task_axis, reader, planner)
         held["_predictor"] = ModelPredictor(settings, reader, planner)
 
-    def __setattr__(self, name: str, value: object) -> NoReturn:
+    def __setattr__(self, name: str, value: object = None) -> NoReturn:
         del value
         raise CannotBeSet(
             f"an unroll has no attribute '{name}' that can be set; call compile_unroll for other settings. Weights, buffers, modes and "
