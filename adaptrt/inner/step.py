@@ -215,7 +215,8 @@ def default_loss(output: Any, target: Tensor | None = None) -> Tensor:
     if target.is_floating_point():
         if target.shape != output.shape:
             raise InvalidBatch(
-                f"mean squared error of output {tree.describe(output)} against target {tree.describe(target)}: the shapes must be equal"
+                f"mean squared error of output {tree.describe(output)} against target {tree.describe(target)}: the shapes must be equal. "
+                "For cross-entropy pass class labels as integers, by .long()"
             )
         return F.mse_loss(output, target)
     if target.dtype is torch.bool or target.is_complex():
