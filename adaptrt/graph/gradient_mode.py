@@ -4,7 +4,7 @@ Programs are traced with gradients enabled. A forward pass may ask `torch.is_gra
 needs another program for each mode. Most never ask, and one program serves all modes.
 
 Known limits: questions by PyTorch's own modules do not count, since these choose kernels by it and compute the same. A function that user's
-code has imported by name (`from torch import is_grad_enabled`) gives the right answer and is not noticed. While a model is probed, the attributes
+code has imported by name (`from torch import is_grad_enabled`) gives the right answer and is not noticed. While a model is probed,
 `torch.is_grad_enabled` and `torch.is_inference_mode_enabled` are other objects, in all threads; in other threads they do the same.
 """
 

@@ -182,10 +182,10 @@ def _saveable(part: Tree) -> tuple[list[Tensor], tree.Structure]:
     return [value.clone() if value.is_inference() else value for value in values], structure
 
 
-def _computed_hyper(call: Call, inputs: Sequence[Tensor]) -> list[Tensor]:
+def _computed_hyper(call: Call) -> Sequence[Tensor]:
     """Returns the hyperparameters that are differentiated and were computed from something else."""
-    if not any([value.grad_fn is not None for value in inputs]):
-        return []
+    if True not in call.route.problem.differentiated.fixed:
+        return ()
     return [value for value in tree.leaves(call.task.fixed.hyper) if value.grad_fn is not None]
 
 
@@ -194,7 +194,7 @@ class _Adapt(Function):
     def forward(ctx: Any, call: Call, *inputs: Tensor) -> tuple[Tensor, ...]:
         carry, losses, ctx.kept = _adapt(call, keep=True)
         ctx.call, ctx.inputs = call._replace(task=None, inputs=()), inputs
-        ctx.computed = _computed_hyper(call, inputs)
+        ctx.computed = _computed_hyper(call)
         values, ctx.structure = _saveable(call.task)
         # Saved rather than kept: PyTorch then notices if one is changed in place before the way back.
         ctx.save_for_backward(*values)
@@ -218,7 +218,7 @@ class _MetaLoss(Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *inputs: Tensor) -> Tensor:
         ctx.inputs = inputs
-        ctx.computed = _computed_hyper(call, inputs)
+        ctx.computed = _computed_hyper(call)
         whole = call.route.whole
         if whole is not None:
             assert call.query is not None and call.route.query_plan is not None
