@@ -43,6 +43,14 @@ class ModelChanged(InvalidArgument):
     """Layers, parameters or what adapts are not what they were when `compile_unroll` was called."""
 
 
+class CannotBeSet(AdaptrtError, AttributeError, TypeError):
+    """Something that is read-only was assigned to: an attribute of an unroll or of a result, or an entry of its parameters."""
+
+
+class CannotBePickled(InvalidType):
+    """A compiled unroll, or a result that belongs to one, was to be pickled. The message says what can be saved or sent instead."""
+
+
 class UnsupportedParameter(InvalidType):
     """A parameter is complex, of integer type, sparse or uninitialised."""
 
@@ -97,6 +105,10 @@ class CompilerUnavailable(UserWarning):
 
 class RecordingFailed(UserWarning):
     """A call cannot be recorded as one launch: its programs are launched one by one."""
+
+
+class LongChain(UserWarning):
+    """Many adaptations were chained with `start=`, and each keeps what `backward()` through all of them would need."""
 
 
 class UnknownPyTorch(UserWarning):

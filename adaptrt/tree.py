@@ -6,16 +6,58 @@ static, which means that it is part of the structure and not a leaf. A `Structur
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import itertools
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, cast
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
 
+from adaptrt.errors import CannotBeSet
+
 Tree = Any
+
+
+class ReadOnly(dict[Any, Any]):
+    """A dict that refuses writes. Copies of it, and trees that are rebuilt from its structure, are plain dicts; pickles ordered ones."""
+
+    def _refuse(self, *args: Any, **kwargs: Any) -> NoReturn:
+        del args, kwargs
+        raise CannotBeSet(
+            "the values of an adaptation are read-only; adapted.replace(params={name: value}) returns an adaptation with other values, and "
+            "dict(...) a dict of your own"
+        )
+
+    __setitem__ = __delitem__ = __ior__ = clear = pop = popitem = setdefault = _refuse  # pyright: ignore
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        """Does nothing if it would change nothing, as `torch.func.functional_call` asks for after every call; else refuses."""
+        if any(key not in self or self[key] is not value for key, value in dict(*args, **kwargs).items()):
+            self._refuse()
+
+    def __copy__(self) -> dict[Any, Any]:
+        return dict(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> dict[Any, Any]:
+        return copy.deepcopy(dict(self), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+        del protocol
+        return OrderedDict, (), None, None, iter(self.items())  # `torch.load` makes those, and no plain dicts, of weights only
+
+
+def read_only(tree: Tree) -> Tree:
+    """Returns the tree with `ReadOnly` in the place of each dict."""
+    kind = _kind_of(type(tree))[0]
+    if isinstance(tree, dict):
+        return ReadOnly({key: read_only(value) for key, value in cast("dict[Any, Tree]", tree).items()})
+    if kind == "named":
+        return type(tree)(*map(read_only, tree))
+    return type(tree)(map(read_only, tree)) if type(tree) in (tuple, list) else tree
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -119,7 +161,8 @@ def _flatten_into(tree: Tree, leaves: list[Any]) -> Structure:
         return _LEAF
     if kind == "static":
         return Structure(kind, tree, (type(tree), repr(tree) if isinstance(tree, float) else None))
-    return Structure(kind, type(tree), keys, tuple([_flatten_into(child, leaves) for child in children]))
+    payload: Any = dict if type(tree) is ReadOnly else type(tree)
+    return Structure(kind, payload, keys, tuple([_flatten_into(child, leaves) for child in children]))
 
 
 def leaves(tree: Tree) -> list[Any]:

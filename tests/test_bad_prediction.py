@@ -79,7 +79,7 @@ CASES: list[Case] = [
         "start: wrong kind",
         lambda: adapted(lambda unroll, result: unroll.adapt(data(), start=anything(result.params))),
         InvalidType,
-        r"start must be what adapt\(\) returned, got dict",
+        r"start must be what adapt\(\) returned, got ReadOnly",
     ),
     Case(
         "start: of another optimiser",

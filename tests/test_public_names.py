@@ -16,9 +16,10 @@ NAMES = {
     "optim trace",
     "adaptrt.optim": f"{_OPTIMISERS} Optimizer Schedule Transform chain clip_by_global_norm learned partition per_step scale_by_schedule "
     "schedule scheduled",
-    "adaptrt.errors": "AdaptrtError CannotRecord CompilerUnavailable DataDependentControlFlow DeviceMismatch InvalidArgument InvalidBatch "
-    "InvalidGraph InvalidLoss InvalidType LabelOutOfRange ModelChanged NonFiniteInput NotDifferentiable NotTraceable NothingToAdapt "
-    "OptimizerMismatch OutOfDeviceMemory RecordingFailed ShapeChanged UnsupportedOptimizer UnsupportedParameter UnsupportedRandomness",
+    "adaptrt.errors": "AdaptrtError CannotBePickled CannotBeSet CannotRecord CompilerUnavailable DataDependentControlFlow DeviceMismatch "
+    "InvalidArgument InvalidBatch InvalidGraph InvalidLoss InvalidType LabelOutOfRange LongChain ModelChanged NonFiniteInput "
+    "NotDifferentiable NotTraceable NothingToAdapt OptimizerMismatch OutOfDeviceMemory RecordingFailed ShapeChanged UnknownPyTorch "
+    "UnsupportedOptimizer UnsupportedParameter UnsupportedRandomness",
     "adaptrt.adjoint": "Adjoint FirstOrder Replay Stash Unrolled",
     "adaptrt.backend": "Backend CudaGraph Eager Inductor Tiered",
     "adaptrt.higher": "create_diff_optim get_diff_optim innerloop_ctx monkeypatch optim patch register_optim utils",
@@ -43,8 +44,8 @@ def test_all_lists_every_public_name() -> None:
 @pytest.mark.parametrize(
     ("owner", "names"),
     [
-        (adaptrt.CompiledUnroll, "adapt device explain graphs vmap warmup __call__"),
-        (adaptrt.Adapted, "params buffers opt_state num_tasks detach state_dict __call__"),
+        (adaptrt.CompiledUnroll, "adapt device explain graphs k vmap warmup __call__"),
+        (adaptrt.Adapted, "params buffers opt_state num_tasks detach replace state_dict __call__"),
     ],
 )
 def test_classes_keep_their_attributes(owner: type, names: str) -> None:

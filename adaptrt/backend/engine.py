@@ -4,10 +4,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from adaptrt.errors import NotDifferentiable
 from adaptrt.graph.exchange import Entry, Target
 
 RETAINED = Entry(
@@ -28,3 +31,52 @@ _keep_graph: Any = getattr(getattr(torch._C, "_autograd", None), "_get_current_g
 def graph_is_kept() -> bool:
     """Within a node's `backward`: whether the caller asked to run it again later (`retain_graph=True`)."""
     return _keep_graph()
+
+
+FREED = Entry(
+    "graphs that were freed",
+    "A `backward` that needs the graph of a hyperparameter, which an earlier one has freed, names schedules.",
+    "PyTorch's own message says only that the graph was freed",
+    needed=(Target("torch._C", "_will_engine_execute_node"),),
+)
+
+_MAX_NODES = 64
+
+_will_run: Any = getattr(torch._C, "_will_engine_execute_node", None)
+
+
+def refuse_freed(inputs: Sequence[Tensor]) -> None:
+    """Within a node's `backward`: raises if it needs the graph behind one of its inputs, and an earlier one has freed that.
+
+    Raises:
+      NotDifferentiable: the error would be PyTorch's otherwise, and would not say what to do.
+    """
+    if _will_run is None:
+        return
+    pending = [value.grad_fn for value in inputs if value.grad_fn is not None]
+    seen: set[Any] = set()
+    while pending and len(seen) < _MAX_NODES:
+        node = pending.pop()
+        if node in seen or not _will_run(node):
+            continue
+        seen.add(node)
+        if _is_freed(node):
+            raise NotDifferentiable(
+                f"backward() needs the graph of a tensor that was computed outside the unroll ({node.name()}), and an earlier backward() "
+                "has freed it. A hyperparameter that is computed from a learned tensor, such as lr=log_lr.exp(), belongs into a schedule: "
+                "adaptrt.optim.schedule(lambda step, log_lr: log_lr.exp(), log_lr=log_lr). Compute anything else anew for each call, or "
+                "pass retain_graph=True to the earlier backward()"
+            )
+        pending += [following for following, _ in node.next_functions if following is not None]
+
+
+def _is_freed(node: Any) -> bool:
+    """Whether what a node has saved is gone: reading it then raises an error that tells so."""
+    for name in dir(node):
+        if name.startswith("_saved_"):
+            try:
+                getattr(node, name)
+            except RuntimeError as error:
+                if "a second time" in str(error):
+                    return True
+    return False

@@ -5,10 +5,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from adaptrt.errors import NotDifferentiable
 from adaptrt.graph.exchange import Entry, Target
 
 MAX_KNOWN = 4
@@ -19,6 +21,34 @@ GUARDS = Entry(
     "every call is checked in full, and takes longer",
     needed=(Target("torch._C._dynamo.guards", "TensorGuards"),),
 )
+
+
+TANGENTS = Entry(
+    "forward mode",
+    "A call skips looking for tangents, which it refuses, while no forward-mode differentiation is on.",
+    "every tensor is looked at in every call, which takes longer",
+    needed=(Target("torch.autograd.forward_ad", "_current_level"),),
+)
+
+_forward_mode: Any = torch.autograd.forward_ad
+
+
+def in_forward_mode() -> bool:
+    """Whether tensors may have tangents (`torch.autograd.forward_ad`)."""
+    return getattr(_forward_mode, "_current_level", 0) >= 0
+
+
+def refuse_tangents(tensors: Sequence[Tensor]) -> None:
+    """Raises if one of the tensors has a tangent, because programs would lose it.
+
+    Raises:
+      NotDifferentiable: one has.
+    """
+    if any(_forward_mode.unpack_dual(tensor).tangent is not None for tensor in tensors):
+        raise NotDifferentiable(
+            "an unroll was given a tensor with a tangent (forward-mode differentiation), which its programs would lose; compute gradients "
+            "by backward() or torch.autograd.grad"
+        )
 
 
 def alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:

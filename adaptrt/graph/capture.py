@@ -162,6 +162,7 @@ def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[_Function
         # Otherwise autograd traces the gradients of CUDA tensors in a thread of its own, which may itself wait for this capture to end.
         stack.enter_context(torch.autograd.set_multithreading_enabled(False))
         stack.enter_context(autocast_off())
+        stack.enter_context(torch.autograd.set_detect_anomaly(False))  # it would look at the values of gradients
         stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
         torch.set_autocast_cache_enabled(False)  # a cast that one function made is none of another's
         stack.enter_context(TRACEABLE)

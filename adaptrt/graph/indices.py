@@ -46,6 +46,9 @@ _AS_RESHAPE = {aten.view.default, aten._unsafe_view.default}
 """Those that may not be called on tensors of another memory layout."""
 
 
+CLASSES = "the model's class labels"
+
+
 class IndexBound(NamedTuple):
     """States that the input `name` holds integers in [0, size), or `ignore_index` if that is not None.
 
@@ -59,6 +62,11 @@ class IndexBound(NamedTuple):
     ignore_index: int | None
     of: str
     part: Tensor | None = None
+
+    @property
+    def is_class(self) -> bool:
+        """Whether they are class labels."""
+        return self.of == CLASSES
 
 
 def index_bounds(graph: Graph) -> list[IndexBound]:
@@ -130,7 +138,7 @@ def _uses(node: fx.Node) -> list[tuple[object, int, int | None, str]]:
     args = node.args
     if node.target in _CLASS_AXIS:
         scores, target, _, _, ignore_index = args
-        return [(target, _shape(scores)[_CLASS_AXIS[node.target]], ignore_index, "the model's class labels")]  # type: ignore[list-item]
+        return [(target, _shape(scores)[_CLASS_AXIS[node.target]], ignore_index, CLASSES)]  # type: ignore[list-item]
     if node.target is aten.embedding.default:
         return [(args[1], _shape(args[0])[0], None, "rows of the embedding")]
     if node.target in (aten.gather.default, aten.index_select.default):

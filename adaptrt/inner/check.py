@@ -91,6 +91,18 @@ def shared_tensors(model: nn.Module, loss: object, adapted: Collection[str]) -> 
                 )
 
 
+def loss(value: Any) -> None:
+    """Checks that `value` can be a loss.
+
+    Raises:
+      InvalidType: it cannot be called, or is the class of a loss.
+    """
+    if isinstance(value, type) and issubclass(value, nn.Module):
+        raise InvalidType(f"loss must be an instance, got the class {value.__name__}; write loss={value.__name__}()")
+    if value is not None and not callable(value):
+        raise InvalidType(f"loss must be a function, a module or None, got {type(value).__name__}")
+
+
 def positive_int(name: str, value: Any) -> int:
     """Returns `value`, after checking that it is an int of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int):
@@ -126,9 +138,12 @@ def as_batch(name: str, value: Any, device: torch.device) -> Batch:
     try:
         hash(tree.flatten(batch)[1])
     except TypeError as error:
-        raise InvalidType(
-            f"{name} holds something that is neither a tensor nor hashable ({error}); pass tensors, numbers and strings only"
-        ) from error
+        advice = (
+            "pass a tensor in its place, for example torch.from_numpy(...)"
+            if "numpy" in str(error)
+            else "pass tensors, numbers and strings"
+        )
+        raise InvalidType(f"{name} holds something that is neither a tensor nor hashable ({error}); {advice}") from error
     if not inputs:
         raise InvalidType(f"{name} inputs must be a tensor, a tuple or a dict with tensors; got {type(batch.inputs).__name__}")
     for kind, values in (("input", inputs), ("target", targets)):
@@ -150,27 +165,42 @@ def as_batch(name: str, value: Any, device: torch.device) -> Batch:
     return batch
 
 
-def batch_sizes(name: str, batch: Batch, leading: int) -> None:
-    """Checks that the target has as many rows as the inputs.
+def rows_differ(name: str, batch: Batch) -> str:
+    """Returns a sentence if a target has another number of rows than the inputs, else an empty text.
 
-    Some models take the batch as the second axis of sequences: of tokens [S, N], or of vectors [S, N, F].
+    That alone is no mistake: a target may belong to a whole graph or sequence. It is a likely reason if the loss cannot be computed. Some
+    models take the batch as the second axis of sequences: of tokens [S, N], or of vectors [S, N, F].
 
     Args:
       name: "support" or "query".
-      batch: to check.
-      leading: how many axes (tasks, steps) stand before those of one batch.
-    Raises:
-      InvalidBatch: it has not. A loss might broadcast the two silently.
+      batch: of one task and step.
     """
     sizes: set[int] = set()
     for leaf in tree.leaves(batch.inputs):
-        is_sequence = leaf.dim() - leading >= (3 if leaf.is_floating_point() else 2)
-        sizes |= set(leaf.shape[leading : leading + (2 if is_sequence else 1)])
+        is_sequence = leaf.dim() >= (3 if leaf.is_floating_point() else 2)
+        sizes |= set(leaf.shape[: 2 if is_sequence else 1])
     for index, target in enumerate(tree.leaves(batch.target)):
-        if target.dim() > leading and sizes and target.shape[leading] not in sizes:
+        if target.dim() and sizes and target.shape[0] not in sizes:
+            return (
+                f"\n  {name} target {index} has {target.shape[0]} rows ({tree.Spec.of(target)}), the inputs are "
+                f"{tree.describe(batch.inputs)}; most losses need one target for each example."
+            )
+    return ""
+
+
+def class_axis(name: str, batch: Batch, bounds: Sequence[IndexBound], leading: int) -> None:
+    """Checks that class labels have an axis of examples behind that of tasks.
+
+    Raises:
+      InvalidBatch: they have not. Most likely the examples of one task were given as many tasks.
+    """
+    leaves = tree.leaves(batch)
+    for bound in bounds:
+        value = leaves[bound.position]
+        if bound.is_class and value.dim() == leading:
             raise InvalidBatch(
-                f"{name} target {index} has {target.shape[leading]} rows ({tree.Spec.of(target)}), the inputs are "
-                f"{tree.describe(batch.inputs)}; give one target for each example"
+                f"{name} {bound.name.removeprefix('batch.')} ({tree.Spec.of(value)}) has no axis of examples behind that of tasks. For one "
+                "task, call the unroll without vmap(); for several, stack them: inputs [T, S, ...] and targets [T, S]"
             )
 
 

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 from adaptrt import tree
 from adaptrt.errors import AdaptrtError, DataDependentControlFlow, InvalidArgument, InvalidBatch, NotDifferentiable, NotTraceable
+from adaptrt.inner import check
+from adaptrt.inner.comparisons import Comparisons
 from adaptrt.inner.step import Batch
 
 _LIBRARIES = tuple(os.path.dirname(path) + os.sep for path in (torch.__file__, os.path.dirname(__file__)))
@@ -46,6 +48,8 @@ _NO_DERIVATIVE = re.compile(
 )
 _NO_FAKE = ("fake impl", "fake/meta kernel", "fake implementation", "FakeTensor support")
 _SELECTS = ("aten.nonzero", "aten.masked_select", "aten.index.Tensor")
+# What operations raise whose operands differ in dtype.
+_DTYPES_DIFFER = ("operands of one dtype", "should be the same", "same dtype", "expected scalar type")
 
 
 def user_line(error: BaseException) -> str:
@@ -58,8 +62,11 @@ def user_line(error: BaseException) -> str:
     return f"{frame.filename}:{frame.lineno}: {code}"
 
 
-def running(name: str, batch: Batch) -> AbstractContextManager[None]:
+@contextmanager
+def running(name: str, batch: Batch) -> Generator[None]:
     """Turns what the model or the loss raises on a batch into an error that names the batch and the line.
+
+    Comparisons of outputs with targets that can only be mistakes (`Comparisons`) are such errors, too.
 
     Raises:
       DataDependentControlFlow: the line reads a tensor's value.
@@ -71,10 +78,26 @@ def running(name: str, batch: Batch) -> AbstractContextManager[None]:
         return InvalidBatch(
             f"the model or the loss cannot be run on the {name} batch: {error}\n"
             f"  inputs: {tree.describe(batch.inputs)}; target: {tree.describe(batch.target)}. "
-            "Check shapes and dtypes against what the model takes."
+            f"Check shapes and dtypes against what the model takes.{_precision_advice(error)}{check.rows_differ(name, batch)}"
         )
 
-    return _tracing("the model", "read the value before the model is called", other)
+    try:
+        with _tracing("the model", "read the value before the model is called", other), Comparisons(batch.target):
+            yield
+    except InvalidBatch as error:
+        note = check.rows_differ(name, batch)
+        if not note or note in str(error):
+            raise
+        raise InvalidBatch(f"{error}{note}") from error
+
+
+def _precision_advice(error: str) -> str:
+    if not any(text in error for text in _DTYPES_DIFFER):
+        return ""
+    return (
+        " Convert the data to the dtype of the model's parameters, or the model to that of the data, for example by model.float(); "
+        "dtype=torch.bfloat16 computes in half precision while the parameters stay in float32."
+    )
 
 
 def updating() -> AbstractContextManager[None]:

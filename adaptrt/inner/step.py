@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from adaptrt import tree
 from adaptrt.errors import InvalidArgument, InvalidBatch, InvalidLoss, NothingToAdapt, UnsupportedParameter
 from adaptrt.functional import call_module
+from adaptrt.graph.gradient_mode import GradientMode
 from adaptrt.graph.passes.lift_noise import lift_noise
 from adaptrt.optim import Optimizer
 from adaptrt.tree import Tree
@@ -65,6 +66,7 @@ class Step:
       detach_gradient: treat the gradient as a constant, as first-order MAML does.
       dtype: model and loss run under autocast to it, whatever the caller's autocast is. Parameters, their gradients, the optimiser's state
         and the loss keep their dtypes. None: without autocast.
+      mode: the gradient mode in which `query` and `predict` run. The inner steps always have gradients.
     """
 
     model: nn.Module
@@ -72,6 +74,7 @@ class Step:
     optimizer: Optimizer
     detach_gradient: bool = False
     dtype: torch.dtype | None = None
+    mode: GradientMode = GradientMode.GRAD
 
     def __call__(self, carry: Carry, fixed: Fixed, batch: Batch, noise: Sequence[Tensor]) -> tuple[Carry, Tensor]:
         """Returns the carry after the step, and the loss before it (0-dim)."""
@@ -96,12 +99,12 @@ class Step:
 
     def query(self, carry: Carry, fixed: Fixed, batch: Batch, noise: Sequence[Tensor]) -> Tensor:
         """Returns the loss of the adapted model on another batch (0-dim)."""
-        with lift_noise(noise):
+        with lift_noise(noise), self.mode.within():
             return self.evaluate(carry.params, carry.buffers, fixed, batch)[0]
 
     def predict(self, carry: Carry, fixed: Fixed, inputs: Tree, noise: Sequence[Tensor]) -> Tree:
         """Returns the adapted model's output for `inputs`."""
-        with lift_noise(noise):
+        with lift_noise(noise), self.mode.within():
             return self.apply(carry.params, carry.buffers, fixed, inputs)[0]
 
     def gradient(self, loss: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -212,7 +215,8 @@ def default_loss(output: Any, target: Tensor | None = None) -> Tensor:
     if target.is_floating_point():
         if target.shape != output.shape:
             raise InvalidBatch(
-                f"mean squared error of output {tree.describe(output)} against target {tree.describe(target)}: the shapes must be equal"
+                f"mean squared error of output {tree.describe(output)} against target {tree.describe(target)}: the shapes must be equal. "
+                "For cross-entropy pass class labels as integers, by .long()"
             )
         return F.mse_loss(output, target)
     if target.dtype is torch.bool or target.is_complex():

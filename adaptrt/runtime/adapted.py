@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+import copy
+import warnings
+from collections.abc import Mapping
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
-from adaptrt.errors import InvalidType
+from adaptrt import tree
+from adaptrt.errors import CannotBePickled, CannotBeSet, InvalidType, LongChain
 from adaptrt.inner.step import Fixed, as_call
 from adaptrt.runtime.state import State
 from adaptrt.tree import Tree
@@ -25,34 +29,78 @@ class Predictor(Protocol):
         ...
 
 
+LONG_CHAIN = 64
+"""How many adaptations may follow each other before a warning says that their graphs are kept."""
+
+
 class Adapted:
-    """A model after adaptation: its state, and the means to predict with it.
+    """A model after adaptation: its state, and the means to predict with it. It is immutable.
+
+    A deep copy (`copy.deepcopy`) has the values of the adaptation in memory of its own, without its autograd history, and copies of the
+    parameters that did not adapt. It predicts with the same model code. An adaptation cannot be pickled; `state_dict()` can.
 
     Attributes:
       state: what the steps changed, as a value.
-      losses: support loss before each step, (k,) or [T, k].
+      losses: support loss before each step, (k,) or [T, k]. They are NaN or infinite where the numbers went wrong.
       fixed: what the model needs besides its state. Parameters that did not adapt are the model's own.
     """
 
-    def __init__(self, predictor: Predictor, state: State, losses: Tensor, fixed: Fixed) -> None:
-        self._predictor = predictor
-        self.state = state
-        self.losses = losses
-        self.fixed = fixed
+    _predictor: Predictor
+    _num_links: int
+    state: State
+    losses: Tensor
+    fixed: Fixed
+
+    def __init__(self, predictor: Predictor, state: State, losses: Tensor, fixed: Fixed, num_links: int = 0) -> None:
+        # `num_links` counts the adaptations before this one whose graphs it holds.
+        held = self.__dict__  # attributes cannot be set
+        held["_predictor"] = predictor
+        held["state"] = state
+        held["losses"] = losses
+        held["fixed"] = fixed
+        held["_num_links"] = num_links
+
+    def __setattr__(self, name: str, value: object = None) -> NoReturn:
+        del value
+        raise CannotBeSet(
+            f"an Adapted has no attribute '{name}' that can be set; adapted.replace(params=..., buffers=..., opt_state=...) returns one "
+            "with other values"
+        )
+
+    __delattr__ = __setattr__  # pyright: ignore
+
+    def __copy__(self) -> Adapted:
+        return Adapted(self._predictor, self.state, self.losses, self.fixed, self._num_links)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Adapted:
+        def copied(value: Tensor) -> Tensor:
+            if value.is_leaf:
+                return copy.deepcopy(value, memo)
+            return memo.setdefault(id(value), value.detach().clone())
+
+        state = self.state._replace(carry=tree.map_leaves(copied, self.state.carry))
+        return Adapted(self._predictor, state, copied(self.losses), tree.map_leaves(copied, self.fixed))
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        del protocol
+        raise CannotBePickled(
+            "an Adapted belongs to its unroll, whose programs cannot be pickled; save or send adapted.state_dict(), and "
+            "adapted.opt_state beside it, and compile an unroll in the other process"
+        )
 
     @property
     def params(self) -> dict[str, Tensor]:
-        """Adapted parameters by name; with a task axis [T, ...] if made by `vmap()`."""
+        """Adapted parameters by name, read-only; with a task axis [T, ...] if made by `vmap()`."""
         return self.state.params
 
     @property
     def buffers(self) -> dict[str, Tensor]:
-        """Buffers by name, as the support batches left them."""
+        """Buffers by name, as the support batches left them, read-only."""
         return self.state.buffers
 
     @property
     def opt_state(self) -> Tree:
-        """The optimiser's state."""
+        """The optimiser's state, with dicts that are read-only."""
         return self.state.opt_state
 
     @property
@@ -72,6 +120,8 @@ class Adapted:
         Raises:
           InvalidType: some inputs are given by position and others by keyword.
         """
+        if not args and not kwargs:
+            raise InvalidType("an adapted model was called without inputs; there must be a tensor among them, as in adapted(x)")
         if args and kwargs:
             raise InvalidType("pass the model's inputs all by position or all by keyword")
         positional, named = ((), kwargs) if kwargs else as_call(args[0] if len(args) == 1 else args)
@@ -83,6 +133,42 @@ class Adapted:
         Parameters that did not adapt remain the model's own, and still get gradients from predictions.
         """
         return Adapted(self._predictor, self.state.detach(), self.losses.detach(), self.fixed)
+
+    def replace(
+        self, *, params: Mapping[str, Tensor] | None = None, buffers: Mapping[str, Tensor] | None = None, opt_state: Tree = None
+    ) -> Adapted:
+        """Returns the adaptation with some values replaced, to predict with or to go on from with `start=`.
+
+        Args:
+          params, buffers: by name; those not named stay.
+          opt_state: all of the optimiser's state; None to leave it.
+        Raises:
+          InvalidArgument: a name that is not there, or a shape, dtype or device that differs.
+
+        Example:
+          >>> from adaptrt import compile_unroll, optim
+          >>> unroll = compile_unroll(torch.nn.Linear(2, 1), optim.sgd(lr=0.1), k=2, backend="eager")
+          >>> adapted = unroll.adapt((torch.randn(5, 2), torch.randn(5, 1)))
+          >>> adapted.replace(params={"bias": torch.zeros(1)}).params["bias"]
+          tensor([0.])
+        """
+        state = self.state.replace(params=params, buffers=buffers, opt_state=opt_state)
+        return Adapted(self._predictor, state, self.losses, self.fixed, self._num_links)
+
+    def num_links_after(self, carry: Tree) -> int:
+        """Returns how many adaptations' graphs a result holds that was started from here and has this carry. Warns once of many."""
+        if not any(value.grad_fn is not None for value in tree.leaves(carry)) or not any(
+            value.grad_fn is not None for value in tree.leaves(self.state.carry)
+        ):
+            return 0
+        if self._num_links + 1 == LONG_CHAIN:
+            warnings.warn(
+                f"{LONG_CHAIN} adaptations follow each other by start=, and each keeps what backward() through all of them needs. If there "
+                "is no such backward(), call detach() on what start= is given, or adapt under torch.inference_mode()",
+                LongChain,
+                stacklevel=4,
+            )
+        return self._num_links + 1
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the whole model's state after adaptation, detached, under the names of `model.state_dict()`."""

@@ -16,7 +16,7 @@ from torch.autograd import Function
 
 from adaptrt import tree
 from adaptrt.adjoint.base import Adaptation, Gradients, Query, Task, Wrt
-from adaptrt.backend.engine import graph_is_kept
+from adaptrt.backend.engine import graph_is_kept, refuse_freed
 from adaptrt.errors import NotDifferentiable
 from adaptrt.inner.step import Batch, Carry, Fixed
 from adaptrt.runtime.calls import Validate
@@ -176,12 +176,26 @@ def _final(gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> Sequence[Te
     return _Final.apply(len(gradients), *gradients, *inputs) if torch.is_grad_enabled() and gradients else gradients  # type: ignore[return-value]
 
 
+def _saveable(part: Tree) -> tuple[list[Tensor], tree.Structure]:
+    """Returns the tensors of a tree, with copies of those made in inference mode, which autograd does not save; and its structure."""
+    values, structure = tree.flatten(part)
+    return [value.clone() if value.is_inference() else value for value in values], structure
+
+
+def _computed_hyper(call: Call) -> Sequence[Tensor]:
+    """Returns the hyperparameters that are differentiated and were computed from something else."""
+    if True not in call.route.problem.differentiated.fixed:
+        return ()
+    return [value for value in tree.leaves(call.task.fixed.hyper) if value.grad_fn is not None]
+
+
 class _Adapt(Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *inputs: Tensor) -> tuple[Tensor, ...]:
         carry, losses, ctx.kept = _adapt(call, keep=True)
         ctx.call, ctx.inputs = call._replace(task=None, inputs=()), inputs
-        values, ctx.structure = tree.flatten(call.task)
+        ctx.computed = _computed_hyper(call)
+        values, ctx.structure = _saveable(call.task)
         # Saved rather than kept: PyTorch then notices if one is changed in place before the way back.
         ctx.save_for_backward(*values)
         outputs = tree.leaves(carry)
@@ -191,6 +205,8 @@ class _Adapt(Function):
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
+        if ctx.computed:
+            refuse_freed(ctx.computed)
         task = tree.unflatten(ctx.structure, ctx.saved_tensors)
         with torch.no_grad():
             carry = [value for value, flows in zip(cotangents, call.route.problem.carry, strict=False) if flows]
@@ -202,6 +218,7 @@ class _MetaLoss(Function):
     @staticmethod
     def forward(ctx: Any, call: Call, *inputs: Tensor) -> Tensor:
         ctx.inputs = inputs
+        ctx.computed = _computed_hyper(call)
         whole = call.route.whole
         if whole is not None:
             assert call.query is not None and call.route.query_plan is not None
@@ -218,6 +235,8 @@ class _MetaLoss(Function):
         found = ctx.found
         if found is None:
             raise RuntimeError("backward() was called a second time on a meta-loss; pass retain_graph=True to the first call")
+        if ctx.computed:
+            refuse_freed(ctx.computed)
         if not graph_is_kept():
             ctx.found = None
             if cotangent.device.type == "cpu" and cotangent.item() == 1.0:  # as in loss.backward()
@@ -235,7 +254,7 @@ class _Predict(Function):
         result.append(structure)
         floating = tuple(leaf.is_floating_point() for leaf in leaves)
         ctx.plan, ctx.wrt, ctx.inputs = plan, Wrt(flags, floating), inputs
-        values, ctx.structure = tree.flatten(args)
+        values, ctx.structure = _saveable(args)
         ctx.save_for_backward(*values)
         ctx.mark_non_differentiable(*[leaf for leaf, flag in zip(leaves, floating, strict=True) if not flag])
         return tuple(leaves)

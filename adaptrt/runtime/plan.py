@@ -18,6 +18,7 @@ from adaptrt.backend.launch import Launcher
 from adaptrt.graph.capture import capture, record_operations
 from adaptrt.graph.cost import num_bytes_to_keep, num_flops, returns_input
 from adaptrt.graph.cut import varying
+from adaptrt.graph.gradient_mode import GradientMode
 from adaptrt.graph.indices import IndexBound
 from adaptrt.graph.ir import Graph
 from adaptrt.graph.noise import Noise
@@ -125,7 +126,8 @@ class PredictionPlan:
 
     Attributes:
       step: whose `predict` is computed.
-      bounds, noise, executed: which inputs are indices, what random operations draw, and which Python code ran.
+      bounds, noise, executed, asks_mode: which inputs are indices, what random operations draw, which Python code ran, and whether it
+        asks for the gradient mode.
       validation, programs, calls, shapes: as for `SupportPlan`.
     """
 
@@ -133,6 +135,7 @@ class PredictionPlan:
     bounds: tuple[IndexBound, ...]
     noise: tuple[Noise, ...]
     executed: Executed
+    asks_mode: bool
     validation: Validation
     programs: ProgramSet
     calls: Calls
@@ -178,9 +181,11 @@ def plan_support(settings: Settings, launcher: Launcher | None, step_of: Callabl
     )
 
 
-def plan_query(settings: Settings, launcher: Launcher | None, plan: SupportPlan, arguments: Arguments) -> QueryPlan:
-    """Decides how to evaluate query batches of one shape after `plan`. Other arguments as for `plan_support`."""
-    found, _ = probe(plan.step, "query", arguments.carry, arguments.fixed, arguments.data)
+def plan_query(
+    settings: Settings, launcher: Launcher | None, plan: SupportPlan, arguments: Arguments, mode: GradientMode = GradientMode.GRAD
+) -> QueryPlan:
+    """Decides how to evaluate query batches of one shape after `plan`, in one gradient mode. Other arguments as for `plan_support`."""
+    found, _ = probe(dataclasses.replace(plan.step, mode=mode), "query", arguments.carry, arguments.fixed, arguments.data)
     num_tasks = arguments.tasks.num_tasks
     shape = () if num_tasks is None else (num_tasks,)
     with torch.inference_mode(False):
@@ -197,7 +202,15 @@ def plan_prediction(settings: Settings, launcher: Launcher | None, step: Step, a
     inputs = arguments._replace(data=Batch(arguments.data, None))
     programs = ProgramSet(settings.backend, settings.modules, _capturing(settings, step, found, inputs, False))
     return PredictionPlan(
-        step, found.bounds, found.noise, found.executed, validation, programs, _calls(settings, launcher, programs), arguments.shapes
+        step=step,
+        bounds=found.bounds,
+        noise=found.noise,
+        executed=found.executed,
+        asks_mode=found.asks_mode,
+        validation=validation,
+        programs=programs,
+        calls=_calls(settings, launcher, programs),
+        shapes=arguments.shapes,
     )
 
 

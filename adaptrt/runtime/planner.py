@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Hashable, Sequence
 
 import torch
@@ -13,6 +14,7 @@ from adaptrt.backend import Tiered
 from adaptrt.backend.launch import RUNNING
 from adaptrt.backend.tiered import call_ended
 from adaptrt.errors import ShapeChanged
+from adaptrt.graph.gradient_mode import GradientMode
 from adaptrt.graph.noise import Noise, draw
 from adaptrt.inner.reader import Reader, Start
 from adaptrt.inner.step import Batch, Carry, Fixed
@@ -62,7 +64,7 @@ class Planner:
         """
 
         def make() -> SupportPlan:
-            self._require_warm("support", batch, [plan.shapes for plan in self.supports.entries()], warm)
+            self._require_warm("support", batch, [plan.shapes for plan in self.supports.entries()], warm, start.has_tasks)
             arguments = Arguments.of(start.carry, start.fixed, batch, TaskAxis(num_tasks, start.has_tasks), self._settings.per_step)
             plan = plan_support(self._settings, self._launcher, self._reader.step, arguments)
             self._reader.python.add(plan.probe.executed)
@@ -72,29 +74,46 @@ class Planner:
         key = start.structure, _key(batch), _kinds(start.carry_leaves), _kinds(start.fixed_leaves), start.has_tasks
         return self.supports.get_or_make(key, make)
 
-    def query(self, plan: SupportPlan, batch: Batch, start: Start, num_tasks: int | None, warm: bool) -> QueryPlan:
-        """Returns the plan for evaluating data like `batch` after `plan`. Arguments and errors are as for `support`."""
+    def query(
+        self,
+        plan: SupportPlan,
+        batch: Batch,
+        start: Start,
+        num_tasks: int | None,
+        warm: bool,
+        mode: GradientMode = GradientMode.GRAD,
+    ) -> QueryPlan:
+        """Returns the plan for evaluating data like `batch` after `plan`, in one gradient mode. Other arguments are as for `support`."""
 
         def make() -> QueryPlan:
-            self._require_warm("query", batch, [known.shapes for known in plan.queries.entries()], warm)
+            self._require_warm("query", batch, [known.shapes for known in plan.queries.entries()], warm, start.has_tasks)
             arguments = Arguments.of(start.carry, start.fixed, batch, TaskAxis(num_tasks, start.has_tasks))
-            query_plan = plan_query(self._settings, self._launcher, plan, arguments)
+            query_plan = plan_query(self._settings, self._launcher, plan, arguments, mode)
             self._reader.python.add(query_plan.probe.executed)
             return query_plan
 
-        return plan.queries.get_or_make(_key(batch), make)
+        return plan.queries.get_or_make((_key(batch), mode), make)
 
-    def prediction(self, inputs: Tree, carry: Carry, fixed: Fixed, num_tasks: int | None, warm: bool) -> PredictionPlan:
-        """Returns the plan for predicting on inputs like `inputs`. Arguments and errors are as for `support`."""
+    def prediction(
+        self,
+        inputs: Tree,
+        carry: Carry,
+        fixed: Fixed,
+        num_tasks: int | None,
+        warm: bool,
+        mode: GradientMode = GradientMode.GRAD,
+    ) -> PredictionPlan:
+        """Returns the plan for predicting on inputs like `inputs`, in one gradient mode. Other arguments are as for `support`."""
 
         def make() -> PredictionPlan:
             self._require_warm("input", inputs, [known.shapes for known in self.predictions.entries()], warm)
             arguments = Arguments.of(carry, fixed, inputs, TaskAxis(num_tasks, num_tasks is not None))
-            plan = plan_prediction(self._settings, self._launcher, self._reader.step(detach_gradient=False), arguments)
+            step = dataclasses.replace(self._reader.step(detach_gradient=False), mode=mode)
+            plan = plan_prediction(self._settings, self._launcher, step, arguments)
             self._reader.python.add(plan.executed)
             return plan
 
-        return self.predictions.get_or_make((self._reader.mode(), _key((inputs, carry, fixed)), num_tasks), make)
+        return self.predictions.get_or_make((self._reader.mode(), _key((inputs, carry, fixed)), num_tasks, mode), make)
 
     def draw(self, noises: Sequence[Noise], generator: torch.Generator | None, num_tasks: int | None) -> tuple[Tensor, ...]:
         """Draws noise as `graph.noise.draw` does; where calls are launches, waits until no thread records one."""
@@ -120,10 +139,12 @@ class Planner:
         sets += [prediction.programs for prediction in self.predictions.entries()]
         return [entry for programs in sets for entry in programs.named()]
 
-    def _require_warm(self, name: str, part: Tree, known: list[tuple[str, ...]], warm: bool) -> None:
+    def _require_warm(self, name: str, part: Tree, known: list[tuple[str, ...]], warm: bool, from_tasks: bool = False) -> None:
         if warm or not self._settings.must_be_warm:
             return
         advice = "Call unroll.warmup() with this shape first, or pad to a shape that was."
+        if from_tasks:
+            advice = "Call unroll.warmup(support, query, start=True) first: with a task axis, calls with start= need programs of their own."
         if not known:
             raise ShapeChanged(f"{name} {tree.describe(part)}: nothing was compiled yet. {advice}")
         for index, (before, now) in enumerate(zip(known[-1], in_words(part), strict=False)):

@@ -7,7 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptrt import tree
+from adaptrt.backend.guards import in_forward_mode, refuse_tangents
 from adaptrt.errors import NonFiniteInput
+from adaptrt.graph.gradient_mode import GradientMode
 from adaptrt.graph.noise import restored_on_error
 from adaptrt.inner import check
 from adaptrt.inner.reader import Reader
@@ -49,6 +52,8 @@ class ModelPredictor:
         with self._planner.call():
             # Neither the optimiser's state nor its hyperparameters matter here, so no program depends on their form.
             carry, fixed = Carry(state.carry.params, (), state.carry.buffers), Fixed(fixed.params, {}, {})
+            if in_forward_mode():
+                refuse_tangents(tree.leaves((carry, fixed, inputs)))
             plan = self._plan(carry, fixed, inputs, state.num_tasks, warm)
             batch = Batch(inputs, None)
             plan.validation.before("input", batch, plan.bounds)
@@ -77,6 +82,8 @@ class ModelPredictor:
         if num_tasks is not None:
             check.leading_axis("input", inputs, 0, num_tasks, "tasks")
         plan = self._planner.prediction(inputs, carry, fixed, num_tasks, warm)
+        if plan.asks_mode and (current := GradientMode.current()) is not GradientMode.GRAD:
+            plan = self._planner.prediction(inputs, carry, fixed, num_tasks, True, current)
         if usual:
             self._recent.keep(kind, mode, leaves, plan)
         return plan

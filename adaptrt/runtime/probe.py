@@ -11,6 +11,7 @@ from torch import Tensor
 from adaptrt import tree
 from adaptrt.functional import watch_calls
 from adaptrt.graph.capture import capture
+from adaptrt.graph.gradient_mode import GradientMode, questions
 from adaptrt.graph.indices import IndexBound, index_bounds
 from adaptrt.graph.ir import Graph
 from adaptrt.graph.noise import Noise
@@ -37,6 +38,7 @@ class Probe(NamedTuple):
       loss: spec of the loss.
       executed: the Python code that ran.
       leaves_traces: whether it writes to objects outside of the model, which has to be undone after each capture.
+      asks_mode: whether Python code asks for the gradient mode, so that a program is for one mode only.
     """
 
     noise: tuple[Noise, ...]
@@ -45,6 +47,7 @@ class Probe(NamedTuple):
     loss: Spec
     executed: Executed
     leaves_traces: bool
+    asks_mode: bool = False
 
 
 class Prediction(NamedTuple):
@@ -54,6 +57,7 @@ class Prediction(NamedTuple):
     bounds: tuple[IndexBound, ...]
     executed: Executed
     leaves_traces: bool
+    asks_mode: bool = False
 
 
 def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> tuple[Probe, Graph]:
@@ -78,7 +82,8 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> tu
             """Loss, buffers, and for support batches what the update makes of them."""
             params, fixed, batch = tree.map_leaves(_differentiable, (carry.params, fixed, batch))
             buffers = {key: _differentiable(value) if before[key] else value for key, value in carry.buffers.items()}
-            with record_noise() as drawn, diagnose.running(name, batch), record_code() as ran:
+            mode = step.mode if name == "query" else GradientMode.GRAD
+            with record_noise() as drawn, diagnose.running(name, batch), record_code() as ran, mode.within():
                 loss, updated = step.evaluate(params, buffers, fixed, batch)
             executed.merge(ran)
             noise.extend(drawn)
@@ -96,7 +101,7 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> tu
             return run(*args)[0]
 
         capturing = functools.partial(capture, names=_NAMES, fused_attention=step.detach_gradient)
-        with undone(_roots(step)) as world, watch_calls() as calls:
+        with undone(_roots(step)) as world, watch_calls() as calls, questions() as asked:
             graph = capturing(forward, carry, fixed, batch, roles=_ROLES)
             outside = world.writes()
         drawn = tuple(noise)
@@ -106,7 +111,7 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> tu
         # A buffer that is live may make others live, which read it; running statistics stay as they are.
         if live == before:
             loss = graph.signature.outputs[0].spec
-            return Probe(drawn, tuple(index_bounds(graph)), tuple(live.values()), loss, executed, bool(outside)), graph
+            return Probe(drawn, tuple(index_bounds(graph)), tuple(live.values()), loss, executed, bool(outside), bool(asked)), graph
 
 
 def probe_prediction(step: Step, carry: Carry, fixed: Fixed, inputs: Tree) -> Prediction:
@@ -115,20 +120,20 @@ def probe_prediction(step: Step, carry: Carry, fixed: Fixed, inputs: Tree) -> Pr
     executed = Executed()
 
     def forward(carry: Carry, fixed: Fixed, inputs: Tree) -> Tree:
-        with record_noise() as drawn, diagnose.running("input", Batch(inputs, None)), record_code() as ran:
+        with record_noise() as drawn, diagnose.running("input", Batch(inputs, None)), record_code() as ran, step.mode.within():
             output, _ = step.apply(carry.params, carry.buffers, fixed, inputs)
         noise.extend(drawn)
         executed.merge(ran)
         return output
 
-    with undone(_roots(step)) as world, watch_calls() as calls:
+    with undone(_roots(step)) as world, watch_calls() as calls, questions() as asked:
         graph = capture(forward, carry, fixed, inputs, roles=_ROLES, names=("carry", "fixed", "batch.inputs"))
         outside = world.writes()
     drawn = tuple(noise)
     writes = [*outside, *(write for base, twin in calls.made for write in attribute_writes(base, twin))]
     if writes:
         _require_no_state(writes, forward, (carry, fixed, inputs), step, executed)
-    return Prediction(drawn, tuple(index_bounds(graph)), executed, bool(outside))
+    return Prediction(drawn, tuple(index_bounds(graph)), executed, bool(outside), bool(asked))
 
 
 def _require_no_state(writes: Sequence[Write], run: Callable[..., Tree], args: tuple[Tree, ...], step: Step, executed: Executed) -> None:

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from adaptrt import tree
 from adaptrt.adjoint.base import Differentiated, Problem
+from adaptrt.backend.guards import in_forward_mode, refuse_tangents
 from adaptrt.errors import InvalidArgument, InvalidType, OptimizerMismatch
+from adaptrt.graph.gradient_mode import GradientMode
 from adaptrt.inner import check
 from adaptrt.inner.reader import Reader, Start
 from adaptrt.inner.step import Batch
@@ -91,6 +93,10 @@ class Router:
           support, start, warm: as `CompiledUnroll` takes them.
           query: the query batch, None for a call without.
         """
+        if in_forward_mode():
+            begin = self._reader.read()
+            carry = start.state.carry if isinstance(start, Adapted) else ()
+            refuse_tangents([*begin.carry_leaves, *begin.fixed_leaves, *tree.leaves((support, query, carry))])
         if start is not None or warm or not _is_pair(support) or not (query is None or _is_pair(query[0])):
             return self._find_anew(support, query, start, warm)
         begin = self._reader.read()
@@ -116,7 +122,14 @@ class Router:
             check.precision({**begin.carry.params, **begin.fixed.params, **begin.fixed.loss_params}, self._settings.dtype)
         plan = self._planner.support(batch, begin, num_tasks, warm)
         query_plan = None if asked is None else self._planner.query(plan, asked, begin, num_tasks, warm)
-        problem, inputs = self._problem(plan, begin, batch, asked)
+        mode = GradientMode.current() if query_plan is not None and query_plan.probe.asks_mode else GradientMode.GRAD
+        if asked is not None and mode is not GradientMode.GRAD:
+            query_plan = self._planner.query(plan, asked, begin, num_tasks, True, mode)
+        if self._task_axis:
+            check.class_axis("support", batch, plan.probe.bounds, 1 + int(self._settings.per_step))
+            if asked is not None and query_plan is not None:
+                check.class_axis("query", asked, query_plan.probe.bounds, 1)
+        problem, inputs = self._problem(plan, begin, batch, asked, mode)
         return Routed(Route(plan, query_plan, problem, num_tasks), begin, batch, asked, inputs)
 
     def _support(self, support: Any) -> tuple[Batch, int | None]:
@@ -125,13 +138,11 @@ class Router:
         num_tasks = check.leading_axis("support", batch, 0, None, "tasks") if self._task_axis else None
         if self._settings.per_step:
             check.leading_axis("support", batch, int(self._task_axis), self._settings.k, "inner steps")
-        check.batch_sizes("support", batch, int(self._task_axis) + int(self._settings.per_step))
         return batch, num_tasks
 
     def _query(self, query: Any, num_tasks: int | None) -> Batch:
         """Returns the checked query batch."""
         batch = check.as_batch("query", query, self._settings.device)
-        check.batch_sizes("query", batch, int(self._task_axis))
         if num_tasks is not None:
             check.leading_axis("query", batch, 0, num_tasks, "tasks")
         return batch
@@ -155,23 +166,26 @@ class Router:
             raise OptimizerMismatch(f"start was adapted with another model or optimiser: {tree.difference(wanted, held)}")
         return begin._replace(carry=carry, carry_leaves=tree.leaves(carry), has_tasks=has_tasks)
 
-    def _problem(self, plan: SupportPlan, begin: Start, batch: Batch, query: Batch | None) -> tuple[Problem, tuple[Tensor, ...]]:
-        """Returns the problem, and the leaves that the caller differentiates."""
+    def _problem(
+        self, plan: SupportPlan, begin: Start, batch: Batch, query: Batch | None, mode: GradientMode
+    ) -> tuple[Problem, tuple[Tensor, ...]]:
+        """Returns the problem, and the leaves that the caller differentiates. `mode`: in which the query loss is computed."""
         groups = begin.carry_leaves, begin.fixed_leaves, tree.leaves(batch), tree.leaves(query)
         enabled = torch.is_grad_enabled()
         differentiated = Differentiated(*[tuple([enabled and leaf.requires_grad for leaf in leaves]) for leaves in groups])
         inputs = tuple([leaf for leaves in groups for leaf in leaves if leaf.requires_grad]) if enabled else ()
-        problem = plan.problems.get((differentiated, begin.has_tasks))
+        key = differentiated, begin.has_tasks, mode
+        problem = plan.problems.get(key)
         if problem is None:
-            problem = self._make_problem(plan, differentiated, begin.has_tasks)
+            problem = self._make_problem(plan, differentiated, begin.has_tasks, mode)
             if len(plan.problems) >= _MAX_PROBLEMS:
                 plan.problems.clear()
-            plan.problems[problem.key] = problem
+            plan.problems[key] = problem
         return problem, inputs
 
-    def _make_problem(self, plan: SupportPlan, differentiated: Differentiated, start_has_task_axis: bool) -> Problem:
+    def _make_problem(self, plan: SupportPlan, differentiated: Differentiated, start_has_task_axis: bool, mode: GradientMode) -> Problem:
         return Problem(
-            step=plan.step,
+            step=plan.step if mode is plan.step.mode else dataclasses.replace(plan.step, mode=mode),
             k=self._settings.k,
             per_step=self._settings.per_step,
             differentiated=differentiated,

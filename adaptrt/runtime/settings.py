@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+from typing import Any
 
 import torch
 from torch import nn
 
+from adaptrt import tree
 from adaptrt.adjoint import Adjoint
 from adaptrt.backend import Backend
 from adaptrt.inner.reader import Selection
 from adaptrt.inner.step import LossFunction
-from adaptrt.optim.source import Source
+from adaptrt.optim import Optimizer
+from adaptrt.optim.source import Source, source
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -21,7 +25,8 @@ class Settings:
     Attributes:
       model, loss, k, per_step, cache_size: as given.
       adapted: names of the parameters that adapt.
-      source: the optimiser, which is read at every call.
+      opt: the optimiser as given.
+      source: reads it at every call.
       adjoint: None to choose one for each shape of data.
       backend: what runs the programs.
       must_be_warm: whether data of a shape that `warmup` has not seen is refused.
@@ -34,6 +39,7 @@ class Settings:
     model: nn.Module
     loss: LossFunction
     adapted: frozenset[str]
+    opt: Optimizer | torch.optim.Optimizer
     source: Source
     k: int
     adjoint: Adjoint | None
@@ -50,3 +56,12 @@ class Settings:
     def modules(self) -> list[nn.Module]:
         """The model, and the loss if it is a module; plain tensor attributes are looked up in these."""
         return [part for part in (self.model, self.loss) if isinstance(part, nn.Module)]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Settings:
+        """Returns the settings for copies of model, loss and optimiser."""
+        for value in tree.leaves(self.source.hyper()):
+            if not value.is_leaf:  # what it was computed from is the caller's
+                memo[id(value)] = value
+        model, loss, opt = copy.deepcopy((self.model, self.loss, self.opt), memo)
+        params = {name: param for name, param in model.named_parameters() if name in self.adapted}
+        return dataclasses.replace(self, model=model, loss=loss, opt=opt, source=source(opt, params))

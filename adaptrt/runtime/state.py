@@ -9,8 +9,11 @@ from torch import Tensor
 
 from adaptrt import tree
 from adaptrt.errors import InvalidArgument
+from adaptrt.graph.pytrees import register
 from adaptrt.inner.step import LOSS_BUFFER, Carry
 from adaptrt.tree import Tree
+
+register(tree.ReadOnly)
 
 
 class State(NamedTuple):
@@ -26,18 +29,18 @@ class State(NamedTuple):
 
     @property
     def params(self) -> dict[str, Tensor]:
-        """Adapted parameters by name."""
-        return self.carry.params
+        """Adapted parameters by name, read-only."""
+        return tree.ReadOnly(self.carry.params)
 
     @property
     def opt_state(self) -> Tree:
-        """The optimiser's state."""
-        return self.carry.opt_state
+        """The optimiser's state, with dicts that are read-only."""
+        return tree.read_only(self.carry.opt_state)
 
     @property
     def buffers(self) -> dict[str, Tensor]:
-        """The model's buffers by name."""
-        return {name: value for name, value in self.carry.buffers.items() if not name.startswith(LOSS_BUFFER)}
+        """The model's buffers by name, read-only."""
+        return tree.ReadOnly({name: value for name, value in self.carry.buffers.items() if not name.startswith(LOSS_BUFFER)})
 
     def replace(
         self,
@@ -56,7 +59,7 @@ class State(NamedTuple):
         """
         carry = Carry(
             {**self.carry.params, **(params or {})},
-            self.carry.opt_state if opt_state is None else opt_state,
+            self.carry.opt_state if opt_state is None else tree.map_leaves(lambda value: value, opt_state),  # with dicts of its own
             {**self.carry.buffers, **(buffers or {})},
         )
         if tree.flatten(tree.specs(carry)) != tree.flatten(tree.specs(self.carry)):

@@ -7,7 +7,8 @@ inside programs.
 
 from __future__ import annotations
 
-from typing import Any
+import copy
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ from adaptrt.adjoint.base import Query, Task
 from adaptrt.backend import Backend, CudaGraph, Eager, Inductor, Tiered
 from adaptrt.backend.inductor import warn_if_missing
 from adaptrt.backend.tiered import TieredRunner, call_ended
-from adaptrt.errors import InvalidArgument, InvalidType, NonFiniteInput
+from adaptrt.errors import CannotBePickled, CannotBeSet, InvalidArgument, InvalidType, NonFiniteInput
 from adaptrt.graph.ir import Graph
 from adaptrt.graph.noise import restored_on_error
 from adaptrt.inner import check
@@ -110,8 +111,7 @@ def compile_unroll(
     check.one_of("nonfinite", nonfinite, ("error", "ignore"))
     if dtype is not None:
         check.precision(dict(model.named_parameters()), dtype)
-    if loss is not None and not callable(loss):
-        raise InvalidType(f"loss must be a function, a module or None, got {type(loss).__name__}")
+    check.loss(loss)
     if adjoint != "auto" and not isinstance(adjoint, Adjoint):
         kind = InvalidArgument if isinstance(adjoint, str) else InvalidType
         raise kind(f"adjoint must be 'auto', Unrolled(), Replay(every=n), Stash() or FirstOrder(), got {adjoint!r}")
@@ -123,6 +123,7 @@ def compile_unroll(
             model=model,
             loss=loss,
             adapted=adapted,
+            opt=opt,
             source=source(opt, {name: param for name, param in model.named_parameters() if name in adapted}),
             k=k,
             adjoint=adjoint if isinstance(adjoint, Adjoint) else None,
@@ -154,20 +155,58 @@ def _backend_named(name: str, device: torch.device, tiered: bool) -> Backend:
 
 
 class CompiledUnroll:
-    """k inner steps and their meta-gradient, as programs. Made by `compile_unroll`; safe to call from several threads."""
+    """k inner steps and their meta-gradient, as programs. Made by `compile_unroll`; safe to call from several threads.
+
+    A deep copy has copies of model, loss and optimiser, and compiles programs of its own. An unroll cannot be pickled.
+    """
+
+    _settings: Settings
+    _task_axis: bool
+    _planner: Planner
+    _router: Router
+    _predictor: ModelPredictor
 
     def __init__(self, settings: Settings, task_axis: bool = False) -> None:
-        self._settings = settings
-        self._task_axis = task_axis
         what = settings.model, settings.loss, settings.adapted, settings.source, settings.device
         reader = Reader(*what, dtype=settings.dtype, selection=settings.selection)
-        self._planner = Planner(settings, reader)
-        self._router = Router(settings, task_axis, reader, self._planner)
-        self._predictor = ModelPredictor(settings, reader, self._planner)
+        planner = Planner(settings, reader)
+        held = self.__dict__  # attributes cannot be set
+        held["_settings"] = settings
+        held["_task_axis"] = task_axis
+        held["_planner"] = planner
+        held["_router"] = Router(settings, task_axis, reader, planner)
+        held["_predictor"] = ModelPredictor(settings, reader, planner)
+
+    def __setattr__(self, name: str, value: object = None) -> NoReturn:
+        del value
+        raise CannotBeSet(
+            f"an unroll has no attribute '{name}' that can be set; call compile_unroll for other settings. Weights, buffers, modes and "
+            "hyperparameters are read from model and optimiser at every call"
+        )
+
+    __delattr__ = __setattr__  # pyright: ignore
+
+    def __copy__(self) -> CompiledUnroll:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledUnroll:
+        return CompiledUnroll(copy.deepcopy(self._settings, memo), self._task_axis)
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        del protocol
+        raise CannotBePickled(
+            "an unroll holds compiled programs and cannot be pickled; save model.state_dict(), or send it to a process that was started "
+            "with the method 'spawn', and call compile_unroll there"
+        )
 
     def __repr__(self) -> str:
         tasks = ", over tasks" if self._task_axis else ""
         return f"CompiledUnroll({type(self._settings.model).__name__}, k={self._settings.k}, backend={self._settings.backend.name}{tasks})"
+
+    @property
+    def k(self) -> int:
+        """The number of inner steps."""
+        return self._settings.k
 
     @property
     def device(self) -> torch.device:
@@ -216,20 +255,29 @@ class CompiledUnroll:
             raise InvalidArgument("vmap() was called on an unroll that has a task axis already")
         return CompiledUnroll(self._settings, task_axis=True)
 
-    def warmup(self, support: Any, query: Any = None) -> CompiledUnroll:
+    def warmup(self, support: Any, query: Any = None, *, start: bool = False) -> CompiledUnroll:
         """Compiles for data of these shapes ahead of time; returns the unroll itself.
 
         That is what `adapt` needs without gradients; with `query` also prediction on its inputs, and the meta-loss, with its gradient
         if gradients are enabled here. The global random state does not change.
+
+        Args:
+          support, query: as for `adapt` and for a call.
+          start: also compile for calls with `start=`. With a task axis these need programs of their own, because each task then starts from
+            values of its own. Without one, `adapt` needs none.
         """
         generator = torch.Generator(self._settings.device)
         with torch.no_grad():
             adapted = self._adapt(support, None, generator, warm=True)
+            if start:
+                self._adapt(support, adapted, generator, warm=True)
             if query is not None:
                 args, kwargs = as_call(check.as_batch("query", query, self._settings.device).inputs)
                 self._predictor.predict(adapted.state, adapted.fixed, kwargs or args, generator, warm=True)
         if query is not None:
             self._meta_loss(support, query, None, generator, warm=True)
+            if start:
+                self._meta_loss(support, query, adapted, generator, warm=True)
         call_ended()
         for _, program in self._planner.programs():
             if isinstance(program.run, TieredRunner):
@@ -262,7 +310,8 @@ class CompiledUnroll:
             except NonFiniteInput:
                 plan.validation.report("support", batch, plan.probe.bounds)
                 raise
-        return Adapted(self._predictor, State(carry, route.num_tasks), losses, begin.fixed)
+        num_links = 0 if start is None else start.num_links_after(carry)
+        return Adapted(self._predictor, State(carry, route.num_tasks), losses, begin.fixed, num_links)
 
     def _meta_loss(self, support: Any, query: Any, start: Adapted | None, generator: torch.Generator | None, warm: bool) -> Tensor:
         route, begin, batch, asked, inputs = self._router.find(support, (query,), start, warm)

@@ -7,10 +7,11 @@ it: fake tensors, dispatch modes and lazily compiled graph modules (`torch._subc
 
 from __future__ import annotations
 
-from adaptrt.backend.engine import RETAINED
-from adaptrt.backend.guards import GUARDS
+from adaptrt.backend.engine import FREED, RETAINED
+from adaptrt.backend.guards import GUARDS, TANGENTS
 from adaptrt.graph.exchange import FX_TRACING, FX_TRACING_OF_OLD, Entry, Target
 from adaptrt.graph.plain import CHECKPOINTS
+from adaptrt.graph.pytrees import PYTREES
 
 _INDUCTOR = "torch._inductor"
 
@@ -131,6 +132,9 @@ TABLE: tuple[Entry, ...] = (
     GUARDS,
     RETAINED,
     CHECKPOINTS,
+    FREED,
+    PYTREES,
+    TANGENTS,
     FX_TRACING,
     FX_TRACING_OF_OLD,
 )
