@@ -106,6 +106,12 @@ class Patched(nn.Module):
             fast.update(assigned)
         return keys
 
+    def get_parameter(self, target: str) -> Any:
+        """Returns a parameter by its name, which on a handle is a fast weight. `nn.Module` refuses what is no `nn.Parameter`."""
+        path, _, name = target.rpartition(".")
+        found = self.get_submodule(path)._parameters.get(name)
+        return super().get_parameter(target) if found is None else found
+
     def add_module(self, name: str, module: nn.Module | None) -> None:
         super().add_module(name, module)
         self._adaptrt_changed()
