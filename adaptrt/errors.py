@@ -71,6 +71,10 @@ class UnsupportedOptimizer(InvalidType, ValueError):
     """The optimiser is of a class, or uses a feature, that adaptrt does not support. It is also a ValueError, which `higher` raises."""
 
 
+class AlreadyImported(AdaptrtError, ImportError):
+    """The archived package `higher` is imported already, so `import higher` cannot come to mean `adaptrt.higher` any more."""
+
+
 class NotTraceable(AdaptrtError, RuntimeError):
     """The model cannot be turned into a graph. The message names the line of the user's code."""
 

@@ -16,13 +16,13 @@ NAMES = {
     "optim trace",
     "adaptrt.optim": f"{_OPTIMISERS} Optimizer Schedule Transform chain clip_by_global_norm learned partition per_step scale_by_schedule "
     "schedule scheduled",
-    "adaptrt.errors": "AdaptrtError CannotBePickled CannotBeSet CannotRecord CompilerUnavailable DataDependentControlFlow DeviceMismatch "
+    "adaptrt.errors": "AdaptrtError AlreadyImported CannotBePickled CannotBeSet CannotRecord CompilerUnavailable DataDependentControlFlow DeviceMismatch "
     "InvalidArgument InvalidBatch InvalidGraph InvalidLoss InvalidType LabelOutOfRange LongChain ModelChanged NonFiniteInput "
     "NotDifferentiable NotTraceable NothingToAdapt OptimizerMismatch OutOfDeviceMemory RecordingFailed ShapeChanged UnknownPyTorch "
     "UnsupportedOptimizer UnsupportedParameter UnsupportedRandomness",
     "adaptrt.adjoint": "Adjoint FirstOrder Replay Stash Unrolled",
     "adaptrt.backend": "Backend CudaGraph Eager Inductor Tiered",
-    "adaptrt.higher": "create_diff_optim get_diff_optim innerloop_ctx monkeypatch optim patch register_optim utils",
+    "adaptrt.higher": "create_diff_optim get_diff_optim innerloop_ctx install monkeypatch optim patch register_optim uninstall utils",
     "adaptrt.higher.optim": "DifferentiableOptimizer apply_trainable_opt_params create_diff_optim get_diff_optim get_trainable_opt_params "
     "register_optim _get_mask_closure " + " ".join(f"Differentiable{name}" for name in _TAPE.split()),
     "adaptrt.higher.patch": "buffer_sync make_functional monkeypatch",

@@ -1,5 +1,7 @@
 """A drop-in for the archived package `higher`: write `from adaptrt import higher` in place of `import higher`.
 
+Libraries that import `higher` themselves get this package after `install()`, or in `python -m adaptrt.higher script.py`.
+
 A handle is a copy of a model whose parameters, the fast weights, are replaced by each inner step. A differentiable optimiser makes these
 steps eagerly, so that autograd's tape records them.
 """
@@ -14,10 +16,22 @@ import torch
 from torch import nn
 
 from adaptrt.higher import optim, patch, utils
+from adaptrt.higher.install import install, uninstall
 from adaptrt.higher.optim import create_diff_optim, get_diff_optim, register_optim
 from adaptrt.higher.patch import monkeypatch
 
-__all__ = ["create_diff_optim", "get_diff_optim", "innerloop_ctx", "monkeypatch", "optim", "patch", "register_optim", "utils"]
+__all__ = [
+    "create_diff_optim",
+    "get_diff_optim",
+    "innerloop_ctx",
+    "install",
+    "monkeypatch",
+    "optim",
+    "patch",
+    "register_optim",
+    "uninstall",
+    "utils",
+]
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adaptrt.higher.trainable import Override, by_group
-from adaptrt.higher.utils import _recursive_map, copied, settings_of
+from adaptrt.higher.utils import _recursive_copy_and_cast, _recursive_map, copied, settings_of
 
 Grads = Sequence[Tensor | None]
 GradCallback = Callable[[Any], Any]
@@ -61,16 +61,18 @@ class DifferentiableOptimizer(abc.ABC):
         self._num_params = len(index)
         self.param_groups: list[dict[str, Any]] = []
         self.state: list[dict[int, dict[str, Any]]] = []
-        self._members: list[list[int]] = []
+        self._group_to_param_list: list[list[int]] = []
         for group in other.param_groups:
             missing = [p for p in group["params"] if id(p) not in index]
             if missing:
                 raise ValueError(f"a parameter of the optimiser, of shape {list(missing[0].shape)}, is not among the reference parameters")
-            self._members.append([index[id(p)] for p in group["params"]])
+            self._group_to_param_list.append([index[id(p)] for p in group["params"]])
             self.param_groups.append({**group, "params": [None] * len(group["params"])})
             held = {i: other.state[p] for i, p in enumerate(group["params"]) if p in other.state}
             self.state.append(
-                collections.defaultdict(dict, {i: {key: _own(value, device) for key, value in entry.items()} for i, entry in held.items()})
+                collections.defaultdict(
+                    dict, {i: {key: _recursive_copy_and_cast(value, device) for key, value in entry.items()} for i, entry in held.items()}
+                )
             )
         self._kind = type(other)
         self._defaults = other.defaults
@@ -81,7 +83,7 @@ class DifferentiableOptimizer(abc.ABC):
         self._grad_callback = grad_callback
         self._track_higher_grads = track_higher_grads
         self._first_order = first_order
-        self._override(override)
+        self._apply_override(override)
 
     def step(
         self,
@@ -108,7 +110,7 @@ class DifferentiableOptimizer(abc.ABC):
         """
         del kwargs
         self._follow()
-        self._override(override)
+        self._apply_override(override)
         if params is None and self._fmodel is not None:
             params = self._fmodel.fast_params
         if params is None:
@@ -118,7 +120,7 @@ class DifferentiableOptimizer(abc.ABC):
             raise IndexError(f"params has {len(weights)} tensors: give one for each of the {self._num_params} reference parameters")
         if not isinstance(loss, Tensor):
             raise TypeError(f"loss must be a tensor, got a {type(loss).__name__}")
-        for group, members in zip(self.param_groups, self._members, strict=True):
+        for group, members in zip(self.param_groups, self._group_to_param_list, strict=True):
             group["params"] = [weights[i] for i in members]
         grads = self._gradients(loss, weights, grad_scaler)
         if grad_scaler is not None and not all(grad.isfinite().all() for grad in grads if grad is not None):
@@ -132,8 +134,8 @@ class DifferentiableOptimizer(abc.ABC):
                 raise TypeError(f"grad_callback must return the gradients, as many as it is given; got a {type(grads).__name__}")
             if len(grads) < len(weights):
                 raise IndexError(f"grad_callback must return as many gradients as it is given, {len(weights)}; got {len(grads)}")
-        self._update([[grads[i] for i in members] for members in self._members])
-        for group, members in zip(self.param_groups, self._members, strict=True):
+        self._update([[grads[i] for i in members] for members in self._group_to_param_list])
+        for group, members in zip(self.param_groups, self._group_to_param_list, strict=True):
             for i, p in zip(members, group["params"], strict=True):
                 weights[i] = p if self._track_higher_grads else p.detach().requires_grad_(weights[i].requires_grad)
         if not self._track_higher_grads:
@@ -161,8 +163,10 @@ class DifferentiableOptimizer(abc.ABC):
         Raises:
           ValueError: `opt` is of another class or has other groups.
         """
-        if type(opt) is not self._kind or [len(group["params"]) for group in opt.param_groups] != list(map(len, self._members)):
-            raise ValueError(f"the state is for a {self._kind.__name__} with groups of {list(map(len, self._members))} parameters")
+        if type(opt) is not self._kind or [len(group["params"]) for group in opt.param_groups] != list(map(len, self._group_to_param_list)):
+            raise ValueError(
+                f"the state is for a {self._kind.__name__} with groups of {list(map(len, self._group_to_param_list))} parameters"
+            )
         for group, states in zip(opt.param_groups, self.state, strict=True):
             for i, entry in states.items():
                 p = group["params"][i]
@@ -185,7 +189,7 @@ class DifferentiableOptimizer(abc.ABC):
         left = iter(found)
         return tuple([next(left) if p.requires_grad else None for p in weights])
 
-    def _override(self, override: Override | None) -> None:
+    def _apply_override(self, override: Override | None) -> None:
         for key, values in (override or {}).items():
             self._overridden.add(key)
             for group, value in zip(self.param_groups, by_group(key, values, len(self.param_groups)), strict=True):
@@ -205,7 +209,3 @@ class DifferentiableOptimizer(abc.ABC):
 
 def _detached(value: Any) -> Any:
     return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
-
-
-def _own(value: Any, device: torch.device | None) -> Any:
-    return _recursive_map(value, lambda leaf: copied(leaf, device) if isinstance(leaf, Tensor) else leaf)

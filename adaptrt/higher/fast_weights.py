@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -27,15 +28,18 @@ class FastWeights:
         tracked, only the latest. None means that there are none yet.
       track: whether earlier versions are kept.
       places: where in the module tree the fast weights go.
+      num_running: how many forward passes of the handle and of its parts are running.
     """
 
     def __init__(self, model: nn.Module, handle: nn.Module) -> None:
         self.versions: list[list[Tensor]] | None = None
         self.track = True
+        self.num_running = 0
         self.places = Places(model, handle)
         self._is_recurrent = any(isinstance(part, nn.RNNBase) for part in model.modules())
         # Kept from call to call: the twins with the latest weights, and what they were made from.
         self._twins: Twins | None = None
+        self._held: list[Tensor] = []
         self._forms: list[Any] = []
         self._links: list[Links] | None = None
 
@@ -44,8 +48,10 @@ class FastWeights:
         made = memo[id(self)] = object.__new__(FastWeights)
         for values in self.versions or ():
             memo.update({id(value): value.clone() for value in values if not value.is_leaf})
-        vars(made).update({name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name not in ("_twins", "_links")})
-        made._twins = made._links = None
+        vars(made).update(
+            {name: copy.deepcopy(value, memo) for name, value in vars(self).items() if name not in ("_twins", "_links", "_held")}
+        )
+        made._twins, made._links, made._held = None, None, []
         return made
 
     @property
@@ -72,7 +78,7 @@ class FastWeights:
         else:
             self.versions[0] = values
             del self.versions[1:]
-        self._twins = None
+        self._twins, self._held = None, []
 
     def show(self) -> None:
         """Makes the latest version the parameters that the handle's modules show."""
@@ -100,12 +106,17 @@ class FastWeights:
         if forms != self._forms:
             self.show()
             self._forms, self._links, self._twins = forms, None, None
+        latest = self.latest
+        # Programs also write to the list that `fast_params` returns.
+        if self._twins is not None and latest is not None and not all(map(operator.is_, self._held, latest)):
+            self.show()
+            self._twins = None
         if self._twins is None:
-            if self.latest is None:
+            if latest is None:
                 raise ValueError("params must be given: the patched module does not hold fast weights of its own")
             if self._links is None:
                 self._links = links_of(self.places)
-            self._twins = make_twins(self.places, self._links, self.latest)
+            self._held, self._twins = list(latest), make_twins(self.places, self._links, latest)
         return self._twins
 
     def take_over(self, twins: Twins) -> None:

@@ -25,6 +25,8 @@ class Patched(nn.Module):
     parts of the handle, but is no part of it."""
     _adaptrt_number: int
     """The module's number in `Places`."""
+    _adaptrt_only_shows: bool = False
+    """Whether an assignment to a parameter only changes what the module shows until the next update, and not the fast weights."""
 
     def __call__(self, *args: Any, params: Iterable[Tensor] | None = None, **kwargs: Any) -> Any:
         """Returns what the module returns for these arguments with the latest fast weights.
@@ -49,10 +51,12 @@ class Patched(nn.Module):
         if params is not None:
             fast.update(params)
         twins = fast.running()
+        fast.num_running += 1
         try:
             with fast.differentiable_twice():
                 return run(twins.modules[self._adaptrt_number])
         finally:
+            fast.num_running -= 1
             fast.take_over(twins)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -63,6 +67,9 @@ class Patched(nn.Module):
             return
         if not isinstance(value, Tensor):
             raise TypeError(f"a fast weight must be a tensor, got {torch.typename(value)} for '{name}'")
+        if self._adaptrt_only_shows:
+            self.__dict__["_parameters"][name] = value
+            return
         if fast.latest is None:
             raise ValueError(
                 f"'{name}' cannot be assigned: the patched module does not hold fast weights of its own; call update_params first"
@@ -98,6 +105,12 @@ class Patched(nn.Module):
             fast.versions = before
             fast.update(assigned)
         return keys
+
+    def get_parameter(self, target: str) -> Any:
+        """Returns a parameter by its name, which on a handle is a fast weight. `nn.Module` refuses what is no `nn.Parameter`."""
+        path, _, name = target.rpartition(".")
+        found = self.get_submodule(path)._parameters.get(name)
+        return super().get_parameter(target) if found is None else found
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         super().add_module(name, module)

@@ -7,17 +7,26 @@ from __future__ import annotations
 
 import abc
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from adaptrt.errors import UnsupportedOptimizer
+from adaptrt.higher import patch as _patch  # noqa: F401
+from adaptrt.higher import utils as _utils  # noqa: F401
+from adaptrt.higher.arithmetic import _add, _addcdiv, _addcmul, _get_mask_closure, _maybe_mask  # noqa: F401
 from adaptrt.higher.differentiable import DifferentiableOptimizer, GradCallback, Grads
 from adaptrt.higher.of_family import OfFamily
 from adaptrt.higher.registered import RegisteredSource
-from adaptrt.higher.trainable import Override, apply_trainable_opt_params, get_trainable_opt_params
+from adaptrt.higher.trainable import (
+    Override,
+    _recursive_apply,  # noqa: F401
+    apply_trainable_opt_params,
+    get_trainable_opt_params,
+)
 from adaptrt.optim.registry import REGISTERED, Registration
 
 __all__ = [
@@ -44,6 +53,15 @@ __all__ = [
     "get_trainable_opt_params",
     "register_optim",
 ]
+
+
+# The original's names for types, which programs use in signatures.
+_GroupedGradsType = list[list[Tensor]]
+_StateType = list[defaultdict[int, Any]]
+_GradClosureType = Callable[[Tensor], Tensor]
+_OverrideType = Override
+_GradCallbackType = GradCallback
+_OptMappingType = MutableMapping[type[torch.optim.Optimizer], type[DifferentiableOptimizer]]
 
 
 def _of(kind: type[torch.optim.Optimizer]) -> type[OfFamily]:
@@ -85,6 +103,29 @@ _BUILT_IN: dict[type[torch.optim.Optimizer], type[DifferentiableOptimizer]] = {
         DifferentiableMuon,
     )
 }
+
+
+class _Versions(_OptMappingType):
+    """The differentiable version of each class, as `get_diff_optim` finds it. Setting an entry registers a version."""
+
+    def __getitem__(self, kind: type[torch.optim.Optimizer]) -> type[DifferentiableOptimizer]:
+        registration = REGISTERED.get(kind)
+        return _BUILT_IN[kind] if registration is None else registration.version
+
+    def __setitem__(self, kind: type[torch.optim.Optimizer], version: type[DifferentiableOptimizer]) -> None:
+        register_optim(kind, version)
+
+    def __delitem__(self, kind: type[torch.optim.Optimizer]) -> None:
+        del REGISTERED[kind]
+
+    def __iter__(self) -> Iterator[type[torch.optim.Optimizer]]:
+        return iter({**_BUILT_IN, **REGISTERED})
+
+    def __len__(self) -> int:
+        return len({**_BUILT_IN, **REGISTERED})
+
+
+_opt_mapping = _Versions()
 
 
 def register_optim(optim_type: type[torch.optim.Optimizer], diff_optim_type: type[DifferentiableOptimizer]) -> None:
@@ -165,21 +206,8 @@ def create_diff_optim(
 def _version_of(kind: type[torch.optim.Optimizer]) -> type[DifferentiableOptimizer]:
     if not isinstance(kind, type):
         raise UnsupportedOptimizer(f"opt_type must be a class, got an instance of {type(kind).__name__}; use get_diff_optim for that")
-    registration = REGISTERED.get(kind)
-    version = _BUILT_IN.get(kind) if registration is None else registration.version
+    version = _opt_mapping.get(kind)
     if version is None:
-        known = ", ".join([known.__name__ for known in {**_BUILT_IN, **REGISTERED}])
+        known = ", ".join([known.__name__ for known in _opt_mapping])
         raise UnsupportedOptimizer(f"{kind.__name__} has no differentiable version; there are those of {known}. Add one by register_optim.")
     return version
-
-
-def _get_mask_closure(mask: Tensor) -> Callable[[Tensor], Tensor]:
-    """Returns a hook that zeroes a gradient where `mask` is true, and also every gradient of that gradient."""
-
-    def closure(grad: Tensor) -> Tensor:
-        grad = torch.where(mask, torch.zeros_like(grad), grad)
-        if grad.requires_grad:
-            grad.register_hook(closure)
-        return grad
-
-    return closure

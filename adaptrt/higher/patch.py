@@ -19,19 +19,30 @@ Known limits:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adaptrt.functional import shadow
+from adaptrt.higher import utils as _utils  # noqa: F401
 from adaptrt.higher.fast_weights import FastWeights
 from adaptrt.higher.handle import FunctionalModule, Patched
+from adaptrt.higher.handle_names import names_for
 from adaptrt.higher.special_parts import check_parts, expect_no_gradient, prepare_part
-from adaptrt.higher.utils import copied, get_func_params
+from adaptrt.higher.utils import _get_param_mapping, _places_of_params, copied, get_func_params
 
 __all__ = ["FunctionalModule", "Patched", "buffer_sync", "make_functional", "monkeypatch"]
+
+# The original's names, which programs use in signatures and for isinstance.
+_MonkeyPatchBase = Patched
+_BufferType = dict[str, Tensor | None]
+_EncapsulatorType = Callable[[Patched, nn.Module], None] | None
+_patched_parameters = FunctionalModule.parameters
+_internal_attrs = {"_backend"} | {name for name, value in vars(nn.Module()).items() if isinstance(value, dict | set)}
+"""The attributes that a loop over a module's attributes leaves out, since `nn.Module` itself keeps its tables in them."""
 
 
 def make_functional(module: nn.Module, encapsulator: Callable[[Any, nn.Module], None] | None = None) -> Any:
@@ -56,8 +67,9 @@ def make_functional(module: nn.Module, encapsulator: Callable[[Any, nn.Module], 
         prepare_part(part)
         base = FunctionalModule if part is handle else Patched
         kind: Any = type(part)
+        names = names_for(part, part is handle)
         vars(part).update(_adaptrt_fast=fast, _adaptrt_number=number)
-        part.__class__ = type(f"Functional{kind.__name__}", (base, kind), {"__module__": kind.__module__})
+        part.__class__ = type(f"Functional{kind.__name__}", (base, kind), {"__module__": kind.__module__, **names})
     if encapsulator is not None:
         encapsulator(handle, module)
     return handle
@@ -119,3 +131,74 @@ def monkeypatch(
     handle = make_functional(module, encapsulate)
     handle.track_higher_grads = track_higher_grads
     return handle
+
+
+@contextmanager
+def _modify_internally(fmodule: Any) -> Iterator[None]:
+    """Within the block, assignments to this module's parameters change what it shows until the next update, not the fast weights."""
+    before = fmodule._adaptrt_only_shows
+    vars(fmodule)["_adaptrt_only_shows"] = True
+    try:
+        yield
+    finally:
+        vars(fmodule)["_adaptrt_only_shows"] = before
+
+
+def _update_patched_params(fmodule: nn.Module, params_box: Sequence[Sequence[Tensor]], params_offset: int) -> int:
+    """Changes which tensors the modules of a handle show as their parameters until the next update, but not the fast weights.
+
+    Args:
+      fmodule: the handle or a part of it.
+      params_box: a list whose first entry has one tensor for each place of a parameter, as `_expand_params` returns them.
+      params_offset: where in that entry those of `fmodule` begin.
+    Returns:
+      Where they end.
+    """
+    places = list(_places_of_params(fmodule))
+    end = params_offset + len(places)
+    for (part, name), value in zip(places, params_box[0][params_offset:end], strict=False):
+        part._parameters[name] = value  # pyright: ignore[reportArgumentType]
+    return end
+
+
+def _make_functional(
+    module: nn.Module, params_box: Sequence[Sequence[Tensor] | None], params_offset: int, root_patched: Any = None
+) -> tuple[int, Any, type]:
+    """Returns a handle whose calls take their parameters from a box, if there are some in it.
+
+    Args:
+      module: as for `make_functional`.
+      params_box: a list with one entry, None or one tensor for each place of a parameter, as `_expand_params` returns them.
+      params_offset: where in that entry those of `module` begin.
+      root_patched: has no effect. The handle is a root.
+    Returns:
+      Where they end, the handle and its class.
+    """
+    del root_patched
+    handle = make_functional(module)
+    mapping = _get_param_mapping(module, [], [])
+    end = params_offset + len(mapping)
+
+    def from_box(self: Any, *args: Any, params: Any = None, **kwargs: Any) -> Any:
+        if params is None and params_box[0] is not None:
+            by_index = dict(zip(mapping, params_box[0][params_offset:end], strict=True))
+            params = [by_index[index] for index in range(len(by_index))]
+        return kind.__call__(self, *args, params=params, **kwargs)
+
+    kind: Any = type(handle)
+    handle.__class__ = type(kind.__name__, (kind,), {"__module__": kind.__module__, "__call__": from_box})
+    return end, handle, type(handle)
+
+
+class _ParameterPlaceholder:
+    """Stands for a parameter of which only the name is known.
+
+    Args:
+      name: the parameter's name.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._param_name = name
+
+    def __repr__(self) -> str:
+        return f'Parameter placeholder ("{self._param_name}")'

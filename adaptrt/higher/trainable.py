@@ -71,6 +71,29 @@ def _written(key: str, value: Any, target: Any) -> Any:
     return type(target)(value.item() if isinstance(value, Tensor) else value)
 
 
+def _recursive_apply(replacement: Any, target: Any) -> Any:
+    """Returns a setting that is replaced: numbers of the type that they had, and tensors as the same objects with other values.
+
+    Args:
+      replacement: a tensor or a number for each number or tensor of the setting, in nests of the same form.
+      target: the setting as it is. Its tensors are changed.
+    Raises:
+      ValueError: the nests differ.
+    """
+    return _in_place(_written("a setting", replacement, target), target)
+
+
+def _in_place(value: Any, target: Any) -> Any:
+    if isinstance(target, Tensor):
+        target.data = value
+        return target
+    if isinstance(target, Mapping):
+        return type(target)({name: _in_place(value[name], entry) for name, entry in target.items()})  # pyright: ignore[reportCallIssue]
+    if isinstance(target, list | tuple):
+        return type(target)([_in_place(new, old) for new, old in zip(value, target, strict=True)])
+    return value
+
+
 def by_group(key: str, values: Any, num_groups: int) -> list[Any]:
     """Returns one value for each group from an entry of an override.
 

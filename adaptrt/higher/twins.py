@@ -19,7 +19,7 @@ from adaptrt.higher.places import Places, hold
 
 _CONTAINERS = frozenset({list, dict, set, collections.OrderedDict, collections.deque})
 _SIMPLE = frozenset({bool, int, float, str, type(None)})
-_APART = frozenset({"_parameters", "_modules", "_adaptrt_fast", "_adaptrt_number"})
+_APART = frozenset({"_parameters", "_modules", "_adaptrt_fast", "_adaptrt_number", "_adaptrt_only_shows"})
 """Attributes of a handle's module that its twin does not share."""
 _MISSING = object()
 
@@ -168,6 +168,7 @@ def make_twins(places: Places, links: list[Links], values: Sequence[Tensor]) -> 
             continue
         own.update(vars(part))
         del own["_adaptrt_fast"], own["_adaptrt_number"]
+        own.pop("_adaptrt_only_shows", None)
         own["_parameters"] = own["_parameters"].copy()
         own["_modules"] = {name: None if child is None else of_part.get(id(child), child) for name, child in part._modules.items()}
         for name in links_of_part.names:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -38,6 +38,53 @@ def copied(value: Tensor, device: torch.device | None = None, safe_copy: bool = 
     """Returns a copy of one tensor, made as `get_func_params` makes it."""
     found = value.detach().clone() if safe_copy else value.detach()
     return (found if device is None else found.to(device)).requires_grad_(value.requires_grad)
+
+
+def _copy_tensor(t: Tensor, safe_copy: bool, device: torch.device | None = None) -> Tensor:
+    """Does what `copied` does."""
+    return copied(t, device, safe_copy)
+
+
+def _recursive_copy_and_cast(target: Any, device: torch.device | None) -> Any:
+    """Returns nested containers like `target`, with a copy of each tensor on `device`. None leaves it where it is."""
+    return _recursive_map(target, lambda leaf: copied(leaf, device) if isinstance(leaf, Tensor) else leaf)
+
+
+def _is_container(target: Any) -> bool:
+    """Tells whether `_recursive_map` looks into a value."""
+    return isinstance(target, list | tuple | dict | set)
+
+
+def _find_param_in_list(param: Tensor, tensors: Iterable[Tensor]) -> int | None:
+    """Returns the position of a tensor, the same object, or None if it is not there."""
+    return next((i for i, other in enumerate(tensors) if other is param), None)
+
+
+def _places_of_params(module: nn.Module) -> Iterator[tuple[nn.Module, str]]:
+    """Returns the place of each parameter: its module and its name there. A module that is used twice is visited twice."""
+    for name, param in module._parameters.items():
+        if param is not None:
+            yield module, name
+    for child in module._modules.values():
+        if child is not None:
+            yield from _places_of_params(child)
+
+
+def _get_param_mapping(module: nn.Module, seen: list[Tensor], mapping: list[int]) -> list[int]:
+    """Appends to `mapping` for each place of a parameter the parameter's position in `seen`, and returns `mapping`.
+
+    Args:
+      module: the module that has the parameters.
+      seen: distinct parameters. Those that are not there yet are appended.
+      mapping: positions that are known already.
+    """
+    for part, name in _places_of_params(module):
+        param: Any = part._parameters[name]
+        found = _find_param_in_list(param, seen)
+        mapping.append(len(seen) if found is None else found)
+        if found is None:
+            seen.append(param)
+    return mapping
 
 
 def _recursive_map(target: Any, map_fn: Callable[[Any], Any]) -> Any:
