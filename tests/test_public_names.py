@@ -16,10 +16,10 @@ NAMES = {
     "optim trace",
     "adaptrt.optim": f"{_OPTIMISERS} Optimizer Schedule Transform chain clip_by_global_norm learned partition per_step scale_by_schedule "
     "schedule scheduled",
-    "adaptrt.errors": "AdaptrtError AlreadyImported CannotBePickled CannotBeSet CannotRecord CompilerUnavailable DataDependentControlFlow DeviceMismatch "
-    "InvalidArgument InvalidBatch InvalidGraph InvalidLoss InvalidType LabelOutOfRange LongChain ModelChanged NonFiniteInput "
-    "NotDifferentiable NotTraceable NothingToAdapt OptimizerMismatch OutOfDeviceMemory RecordingFailed ShapeChanged UnknownPyTorch "
-    "UnsupportedOptimizer UnsupportedParameter UnsupportedRandomness",
+    "adaptrt.errors": "AdaptrtError AlreadyImported CannotBePickled CannotBeSet CannotRecord CompilerUnavailable "
+    "DataDependentControlFlow DeviceMismatch InvalidArgument InvalidBatch InvalidGraph InvalidLoss InvalidType LabelOutOfRange LongChain "
+    "ModelChanged NonFiniteInput NotDifferentiable NotTraceable NothingToAdapt OptimizerMismatch OutOfDeviceMemory RecordingFailed "
+    "ShapeChanged UnknownPyTorch UnsupportedOptimizer UnsupportedParameter UnsupportedRandomness",
     "adaptrt.adjoint": "Adjoint FirstOrder Replay Stash Unrolled",
     "adaptrt.backend": "Backend CudaGraph Eager Inductor Tiered",
     "adaptrt.higher": "create_diff_optim get_diff_optim innerloop_ctx install monkeypatch optim patch register_optim uninstall utils",
