@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 import functools
 import itertools
 import re
@@ -9,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import numpy
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,10 +41,24 @@ class Settings:
         self.is_never_read = 0
 
 
+class Mode(enum.Enum):
+    FAST = 1
+
+
+class Slotted:
+    """An object without a dict of attributes."""
+
+    __slots__ = ("temperature",)
+
+    def __init__(self) -> None:
+        self.temperature = 1.0
+
+
 class Net(nn.Module):
     """Has Python state of every kind for forward functions to use."""
 
     gain = 2.0
+    shared = Settings()
 
     def __init__(self, forward: Callable[[Net, Tensor], Tensor]) -> None:
         super().__init__()
@@ -58,6 +74,9 @@ class Net(nn.Module):
         self.kept: Any = None
         self.seen: list[Any] = []
         self.table: dict[Any, Any] = {}
+        self.slotted = Slotted()
+        self.factors = numpy.ones(2)
+        self.scales: dict[Any, float] = {Mode.FAST: 1.0, (1, "a"): 1.0, "{0}": 1.0}
 
     def forward(self, x: Tensor) -> Tensor:
         return self.body(self, x)
@@ -91,7 +110,8 @@ def reads_everything(self: Net, x: Tensor) -> Tensor:
     output = self.linear(x) / self.temperature * self.settings.temperature * self.gain * SCALE
     if self.flags["on"]:
         output = output * self.flags["weights"][1]
-    return self.drop(output)
+    output = output * self.slotted.temperature * float(self.factors[1]) * self.shared.temperature
+    return self.drop(output * self.scales[Mode.FAST] * self.scales[1, "a"] * self.scales["{0}"] * self.scales.get("another", 1.0))
 
 
 CHANGES: dict[str, Callable[[Net, dict[str, float], pytest.MonkeyPatch], object]] = {
@@ -105,6 +125,13 @@ CHANGES: dict[str, Callable[[Net, dict[str, float], pytest.MonkeyPatch], object]
     "a number in a list in a dict": lambda model, scope, patch: model.flags["weights"].__setitem__(1, 5.0),
     "a global name": lambda model, scope, patch: patch.setitem(globals(), "SCALE", 0.5),
     "an entry of a dict in the closure of the loss": lambda model, scope, patch: scope.update(weight=0.3),
+    "an attribute in a slot": lambda model, scope, patch: setattr(model.slotted, "temperature", 3.0),
+    "an array of NumPy's": lambda model, scope, patch: model.factors.__setitem__(1, 3.0),
+    "an object of the class": lambda model, scope, patch: patch.setattr(Net.shared, "temperature", 3.0),
+    "an entry under an enum": lambda model, scope, patch: model.scales.update({Mode.FAST: 3.0}),
+    "an entry under a tuple": lambda model, scope, patch: model.scales.update({(1, "a"): 3.0}),
+    "an entry under a name with braces": lambda model, scope, patch: model.scales.update({"{0}": 3.0}),
+    "an entry that was not there": lambda model, scope, patch: model.scales.update(another=3.0),
     "the probability of dropout": lambda model, scope, patch: setattr(model.drop, "p", 1.0),
 }
 
@@ -153,6 +180,16 @@ def test_a_value_that_comes_back_finds_its_programs() -> None:
         model.temperature = temperature
         assert_follows(unroll, model)
     assert len(unroll.explain().adjoints) == 2
+
+
+def test_a_new_object_with_equal_values_finds_the_programs() -> None:
+    model = Net(reads_everything)
+    unroll = unrolled(model)
+    for _ in range(3):
+        model.settings = Settings()
+        model.flags = {"on": True, "weights": [1.0, 2.0]}
+        assert_follows(unroll, model)
+    assert len(unroll.explain().adjoints) == 1
 
 
 def test_what_is_not_read_makes_no_programs() -> None:

@@ -17,6 +17,7 @@ import collections
 import contextlib
 import dataclasses
 import enum
+import functools
 import os
 import sys
 import sysconfig
@@ -122,8 +123,10 @@ class Place:
     Attributes:
       path: in words, for messages.
       holder: the object that has it.
-      code: Python that reads it from the holder, which stands for `{}`.
+      code: Python that compares what the holder has with the value, which is written behind it. `{}` stands for the holder, and `{index}`
+        for the index.
       value: what was found, or for a tensor attribute of a module its class, as the tensor itself is read at each call.
+      index: a key, a position or a name.
       makes_programs: whether another value needs another program. Otherwise it is a sign to search again.
     """
 
@@ -131,14 +134,21 @@ class Place:
     holder: Any
     code: str
     value: Any
+    index: Any = None
     makes_programs: bool = True
 
     @property
     def key(self) -> Hashable:
-        """Equal for values that give the same program."""
+        """Equal for values that give the same program. What is searched counts by its type, as its contents have places of their own."""
         value = self.value
         if isinstance(value, IMMUTABLE):
             return self.path, type(value), repr(value) if isinstance(value, float | complex) else value
+        if isinstance(value, types.FunctionType):
+            return self.path, id(value.__code__)
+        if isinstance(value, frozenset):
+            return self.path, value
+        if isinstance(value, list | tuple | dict | set | collections.deque) or is_users_class(type(value)):
+            return self.path, type(value)
         return self.path, id(value)
 
 
@@ -166,7 +176,7 @@ class _Search:
                 if isinstance(value, types.ModuleType):
                     self._python_module(value, code.co_names)
                 elif not isinstance(value, type | types.BuiltinFunctionType):
-                    self._found(f"{scope.get('__name__', '?')}.{name}", scope, f"{{}}[{name!r}]", value, 0)
+                    self._found(f"{scope.get('__name__', '?')}.{name}", scope, _ITEM, value, 0, name)
 
     def _python_module(self, module: types.ModuleType, names: Sequence[str]) -> None:
         place = getattr(module, "__file__", None) or ""
@@ -175,11 +185,11 @@ class _Search:
         own = vars(module)
         for name in names:
             if name in own and not isinstance(own[name], types.ModuleType | types.FunctionType | type):
-                self._found(f"{module.__name__}.{name}", own, f"{{}}[{name!r}]", own[name], 0)
+                self._found(f"{module.__name__}.{name}", own, _ITEM, own[name], 0, name)
 
-    def _found(self, path: str, holder: Any, code: str, value: Any, depth: int) -> None:
+    def _found(self, path: str, holder: Any, code: str, value: Any, depth: int, index: Any = None) -> None:
         """Notes a value, and searches inside it."""
-        self.places.append(Place(path, holder, f"{code} is", value))
+        self.places.append(Place(path, holder, code, value, index))
         if depth < _MAX_DEPTH:
             self._inside(path, value, depth)
 
@@ -194,21 +204,22 @@ class _Search:
         elif isinstance(value, types.MethodType):
             self._inside(path, value.__self__, depth)
             self._inside(path, value.__func__, depth)
-        elif hasattr(value, "func") and hasattr(value, "keywords"):  # functools.partial
+        elif isinstance(value, functools.partial):
             for part in (value.func, *value.args, *value.keywords.values()):
                 self._inside(path, part, depth)
-        elif isinstance(value, Mapping) and hasattr(value, "keys"):
+        elif isinstance(value, dict):
             self._size(path, value)
-            for key in list(value):
-                if isinstance(key, IMMUTABLE) and not isinstance(key, enum.Enum):
-                    self._found(f"{path}[{key!r}]", value, f"{{}}[{key!r}]", value[key], depth + 1)
+            for key, entry in list(value.items()):
+                self._found(f"{path}[{key!r}]", value, _ITEM, entry, depth + 1, key)
         elif isinstance(value, list | tuple | collections.deque):
             if not isinstance(value, tuple):
                 self._size(path, value)
             for index, entry in enumerate(value):
-                self._found(f"{path}[{index}]", value, f"{{}}[{index}]", entry, depth + 1)
+                self._found(f"{path}[{index}]", value, "{}[{index}] is", entry, depth + 1, index)
         elif isinstance(value, set):
             self.places.append(Place(path, value, "{} ==", frozenset(value)))
+        elif is_array(value):
+            self.places.append(Place(path, value, "{}.tobytes() ==", value.tobytes()))
         else:
             self._object(path, value, depth)
 
@@ -226,9 +237,9 @@ class _Search:
             if name in _APART or not (name in self._names or (self._is_dynamic and not name.startswith("_"))):
                 continue
             if isinstance(value, Tensor):
-                self.places.append(Place(f"{path}.{name}", own, f"{{}}[{name!r}].__class__ is", type(value)))
+                self.places.append(Place(f"{path}.{name}", own, "{}.get({index}).__class__ is", type(value), name))
             else:
-                self._found(f"{path}.{name}", own, f"{{}}[{name!r}]", value, depth + 1)
+                self._found(f"{path}.{name}", own, _ITEM, value, depth + 1, name)
         for table in ("_forward_hooks", "_forward_pre_hooks"):
             if own.get(table):
                 self._inside(f"{path}.{table}", own[table], depth + 1)
@@ -242,7 +253,7 @@ class _Search:
             return
         for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
             if cell != types.CellType():
-                self._found(f"{function.__name__}.<closure>.{name}", cell, "{}.cell_contents", cell.cell_contents, depth + 1)
+                self._found(f"{function.__name__}.<closure>.{name}", cell, "{}.cell_contents is", cell.cell_contents, depth + 1)
         for part in (function.__defaults__, function.__kwdefaults__):
             if part:
                 self._inside(f"the defaults of {path}", part, depth + 1)
@@ -256,7 +267,10 @@ class _Search:
         if isinstance(own, dict):
             self._attributes(path, own)
             for name in [name for name in own if name in self._names]:
-                self._found(f"{path}.{name}", own, f"{{}}[{name!r}]", own[name], depth + 1)
+                self._found(f"{path}.{name}", own, _ITEM, own[name], depth + 1, name)
+        for name in slots_of(value):
+            if name in self._names:
+                self._found(f"{path}.{name}", value, f"{{}}.{name} is", getattr(value, name), depth + 1)
         self._class(path, kind, depth)
 
     def _class(self, path: str, kind: type, depth: int) -> None:
@@ -266,9 +280,28 @@ class _Search:
                 continue
             for name, value in list(vars(base).items()):
                 is_read = name in self._names and not name.startswith("__") and (id(base), name) not in self._of_classes
-                if is_read and isinstance(value, (*IMMUTABLE, list, dict, set, tuple)):
+                if is_read and not callable(value) and not hasattr(value, "__get__"):
                     self._of_classes.add((id(base), name))
-                    self._found(f"{base.__name__}.{name}", vars(base), f"{{}}[{name!r}]", value, depth + 1)
+                    self._found(f"{base.__name__}.{name}", vars(base), _ITEM, value, depth + 1, name)
+
+
+_ITEM = "{}.get({index}) is"
+"""An entry of a dict; read so that a dict with defaults does not make one."""
+
+
+def is_array(value: Any) -> bool:
+    """Whether it is an array of NumPy's, which is not imported for this."""
+    return type(value).__module__ == "numpy" and hasattr(value, "tobytes")
+
+
+def slots_of(value: Any) -> list[str]:
+    """The attributes that an object of a class with `__slots__` has."""
+    names = [name for base in type(value).__mro__ for name in _as_names(vars(base).get("__slots__", ()))]
+    return [name for name in names if not name.startswith("__") and hasattr(value, name)]
+
+
+def _as_names(slots: Any) -> list[str]:
+    return [slots] if isinstance(slots, str) else list(slots)
 
 
 def unchanged_check(places: Sequence[Place]) -> Callable[[], bool]:
@@ -279,13 +312,15 @@ def unchanged_check(places: Sequence[Place]) -> Callable[[], bool]:
     for index, place in enumerate(places):
         holder = holders.setdefault(id(place.holder), f"h{len(holders)}")
         constants[holder] = place.holder
-        constants[f"v{index}"] = place.value
-        lines.append(f"{place.code.format(holder)} v{index}")
+        constants[f"v{index}"], constants[f"i{index}"] = place.value, place.index
+        lines.append(f"{place.code.format(holder, index=f'i{index}')} v{index}")
     condition = "\n      and ".join(["True", *lines])
     source = f"def check():\n  try: return ({condition})\n  except (LookupError, AttributeError, ValueError): return False\n"
     exec(compile(source, "<watched values>", "exec"), constants)
     return constants["check"]
 
+
+_MAX_NUMBERS = 64
 
 MAX_VALUES = 8
 """Different sets of values that are met before a warning says that each makes programs of its own."""
@@ -305,8 +340,8 @@ class PythonState:
         self._number = 0
         self._next = 1
         self._places: list[Place] = []
-        self._numbers: dict[Hashable, int] = {}
-        self._kept: list[Any] = []  # so that no other object gets the identity of one that is known
+        # The values of each number, too, so that no other object gets the identity of one that is known.
+        self._numbers: collections.OrderedDict[Hashable, tuple[int, list[Any]]] = collections.OrderedDict()
         self._is_unchanged: Callable[[], bool] = lambda: True
         self._has_warned = False
 
@@ -322,7 +357,8 @@ class PythonState:
         with self._lock:
             if self._executed.merge(executed):
                 self._places = self._search()
-                self._numbers = {self._key(): self._number}
+                self._numbers.clear()
+                self._remember(self._number)
                 self._is_unchanged = unchanged_check(self._places)
 
     def _search(self) -> list[Place]:
@@ -330,8 +366,12 @@ class PythonState:
         for path, value in self._roots.items():
             search.root(path, value)
         search.globals_of(self._executed)
-        self._kept.append([place.value for place in search.places])
         return search.places
+
+    def _remember(self, number: int) -> None:
+        self._numbers[self._key()] = number, [place.value for place in self._places]
+        if len(self._numbers) > _MAX_NUMBERS:
+            self._numbers.popitem(last=False)
 
     def _key(self) -> Hashable:
         return tuple([place.key for place in self._places if place.makes_programs])
@@ -340,14 +380,14 @@ class PythonState:
         before = {place.path: place for place in self._places}
         self._places = self._search()
         key = self._key()
-        known = self._numbers.get(key)
-        if known is None:
-            known, self._next = self._next, self._next + 1
-            self._numbers[key] = known
-            if len(self._numbers) > MAX_VALUES and not self._has_warned:
+        if key in self._numbers:
+            self._number = self._numbers[key][0]
+        else:
+            self._number, self._next = self._next, self._next + 1
+            self._remember(self._number)
+            if self._next > MAX_VALUES and not self._has_warned:
                 self._has_warned = True
                 self._warn(before)
-        self._number = known
         self._is_unchanged = unchanged_check(self._places)
 
     def _warn(self, before: Mapping[str, Place]) -> None:
@@ -357,7 +397,7 @@ class PythonState:
             if place.path not in before or before[place.path].key != place.key
         ]
         warnings.warn(
-            f"{len(self._numbers)} different values of {', '.join(changed[:3]) or 'Python state'} were met, and programs are compiled for "
+            f"{self._next} different values of {', '.join(changed[:3]) or 'Python state'} were met, and programs are compiled for "
             "each. Make it a buffer or a plain tensor attribute, which programs take as an input",
             stacklevel=6,
         )

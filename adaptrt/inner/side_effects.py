@@ -32,7 +32,7 @@ from torch import Tensor, fx, nn
 
 from adaptrt.errors import NotTraceable
 from adaptrt.graph.ir import Graph
-from adaptrt.inner.python_state import IMMUTABLE, OPAQUE, Executed, is_of_user, is_users_class
+from adaptrt.inner.python_state import IMMUTABLE, OPAQUE, Executed, is_array, is_of_user, is_users_class, slots_of
 
 _MAX_OBJECTS = 20_000
 """Objects that are searched for state, those nearest to the model first."""
@@ -127,7 +127,7 @@ class Snapshot:
             if not isinstance(value, tuple | frozenset):
                 self._keep(path, value)
             return [(f"{path}[{index}]", entry) for index, entry in enumerate(value)]
-        if _position(value) is not None:
+        if is_array(value) or _position(value) is not None:
             self._keep(path, value)
             return []
         return self._object(path, value)
@@ -165,6 +165,9 @@ class Snapshot:
         if isinstance(own, dict):
             self._keep(path, own)
             found = [(f"{path}.{name}", entry) for name, entry in own.items()]
+        if slots_of(value):
+            self._keep(path, _Slots(value))
+            found += [(f"{path}.{name}", getattr(value, name)) for name in slots_of(value)]
         return [*found, *self._class(type(value))]
 
     def _class(self, kind: type) -> list[tuple[str, Any]]:
@@ -179,6 +182,13 @@ class Snapshot:
         return found
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Slots:
+    """The attributes of an object of a class with `__slots__`."""
+
+    owner: Any
+
+
 def _codes(code: types.CodeType) -> list[types.CodeType]:
     """A function's code, and that of the functions in it."""
     inner = [entry for constant in code.co_consts if isinstance(constant, types.CodeType) for entry in _codes(constant)]
@@ -189,6 +199,10 @@ def _content(holder: Any) -> Any:
     """A shallow copy of what it holds."""
     if isinstance(holder, types.CellType):
         return holder.cell_contents if holder != types.CellType() else MISSING
+    if isinstance(holder, _Slots):
+        return {name: getattr(holder.owner, name) for name in slots_of(holder.owner)}
+    if is_array(holder):
+        return holder.copy()
     position = _position(holder)
     if position is not None:
         return position
@@ -214,6 +228,13 @@ def _put(holder: Any, content: Any) -> None:
     if isinstance(holder, types.CellType):
         if content is not MISSING:
             holder.cell_contents = content
+        return
+    if isinstance(holder, _Slots):
+        for name, value in content.items():
+            setattr(holder.owner, name, value)
+        return
+    if is_array(holder):
+        holder[...] = content
         return
     if isinstance(holder, random.Random):
         holder.setstate(content)
@@ -247,6 +268,8 @@ def is_same(before: Any, after: Any, parts: Mapping[int, Any], settled: bool = F
         return True
     if isinstance(before, nn.Module):
         return parts.get(id(before), before) is after
+    if is_array(before):
+        return is_array(after) and before.dtype == after.dtype and before.shape == after.shape and before.tobytes() == after.tobytes()
     if isinstance(before, Tensor):
         return settled and isinstance(after, Tensor)
     if type(before) is not type(after):
