@@ -24,7 +24,14 @@ OF_GRAPHS = {
     # What only changes the graph, which the key knows.
     *("adaptrt.graph.passes", "adaptrt.graph.ir", "adaptrt.graph.cost", "adaptrt.graph.indices", "adaptrt.graph.operations"),
     # What says how a program is found, run or built, but not what it consists of.
-    *("adaptrt.backend.base", "adaptrt.backend.eager", "adaptrt.backend.engine", "adaptrt.backend.guards", "adaptrt.graph.pytrees"),
+    *(
+        "adaptrt.backend.base",
+        "adaptrt.backend.eager",
+        "adaptrt.backend.engine",
+        "adaptrt.backend.guards",
+        "adaptrt.graph.pytrees",
+        "adaptrt.graph.plain",
+    ),
     # Exchanged or not: that is part of the key itself.
     *("adaptrt.graph.exchange", "adaptrt.graph.collector", "adaptrt.errors"),
 }

@@ -158,6 +158,7 @@ def test_history_tells_what_each_pass_did() -> None:
     graph = adaptrt.trace(entry.model(), entry.data(1, 4)[0])
     assert [record.name for record in graph.history] == [
         "functionalise",
+        "numbers_as_tensors",
         "relax_views",
         "remove_identities",
         "convolution_gradients",
