@@ -28,6 +28,7 @@ import weakref
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 
 from adaptrt.errors import NotTraceable
@@ -352,17 +353,26 @@ def _numbered(graph: Graph, own: list[int], outputs: list[Any]) -> list[Any]:
             return tuple(of(entry) for entry in value)
         return type(value).__name__, repr(value)
 
-    position = 0
+    position, num_arguments = 0, len(graph.signature.inputs) - len(graph.constants)
     for node in graph.module.graph.nodes:
         if node.op == "placeholder":
             known[node] = ("own", place[position]) if position in place else ("other", position)
-            if graph.signature.inputs[position].role.value == "const":
-                known[node] = ("const", position)
+            if position >= num_arguments:
+                known[node] = ("const", _first_equal(graph.constants, position - num_arguments))
             position += 1
         elif node.op != "output":
             key = str(node.target), of(node.args), tuple((name, of(value)) for name, value in node.kwargs.items())
             known[node] = table.setdefault(key, ("node", hash(key)))
     return [of(value) for value in outputs]
+
+
+def _first_equal(constants: Sequence[Tensor], index: int) -> int:
+    """The first constant with the values of the one at `index`: a pass may make a tensor of the same numbers anew."""
+    value = constants[index].detach()
+    for earlier, other in enumerate(constants[:index]):
+        if other.dtype is value.dtype and other.device == value.device and torch.equal(other.detach(), value):
+            return earlier
+    return index
 
 
 def refuse(writes: Sequence[Write], executed: Executed) -> None:
