@@ -79,15 +79,13 @@ def run(entry: Entry, show_errors: bool = False) -> Row:
     """Builds a model, adapts it both ways and compares."""
     if importlib.util.find_spec(entry.package) is None:
         return Row(entry, "not installed")
-    torch.manual_seed(0)
     stage = "plain PyTorch fails"
     try:
         with at_most(LIMIT_S), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            case = entry.make()
-            case.model.double()
+            case = built(entry)
             support, query = case.batch(), case.batch()
-            wanted = by_loop(case, support, query)
+            wanted = by_loop(built(entry), support, query)  # of its own, as a model may keep something
             stage = "failed"
             start = time.perf_counter()
             got, seconds = by_adaptrt(case, support, query, start)
@@ -102,6 +100,13 @@ def run(entry: Entry, show_errors: bool = False) -> Row:
     if show_errors:
         traceback.print_exception(first)
     return Row(entry, outcome, f"{type(first).__name__}: {str(first).strip().splitlines()[0] if str(first).strip() else ''}")
+
+
+def built(entry: Entry) -> Case:
+    torch.manual_seed(0)
+    case = entry.make()
+    case.model.double()
+    return case
 
 
 def by_loop(case: Case, support: tuple[object, ...], query: tuple[object, ...]) -> dict[str, Tensor]:
@@ -155,6 +160,7 @@ def main() -> None:
     parser.add_argument("--markdown", type=Path, help="write the table here, too")
     parser.add_argument("--errors", action="store_true", help="print where errors were raised")
     options = parser.parse_args()
+    torch.set_default_dtype(torch.float64)
     rows: list[Row] = []
     for entry in ZOO:
         if options.only.lower() in f"{entry.package} {entry.name}".lower():

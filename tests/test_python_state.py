@@ -308,8 +308,14 @@ def numbers() -> Iterator[int]:
         yield number
 
 
+def counts_in_a_constant(self: Net, x: Tensor) -> Tensor:
+    self.count += 1
+    return self.linear(x) * torch.tensor(float(self.count), dtype=torch.float64)
+
+
 WRITES: dict[str, tuple[Callable[[], Callable[[Net, Tensor], Tensor]], str]] = {
     "a counter": (lambda: counts, r"model\.count \(1 before, 2 after\).*test_python_state\.py:\d+"),
+    "a counter in a constant": (lambda: counts_in_a_constant, r"model\.count"),
     "a counter with a limit": (lambda: counts_up_to_a_limit, r"model\.count"),
     "an average in an attribute": (lambda: averages, r"model\.kept"),
     "a list": (lambda: appends, r"model\.seen"),
@@ -398,9 +404,36 @@ def collects_features(self: Net, x: Tensor) -> Tensor:
     return output + self.seen[0]
 
 
+def keeps_beside_a_constant(self: Net, x: Tensor) -> Tensor:
+    self.kept = self.linear(x) * torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    return self.kept
+
+
+class MadeAtEachLookUp(dict[str, Any]):
+    """Makes an object of the class that it holds, as registries of activation functions do."""
+
+    def __getitem__(self, key: str) -> Any:
+        return super().__getitem__(key)()
+
+
+REGISTRY = MadeAtEachLookUp(tanh=nn.Tanh)
+
+
+def looks_up(self: Net, x: Tensor) -> Tensor:
+    return self.linear(x) + REGISTRY["tanh"](self.linear(x))
+
+
+def test_dicts_that_make_their_values_stay_as_they_are() -> None:
+    unroll = unrolled(Net(looks_up))
+    for _ in range(2):
+        unroll.adapt(batch())
+    assert REGISTRY.get("tanh") is nn.Tanh
+
+
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 @pytest.mark.parametrize(
-    "forward", [keeps_for_others, builds_a_mask_once, keeps_by_length, keeps_in_a_global, uses_lru_cache, collects_features]
+    "forward",
+    [keeps_beside_a_constant, keeps_for_others, builds_a_mask_once, keeps_by_length, keeps_in_a_global, uses_lru_cache, collects_features],
 )
 def test_caches_and_records_keep_working(forward: Callable[[Net, Tensor], Tensor], backend: str) -> None:
     model = Net(forward)

@@ -209,7 +209,7 @@ class _Search:
                 self._inside(path, part, depth)
         elif isinstance(value, dict):
             self._size(path, value)
-            for key, entry in list(value.items()):
+            for key, entry in list(dict.items(value)):
                 self._found(f"{path}[{key!r}]", value, _ITEM, entry, depth + 1, key)
         elif isinstance(value, list | tuple | collections.deque):
             if not isinstance(value, tuple):

@@ -123,7 +123,7 @@ class Snapshot:
             return [(path, value.__wrapped__)]
         if isinstance(value, dict):
             self._keep(path, value)
-            return [(f"{path}[{key!r}]", entry) for key, entry in value.items()]
+            return [(f"{path}[{key!r}]", entry) for key, entry in dict.items(value)]
         if isinstance(value, list | tuple | set | frozenset | collections.deque):
             if not isinstance(value, tuple | frozenset):
                 self._keep(path, value)
@@ -207,7 +207,9 @@ def _content(holder: Any) -> Any:
     position = _position(holder)
     if position is not None:
         return position
-    return dict(holder) if isinstance(holder, dict) else list(holder) if isinstance(holder, list | collections.deque) else set(holder)
+    if isinstance(holder, dict):  # of which a subclass may make another object at each look-up
+        return dict(dict.items(holder))
+    return list(holder) if isinstance(holder, list | collections.deque) else set(holder)
 
 
 def _position(value: Any) -> Any:
@@ -242,8 +244,23 @@ def _put(holder: Any, content: Any) -> None:
         return
     if _position(holder) is not None:  # there is no way back
         return
+    if isinstance(holder, dict):
+        _put_entries(holder, content)
+        return
     holder.clear()
     (holder.extend if isinstance(holder, list | collections.deque) else holder.update)(content)
+
+
+def _put_entries(holder: dict[Any, Any], content: dict[Any, Any]) -> None:
+    """Puts back what is another object. Names of a module are not taken away meanwhile, as another thread may run its code."""
+    kind = collections.OrderedDict if isinstance(holder, collections.OrderedDict) else dict  # whatever a subclass does with entries
+    if not content.keys() <= dict.keys(holder):  # for the order
+        kind.clear(holder)
+    for key in [key for key in dict.keys(holder) if key not in content]:
+        kind.__delitem__(holder, key)
+    for key, value in content.items():
+        if dict.get(holder, key, MISSING) is not value:
+            kind.__setitem__(holder, key, value)
 
 
 def _differences(path: str, before: Any, after: Any) -> list[Write]:

@@ -149,9 +149,9 @@ def llama() -> Case:
     return causal("Llama")
 
 
-@entry("transformers", "Llama, dynamic RoPE")
+@entry("transformers", "Llama, dynamic RoPE, beyond its length")
 def llama_dynamic() -> Case:
-    return causal("Llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
+    return causal("Llama", max_position_embeddings=4, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
 
 
 @entry("transformers", "Llama, gradient checkpointing")

@@ -179,11 +179,25 @@ def gin() -> Case:
     return nodes(GIN(4, 8, 2, 3))
 
 
-@entry("torch_geometric", "GCNConv, cached=True")
+@entry("torch_geometric", "GCN, add_self_loops=False")
+def gcn_without_loops() -> Case:
+    from torch_geometric.nn import GCN
+
+    return nodes(GCN(4, 8, 2, 3, add_self_loops=False))
+
+
+@entry("torch_geometric", "GAT, add_self_loops=False")
+def gat_without_loops() -> Case:
+    from torch_geometric.nn import GAT
+
+    return nodes(GAT(4, 8, 2, 3, add_self_loops=False))
+
+
+@entry("torch_geometric", "GCNConv, cached=True, add_self_loops=False")
 def gcn_cached() -> Case:
     from torch_geometric.nn import GCNConv
 
-    return nodes(GCNConv(4, 3, cached=True))
+    return nodes(GCNConv(4, 3, cached=True, add_self_loops=False))
 
 
 @entry("monai", "UNet")
@@ -220,11 +234,15 @@ def kornia_filters() -> Case:
     return images(nn.Sequential(nn.Conv2d(3, 3, 3), kornia.filters.Sobel(), nn.AdaptiveAvgPool2d(1), nn.Flatten()), 8)
 
 
-@entry("kornia", "HardNet")
+@entry("kornia", "HardNet, eval mode")
 def hardnet() -> Case:
     import kornia
 
-    return Case(kornia.feature.HardNet(pretrained=False), lambda: (torch.randn(2, 1, 32, 32).double(), torch.randn(2, 128).double()), F.mse_loss)
+    return Case(
+        kornia.feature.HardNet(pretrained=False).eval(),
+        lambda: (torch.randn(2, 1, 32, 32).double(), torch.randn(2, 128).double()),
+        F.mse_loss,
+    )
 
 
 @entry("snntorch", "Leaky neurons, init_hidden=True")
