@@ -111,6 +111,9 @@ def built(entry: Entry) -> Case:
 
 def by_loop(case: Case, support: tuple[object, ...], query: tuple[object, ...]) -> dict[str, Tensor]:
     """Adapted parameters, meta-loss and meta-gradient of the oracle."""
+    for part in case.model.modules():  # PyTorch's checkpointing computes again after functional_call has put the old parameters back
+        if getattr(part, "gradient_checkpointing", False):
+            part.gradient_checkpointing = False
     params = {name: value for name, value in case.model.named_parameters() if value.requires_grad}
     frozen = {name: value for name, value in case.model.named_parameters() if not value.requires_grad}
     loop = naive.Loop(case.model, case.loss, naive.sgd, {"lr": LR}, K)

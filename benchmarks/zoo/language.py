@@ -98,6 +98,14 @@ def deberta() -> Case:
     return text(DebertaV2ForSequenceClassification(config), classes)
 
 
+@entry("transformers", "DeBERTa v2, tokens")
+def deberta_tokens() -> Case:
+    from transformers import DebertaV2Config, DebertaV2ForTokenClassification
+
+    config = DebertaV2Config(**TEXT, **DRY, relative_attention=True, pos_att_type=["p2c", "c2p"], num_labels=3)
+    return text(DebertaV2ForTokenClassification(config), lambda: torch.randint(3, (2, 6)))
+
+
 def gpt2_model() -> nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
