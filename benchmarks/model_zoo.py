@@ -20,7 +20,7 @@ import types
 import warnings
 from collections.abc import Generator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -111,6 +111,7 @@ def built(entry: Entry) -> Case:
 
 def by_loop(case: Case, support: tuple[object, ...], query: tuple[object, ...]) -> dict[str, Tensor]:
     """Adapted parameters, meta-loss and meta-gradient of the oracle."""
+    part: Any
     for part in case.model.modules():  # PyTorch's checkpointing computes again after functional_call has put the old parameters back
         if getattr(part, "gradient_checkpointing", False):
             part.gradient_checkpointing = False

@@ -253,7 +253,7 @@ def _put(holder: Any, content: Any) -> None:
 
 def _put_entries(holder: dict[Any, Any], content: dict[Any, Any]) -> None:
     """Puts back what is another object. Names of a module are not taken away meanwhile, as another thread may run its code."""
-    kind = collections.OrderedDict if isinstance(holder, collections.OrderedDict) else dict  # whatever a subclass does with entries
+    kind: Any = collections.OrderedDict if isinstance(holder, collections.OrderedDict) else dict  # whatever a subclass does with entries
     if not content.keys() <= dict.keys(holder):  # for the order
         kind.clear(holder)
     for key in [key for key in dict.keys(holder) if key not in content]:
