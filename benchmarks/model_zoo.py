@@ -141,6 +141,8 @@ def flat(adapted: Mapping[str, Tensor], loss: Tensor, params: Mapping[str, Tenso
 
 def worst(got: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> float:
     """The largest error, relative to the largest number of its kind: the loss, all that is adapted, the whole gradient."""
+    if not all(bool(torch.isfinite(value).all()) for value in (*got.values(), *wanted.values())):
+        return float("inf")
     kinds = {name: name.split()[0] for name in wanted}
     largest = {kind: max(float(value.abs().max()) for name, value in wanted.items() if kinds[name] == kind) for kind in set(kinds.values())}
     return max(float((got[name] - value).abs().max()) / (largest[kinds[name]] or 1.0) for name, value in wanted.items())
