@@ -7,8 +7,9 @@ changed, so that the call gets a program of its own.
 Which values are read is estimated from above. The code objects that run while the model is traced are recorded, and a value counts as read
 if it can be reached from the model, the loss, the optimiser or a global name of that code, by attributes that this code names.
 
-Known limits: an attribute whose name is computed counts as read only on modules of the model. State behind C code, such as an iterator or
-an open file, is not seen.
+Known limits: an attribute whose name is computed counts as read only on modules of the model. State behind C code, such as an iterator,
+an open file or the elements of a NumPy array, is not seen; nor are attributes of functions, methods that are replaced in a class, what
+PyTorch's decorators (`torch.enable_grad()`, `vmap`) close over, environment and context variables.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import dis
 import enum
+import functools
 import os
 import sys
 import sysconfig
@@ -38,13 +41,21 @@ _PACKAGES = tuple({sysconfig.get_path(name) + os.sep for name in ("purelib", "pl
 _DYNAMIC = frozenset({"getattr", "__dict__", "vars"})
 """Names in code that may read attributes under names which it does not spell out."""
 
+_SETTERS = frozenset({"setattr", "delattr", "__setattr__", "__dict__", "vars"})
+"""The same of code that sets them."""
+
 _APART = frozenset({"_parameters", "_buffers", "_modules", "training", "_forward_hooks", "_forward_pre_hooks"})
 """Attributes of a module that are read in other ways."""
+
+_HOLDERS = frozenset({("types", "SimpleNamespace"), ("argparse", "Namespace")})
 
 IMMUTABLE = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, torch.dtype, torch.device, torch.Size, enum.Enum)
 
 OPAQUE = (*IMMUTABLE, Tensor, type, types.ModuleType, types.BuiltinFunctionType)
 """What is compared as a whole."""
+
+_LITERALS = frozenset({bool.__repr__, int.__repr__, str.__repr__, bytes.__repr__})
+"""By these a key is written in code."""
 
 _MAX_DEPTH = 12
 
@@ -60,6 +71,20 @@ class Executed:
     def is_dynamic(self) -> bool:
         """Whether some of it may read attributes under computed names."""
         return any(_DYNAMIC & set(code.co_names) for code in self.scopes)
+
+    def may_set(self, name: str) -> bool:
+        """Whether some of it may set an attribute of this name."""
+        return name in self.names or any(_SETTERS & set(code.co_names) for code in self.scopes)
+
+    def may_set_global(self, scope: Mapping[str, Any], name: str) -> bool:
+        """Whether some of it may set this global name."""
+        codes = [code for code, own in self.scopes.items() if own is scope]
+        return any("globals" in code.co_names for code in codes) or any(
+            instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") and instruction.argval == name
+            for code in codes
+            if name in code.co_names
+            for instruction in dis.get_instructions(code)
+        )
 
     def merge(self, other: Executed) -> bool:
         """Adds code that another block ran; returns whether any of it is new."""
@@ -103,7 +128,9 @@ def is_of_user(code: types.CodeType, scope: Mapping[str, Any]) -> bool:
 
 
 def is_users_class(kind: type) -> bool:
-    """The same for a class."""
+    """The same for a class; and whether it is one of the standard library's that hold what the user puts in."""
+    if (kind.__module__, kind.__qualname__) in _HOLDERS:
+        return True
     module = sys.modules.get(kind.__module__)
     return module is not None and _is_users(getattr(module, "__file__", None) or ("<main>" if kind.__module__ == "__main__" else _TORCH))
 
@@ -136,10 +163,20 @@ class Place:
     @property
     def key(self) -> Hashable:
         """Equal for values that give the same program."""
-        value = self.value
-        if isinstance(value, IMMUTABLE):
-            return self.path, type(value), repr(value) if isinstance(value, float | complex) else value
-        return self.path, id(value)
+        content = _content_key(self.value)
+        return self.path, id(self.value) if content is None else content
+
+
+def _content_key(value: Any) -> Hashable | None:
+    """Equal for values that consist of equal immutable ones; None for all others."""
+    if isinstance(value, IMMUTABLE):
+        return type(value), repr(value) if isinstance(value, float | complex) else value
+    if type(value) not in (tuple, list, set, frozenset):
+        return None
+    entries = [None if isinstance(entry, list) else _content_key(entry) for entry in value]
+    if any(entry is None for entry in entries):
+        return None
+    return type(value), frozenset(entries) if isinstance(value, set | frozenset) else tuple(entries)
 
 
 class _Search:
@@ -150,6 +187,7 @@ class _Search:
         self._names = executed.names
         self._is_dynamic = executed.is_dynamic
         self._seen: set[int] = set()
+        self._of_modules: set[tuple[int, str]] = set()
         self._of_classes: set[tuple[int, str]] = set()
 
     def root(self, path: str, value: Any) -> None:
@@ -165,7 +203,9 @@ class _Search:
                 value = scope[name]
                 if isinstance(value, types.ModuleType):
                     self._python_module(value, code.co_names)
-                elif not isinstance(value, type | types.BuiltinFunctionType):
+                elif isinstance(value, type):
+                    self._class(value, 0)
+                elif not isinstance(value, types.BuiltinFunctionType):
                     self._found(f"{scope.get('__name__', '?')}.{name}", scope, f"{{}}[{name!r}]", value, 0)
 
     def _python_module(self, module: types.ModuleType, names: Sequence[str]) -> None:
@@ -174,7 +214,14 @@ class _Search:
             return
         own = vars(module)
         for name in names:
-            if name in own and not isinstance(own[name], types.ModuleType | types.FunctionType | type):
+            if name not in own or (id(own), name) in self._of_modules:
+                continue
+            self._of_modules.add((id(own), name))
+            if isinstance(own[name], types.ModuleType):
+                self._python_module(own[name], names)
+            elif isinstance(own[name], type):
+                self._class(own[name], 0)
+            else:
                 self._found(f"{module.__name__}.{name}", own, f"{{}}[{name!r}]", own[name], 0)
 
     def _found(self, path: str, holder: Any, code: str, value: Any, depth: int) -> None:
@@ -184,6 +231,8 @@ class _Search:
             self._inside(path, value, depth)
 
     def _inside(self, path: str, value: Any, depth: int) -> None:
+        if isinstance(value, type):
+            self._class(value, depth)
         if isinstance(value, OPAQUE) or id(value) in self._seen:
             return
         self._seen.add(id(value))
@@ -194,14 +243,16 @@ class _Search:
         elif isinstance(value, types.MethodType):
             self._inside(path, value.__self__, depth)
             self._inside(path, value.__func__, depth)
-        elif hasattr(value, "func") and hasattr(value, "keywords"):  # functools.partial
+        elif isinstance(value, functools.partial):
             for part in (value.func, *value.args, *value.keywords.values()):
                 self._inside(path, part, depth)
         elif isinstance(value, Mapping) and hasattr(value, "keys"):
             self._size(path, value)
             for key in list(value):
-                if isinstance(key, IMMUTABLE) and not isinstance(key, enum.Enum):
+                if isinstance(key, bool | int | str | bytes) and type(key).__repr__ in _LITERALS:
                     self._found(f"{path}[{key!r}]", value, f"{{}}[{key!r}]", value[key], depth + 1)
+                else:
+                    self._found(f"{path}[{key!r}]", functools.partial(value.__getitem__, key), "{}()", value[key], depth + 1)
         elif isinstance(value, list | tuple | collections.deque):
             if not isinstance(value, tuple):
                 self._size(path, value)
@@ -223,16 +274,16 @@ class _Search:
         own = vars(module)
         self._attributes(path, own)
         for name, value in list(own.items()):
-            if name in _APART or not (name in self._names or (self._is_dynamic and not name.startswith("_"))):
+            if name in _APART or not (name == "forward" or name in self._names or (self._is_dynamic and not name.startswith("_"))):
                 continue
             if isinstance(value, Tensor):
                 self.places.append(Place(f"{path}.{name}", own, f"{{}}[{name!r}].__class__ is", type(value)))
             else:
                 self._found(f"{path}.{name}", own, f"{{}}[{name!r}]", value, depth + 1)
         for table in ("_forward_hooks", "_forward_pre_hooks"):
-            if own.get(table):
+            if table in own:
                 self._inside(f"{path}.{table}", own[table], depth + 1)
-        self._class(path, type(module), depth)
+        self._class(type(module), depth)
         for name, child in module._modules.items():
             if child is not None:
                 self._inside(f"{path}.{name}", child, depth)
@@ -257,16 +308,21 @@ class _Search:
             self._attributes(path, own)
             for name in [name for name in own if name in self._names]:
                 self._found(f"{path}.{name}", own, f"{{}}[{name!r}]", own[name], depth + 1)
-        self._class(path, kind, depth)
+        for base in kind.__mro__:
+            slots = vars(base).get("__slots__", ())
+            for name in (slots,) if isinstance(slots, str) else slots:
+                if name in self._names and hasattr(value, name):
+                    self._found(f"{path}.{name}", value, f"{{}}.{name}", getattr(value, name), depth + 1)
+        self._class(kind, depth)
 
-    def _class(self, path: str, kind: type, depth: int) -> None:
+    def _class(self, kind: type, depth: int) -> None:
         """Data among the attributes of the user's classes."""
         for base in kind.__mro__:
             if not is_users_class(base):
                 continue
             for name, value in list(vars(base).items()):
                 is_read = name in self._names and not name.startswith("__") and (id(base), name) not in self._of_classes
-                if is_read and isinstance(value, (*IMMUTABLE, list, dict, set, tuple)):
+                if is_read and (isinstance(value, (*IMMUTABLE, list, dict, set, tuple)) or is_users_class(type(value))):
                     self._of_classes.add((id(base), name))
                     self._found(f"{base.__name__}.{name}", vars(base), f"{{}}[{name!r}]", value, depth + 1)
 
@@ -280,7 +336,7 @@ def unchanged_check(places: Sequence[Place]) -> Callable[[], bool]:
         holder = holders.setdefault(id(place.holder), f"h{len(holders)}")
         constants[holder] = place.holder
         constants[f"v{index}"] = place.value
-        lines.append(f"{place.code.format(holder)} v{index}")
+        lines.append(f"{place.code.replace('{}', holder, 1)} v{index}")
     condition = "\n      and ".join(["True", *lines])
     source = f"def check():\n  try: return ({condition})\n  except (LookupError, AttributeError, ValueError): return False\n"
     exec(compile(source, "<watched values>", "exec"), constants)
@@ -306,7 +362,7 @@ class PythonState:
         self._next = 1
         self._places: list[Place] = []
         self._numbers: dict[Hashable, int] = {}
-        self._kept: list[Any] = []  # so that no other object gets the identity of one that is known
+        self._kept: dict[int, Any] = {}  # so that no other object gets the identity of one that is known
         self._is_unchanged: Callable[[], bool] = lambda: True
         self._has_warned = False
 
@@ -330,7 +386,7 @@ class PythonState:
         for path, value in self._roots.items():
             search.root(path, value)
         search.globals_of(self._executed)
-        self._kept.append([place.value for place in search.places])
+        self._kept.update({id(place.value): place.value for place in search.places if _content_key(place.value) is None})
         return search.places
 
     def _key(self) -> Hashable:

@@ -266,4 +266,4 @@ def _explained(step: Step, found: Probe | Prediction, arguments: Arguments) -> C
 
     if not found.leaves_traces:
         return run_explained
-    return lambda run: undone_after(step, lambda: run_explained(run))
+    return lambda run: undone_after(step, found.executed, lambda: run_explained(run))

@@ -1,8 +1,8 @@
 """`compile_unroll`, the entry point: puts the pipeline together and runs it on the user's data.
 
 Known limits: which parameters adapt is decided when `compile_unroll` is called; layers added to the model later are not seen. Programs are
-compiled for one set of shapes each. Python numbers in the model's attributes are constants of a program. The caller's autocast is off
-inside programs.
+compiled for one set of shapes each. Python values that the model reads are constants of a program; new values need new programs. The
+caller's autocast is off inside programs.
 """
 
 from __future__ import annotations
