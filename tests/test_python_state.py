@@ -249,7 +249,7 @@ def test_a_first_hook_and_a_forward_of_its_own_are_followed() -> None:
     model = Net(lambda self, x: self.linear(x))
     unroll = unrolled(model)
     assert_follows(unroll, model)
-    model.linear.register_forward_hook(lambda module, args, output: 3 * output)
+    model.linear.register_forward_hook(lambda module, args, output: output.mul(3.0))
     assert_follows(unroll, model)
     model.linear.forward = types.MethodType(lambda self, x: 2 * F.linear(x, self.weight, self.bias), model.linear)  # type: ignore[method-assign]
     assert_follows(unroll, model)
