@@ -23,6 +23,7 @@ class ModelTree:
 
     def __init__(self, roots: Mapping[str, nn.Module]) -> None:
         self._known: list[tuple[str, nn.Module, dict[str, nn.Module | None], dict[str, set[str]]]] = []
+        self._unset: list[tuple[str, nn.Module, str, str]] = []
         constants: dict[str, Any] = {}
         conditions = ["True"]
         for root, model in roots.items():
@@ -31,6 +32,9 @@ class ModelTree:
                 constants[held] = part
                 self._known.append((name, part, dict(part._modules), {table: set(getattr(part, table)) for table in _TABLES}))
                 conditions += [f"len({held}.{table}) == {len(getattr(part, table))}" for table in _TABLES]
+                unset = [(table, key) for table in _TABLES for key, value in getattr(part, table).items() if value is None]
+                self._unset += [(name, part, table, key) for table, key in unset]
+                conditions += [f"{held}.{table}[{key!r}] is None" for table, key in unset if table != "_modules"]
                 for index, (child, value) in enumerate(part._modules.items()):
                     constants[f"{held}_{index}"] = value
                     conditions.append(f"{held}._modules[{child!r}] is {held}_{index}")
@@ -48,6 +52,9 @@ class ModelTree:
             raise ModelChanged(f"{self._difference()} after compile_unroll; make a new unroll for the model as it is now")
 
     def _difference(self) -> str:
+        for path, part, table, key in self._unset:
+            if getattr(part, table).get(key) is not None:
+                return f"'{path}.{key}', which was None, was set to a {type(getattr(part, table)[key]).__name__}"
         for path, part, children, names in self._known:
             for child, value in children.items():
                 now = part._modules.get(child)

@@ -7,8 +7,9 @@ changed, so that the call gets a program of its own.
 Which values are read is estimated from above. The code objects that run while the model is traced are recorded, and a value counts as read
 if it can be reached from the model, the loss, the optimiser or a global name of that code, by attributes that this code names.
 
-Known limits: an attribute whose name is computed counts as read only on modules of the model. State behind C code, such as an iterator or
-an open file, is not seen.
+Known limits: an attribute whose name is computed counts as read only on modules of the model. State behind C code, such as an iterator,
+an open file or the elements of a NumPy array, is not seen; nor are attributes of functions, methods that are replaced in a class, what
+PyTorch's decorators (`torch.enable_grad()`, `vmap`) close over, environment and context variables.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import dis
 import enum
 import functools
 import os
@@ -39,13 +41,21 @@ _PACKAGES = tuple({sysconfig.get_path(name) + os.sep for name in ("purelib", "pl
 _DYNAMIC = frozenset({"getattr", "__dict__", "vars"})
 """Names in code that may read attributes under names which it does not spell out."""
 
+_SETTERS = frozenset({"setattr", "delattr", "__setattr__", "__dict__", "vars"})
+"""The same of code that sets them."""
+
 _APART = frozenset({"_parameters", "_buffers", "_modules", "training", "_forward_hooks", "_forward_pre_hooks"})
 """Attributes of a module that are read in other ways."""
+
+_HOLDERS = frozenset({("types", "SimpleNamespace"), ("argparse", "Namespace")})
 
 IMMUTABLE = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, torch.dtype, torch.device, torch.Size, enum.Enum)
 
 OPAQUE = (*IMMUTABLE, Tensor, type, types.ModuleType, types.BuiltinFunctionType)
 """What is compared as a whole."""
+
+_LITERALS = frozenset({bool.__repr__, int.__repr__, str.__repr__, bytes.__repr__})
+"""By these a key is written in code."""
 
 _MAX_DEPTH = 12
 
@@ -61,6 +71,20 @@ class Executed:
     def is_dynamic(self) -> bool:
         """Whether some of it may read attributes under computed names."""
         return any(_DYNAMIC & set(code.co_names) for code in self.scopes)
+
+    def may_set(self, name: str) -> bool:
+        """Whether some of it may set an attribute of this name."""
+        return name in self.names or any(_SETTERS & set(code.co_names) for code in self.scopes)
+
+    def may_set_global(self, scope: Mapping[str, Any], name: str) -> bool:
+        """Whether some of it may set this global name."""
+        codes = [code for code, own in self.scopes.items() if own is scope]
+        return any("globals" in code.co_names for code in codes) or any(
+            instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") and instruction.argval == name
+            for code in codes
+            if name in code.co_names
+            for instruction in dis.get_instructions(code)
+        )
 
     def merge(self, other: Executed) -> bool:
         """Adds code that another block ran; returns whether any of it is new."""
@@ -104,7 +128,9 @@ def is_of_user(code: types.CodeType, scope: Mapping[str, Any]) -> bool:
 
 
 def is_users_class(kind: type) -> bool:
-    """The same for a class."""
+    """The same for a class; and whether it is one of the standard library's that hold what the user puts in."""
+    if (kind.__module__, kind.__qualname__) in _HOLDERS:
+        return True
     module = sys.modules.get(kind.__module__)
     return module is not None and _is_users(getattr(module, "__file__", None) or ("<main>" if kind.__module__ == "__main__" else _TORCH))
 
@@ -160,6 +186,7 @@ class _Search:
         self._names = executed.names
         self._is_dynamic = executed.is_dynamic
         self._seen: set[int] = set()
+        self._of_modules: set[tuple[int, str]] = set()
         self._of_classes: set[tuple[int, str]] = set()
 
     def root(self, path: str, value: Any) -> None:
@@ -175,7 +202,9 @@ class _Search:
                 value = scope[name]
                 if isinstance(value, types.ModuleType):
                     self._python_module(value, code.co_names)
-                elif not isinstance(value, type | types.BuiltinFunctionType):
+                elif isinstance(value, type):
+                    self._class(value, 0)
+                elif not isinstance(value, types.BuiltinFunctionType):
                     self._found(f"{scope.get('__name__', '?')}.{name}", scope, _ITEM, value, 0, name)
 
     def _python_module(self, module: types.ModuleType, names: Sequence[str]) -> None:
@@ -184,7 +213,14 @@ class _Search:
             return
         own = vars(module)
         for name in names:
-            if name in own and not isinstance(own[name], types.ModuleType | types.FunctionType | type):
+            if name not in own or (id(own), name) in self._of_modules:
+                continue
+            self._of_modules.add((id(own), name))
+            if isinstance(own[name], types.ModuleType):
+                self._python_module(own[name], names)
+            elif isinstance(own[name], type):
+                self._class(own[name], 0)
+            else:
                 self._found(f"{module.__name__}.{name}", own, _ITEM, own[name], 0, name)
 
     def _found(self, path: str, holder: Any, code: str, value: Any, depth: int, index: Any = None) -> None:
@@ -194,6 +230,8 @@ class _Search:
             self._inside(path, value, depth)
 
     def _inside(self, path: str, value: Any, depth: int) -> None:
+        if isinstance(value, type):
+            self._class(value, depth)
         if isinstance(value, OPAQUE) or id(value) in self._seen:
             return
         self._seen.add(id(value))
@@ -234,16 +272,16 @@ class _Search:
         own = vars(module)
         self._attributes(path, own)
         for name, value in list(own.items()):
-            if name in _APART or not (name in self._names or (self._is_dynamic and not name.startswith("_"))):
+            if name in _APART or not (name == "forward" or name in self._names or (self._is_dynamic and not name.startswith("_"))):
                 continue
             if isinstance(value, Tensor):
                 self.places.append(Place(f"{path}.{name}", own, "{}.get({index}).__class__ is", type(value), name))
             else:
                 self._found(f"{path}.{name}", own, _ITEM, value, depth + 1, name)
         for table in ("_forward_hooks", "_forward_pre_hooks"):
-            if own.get(table):
+            if table in own:
                 self._inside(f"{path}.{table}", own[table], depth + 1)
-        self._class(path, type(module), depth)
+        self._class(type(module), depth)
         for name, child in module._modules.items():
             if child is not None:
                 self._inside(f"{path}.{name}", child, depth)
@@ -271,9 +309,9 @@ class _Search:
         for name in slots_of(value):
             if name in self._names:
                 self._found(f"{path}.{name}", value, f"{{}}.{name} is", getattr(value, name), depth + 1)
-        self._class(path, kind, depth)
+        self._class(kind, depth)
 
-    def _class(self, path: str, kind: type, depth: int) -> None:
+    def _class(self, kind: type, depth: int) -> None:
         """Data among the attributes of the user's classes."""
         for base in kind.__mro__:
             if not is_users_class(base):

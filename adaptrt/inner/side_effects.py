@@ -10,8 +10,12 @@ that are set anew, then no program depends on it: it is a cache, or a record tha
 
 What was written to objects outside of the model is undone after every trace, as it may hold tensors of the trace.
 
-Known limits: state behind C code, such as an open file, is not seen, except for `functools.lru_cache`, which is emptied, and iterators of
-which the position can be told. What an iterator has given cannot be taken back.
+Other threads may write to the same objects meanwhile. So an attribute or a global name counts as written only if code that ran may set it.
+
+Known limits: what other threads put into a list, a dict or a set that can be reached from the model counts as written by the pass. Objects
+with slots, attributes of other modules and of functions, and arrays are not looked at. State behind C code, such as an open file, is not
+seen, except for `functools.lru_cache`, which is emptied, and iterators of which the position can be told. What an iterator has given cannot
+be taken back.
 """
 
 from __future__ import annotations
@@ -37,6 +41,9 @@ from adaptrt.inner.python_state import IMMUTABLE, OPAQUE, Executed, is_array, is
 
 _MAX_OBJECTS = 20_000
 """Objects that are searched for state, those nearest to the model first."""
+
+_MAX_LITERAL = 4096
+"""Elements of a constant that may have been written as numbers in the code of a pass."""
 
 _TABLES = frozenset({"_parameters", "_buffers", "_modules"})
 
@@ -75,16 +82,22 @@ class Snapshot:
 
     Args:
       roots: by names for messages.
+      executed: the code that runs between the snapshot and what is asked of it.
     """
 
-    def __init__(self, roots: Mapping[str, Any]) -> None:
+    def __init__(self, roots: Mapping[str, Any], executed: Executed) -> None:
+        self._executed = executed
         self._contents: list[tuple[str, Any, Any]] = []
+        self._attributes: set[int] = set()
+        self._scopes: set[int] = set()
         self._caches: list[tuple[Any, int]] = []
         self._seen: set[int] = set()
         left = collections.deque(roots.items())
         while left and len(self._seen) < _MAX_OBJECTS:
             path, value = left.popleft()
-            if not isinstance(value, OPAQUE) and id(value) not in self._seen:
+            if isinstance(value, type):
+                left.extend(self._class(value))
+            elif not isinstance(value, OPAQUE) and id(value) not in self._seen:
                 self._seen.add(id(value))
                 left.extend(self._visit(path, value))
 
@@ -92,7 +105,9 @@ class Snapshot:
         """What has changed since."""
         found: list[Write] = []
         for path, holder, before in self._contents:
-            found += _differences(path, before, _content(holder))
+            after = _content(holder)
+            if self._may_differ(before, after):
+                found += _differences(path, *self._own(holder, before, after))
         found += [
             Write(f"the cache of {cache.__name__}", misses, cache.cache_info().misses)
             for cache, misses in self._caches
@@ -103,11 +118,32 @@ class Snapshot:
     def restore(self) -> None:
         """Puts everything back."""
         for _, holder, before in self._contents:
-            if _differences("", before, _content(holder)):
-                _put(holder, before)
+            after = _content(holder)
+            if self._may_differ(before, after):
+                before, after = self._own(holder, before, after)
+                if _differences("", before, after):
+                    _put(holder, before, after)
         for cache, misses in self._caches:
             if cache.cache_info().misses != misses:
                 cache.cache_clear()
+
+    @staticmethod
+    def _may_differ(before: Any, after: Any) -> bool:
+        """Whether it is worth looking closely."""
+        if not isinstance(before, dict):
+            return True
+        return len(before) != len(after) or any(after.get(key, MISSING) is not value for key, value in before.items())
+
+    def _own(self, holder: Any, before: Any, after: Any) -> tuple[Any, Any]:
+        """Both contents without the attributes and global names that no code that ran sets."""
+        if id(holder) in self._attributes:
+            may_set = self._executed.may_set
+        elif id(holder) in self._scopes:
+            may_set = functools.partial(self._executed.may_set_global, holder)
+        else:
+            return before, after
+        changed = [key for key in {**before, **after} if before.get(key, MISSING) is not after.get(key, MISSING) and may_set(str(key))]
+        return tuple({key: content[key] for key in changed if key in content} for content in (before, after))  # type: ignore[return-value]
 
     def _visit(self, path: str, value: Any) -> Iterable[tuple[str, Any]]:
         if isinstance(value, nn.Module):
@@ -138,6 +174,7 @@ class Snapshot:
 
     def _module(self, path: str, module: nn.Module) -> list[tuple[str, Any]]:
         own = vars(module)
+        self._attributes.add(id(own))
         self._keep(path, own)
         found = [(f"{path}.{name}", value) for name, value in own.items() if name not in _TABLES]
         found += [(f"{path}.{name}", child) for name, child in module._modules.items() if child is not None]
@@ -154,6 +191,7 @@ class Snapshot:
         scope = function.__globals__
         if id(scope) not in self._seen:
             self._seen.add(id(scope))
+            self._scopes.add(id(scope))
             self._keep(scope.get("__name__", "?"), scope)
         names = dict.fromkeys(name for code in _codes(function.__code__) for name in code.co_names)
         return [*found, *[(f"{scope.get('__name__', '?')}.{name}", scope[name]) for name in names if name in scope]]
@@ -164,6 +202,7 @@ class Snapshot:
         own = getattr(value, "__dict__", None)
         found: list[tuple[str, Any]] = []
         if isinstance(own, dict):
+            self._attributes.add(id(own))
             self._keep(path, own)
             found = [(f"{path}.{name}", entry) for name, entry in own.items()]
         if slots_of(value):
@@ -177,6 +216,8 @@ class Snapshot:
         for base in kind.__mro__:
             if is_users_class(base) and id(base) not in self._seen:
                 self._seen.add(id(base))
+                self._attributes.add(id(base))
+                self._keep(base.__name__, base)
                 for name, entry in vars(base).items():
                     entry = getattr(entry, "__func__", getattr(entry, "fget", entry))  # of a class or static method, of a property
                     found.append((f"{base.__name__}.{name}", entry))
@@ -204,6 +245,8 @@ def _content(holder: Any) -> Any:
         return {name: getattr(holder.owner, name) for name in slots_of(holder.owner)}
     if is_array(holder):
         return holder.copy()
+    if isinstance(holder, type):
+        return dict(vars(holder))
     position = _position(holder)
     if position is not None:
         return position
@@ -227,7 +270,8 @@ def _position(value: Any) -> Any:
     return None
 
 
-def _put(holder: Any, content: Any) -> None:
+def _put(holder: Any, content: Any, present: Any) -> None:
+    """Puts a content in the place of the present one; never empties a dict, which other threads may read."""
     if isinstance(holder, types.CellType):
         if content is not MISSING:
             holder.cell_contents = content
@@ -242,25 +286,32 @@ def _put(holder: Any, content: Any) -> None:
     if isinstance(holder, random.Random):
         holder.setstate(content)
         return
+    if isinstance(holder, type):
+        for name in present.keys() - content.keys():
+            delattr(holder, name)
+        for name, value in content.items():
+            setattr(holder, name, value)
+        return
     if _position(holder) is not None:  # there is no way back
         return
     if isinstance(holder, dict):
-        _put_entries(holder, content)
-        return
-    holder.clear()
-    (holder.extend if isinstance(holder, list | collections.deque) else holder.update)(content)
+        _put_entries(holder, content, present)
+    elif isinstance(holder, list):
+        holder[:] = content
+    else:
+        holder.clear()
+        (holder.extend if isinstance(holder, collections.deque) else holder.update)(content)
 
 
-def _put_entries(holder: dict[Any, Any], content: dict[Any, Any]) -> None:
-    """Puts back what is another object. Names of a module are not taken away meanwhile, as another thread may run its code."""
+def _put_entries(holder: dict[Any, Any], content: dict[Any, Any], present: dict[Any, Any]) -> None:
+    """Puts back what is another object. Everything else stays, as another thread may use the dict meanwhile."""
     kind: Any = collections.OrderedDict if isinstance(holder, collections.OrderedDict) else dict  # whatever a subclass does with entries
-    if not content.keys() <= dict.keys(holder):  # for the order
-        kind.clear(holder)
-    for key in [key for key in dict.keys(holder) if key not in content]:
-        kind.__delitem__(holder, key)
     for key, value in content.items():
         if dict.get(holder, key, MISSING) is not value:
             kind.__setitem__(holder, key, value)
+    for key in present.keys() - content.keys():
+        if dict.__contains__(holder, key):
+            kind.__delitem__(holder, key)
 
 
 def _differences(path: str, before: Any, after: Any) -> list[Write]:
@@ -370,12 +421,14 @@ def _numbered(graph: Graph, own: list[int], outputs: list[Any]) -> list[Any]:
             return tuple(of(entry) for entry in value)
         return type(value).__name__, repr(value)
 
-    position, num_arguments = 0, len(graph.signature.inputs) - len(graph.constants)
+    first_constant = len(graph.signature.inputs) - len(graph.constants)
+    literals = _numbered_by_value(graph.constants)
+    position = 0
     for node in graph.module.graph.nodes:
         if node.op == "placeholder":
             known[node] = ("own", place[position]) if position in place else ("other", position)
-            if position >= num_arguments:
-                known[node] = ("const", _first_equal(graph.constants, position - num_arguments))
+            if graph.signature.inputs[position].role.value == "const":
+                known[node] = ("const", literals[position - first_constant])
             position += 1
         elif node.op != "output":
             key = str(node.target), of(node.args), tuple((name, of(value)) for name, value in node.kwargs.items())
@@ -383,13 +436,16 @@ def _numbered(graph: Graph, own: list[int], outputs: list[Any]) -> list[Any]:
     return [of(value) for value in outputs]
 
 
-def _first_equal(constants: Sequence[Tensor], index: int) -> int:
-    """The first constant with the values of the one at `index`: a pass may make a tensor of the same numbers anew."""
-    value = constants[index].detach()
-    for earlier, other in enumerate(constants[:index]):
-        if other.dtype is value.dtype and other.device == value.device and torch.equal(other.detach(), value):
-            return earlier
-    return index
+def _numbered_by_value(constants: Sequence[Tensor]) -> list[int]:
+    """The index of the first constant that is the same; small ones are compared by value, as code may make one in every pass."""
+    first: dict[Any, int] = {}
+
+    def key(value: Tensor) -> Any:
+        if value.numel() > _MAX_LITERAL or value.device.type != "cpu":
+            return id(value)
+        return value.dtype, value.shape, value.requires_grad, value.detach().contiguous().view(-1).view(torch.uint8).numpy().tobytes()
+
+    return [first.setdefault(key(value), index) for index, value in enumerate(constants)]
 
 
 def refuse(writes: Sequence[Write], executed: Executed) -> None:
@@ -419,9 +475,9 @@ def _line_of(path: str, executed: Executed) -> str | None:
 
 
 @contextlib.contextmanager
-def undone(roots: Mapping[str, Any]) -> Generator[Snapshot]:
-    """Undoes what the block writes to objects that can be reached from `roots`."""
-    before = Snapshot(roots)
+def undone(roots: Mapping[str, Any], executed: Executed) -> Generator[Snapshot]:
+    """Undoes what the block writes to objects that can be reached from `roots`. `executed`: the code that runs in it."""
+    before = Snapshot(roots, executed)
     try:
         yield before
     finally:

@@ -43,12 +43,14 @@ class CaptureSettings:
       tasks: the task axis.
       fused_attention: whether attention may keep kernels without a second derivative.
       for_fusion: whether the graph is for a backend to which small operations cost next to nothing.
+      require_current: raises if what the model's Python code reads is not what the plan is for.
       explain_failure: runs a capture, and turns its errors into errors in the user's terms.
     """
 
     tasks: TaskAxis
     fused_attention: bool
     for_fusion: bool
+    require_current: Callable[[], None]
     explain_failure: Callable[[Callable[[], Graph]], Graph]
 
 
@@ -122,9 +124,11 @@ def _capture(
     roles = [_roles(kind, example) for kind, example in zip(arguments, examples, strict=True)]
     names = ["carry" if kind == "start" else kind for kind in arguments]
     fused_attention, for_fusion = settings.fused_attention, settings.for_fusion
+    settings.require_current()
     graph = settings.explain_failure(
         lambda: capture(fn, *examples, roles=roles, names=names, fused_attention=fused_attention, for_fusion=for_fusion)
     )
+    settings.require_current()  # another thread may have changed it meanwhile
     if tasks.num_tasks is None:
         return graph
     batched = [axis for arg, axis in zip(args, axes, strict=True) for _ in tree.leaves(arg)]

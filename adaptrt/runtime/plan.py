@@ -43,6 +43,7 @@ class Arguments(NamedTuple):
       data: specs of a batch, or of a model's inputs, for one task; and for one step where each step has its own.
       shapes: the data in words, with all its axes.
       tasks: the task axis.
+      require_current: raises if modes or Python values are not those that the plan is for.
     """
 
     carry: Carry
@@ -50,9 +51,12 @@ class Arguments(NamedTuple):
     data: Any
     shapes: tuple[str, ...]
     tasks: TaskAxis
+    require_current: Callable[[], None]
 
     @staticmethod
-    def of(carry: Carry, fixed: Fixed, data: Tree, tasks: TaskAxis, per_step: bool = False) -> Arguments:
+    def of(
+        carry: Carry, fixed: Fixed, data: Tree, tasks: TaskAxis, require_current: Callable[[], None], per_step: bool = False
+    ) -> Arguments:
         """Describes a call's tensors. `per_step`: whether the data has an axis of steps behind that of tasks."""
         one = _specs(data, tasks.num_tasks is not None)
         return Arguments(
@@ -61,6 +65,7 @@ class Arguments(NamedTuple):
             _specs(one, True) if per_step else one,
             in_words(data),
             tasks,
+            require_current,
         )
 
 
@@ -152,7 +157,7 @@ def plan_support(settings: Settings, launcher: Launcher | None, step_of: Callabl
       arguments: what the plan is for.
     """
     step = step_of(settings.adjoint is not None and settings.adjoint.detach_gradient)
-    carry, fixed, batch, _, tasks = arguments
+    carry, fixed, batch, _, tasks, _ = arguments
     found, forward = probe(step, "support", carry, fixed, batch)
     flops = num_flops(forward)
     each_task = tasks.num_tasks is not None and settings.device.type == "cpu" and one_by_one(flops)
@@ -218,7 +223,7 @@ def _choose(
     settings: Settings, step: Step, noise: Sequence[Noise], arguments: Arguments, capturing: CaptureSettings
 ) -> tuple[Adjoint, str]:
     """Chooses an adjoint by the size of a step's graph and of what would be kept of it; returns it and the reason in words."""
-    carry, fixed, batch, _, tasks = arguments
+    carry, fixed, batch, _, tasks, _ = arguments
     args = (carry, fixed, batch, noise_specs(noise))
     graph = capturing.explain_failure(lambda: capture(step, *args))
     num_carry, num_fixed, num_batch = (len(tree.leaves(part)) for part in (carry, fixed, batch))
@@ -242,7 +247,9 @@ def _choose(
 def _capturing(settings: Settings, step: Step, found: Probe | Prediction, arguments: Arguments, each_task: bool) -> CaptureSettings:
     """Says how a plan's functions are captured. `each_task`: tasks are done one after the other, by programs without a task axis."""
     tasks = TaskAxis(None, arguments.tasks.start_has_it) if each_task else arguments.tasks
-    return CaptureSettings(tasks, step.detach_gradient, settings.backend.fuses, _explained(step, found, arguments))
+    return CaptureSettings(
+        tasks, step.detach_gradient, settings.backend.fuses, arguments.require_current, _explained(step, found, arguments)
+    )
 
 
 def _validation(settings: Settings, launcher: Launcher | None, sees_all_data: bool) -> Validation:
@@ -266,4 +273,4 @@ def _explained(step: Step, found: Probe | Prediction, arguments: Arguments) -> C
 
     if not found.leaves_traces:
         return run_explained
-    return lambda run: undone_after(step, lambda: run_explained(run))
+    return lambda run: undone_after(step, found.executed, lambda: run_explained(run))

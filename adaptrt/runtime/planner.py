@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from adaptrt import tree
 from adaptrt.backend import Tiered
 from adaptrt.backend.launch import RUNNING
 from adaptrt.backend.tiered import call_ended
-from adaptrt.errors import ShapeChanged
+from adaptrt.errors import ModelChanged, ShapeChanged
 from adaptrt.graph.gradient_mode import GradientMode
 from adaptrt.graph.noise import Noise, draw
 from adaptrt.inner.reader import Reader, Start
@@ -65,7 +65,9 @@ class Planner:
 
         def make() -> SupportPlan:
             self._require_warm("support", batch, [plan.shapes for plan in self.supports.entries()], warm, start.has_tasks)
-            arguments = Arguments.of(start.carry, start.fixed, batch, TaskAxis(num_tasks, start.has_tasks), self._settings.per_step)
+            arguments = Arguments.of(
+                start.carry, start.fixed, batch, TaskAxis(num_tasks, start.has_tasks), self._still_current(), self._settings.per_step
+            )
             plan = plan_support(self._settings, self._launcher, self._reader.step, arguments)
             self._reader.python.add(plan.probe.executed)
             return plan
@@ -87,7 +89,8 @@ class Planner:
 
         def make() -> QueryPlan:
             self._require_warm("query", batch, [known.shapes for known in plan.queries.entries()], warm, start.has_tasks)
-            arguments = Arguments.of(start.carry, start.fixed, batch, TaskAxis(num_tasks, start.has_tasks))
+            tasks = TaskAxis(num_tasks, start.has_tasks)
+            arguments = Arguments.of(start.carry, start.fixed, batch, tasks, self._still_current())
             query_plan = plan_query(self._settings, self._launcher, plan, arguments, mode)
             self._reader.python.add(query_plan.probe.executed)
             return query_plan
@@ -107,13 +110,27 @@ class Planner:
 
         def make() -> PredictionPlan:
             self._require_warm("input", inputs, [known.shapes for known in self.predictions.entries()], warm)
-            arguments = Arguments.of(carry, fixed, inputs, TaskAxis(num_tasks, num_tasks is not None))
+            arguments = Arguments.of(carry, fixed, inputs, TaskAxis(num_tasks, num_tasks is not None), self._still_current())
             step = dataclasses.replace(self._reader.step(detach_gradient=False), mode=mode)
             plan = plan_prediction(self._settings, self._launcher, step, arguments)
             self._reader.python.add(plan.executed)
             return plan
 
         return self.predictions.get_or_make((self._reader.mode(), _key((inputs, carry, fixed)), num_tasks, mode), make)
+
+    def _still_current(self) -> Callable[[], None]:
+        """Returns a function that raises if modes or Python values have changed since: programs are captured when they are first needed."""
+        expected = self._reader.mode()
+
+        def require() -> None:
+            if self._reader.mode() != expected:
+                raise ModelChanged(
+                    "a train or eval mode, or a Python value that the model or the loss reads, was changed between a call and its first "
+                    "backward(), or by another thread during a call, so that the program for it cannot be captured; call backward() before "
+                    "the change"
+                )
+
+        return require
 
     def draw(self, noises: Sequence[Noise], generator: torch.Generator | None, num_tasks: int | None) -> tuple[Tensor, ...]:
         """Draws noise as `graph.noise.draw` does; where calls are launches, waits until no thread records one."""

@@ -101,7 +101,7 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> tu
             return run(*args)[0]
 
         capturing = functools.partial(capture, names=_NAMES, fused_attention=step.detach_gradient)
-        with undone(_roots(step)) as world, watch_calls() as calls, questions() as asked:
+        with undone(_roots(step), executed) as world, watch_calls() as calls, questions() as asked:
             graph = capturing(forward, carry, fixed, batch, roles=_ROLES)
             outside = world.writes()
         drawn = tuple(noise)
@@ -126,7 +126,7 @@ def probe_prediction(step: Step, carry: Carry, fixed: Fixed, inputs: Tree) -> Pr
         executed.merge(ran)
         return output
 
-    with undone(_roots(step)) as world, watch_calls() as calls, questions() as asked:
+    with undone(_roots(step), executed) as world, watch_calls() as calls, questions() as asked:
         graph = capture(forward, carry, fixed, inputs, roles=_ROLES, names=("carry", "fixed", "batch.inputs"))
         outside = world.writes()
     drawn = tuple(noise)
@@ -148,13 +148,13 @@ def _require_no_state(writes: Sequence[Write], run: Callable[..., Tree], args: t
         with watch_calls(follow=True) as calls:
             results = run(*first)
             num_calls = len(calls.made)
-            world = Snapshot(_roots(step))
+            world = Snapshot(_roots(step), executed)
             results = results, run(*second)
             later = [*world.writes(), *(write for base, twin in calls.made[num_calls:] for write in attribute_writes(base, twin))]
             unsettled.extend(write for write in later if not is_same(write.before, write.after, {}, settled=True))
         return results
 
-    with undone(_roots(step)):
+    with undone(_roots(step), executed):
         graph = capture(twice, args, args, fused_attention=step.detach_gradient)
     num_inputs, num_outputs = len(tree.leaves(args)), graph.result.num_leaves // 2
     if unsettled or not computes_the_same(graph, num_inputs, num_outputs):
@@ -165,9 +165,9 @@ def _roots(step: Step) -> dict[str, Any]:
     return {"model": step.model, "loss": step.loss, "the optimiser's update": step.optimizer.update}
 
 
-def undone_after(step: Step, run: Callable[[], Graph]) -> Graph:
+def undone_after(step: Step, executed: Executed, run: Callable[[], Graph]) -> Graph:
     """A capture, after which what model, loss and optimiser have written to objects outside of the model is undone."""
-    with undone(_roots(step)):
+    with undone(_roots(step), executed):
         return run()
 
 
