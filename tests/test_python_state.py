@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 import functools
 import itertools
 import re
+import threading
+import types
 import warnings
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -489,6 +492,144 @@ def test_a_change_of_what_adapts_is_refused_by_name() -> None:
     explicit.adapt(batch())
     model[0].weight.requires_grad_()
     unroll.adapt(batch())
+
+
+# --- kinds that are easily missed
+
+
+@dataclasses.dataclass(slots=True)
+class Slots:
+    scale: float = 2.0
+
+
+class Global:
+    """A class that is a namespace of settings."""
+
+    scale = 2.0
+    table = Settings()
+
+
+class Color(enum.Enum):
+    RED = 1
+
+
+def reads(self: Net, x: Tensor) -> Tensor:
+    return self.linear(x) * self.table["read"](self.kept)
+
+
+PLACES: dict[str, tuple[Callable[[], Any], Callable[[Any], float], Callable[[Any], object]]] = {
+    "an object with slots": (Slots, lambda kept: kept.scale, lambda kept: setattr(kept, "scale", 3.0)),
+    "a SimpleNamespace": (lambda: types.SimpleNamespace(scale=2.0), lambda kept: kept.scale, lambda kept: setattr(kept, "scale", 3.0)),
+    "a key that is an enum": (lambda: {Color.RED: 2.0}, lambda kept: kept[Color.RED], lambda kept: kept.update({Color.RED: 3.0})),
+    "a key that is a tuple": (lambda: {(0, 1): 2.0}, lambda kept: kept[0, 1], lambda kept: kept.update({(0, 1): 3.0})),
+    "a key with braces": (lambda: {"{x}": 2.0}, lambda kept: kept["{x}"], lambda kept: kept.update({"{x}": 3.0})),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+def test_values_are_found_in(place: str) -> None:
+    make, read, change = PLACES[place]
+    model = Net(reads)
+    model.kept, model.table = make(), {"read": read}
+    unroll = unrolled(model)
+    assert_follows(unroll, model)
+    change(model.kept)
+    assert_follows(unroll, model)
+
+
+def test_attributes_of_a_global_class_are_followed(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Net(lambda self, x: self.linear(x) * Global.scale * Global.table.temperature)
+    unroll = unrolled(model)
+    assert_follows(unroll, model)
+    monkeypatch.setattr(Global, "scale", 3.0)
+    assert_follows(unroll, model)
+    monkeypatch.setattr(Global.table, "temperature", 5.0)
+    assert_follows(unroll, model)
+
+
+def test_a_first_hook_and_a_forward_of_its_own_are_followed() -> None:
+    model = Net(lambda self, x: self.linear(x))
+    unroll = unrolled(model)
+    assert_follows(unroll, model)
+    model.linear.register_forward_hook(lambda module, args, output: output.mul(3.0))
+    assert_follows(unroll, model)
+    model.linear.forward = types.MethodType(lambda self, x: 2 * F.linear(x, self.weight, self.bias), model.linear)  # type: ignore[method-assign]
+    assert_follows(unroll, model)
+
+
+def test_equal_containers_make_no_programs() -> None:
+    model = Net(lambda self, x: self.linear(x) * self.seen[0] * self.kept[0] * max(self.table["set"]) * self.temperature)
+    model.table = {"set": {1.0}}
+    unroll = unrolled(model)
+    for step in range(6):
+        model.seen, model.kept, model.temperature = [2.0], tuple([1.0, (2.0,)]), 1.0 + step % 2
+        assert_follows(unroll, model)
+    assert len(unroll.explain().adjoints) == 2
+
+
+def test_a_class_counter_is_refused_and_put_back() -> None:
+    def counted(self: Net, x: Tensor) -> Tensor:
+        Global.scale += 1.0
+        return self.linear(x) * Global.scale
+
+    with pytest.raises(NotTraceable, match=r"Global\.scale"):
+        unrolled(Net(counted)).adapt(batch())
+    assert Global.scale == 2.0
+
+
+def test_a_record_beside_a_literal_is_allowed() -> None:
+    def recorded(self: Net, x: Tensor) -> Tensor:
+        self.kept = self.linear(x)
+        return self.kept * torch.tensor(2.0)
+
+    model = Net(recorded)
+    assert_follows(unrolled(model), model)
+
+
+def test_what_other_threads_do_meanwhile_stays() -> None:
+    """The model is traced; another thread sets its mode and an attribute, and a global name of the module of its code."""
+    scope: dict[str, Any] = globals()
+    scope["OTHER"] = 0
+
+    def slow(self: Net, x: Tensor) -> Tensor:
+        other = threading.Thread(target=change)
+        other.start()
+        other.join()
+        return self.linear(x)
+
+    model = Net(slow)
+
+    def change() -> None:
+        model.eval()
+        model.note = "set meanwhile"  # type: ignore[assignment]
+        scope["OTHER"] += 1
+
+    with pytest.raises(ModelChanged):  # the mode is part of what the program is for
+        unrolled(model).adapt(batch())
+    assert not model.training and model.note == "set meanwhile" and scope.pop("OTHER") >= 2
+
+
+def test_a_buffer_that_was_none_is_refused_by_name() -> None:
+    model = Net(lambda self, x: self.linear(x))
+    model.register_buffer("scale", None)
+    unroll = unrolled(model)
+    unroll.adapt(batch())
+    model.scale = torch.ones(3, dtype=torch.float64)
+    with pytest.raises(ModelChanged, match=r"model\.scale.* was set to a Tensor"):
+        unroll.adapt(batch())
+
+
+def test_a_program_that_is_captured_late_does_not_take_later_values() -> None:
+    model = Net(lambda self, x: self.linear(x) / self.temperature)
+    unroll = unrolled(model, adjoint=Replay())
+    adapted = unroll.adapt(batch())
+    model.temperature = 7.0
+    with pytest.raises(ModelChanged, match=r"between a call and its first backward\(\)"):
+        adapted.losses.sum().backward()
+    model.temperature = 1.0
+    found = torch.autograd.grad(unroll.adapt(batch()).losses.sum(), list(model.parameters()))
+    expected = torch.autograd.grad(unrolled(model, adjoint=Replay()).adapt(batch()).losses.sum(), list(model.parameters()))
+    assert all(map(torch.equal, found, expected))
 
 
 # --- random programs
