@@ -474,6 +474,18 @@ def test_other_layers_than_before_are_refused_by_name(change: str) -> None:
             call()
 
 
+def test_tied_weights_that_are_made_two_are_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 3)).double()
+    model[1].weight = model[0].weight
+    unroll = unrolled(model)
+    unroll.adapt(batch())
+    model[0].weight = model[1].weight = nn.Parameter(torch.randn(4, 4, dtype=torch.float64))  # still one
+    unroll.adapt(batch())
+    model[1].weight = nn.Parameter(model[0].weight.detach().clone())
+    with pytest.raises(ModelChanged, match=r"'model\.1\.weight' and 'model\.0\.weight', which were one tensor"):
+        unroll.adapt(batch())
+
+
 def test_another_tensor_as_a_parameter_is_followed() -> None:
     model = nn.Sequential(nn.Linear(4, 3)).double()
     unroll = unrolled(model)

@@ -24,8 +24,10 @@ class ModelTree:
     def __init__(self, roots: Mapping[str, nn.Module]) -> None:
         self._known: list[tuple[str, nn.Module, dict[str, nn.Module | None], dict[str, set[str]]]] = []
         self._unset: list[tuple[str, nn.Module, str, str]] = []
+        self._tied: list[tuple[str, nn.Module, str, str, nn.Module, str]] = []
         constants: dict[str, Any] = {}
         conditions = ["True"]
+        places: dict[int, tuple[tuple[str, str], tuple[str, nn.Module, str]]] = {}  # where each parameter is for the first time
         for root, model in roots.items():
             for name, part in model.named_modules(prefix=root):
                 held = f"m{len(self._known)}"
@@ -35,6 +37,12 @@ class ModelTree:
                 unset = [(table, key) for table in _TABLES for key, value in getattr(part, table).items() if value is None]
                 self._unset += [(name, part, table, key) for table, key in unset]
                 conditions += [f"{held}.{table}[{key!r}] is None" for table, key in unset if table != "_modules"]
+                for key, value in part._parameters.items():
+                    if value is not None:
+                        first, of = places.setdefault(id(value), ((held, key), (name, part, key)))
+                        if first != (held, key):
+                            self._tied.append((f"{name}.{key}", part, key, *of))
+                            conditions.append(f"{held}._parameters[{key!r}] is {first[0]}._parameters[{first[1]!r}]")
                 for index, (child, value) in enumerate(part._modules.items()):
                     constants[f"{held}_{index}"] = value
                     conditions.append(f"{held}._modules[{child!r}] is {held}_{index}")
@@ -55,6 +63,9 @@ class ModelTree:
         for path, part, table, key in self._unset:
             if getattr(part, table).get(key) is not None:
                 return f"'{path}.{key}', which was None, was set to a {type(getattr(part, table)[key]).__name__}"
+        for path, part, key, other, of, name in self._tied:
+            if part._parameters.get(key) is not of._parameters.get(name):
+                return f"the parameters '{path}' and '{other}.{name}', which were one tensor, were made two"
         for path, part, children, names in self._known:
             for child, value in children.items():
                 now = part._modules.get(child)

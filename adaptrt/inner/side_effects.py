@@ -448,7 +448,7 @@ def _numbered_by_value(constants: Sequence[Tensor]) -> list[int]:
     return [first.setdefault(key(value), index) for index, value in enumerate(constants)]
 
 
-def refuse(writes: Sequence[Write], executed: Executed) -> None:
+def refuse(writes: Sequence[Write], executed: Executed, *, again: bool) -> None:
     """Raises for what a pass has written and later passes depend on.
 
     Raises:
@@ -457,7 +457,8 @@ def refuse(writes: Sequence[Write], executed: Executed) -> None:
     shown = sorted(writes, key=lambda write: isinstance(write.before, Tensor) or isinstance(write.after, Tensor))[:3]
     line = next((found for write in shown if (found := _line_of(write.path, executed))), None)
     raise NotTraceable(
-        f"a pass of the model, the loss or the optimiser changes {', '.join(map(str, shown))}, and what a later pass computes depends on it"
+        f"a pass of the model, the loss or the optimiser changes {', '.join(map(str, shown))}, and "
+        f"{'every pass changes it again' if again else 'what a later pass computes depends on it'}"
         f"{f' ({line})' if line else ''}. A program would go on with the value of the first pass. Make it a buffer of the model "
         "(register_buffer), which is carried from step to step, or adapt with adaptrt.higher, whose steps run the model's Python code"
     )

@@ -158,7 +158,7 @@ def _require_no_state(writes: Sequence[Write], run: Callable[..., Tree], args: t
         graph = capture(twice, args, args, fused_attention=step.detach_gradient)
     num_inputs, num_outputs = len(tree.leaves(args)), graph.result.num_leaves // 2
     if unsettled or not computes_the_same(graph, num_inputs, num_outputs):
-        refuse(unsettled or writes, executed)
+        refuse(unsettled or writes, executed, again=bool(unsettled))
 
 
 def _roots(step: Step) -> dict[str, Any]:
