@@ -7,139 +7,30 @@ changed, so that the call gets a program of its own.
 Which values are read is estimated from above. The code objects that run while the model is traced are recorded, and a value counts as read
 if it can be reached from the model, the loss, the optimiser or a global name of that code, by attributes that this code names.
 
-Known limits: an attribute whose name is computed counts as read only on modules of the model. State behind C code, such as an iterator,
-an open file or the elements of a NumPy array, is not seen; nor are attributes of functions, methods that are replaced in a class, what
+Known limits: an attribute whose name is computed counts as read only on modules of the model. State behind C code, such as an iterator or
+an open file, is not seen; nor are attributes of functions, methods that are replaced in a class, what
 PyTorch's decorators (`torch.enable_grad()`, `vmap`) close over, environment and context variables.
 """
 
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
-import dis
-import enum
 import functools
-import os
-import sys
-import sysconfig
 import threading
 import types
 import warnings
-from collections.abc import Callable, Generator, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-_TORCH = os.path.dirname(torch.__file__) + os.sep
-_LAYERS = os.path.join(_TORCH, "nn") + os.sep
-_OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
-_STANDARD_LIBRARY = sysconfig.get_path("stdlib") + os.sep
-_PACKAGES = tuple({sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib")})
-
-_DYNAMIC = frozenset({"getattr", "__dict__", "vars"})
-"""Names in code that may read attributes under names which it does not spell out."""
-
-_SETTERS = frozenset({"setattr", "delattr", "__setattr__", "__dict__", "vars"})
-"""The same of code that sets them."""
+from adaptrt.inner.user_code import IMMUTABLE, OPAQUE, Executed, is_array, is_of_user, is_users_class, is_users_file, slots_of
 
 _APART = frozenset({"_parameters", "_buffers", "_modules", "training", "_forward_hooks", "_forward_pre_hooks"})
 """Attributes of a module that are read in other ways."""
 
-_HOLDERS = frozenset({("types", "SimpleNamespace"), ("argparse", "Namespace")})
-
-IMMUTABLE = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, torch.dtype, torch.device, torch.Size, enum.Enum)
-
-OPAQUE = (*IMMUTABLE, Tensor, type, types.ModuleType, types.BuiltinFunctionType)
-"""What is compared as a whole."""
-
-_LITERALS = frozenset({bool.__repr__, int.__repr__, str.__repr__, bytes.__repr__})
-"""By these a key is written in code."""
-
 _MAX_DEPTH = 12
-
-
-class Executed:
-    """The Python code that ran in a block, apart from PyTorch's own outside of `torch.nn`."""
-
-    def __init__(self) -> None:
-        self.scopes: dict[types.CodeType, dict[str, Any]] = {}
-        self.names: set[str] = set()
-
-    @property
-    def is_dynamic(self) -> bool:
-        """Whether some of it may read attributes under computed names."""
-        return any(_DYNAMIC & set(code.co_names) for code in self.scopes)
-
-    def may_set(self, name: str) -> bool:
-        """Whether some of it may set an attribute of this name."""
-        return name in self.names or any(_SETTERS & set(code.co_names) for code in self.scopes)
-
-    def may_set_global(self, scope: Mapping[str, Any], name: str) -> bool:
-        """Whether some of it may set this global name."""
-        codes = [code for code, own in self.scopes.items() if own is scope]
-        return any("globals" in code.co_names for code in codes) or any(
-            instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") and instruction.argval == name
-            for code in codes
-            if name in code.co_names
-            for instruction in dis.get_instructions(code)
-        )
-
-    def merge(self, other: Executed) -> bool:
-        """Adds code that another block ran; returns whether any of it is new."""
-        new = other.scopes.keys() - self.scopes.keys()
-        self.scopes |= other.scopes
-        grew = not other.names <= self.names
-        self.names |= other.names
-        return grew or bool(new)
-
-
-@contextlib.contextmanager
-def record_code() -> Generator[Executed]:
-    """Records the code that this thread runs in the block."""
-    executed = Executed()
-    frames: dict[types.CodeType, dict[str, Any]] = {}
-
-    def note(frame: types.FrameType, event: str, arg: Any) -> None:
-        if event == "call":
-            frames[frame.f_code] = frame.f_globals
-
-    before = sys.getprofile()
-    sys.setprofile(note)
-    try:
-        yield executed
-    finally:
-        sys.setprofile(before)
-        for code, scope in frames.items():
-            if is_of_user(code, scope):
-                executed.scopes[code] = scope
-            elif not code.co_filename.startswith(_LAYERS) or code.co_filename.endswith("module.py"):
-                continue
-            executed.names.update(code.co_names, [value for value in code.co_consts if isinstance(value, str) and value.isidentifier()])
-
-
-def is_of_user(code: types.CodeType, scope: Mapping[str, Any]) -> bool:
-    """Whether a function is the user's, or that of a library the user works with."""
-    place = code.co_filename
-    if place.startswith("<"):  # generated code, or that of a console
-        place = scope.get("__file__") or (place if scope.get("__name__") == "__main__" else _TORCH)
-    return _is_users(place)
-
-
-def is_users_class(kind: type) -> bool:
-    """The same for a class; and whether it is one of the standard library's that hold what the user puts in."""
-    if (kind.__module__, kind.__qualname__) in _HOLDERS:
-        return True
-    module = sys.modules.get(kind.__module__)
-    return module is not None and _is_users(getattr(module, "__file__", None) or ("<main>" if kind.__module__ == "__main__" else _TORCH))
-
-
-def _is_users(place: str) -> bool:
-    """Whether code in this file is neither PyTorch's, ours nor the standard library's."""
-    if place.startswith((_TORCH, _OURS)) or place.startswith("<frozen"):
-        return False
-    return not place.startswith(_STANDARD_LIBRARY) or place.startswith(_PACKAGES)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -209,7 +100,7 @@ class _Search:
 
     def _python_module(self, module: types.ModuleType, names: Sequence[str]) -> None:
         place = getattr(module, "__file__", None) or ""
-        if not place or not _is_users(place):
+        if not place or not is_users_file(place):
             return
         own = vars(module)
         for name in names:
@@ -325,21 +216,6 @@ class _Search:
 
 _ITEM = "{}.get({index}) is"
 """An entry of a dict; read so that a dict with defaults does not make one."""
-
-
-def is_array(value: Any) -> bool:
-    """Whether it is an array of NumPy's, which is not imported for this."""
-    return type(value).__module__ == "numpy" and hasattr(value, "tobytes")
-
-
-def slots_of(value: Any) -> list[str]:
-    """The attributes that an object of a class with `__slots__` has."""
-    names = [name for base in type(value).__mro__ for name in _as_names(vars(base).get("__slots__", ()))]
-    return [name for name in names if not name.startswith("__") and hasattr(value, name)]
-
-
-def _as_names(slots: Any) -> list[str]:
-    return [slots] if isinstance(slots, str) else list(slots)
 
 
 def unchanged_check(places: Sequence[Place]) -> Callable[[], bool]:

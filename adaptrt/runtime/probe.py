@@ -18,9 +18,10 @@ from adaptrt.graph.noise import Noise
 from adaptrt.graph.passes.lift_noise import record_noise
 from adaptrt.graph.signature import Role
 from adaptrt.inner import diagnose
-from adaptrt.inner.python_state import Executed, record_code
-from adaptrt.inner.side_effects import Snapshot, Write, attribute_writes, computes_the_same, is_same, refuse, undone
+from adaptrt.inner.side_effects import attribute_writes, computes_the_same, refuse
+from adaptrt.inner.snapshot import Snapshot, Write, is_same, undone
 from adaptrt.inner.step import Batch, Carry, Fixed, Step
+from adaptrt.inner.user_code import Executed, record_code
 from adaptrt.tree import Spec, Tree
 
 # All that matters here is which inputs are data.
