@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from adaptrt import CompiledUnroll, Replay, compile_unroll, optim
-from adaptrt.errors import ModelChanged, NotTraceable
+from adaptrt.errors import DataDependentControlFlow, ModelChanged, NotTraceable
 from adaptrt.inner import python_state
 from adaptrt.optim import Optimizer
 
@@ -343,6 +343,17 @@ def test_state_that_changes_what_is_computed_is_refused_by_name(kind: str, monke
     with pytest.raises(NotTraceable, match=f"{pattern}.*Make it a buffer"):
         unrolled(model).adapt(batch())
     assert (dict(vars(model)), dict(vars(model.settings)), SCALE) == before
+
+
+def test_what_a_pass_wrote_is_undone_where_it_raises() -> None:
+    def raises(self: Net, x: Tensor) -> Tensor:
+        self.settings.temperature += 1
+        return self.linear(x) if x.sum() > 0 else x
+
+    model = Net(raises)
+    with pytest.raises(DataDependentControlFlow):
+        unrolled(model).adapt(batch())
+    assert model.settings.temperature == 1.0
 
 
 def test_state_of_the_loss_is_refused_by_name() -> None:

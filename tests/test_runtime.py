@@ -982,3 +982,14 @@ def test_a_start_knows_its_leaves_in_their_order() -> None:
         ]
         model(torch.randn(5, 3)).sum().backward()
         opt.step()  # which gives it a state
+
+
+def test_a_state_names_its_tensors() -> None:
+    model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2))
+    opt = adaptrt.optim.sgd(lr=0.1, momentum=0.9)
+    state = adaptrt.compile_unroll(model, opt, 1, loss=F.mse_loss, backend="eager").adapt((torch.randn(4, 3), torch.randn(4, 2))).state
+    named = state.named_tensors()
+    assert named["params.0.weight"] is state.params["0.weight"]
+    assert named["buffers.1.running_mean"] is state.buffers["1.running_mean"]
+    assert "opt_state.0.weight.momentum_buffer" in named
+    assert list(map(id, named.values())) == list(map(id, tree.leaves(state.carry)))

@@ -74,9 +74,8 @@ class Executed:
 
 
 @contextlib.contextmanager
-def record_code() -> Generator[Executed]:
-    """Records the code that this thread runs in the block."""
-    executed = Executed()
+def record_code(executed: Executed) -> Generator[None]:
+    """Adds the code that this thread runs in the block to `executed`, also if the block raises."""
     frames: dict[types.CodeType, dict[str, Any]] = {}
 
     def note(frame: types.FrameType, event: str, arg: Any) -> None:
@@ -86,7 +85,7 @@ def record_code() -> Generator[Executed]:
     before = sys.getprofile()
     sys.setprofile(note)
     try:
-        yield executed
+        yield
     finally:
         sys.setprofile(before)
         for code, scope in frames.items():

@@ -84,35 +84,31 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> tu
             params, fixed, batch = tree.map_leaves(_differentiable, (carry.params, fixed, batch))
             buffers = {key: _differentiable(value) if before[key] else value for key, value in carry.buffers.items()}
             mode = step.mode if name == "query" else GradientMode.GRAD
-            with record_noise() as drawn, diagnose.running(name, batch), record_code() as ran, mode.within():
+            with record_noise() as drawn, diagnose.running(name, batch), record_code(executed), mode.within():
                 loss, updated = step.evaluate(params, buffers, fixed, batch)
-            executed.merge(ran)
             noise.extend(drawn)
             live.update({key: value.requires_grad for key, value in updated.items()})
             if name != "support":
                 return loss, updated
             with diagnose.pulling_back(loss):
                 grads = step.gradient(loss, params)
-            with diagnose.updating(), record_code() as ran:
+            with diagnose.updating(), record_code(executed):
                 result = step.update(grads, carry.opt_state, params, fixed.hyper)
-            executed.merge(ran)
             return loss, updated, result
 
         def forward(*args: Any, run: Callable[..., Tree] = run) -> Tensor:
             return run(*args)[0]
 
         capturing = functools.partial(capture, names=_NAMES, fused_attention=step.detach_gradient)
-        with undone(_roots(step), executed) as world, watch_calls() as calls, questions() as asked:
-            graph = capturing(forward, carry, fixed, batch, roles=_ROLES)
-            outside = world.writes()
+        seen = _watched(step, executed, lambda capturing=capturing, forward=forward: capturing(forward, carry, fixed, batch, roles=_ROLES))
         drawn = tuple(noise)
-        writes = [*outside, *(write for base, twin in calls.made for write in attribute_writes(base, twin))]
-        if writes:
-            _require_no_state(writes, run, (carry, fixed, batch), step, executed)
+        if seen.writes:
+            _require_no_state(seen.writes, run, (carry, fixed, batch), step, executed)
         # A buffer that is live may make others live, which read it; running statistics stay as they are.
         if live == before:
-            loss = graph.signature.outputs[0].spec
-            return Probe(drawn, tuple(index_bounds(graph)), tuple(live.values()), loss, executed, bool(outside), bool(asked)), graph
+            graph = seen.graph
+            loss, bounds = graph.signature.outputs[0].spec, tuple(index_bounds(graph))
+            return Probe(drawn, bounds, tuple(live.values()), loss, executed, seen.leaves_traces, seen.asks_mode), graph
 
 
 def probe_prediction(step: Step, carry: Carry, fixed: Fixed, inputs: Tree) -> Prediction:
@@ -121,20 +117,35 @@ def probe_prediction(step: Step, carry: Carry, fixed: Fixed, inputs: Tree) -> Pr
     executed = Executed()
 
     def forward(carry: Carry, fixed: Fixed, inputs: Tree) -> Tree:
-        with record_noise() as drawn, diagnose.running("input", Batch(inputs, None)), record_code() as ran, step.mode.within():
+        with record_noise() as drawn, diagnose.running("input", Batch(inputs, None)), record_code(executed), step.mode.within():
             output, _ = step.apply(carry.params, carry.buffers, fixed, inputs)
         noise.extend(drawn)
-        executed.merge(ran)
         return output
 
-    with undone(_roots(step), executed) as world, watch_calls() as calls, questions() as asked:
-        graph = capture(forward, carry, fixed, inputs, roles=_ROLES, names=("carry", "fixed", "batch.inputs"))
-        outside = world.writes()
+    names = ("carry", "fixed", "batch.inputs")
+    seen = _watched(step, executed, lambda: capture(forward, carry, fixed, inputs, roles=_ROLES, names=names))
     drawn = tuple(noise)
+    if seen.writes:
+        _require_no_state(seen.writes, forward, (carry, fixed, inputs), step, executed)
+    return Prediction(drawn, tuple(index_bounds(seen.graph)), executed, seen.leaves_traces, seen.asks_mode)
+
+
+class _Seen(NamedTuple):
+    """A graph, what its capture wrote, whether to objects outside of the model, too, and whether it asked for the gradient mode."""
+
+    graph: Graph
+    writes: list[Write]
+    leaves_traces: bool
+    asks_mode: bool
+
+
+def _watched(step: Step, executed: Executed, run: Callable[[], Graph]) -> _Seen:
+    """Captures, watches what the user's code does, and undoes what it has written."""
+    with undone(_roots(step), executed) as world, watch_calls() as calls, questions() as asked:
+        graph = run()
+        outside = world.writes()
     writes = [*outside, *(write for base, twin in calls.made for write in attribute_writes(base, twin))]
-    if writes:
-        _require_no_state(writes, forward, (carry, fixed, inputs), step, executed)
-    return Prediction(drawn, tuple(index_bounds(graph)), executed, bool(outside), bool(asked))
+    return _Seen(graph, writes, bool(outside), bool(asked))
 
 
 def _require_no_state(writes: Sequence[Write], run: Callable[..., Tree], args: tuple[Tree, ...], step: Step, executed: Executed) -> None:
