@@ -82,12 +82,15 @@ def record_code(executed: Executed) -> Generator[None]:
         if event == "call":
             frames[frame.f_code] = frame.f_globals
 
-    before = sys.getprofile()
-    sys.setprofile(note)
+    # A profiler in C, such as PyTorch's with stacks, cannot be put back from Python, so its slot is left alone and the debugger's taken.
+    before, put = sys.getprofile(), sys.setprofile
+    if before is not None and not callable(before):
+        before, put = sys.gettrace(), sys.settrace  # type: ignore[assignment]
+    put(note)
     try:
         yield
     finally:
-        sys.setprofile(before)
+        put(before)
         for code, scope in frames.items():
             if is_of_user(code, scope):
                 executed.scopes[code] = scope
