@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adaptrt.backend.base import COMPILING, Backend, Building, Form, Runner, rehearsing
 from adaptrt.backend.eager import Eager
+from adaptrt.backend.inductor.available import refuse_without_assertions
 from adaptrt.backend.inductor.exchange import COLLECTING, COMPILER, RANDOM_STATE, SIZE_ASSERTS, active, in_use
 from adaptrt.backend.inductor.few_libraries import few_libraries
 from adaptrt.backend.inductor.index_strides import quick_strides
@@ -99,10 +100,16 @@ class Inductor(Backend):
     """Compiles by Inductor, with the settings that the process has in `torch._inductor.config`.
 
     Compiled programs are kept in Inductor's cache on disk, from which another process gets them in a fraction of the time.
+
+    Raises:
+      InvalidArgument: as `refuse_without_assertions` raises it.
     """
 
     name = "inductor"
     fuses = True
+
+    def __post_init__(self) -> None:
+        refuse_without_assertions()
 
     def builds_ahead(self, device: torch.device) -> bool:
         return device.type == "cpu"
@@ -182,7 +189,7 @@ def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any,
             if waits is not None:
                 waits.clear()  # of an attempt that failed
             # What the key on disk does not know, and code depends on: besides our sources the instructions that were picked for it.
-            key = f"{sources}, {num_results} results, {pick_vec_isa()}, exchanged: {', '.join(in_use())}"
+            key = f"{sources}, {num_results} results, {pick_vec_isa()}, assertions {__debug__}, exchanged: {', '.join(in_use())}"
             with cache_config.patch(cache_key_tag=key):
                 return compile_fx.compile_fx_inner(_keep_strides(copy_module(graph), num_results), inputs)
 
