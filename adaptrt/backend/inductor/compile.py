@@ -39,6 +39,7 @@ from adaptrt.backend.inductor.rewrites.one_channel_last import one_channel_last
 from adaptrt.backend.inductor.rewrites.products_by_onednn import products_by_onednn
 from adaptrt.backend.inductor.small_matmuls import small_matmuls_in_place_of_loops
 from adaptrt.backend.inductor.sources import tag
+from adaptrt.backend.inductor.threads import number_of_threads, threads_of_the_caller
 from adaptrt.graph.collector import collecting, garbage_collection_paused
 from adaptrt.graph.exchange import exchanged, give_up, nothing_exchanged
 from adaptrt.graph.ir import Graph, autocast_off
@@ -216,6 +217,7 @@ def _exchanges(waits: list[Callable[[], None]] | None) -> Generator[None]:
             few_libraries(waits),
             quick_strides(),
             small_matmuls_in_place_of_loops(),
+            threads_of_the_caller(),
             exchanged(SIZE_ASSERTS, lambda original: _no_assertions),  # `Program` has looked at inputs
             exchanged(COLLECTING, collecting),  # what is not in the cache is made by this function
             # It would put generators back where they were, and other threads would draw the same numbers again. Compiling draws none, and
@@ -262,11 +264,11 @@ def _forms(compiled: Any, graph: Graph) -> list[Form] | None:
 _MAX_ELEMENTS_OF_ONE_THREAD = 1 << 13
 
 
-def _threads(graph: Graph) -> dict[str, int]:
-    """Settings that make a program run on one thread if its operations are over before a second thread has started."""
+def _threads(graph: Graph) -> dict[str, Any]:
+    """Settings of how many threads a program is for: one, if its operations are over before a second thread has started."""
     operations = [node for node in graph.module.graph.nodes if node.op == "call_function" and node.target != computed_once]
     nodes = [node for node in operations if isinstance(node.meta.get("val"), Tensor)]
-    return {"cpp.threads": 1} if sum(map(_num_elements, nodes)) <= _MAX_ELEMENTS_OF_ONE_THREAD * len(nodes) else {}
+    return {"cpp.threads": 1} if sum(map(_num_elements, nodes)) <= _MAX_ELEMENTS_OF_ONE_THREAD * len(nodes) else number_of_threads()
 
 
 def _num_elements(node: torch.fx.Node) -> int:

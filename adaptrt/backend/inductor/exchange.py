@@ -75,6 +75,13 @@ SMALL_MATMULS = Entry(
     ),
 )
 
+CALLERS_THREADS = Entry(
+    "threads of the caller",
+    "A program uses no more threads than the thread that calls it may use (`threads.py`).",
+    "it uses as many as it was compiled for",
+    exchanged=(Target(f"{_INDUCTOR}.codegen.cpp", "KernelGroup.codegen_group", ("self", "name")),),
+)
+
 SIZE_ASSERTS = Entry(
     "no size assertions",
     "Programs do not look at the sizes of their inputs, which `Program` has looked at.",
@@ -124,6 +131,7 @@ TABLE: tuple[Entry, ...] = (
     FEW_LIBRARIES,
     INDEX_STRIDES,
     SMALL_MATMULS,
+    CALLERS_THREADS,
     SIZE_ASSERTS,
     COLLECTING,
     RANDOM_STATE,
