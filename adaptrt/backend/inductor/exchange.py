@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from adaptrt.backend.engine import FREED, RETAINED
 from adaptrt.backend.guards import GUARDS, TANGENTS
+from adaptrt.graph.defaults import DEFAULT_DEVICE
 from adaptrt.graph.exchange import FX_TRACING, FX_TRACING_OF_OLD, Entry, Target
-from adaptrt.graph.plain import CHECKPOINTS
+from adaptrt.graph.plain import CHECKPOINTS, SAVING_HOOKS
 from adaptrt.graph.pytrees import PYTREES
 
 _INDUCTOR = "torch._inductor"
@@ -140,9 +141,11 @@ TABLE: tuple[Entry, ...] = (
     GUARDS,
     RETAINED,
     CHECKPOINTS,
+    SAVING_HOOKS,
     FREED,
     PYTREES,
     TANGENTS,
+    DEFAULT_DEVICE,
     FX_TRACING,
     FX_TRACING_OF_OLD,
 )
