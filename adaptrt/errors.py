@@ -104,7 +104,7 @@ class InvalidGraph(AdaptrtError, RuntimeError):
 
 
 class CompilerUnavailable(UserWarning):
-    """No C++ compiler was found, so programs run on the eager backend."""
+    """No C++ compiler was found, or none that can be used, so programs run on the eager backend."""
 
 
 class RecordingFailed(UserWarning):

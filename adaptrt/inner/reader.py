@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from adaptrt import tree
 from adaptrt.errors import DeviceMismatch, InvalidType, ModelChanged, NothingToAdapt, OptimizerMismatch
 from adaptrt.functional import canonical_names
+from adaptrt.graph.defaults import settings
 from adaptrt.inner.model_tree import ModelTree
 from adaptrt.inner.python_state import PythonState
 from adaptrt.inner.step import LOSS_BUFFER, Carry, Fixed, LossFunction, Step
@@ -122,7 +123,7 @@ class Reader:
         }
 
     def mode(self) -> Hashable:
-        """Returns what is a constant of a program: train or eval mode of every module, and whether algorithms must be deterministic."""
+        """Returns what is a constant of a program: train or eval mode of every module, settings of PyTorch's, and Python values."""
         self._tree.require_unchanged()
         return self._read_modes(), self.python.number()
 
@@ -216,8 +217,8 @@ def _all_by(*groups: Mapping[str, _Place]) -> Callable[[], Sequence[dict[str, Te
 
 def _modes_by(modules: Sequence[nn.Module]) -> Callable[[], Hashable]:
     constants: dict[str, Any] = {f"m{index}": module for index, module in enumerate(modules)}
-    constants["deterministic"] = torch.are_deterministic_algorithms_enabled
-    return eval(f"lambda: (deterministic(), {', '.join(f'm{index}.training' for index in range(len(modules)))})", constants)
+    constants["settings"] = settings
+    return eval(f"lambda: (settings(), {', '.join(f'm{index}.training' for index in range(len(modules)))})", constants)
 
 
 def _read(places: Mapping[str, _Place]) -> dict[str, Tensor]:

@@ -76,6 +76,8 @@ def _refuse_table(name: str, part: nn.Embedding | nn.EmbeddingBag) -> None:
 def _refuse_buffer(name: str, value: Tensor) -> None:
     if value.is_nested:
         raise UnsupportedParameter(f"buffer '{name}' is a nested tensor; pad it, with value.to_padded_tensor(0.0), and keep a mask")
+    if value.is_quantized:
+        raise UnsupportedParameter(f"buffer '{name}' is quantised; keep its .dequantize(), or quantise it where it is used")
     if value.layout is not torch.strided:
         raise UnsupportedParameter(
             f"buffer '{name}' has layout {value.layout}; only dense tensors can be inputs of a program. Call .to_dense()"

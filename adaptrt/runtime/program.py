@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from adaptrt import tree
 from adaptrt.backend import Backend
 from adaptrt.backend.base import Building, Form, Runner, without_values
-from adaptrt.backend.guards import Known
+from adaptrt.backend.guards import Known, in_forward_mode, refuse_tangents
 from adaptrt.errors import LabelOutOfRange, NonFiniteInput, ShapeChanged
 from adaptrt.graph.in_memory import in_memory
 from adaptrt.graph.ir import Constant, Graph, autocast_off
@@ -120,7 +120,10 @@ class Program:
     def run_leaves(self, values: list[Tensor]) -> Sequence[Tensor]:
         """Does the same from the arguments' tensors in order to the results' tensors in order. It may empty the list."""
         if self.constants:
-            values = [*values, *[read() for read in self.constants]]
+            constants = [read() for read in self.constants]
+            if in_forward_mode():
+                refuse_tangents(constants)
+            values = [*values, *constants]
         if values not in self.known:
             values = self._checked(values)
         try:
@@ -130,7 +133,7 @@ class Program:
             else:
                 results = self.run(values)
         except (IndexError, RuntimeError) as error:
-            if any(text in str(error) for text in _OUT_OF_RANGE):
+            if any(text in str(error) for text in _OUT_OF_RANGE) and "storage" not in str(error):
                 raise LabelOutOfRange(
                     f"a kernel was given an index that does not exist ({error}). The model or the loss computes it, from data or from a "
                     "buffer such as a step counter; keep it within the table or the axis that it indexes"

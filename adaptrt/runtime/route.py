@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adaptrt import tree
 from adaptrt.adjoint.base import Differentiated, Problem
-from adaptrt.backend.guards import in_forward_mode, refuse_tangents
+from adaptrt.backend.guards import in_forward_mode, refuse_tangents, refuse_tracing
 from adaptrt.errors import InvalidArgument, InvalidType, OptimizerMismatch
 from adaptrt.graph.gradient_mode import GradientMode
 from adaptrt.inner import check
@@ -117,6 +117,7 @@ class Router:
         batch, num_tasks = self._support(support)
         asked = None if query is None else self._query(query[0], num_tasks)
         self._reader.require_same_selection()
+        refuse_tracing()
         begin = self._start(start, num_tasks)
         if self._settings.dtype is not None:  # the model may have been converted since
             check.precision({**begin.carry.params, **begin.fixed.params, **begin.fixed.loss_params}, self._settings.dtype)

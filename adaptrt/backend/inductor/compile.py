@@ -26,6 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adaptrt.backend.base import COMPILING, Backend, Building, Form, Runner, rehearsing
 from adaptrt.backend.eager import Eager
+from adaptrt.backend.inductor.available import refuse_without_assertions
 from adaptrt.backend.inductor.exchange import COLLECTING, COMPILER, RANDOM_STATE, SIZE_ASSERTS, active, in_use
 from adaptrt.backend.inductor.few_libraries import few_libraries
 from adaptrt.backend.inductor.index_strides import quick_strides
@@ -38,6 +39,7 @@ from adaptrt.backend.inductor.rewrites.one_channel_last import one_channel_last
 from adaptrt.backend.inductor.rewrites.products_by_onednn import products_by_onednn
 from adaptrt.backend.inductor.small_matmuls import small_matmuls_in_place_of_loops
 from adaptrt.backend.inductor.sources import tag
+from adaptrt.backend.inductor.threads import number_of_threads, threads_of_the_caller
 from adaptrt.graph.collector import collecting, garbage_collection_paused
 from adaptrt.graph.exchange import exchanged, give_up, nothing_exchanged
 from adaptrt.graph.ir import Graph, autocast_off
@@ -99,10 +101,16 @@ class Inductor(Backend):
     """Compiles by Inductor, with the settings that the process has in `torch._inductor.config`.
 
     Compiled programs are kept in Inductor's cache on disk, from which another process gets them in a fraction of the time.
+
+    Raises:
+      InvalidArgument: as `refuse_without_assertions` raises it.
     """
 
     name = "inductor"
     fuses = True
+
+    def __post_init__(self) -> None:
+        refuse_without_assertions()
 
     def builds_ahead(self, device: torch.device) -> bool:
         return device.type == "cpu"
@@ -182,7 +190,7 @@ def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any,
             if waits is not None:
                 waits.clear()  # of an attempt that failed
             # What the key on disk does not know, and code depends on: besides our sources the instructions that were picked for it.
-            key = f"{sources}, {num_results} results, {pick_vec_isa()}, exchanged: {', '.join(in_use())}"
+            key = f"{sources}, {num_results} results, {pick_vec_isa()}, assertions {__debug__}, exchanged: {', '.join(in_use())}"
             with cache_config.patch(cache_key_tag=key):
                 return compile_fx.compile_fx_inner(_keep_strides(copy_module(graph), num_results), inputs)
 
@@ -209,6 +217,7 @@ def _exchanges(waits: list[Callable[[], None]] | None) -> Generator[None]:
             few_libraries(waits),
             quick_strides(),
             small_matmuls_in_place_of_loops(),
+            threads_of_the_caller(),
             exchanged(SIZE_ASSERTS, lambda original: _no_assertions),  # `Program` has looked at inputs
             exchanged(COLLECTING, collecting),  # what is not in the cache is made by this function
             # It would put generators back where they were, and other threads would draw the same numbers again. Compiling draws none, and
@@ -255,11 +264,11 @@ def _forms(compiled: Any, graph: Graph) -> list[Form] | None:
 _MAX_ELEMENTS_OF_ONE_THREAD = 1 << 13
 
 
-def _threads(graph: Graph) -> dict[str, int]:
-    """Settings that make a program run on one thread if its operations are over before a second thread has started."""
+def _threads(graph: Graph) -> dict[str, Any]:
+    """Settings of how many threads a program is for: one, if its operations are over before a second thread has started."""
     operations = [node for node in graph.module.graph.nodes if node.op == "call_function" and node.target != computed_once]
     nodes = [node for node in operations if isinstance(node.meta.get("val"), Tensor)]
-    return {"cpp.threads": 1} if sum(map(_num_elements, nodes)) <= _MAX_ELEMENTS_OF_ONE_THREAD * len(nodes) else {}
+    return {"cpp.threads": 1} if sum(map(_num_elements, nodes)) <= _MAX_ELEMENTS_OF_ONE_THREAD * len(nodes) else number_of_threads()
 
 
 def _num_elements(node: torch.fx.Node) -> int:

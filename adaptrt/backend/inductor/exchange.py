@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from adaptrt.backend.engine import FREED, RETAINED
 from adaptrt.backend.guards import GUARDS, TANGENTS
+from adaptrt.graph.defaults import DEFAULT_DEVICE
 from adaptrt.graph.exchange import FX_TRACING, FX_TRACING_OF_OLD, Entry, Target
-from adaptrt.graph.plain import CHECKPOINTS
+from adaptrt.graph.plain import CHECKPOINTS, SAVING_HOOKS
 from adaptrt.graph.pytrees import PYTREES
 
 _INDUCTOR = "torch._inductor"
@@ -75,6 +76,13 @@ SMALL_MATMULS = Entry(
     ),
 )
 
+CALLERS_THREADS = Entry(
+    "threads of the caller",
+    "A program uses no more threads than the thread that calls it may use (`threads.py`).",
+    "it uses as many as it was compiled for",
+    exchanged=(Target(f"{_INDUCTOR}.codegen.cpp", "KernelGroup.codegen_group", ("self", "name")),),
+)
+
 SIZE_ASSERTS = Entry(
     "no size assertions",
     "Programs do not look at the sizes of their inputs, which `Program` has looked at.",
@@ -124,6 +132,7 @@ TABLE: tuple[Entry, ...] = (
     FEW_LIBRARIES,
     INDEX_STRIDES,
     SMALL_MATMULS,
+    CALLERS_THREADS,
     SIZE_ASSERTS,
     COLLECTING,
     RANDOM_STATE,
@@ -132,9 +141,11 @@ TABLE: tuple[Entry, ...] = (
     GUARDS,
     RETAINED,
     CHECKPOINTS,
+    SAVING_HOOKS,
     FREED,
     PYTREES,
     TANGENTS,
+    DEFAULT_DEVICE,
     FX_TRACING,
     FX_TRACING_OF_OLD,
 )
