@@ -36,6 +36,7 @@ from adaptrt.functional import note_write
 from adaptrt.graph import grouped_products, mixed_norms
 from adaptrt.graph.collector import garbage_collection_paused
 from adaptrt.graph.exchange import FX_TRACING, FX_TRACING_OF_OLD
+from adaptrt.graph.forgetting import forgetting
 from adaptrt.graph.formulas import FORMULAS
 from adaptrt.graph.ir import Graph, PassRecord, autocast_off
 from adaptrt.graph.operations import name_of
@@ -59,6 +60,7 @@ _SET_REQUIRES_GRAD: Any = Tensor.requires_grad.__set__  # pyright: ignore
 _PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.mv.default, aten.dot.default}
 
 
+@forgetting
 @garbage_collection_paused()
 def capture(
     fn: Callable[..., Tree],
