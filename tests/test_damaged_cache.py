@@ -41,7 +41,7 @@ def right(size: int) -> list[float]:
     model, support, query = data(size)
     loop = naive.Loop(model, mean_of_squares, naive.sgd, {"lr": 0.1}, 2)
     params = dict(model.named_parameters())
-    loss = naive.meta_loss(loop, naive.Start(params), support, query)
+    loss = naive.meta_loss(loop, naive.Start(params, {}, {}, {}), support, query)
     return [float(x) for value in (loss, *torch.autograd.grad(loss, list(params.values()))) for x in value.detach().flatten()]
 
 
@@ -80,15 +80,76 @@ def removed(path: Path) -> None:
     path.unlink()
 
 
-@pytest.mark.parametrize("damage", [emptied, halved, flipped, removed])
-@pytest.mark.parametrize("pattern", ["library.so", "*.py", "fxgraph/**/*", "record.json"])
+DAMAGES = {
+    "library.so": (emptied, halved, flipped, removed),
+    "record.json": (halved,),
+    "*.py": (emptied, halved, flipped, removed),
+    "fxgraph/**/*": (emptied, halved, flipped, removed),
+}
+
+
+@pytest.mark.parametrize(("pattern", "damage"), [(pattern, damage) for pattern, damages in DAMAGES.items() for damage in damages])
 def test_a_damaged_file_is_made_again(pattern: str, damage: Callable[[Path], None], folder: Path, zygote: Zygote) -> None:
     for path in only(folder, pattern):
         damage(path)
     answer = run(zygote, folder, [5])
-    # Where there is no file, nothing is damaged, unless others say that there should be one.
-    of_a_record = pattern in ("library.so", "record.json")
-    assert len(answer["warnings"]) == (damage is not removed or of_a_record), answer["warnings"]
+    # Where there is no file, nothing is damaged, unless a record says that there should be one.
+    assert len(answer["warnings"]) == (damage is not removed or pattern == "library.so"), answer["warnings"]
     assert all("is not what was written there" in text for text in answer["warnings"])
     assert answer["libraries"] > 0
     assert run(zygote, folder, [5])["warnings"] == []
+
+
+def test_a_source_is_not_read_again(folder: Path, zygote: Zygote) -> None:
+    for path in [*only(folder, "source.cpp"), *only(folder, "library.so")]:
+        flipped(path)
+    assert run(zygote, folder, [5])["libraries"] > 0
+
+
+def test_without_a_compiler_what_was_built_runs(folder: Path, zygote: Zygote) -> None:
+    nothing = {"PATH": "", "HOME": None}
+    answer = run(zygote, folder, [5], environment=nothing)
+    assert answer["libraries"] > 0 and answer["warnings"] == []
+    answer = run(zygote, folder, [6], environment=nothing)
+    assert answer["libraries"] == 0 and len(answer["warnings"]) == 1 and "no c++ compiler" in answer["warnings"][0].lower()
+
+
+@pytest.mark.parametrize("name", ['it\'s a "cache" $HOME', "кэш 日本 ü"])
+def test_a_folder_of_any_name(name: str, tmp_path: Path, zygote: Zygote) -> None:
+    answer = run(zygote, tmp_path / name, [5])
+    assert answer["libraries"] > 0 and answer["warnings"] == []
+
+
+def test_a_full_disk(folder: Path, zygote: Zygote) -> None:
+    answer = run(zygote, folder, [5], file_size=8192)
+    assert answer["libraries"] > 0 and answer["warnings"] == []
+    answer = run(zygote, folder, [6], file_size=8192)
+    assert answer["libraries"] == 0 and len(answer["warnings"]) == 1 and "could not be built" in answer["warnings"][0]
+    answer = run(zygote, folder, [6])
+    assert answer["libraries"] > 0 and answer["warnings"] == []
+
+
+def test_a_folder_that_cannot_be_made(tmp_path: Path, zygote: Zygote) -> None:
+    (tmp_path / "file").touch()
+    answer = run(zygote, tmp_path / "file" / "cache", [5])
+    assert len(answer["warnings"]) == 1 and "set TORCHINDUCTOR_CACHE_DIR to another" in answer["warnings"][0]
+
+
+def test_a_folder_that_is_removed(folder: Path, zygote: Zygote) -> None:
+    answer = run(zygote, folder, [5, 5], then=str(folder))
+    assert answer["libraries"] > 0 and answer["warnings"] == []
+
+
+def test_two_processes_at_once(tmp_path: Path, zygote: Zygote) -> None:
+    answer = run(zygote, tmp_path, [5], children=2)
+    assert [other["numbers"] for other in answer["others"]] == [answer["numbers"]]
+    assert not only(tmp_path, "record.json")[0].parent.name.startswith(".")
+
+
+def test_a_process_that_is_killed_leaves_a_cache_that_the_next_can_use(tmp_path: Path, zygote: Zygote) -> None:
+    environment = {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
+    for moment_s in (0.2, 0.6, 1.0, 1.4, 2.0):
+        zygote.run(sizes=[5], environment=environment, kill_after_s=moment_s)
+    answer = run(zygote, tmp_path, [5])
+    assert answer["libraries"] > 0
+    assert not list((tmp_path / "adaptrt").glob(".*"))

@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -40,6 +39,7 @@ class Zygote:
 
     def close(self) -> None:
         """Ends the process."""
+        self._process.kill()
         self._process.communicate()
 
 
@@ -98,29 +98,40 @@ def _child(request: dict[str, Any], answer: int) -> None:
     os.write(answer, json.dumps({**found, "warnings": ours, "libraries": len(library._open)}).encode())  # pyright: ignore[reportPrivateUsage]
 
 
-def _serve(request: dict[str, Any]) -> dict[str, Any]:
+def _fork(request: dict[str, Any]) -> tuple[int, int]:
+    """Starts a child. Returns it, and where its answer is read."""
     read, write = os.pipe()
     child = os.fork()
     if not child:
         try:
             os.close(read)
-            os.setsid()  # what it starts is killed with it
+            os.setsid()
             _child(request, write)
         finally:
             os._exit(0)
     os.close(write)
+    return child, read
+
+
+def _collect(child: int, read: int, limit_s: float) -> dict[str, Any]:
     text = b""
-    deadline_s = time.monotonic() + request.get("kill_after_s", TIME_LIMIT_S)
+    deadline_s = time.monotonic() + limit_s
     while select.select([read], [], [], max(0.0, deadline_s - time.monotonic()))[0]:
         part = os.read(read, 1 << 16)
         if not part:
             break
         text += part
     else:
-        os.kill(child, signal.SIGKILL)  # and not what it has started, which goes on, as it would for others
+        os.kill(child, signal.SIGKILL)  # and not what it has started, which goes on, as it would elsewhere
     os.close(read)
     _, status = os.waitpid(child, 0)
     return json.loads(text) if text else {"status": os.waitstatus_to_exitcode(status)}
+
+
+def _serve(request: dict[str, Any]) -> dict[str, Any]:
+    children = [_fork(request) for _ in range(request.get("children", 1))]
+    answers = [_collect(*child, request.get("kill_after_s", TIME_LIMIT_S)) for child in children]
+    return {**answers[0], "others": answers[1:]}
 
 
 if __name__ == "__main__":
@@ -133,6 +144,5 @@ if __name__ == "__main__":
         import torch._inductor.lowering
 
         import adaptrt.backend.inductor.compile  # noqa: F401
-    here = Path.cwd()
     for line in sys.stdin:
         print(json.dumps(_serve(json.loads(line))), flush=True)
