@@ -1,4 +1,4 @@
-"""A process that has imported everything and compiled nothing. It forks a child for each scenario, so that a test costs what the scenario does.
+"""A process that has imported everything and compiled nothing. It forks a child for each scenario, which saves the time of imports.
 
 What a child does is `scenario`; the rest is for the tests to say in a request: environment variables, a limit of file sizes, a moment at
 which the child is killed. Run as a program, it reads requests from its input, one in a line, and writes answers to its output.

@@ -40,6 +40,7 @@ from adaptrt.backend.inductor.rewrites.one_channel_last import one_channel_last
 from adaptrt.backend.inductor.rewrites.products_by_onednn import products_by_onednn
 from adaptrt.backend.inductor.small_matmuls import small_matmuls_in_place_of_loops
 from adaptrt.backend.inductor.sources import tag
+from adaptrt.backend.inductor.tables import shorten_tables
 from adaptrt.graph.collector import collecting, garbage_collection_paused
 from adaptrt.graph.exchange import exchanged, give_up, nothing_exchanged
 from adaptrt.graph.forgetting import forgetting
@@ -164,6 +165,8 @@ def _compiled_or_not(graph: Graph, waits: list[Callable[[], None]] | None) -> tu
         if not cannot_build(error):
             raise
         return None
+    finally:
+        shorten_tables()
 
 
 @forgetting
