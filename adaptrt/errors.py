@@ -104,7 +104,11 @@ class InvalidGraph(AdaptrtError, RuntimeError):
 
 
 class CompilerUnavailable(UserWarning):
-    """No C++ compiler was found, or none that can be used, so programs run on the eager backend."""
+    """A program cannot be built or kept on this machine, for example without a C++ compiler. It runs on the eager backend."""
+
+
+class DamagedCache(UserWarning):
+    """A file of a compiled program on disk is not what was written there. It is made again."""
 
 
 class RecordingFailed(UserWarning):

@@ -47,16 +47,16 @@ def empty_cache() -> Iterator[None]:
 @pytest.fixture
 def libraries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The C++ code of each library that is asked for."""
-    from torch._inductor.codecache import CppPythonBindingsCodeCache
+    from adaptrt.backend.inductor import few_libraries
 
     found: list[str] = []
-    load = CppPythonBindingsCodeCache.load_async
+    open_later = few_libraries.open_later
 
-    def noted(main_code: str, *args: Any, **kwargs: Any) -> Any:
-        found.append(main_code)
-        return load(main_code, *args, **kwargs)
+    def noted(source: str, *args: Any) -> Any:
+        found.append(source)
+        return open_later(source, *args)
 
-    monkeypatch.setattr(CppPythonBindingsCodeCache, "load_async", noted)
+    monkeypatch.setattr(few_libraries, "open_later", noted)
     return found
 
 

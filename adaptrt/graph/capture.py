@@ -36,6 +36,7 @@ from adaptrt.functional import note_write
 from adaptrt.graph import grouped_products, mixed_norms
 from adaptrt.graph.collector import garbage_collection_paused
 from adaptrt.graph.exchange import FX_TRACING, FX_TRACING_OF_OLD
+from adaptrt.graph.forgetting import forgetting
 from adaptrt.graph.formulas import FORMULAS
 from adaptrt.graph.ir import Graph, PassRecord, autocast_off
 from adaptrt.graph.operations import name_of
@@ -59,6 +60,7 @@ _SET_REQUIRES_GRAD: Any = Tensor.requires_grad.__set__  # pyright: ignore
 _PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.mv.default, aten.dot.default}
 
 
+@forgetting
 @garbage_collection_paused()
 def capture(
     fn: Callable[..., Tree],
@@ -121,7 +123,13 @@ def capture(
 def _require_dense(constants: Sequence[Tensor]) -> None:
     for value in constants:
         if value.is_nested or value.is_quantized or value.layout is not torch.strided:
-            kind = "a nested tensor" if value.is_nested else "a quantised tensor" if value.is_quantized else f"a tensor of layout {value.layout} (shape {list(value.shape)})"
+            kind = (
+                "a nested tensor"
+                if value.is_nested
+                else "a quantised tensor"
+                if value.is_quantized
+                else f"a tensor of layout {value.layout} (shape {list(value.shape)})"
+            )
             raise NotTraceable(
                 f"the model or the loss uses {kind} that it holds as an attribute or in a closure; only dense tensors can be inputs of a "
                 "program. Call .to_dense() or .dequantize() on it, or make it where it is used"

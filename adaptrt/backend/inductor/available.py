@@ -1,8 +1,13 @@
-"""Finds out whether programs can be compiled on this machine, and says so once where they cannot."""
+"""Finds out whether programs can be compiled on this machine, and says so once where they cannot.
+
+Where there is no C++ compiler, programs that were built before still run, from the cache on disk. So programs are only given up altogether
+where that cache holds none.
+"""
 
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import sysconfig
 import warnings
@@ -10,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from adaptrt.backend.inductor.library import any_built
 from adaptrt.errors import CompilerUnavailable, InvalidArgument
 
 _ASSERTS = "before PyTorch 2.14 the compiler generates wrong code under `python -O`, because some of its `assert` statements have effects"
@@ -49,11 +55,52 @@ def assertions_count() -> bool:
     return __debug__ or torch.__version__ >= (2, 14)  # pyright: ignore[reportOperatorIssue]
 
 
+def cannot_build(error: BaseException) -> bool:
+    """Whether compiling a program failed because this machine cannot build or keep it. A warning says so, once for each reason."""
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
+    reason = _cause(error, (OSError, ImportError, InvalidCxxCompiler, CppCompileError))
+    if reason is None:
+        return False
+    kind = f"{type(reason).__name__} {getattr(reason, 'errno', '')}"
+    if kind not in _WARNED:
+        _WARNED.add(kind)
+        folder = os.environ.get("TORCHINDUCTOR_CACHE_DIR", "the cache folder")
+        warnings.warn(
+            f"a program could not be built, or not be kept in {folder} ({type(reason).__name__}: {str(reason)[:500]}); it runs on the "
+            "eager backend, correct but slower. If no C++ compiler was found, install one; if the folder cannot be written to, set "
+            "TORCHINDUCTOR_CACHE_DIR to another before the process starts; or pass backend='eager'.",
+            CompilerUnavailable,
+            stacklevel=2,
+        )
+    return True
+
+
+def comes_from_outside(error: BaseException) -> bool:
+    """Whether an error is the system's, so that compiling in another way would fail as well: a full disk, or a compiler that was killed."""
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    return _cause(error, (OSError, InvalidCxxCompiler)) is not None
+
+
+def _cause(error: BaseException | None, kinds: tuple[type[BaseException], ...]) -> BaseException | None:
+    """The error, or what it was raised for, that is of one of these kinds."""
+    while error is not None and not isinstance(error, kinds):
+        error = getattr(error, "inner_exception", None) or error.__cause__
+    return error
+
+
 _WARNED: set[str] = set()
 
 
-@functools.cache
 def _missing(device_type: str) -> str | None:
+    """Why no program can be run that is not on the eager backend."""
+    reason = _no_compiler(device_type)
+    return None if reason is None or (device_type == "cpu" and any_built()) else reason
+
+
+@functools.cache
+def _no_compiler(device_type: str) -> str | None:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         from torch._inductor.cpp_builder import get_cpp_compiler

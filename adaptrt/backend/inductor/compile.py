@@ -26,7 +26,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adaptrt.backend.base import COMPILING, Backend, Building, Form, Runner, rehearsing
 from adaptrt.backend.eager import Eager
-from adaptrt.backend.inductor.available import refuse_without_assertions
+from adaptrt.backend.inductor.available import cannot_build, comes_from_outside, refuse_without_assertions
+from adaptrt.backend.inductor.cached_files import cached_files
 from adaptrt.backend.inductor.exchange import COLLECTING, COMPILER, RANDOM_STATE, SIZE_ASSERTS, active, in_use
 from adaptrt.backend.inductor.few_libraries import few_libraries
 from adaptrt.backend.inductor.index_strides import quick_strides
@@ -39,9 +40,11 @@ from adaptrt.backend.inductor.rewrites.one_channel_last import one_channel_last
 from adaptrt.backend.inductor.rewrites.products_by_onednn import products_by_onednn
 from adaptrt.backend.inductor.small_matmuls import small_matmuls_in_place_of_loops
 from adaptrt.backend.inductor.sources import tag
+from adaptrt.backend.inductor.tables import shorten_tables
 from adaptrt.backend.inductor.threads import number_of_threads, threads_of_the_caller
 from adaptrt.graph.collector import collecting, garbage_collection_paused
 from adaptrt.graph.exchange import exchanged, give_up, nothing_exchanged
+from adaptrt.graph.forgetting import forgetting
 from adaptrt.graph.ir import Graph, autocast_off
 from adaptrt.graph.passes.base import Pass, apply, copy_module
 from adaptrt.graph.passes.decompose import decompose
@@ -125,19 +128,22 @@ class Inductor(Backend):
         if not COMPILER.holds:
             return Eager().compile(graph)
         if not rehearsing():
-            return _runner(*_compile(graph, None))
+            return Eager().compile(graph) if (found := _compiled_or_not(graph, None)) is None else _runner(*found)
         waits: list[Callable[[], None]] = []
-        compiled, lowered = _compile(graph, waits)
+        found = _compiled_or_not(graph, waits)
+        if found is None:
+            return Eager().compile(graph)
+        forms = _forms(*found)
 
         def finish() -> Runner:
             try:
                 for wait in waits:
                     wait()
             except Exception:  # fails again, unless the reason was the processor's instructions, or what is exchanged
-                return _runner(*_compile(graph, None))
-            return _runner(compiled, lowered)
+                again = _compiled_or_not(graph, None)
+                return _in_forms(Eager().compile(graph), forms) if again is None else _runner(*again)
+            return _runner(*found)
 
-        forms = _forms(compiled, lowered)
         return finish() if forms is None else Building(forms, finish)
 
 
@@ -158,6 +164,19 @@ _LARGEST_BLOCK = (1 << 25) - (1 << 13)
 """Bytes. GNU's C library does not raise its thresholds for blocks of 32 MiB and more."""
 
 
+def _compiled_or_not(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any, Graph] | None:
+    """As `_compile`; None, and a warning, if programs cannot be built or kept on this machine at present."""
+    try:
+        return _compile(graph, waits)
+    except Exception as error:
+        if not cannot_build(error):
+            raise
+        return None
+    finally:
+        shorten_tables()
+
+
+@forgetting
 def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any, Graph]:
     """Returns what Inductor makes of a graph, and the graph that Inductor was given. `waits` is as for `few_libraries`."""
     if all(entry.spec.device.type == "cpu" for entry in graph.signature.inputs):
@@ -203,6 +222,8 @@ def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any,
                 with _exchanges(waits), garbage_collection_paused():
                     compiled = trusting_the_processor(compile_once)
             except Exception as error:
+                if comes_from_outside(error):
+                    raise
                 with nothing_exchanged():
                     compiled = compile_once()  # raises again where what is exchanged was not the reason
                 give_up(f"what this library exchanges in PyTorch's compiler made it fail ({type(error).__name__}: {error})")
@@ -215,6 +236,7 @@ def _exchanges(waits: list[Callable[[], None]] | None) -> Generator[None]:
     with contextlib.ExitStack() as stack:
         for context in (
             few_libraries(waits),
+            cached_files(),
             quick_strides(),
             small_matmuls_in_place_of_loops(),
             threads_of_the_caller(),
@@ -259,6 +281,20 @@ def _forms(compiled: Any, graph: Graph) -> list[Form] | None:
         Form(spec.shape, tuple([int(stride) for stride in of_one]), spec.dtype, spec.device)
         for spec, of_one in zip(specs, strides, strict=True)
     ]
+
+
+def _in_forms(run: Runner, forms: Sequence[Form] | None) -> Runner:
+    """Returns a runner whose results have the strides that were announced."""
+    if forms is None:
+        return run
+
+    def run_in_forms(values: list[Tensor]) -> list[Tensor]:
+        return [
+            value if value.stride() == form.strides else value.new_empty_strided(form.shape, form.strides).copy_(value)
+            for value, form in zip(run(values), forms, strict=True)
+        ]
+
+    return run_in_forms
 
 
 _MAX_ELEMENTS_OF_ONE_THREAD = 1 << 13
