@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import importlib
 import itertools
+import os
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -48,6 +49,7 @@ from adaptrt.graph.passes.merge_duplicates import merge_duplicates
 from adaptrt.graph.passes.own_outputs import own_outputs
 from adaptrt.graph.passes.remove_identities import remove_identities
 from adaptrt.graph.passes.retrace import fake_inputs
+from adaptrt.process import leaving_nothing
 
 _KEPT = torch.ops.aten.embedding_dense_backward.default
 """Left to ATen. Decomposed, the gradient of an embedding is a scatter into a buffer, and the CPU code of 2.13 fuses with it what reads that
@@ -121,7 +123,11 @@ class Inductor(Backend):
         waits: list[Callable[[], None]] = []
         compiled, lowered = _compile(graph, waits)
 
+        process = os.getpid()
+
         def finish() -> Runner:
+            if os.getpid() != process:  # the threads that build did not survive the fork
+                return _runner(*_compile(graph, None))
             try:
                 for wait in waits:
                     wait()
@@ -150,6 +156,7 @@ _LARGEST_BLOCK = (1 << 25) - (1 << 13)
 """Bytes. GNU's C library does not raise its thresholds for blocks of 32 MiB and more."""
 
 
+@leaving_nothing
 def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any, Graph]:
     """Returns what Inductor makes of a graph, and the graph that Inductor was given. `waits` is as for `few_libraries`."""
     if all(entry.spec.device.type == "cpu" for entry in graph.signature.inputs):

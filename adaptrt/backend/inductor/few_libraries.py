@@ -10,12 +10,15 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
+import threading
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from adaptrt.backend.inductor.exchange import FEW_LIBRARIES
 from adaptrt.graph.exchange import exchanged
+from adaptrt.process import after_fork
 
 _BINDINGS = """
 #define PY_SSIZE_T_CLEAN
@@ -133,13 +136,12 @@ class _Kernels:
 
     def start(self) -> None:
         """Begins to build."""
-        from torch._inductor.async_compile import AsyncCompile
         from torch._inductor.codecache import CppPythonBindingsCodeCache
 
         if not self._libraries:
             for share in _deal([len(source) for source in self._sources], self._num_libraries):
                 source = _one_source([self._sources[place] for place in share])
-                self._libraries.append((share, CppPythonBindingsCodeCache.load_async(source, submit_fn=AsyncCompile.submit)))
+                self._libraries.append((share, CppPythonBindingsCodeCache.load_async(source, submit_fn=_Task)))
 
     def functions(self) -> dict[int, Callable[..., None]]:
         """Each kernel as a Python function of its tensors."""
@@ -152,6 +154,48 @@ class _Kernels:
                 for index, place in enumerate(share)
             }
         return self._functions
+
+
+class _Task:
+    """A function that runs in a thread of its own.
+
+    In place of Inductor's pool of threads, which may never build again after a signal handler has raised while it was given work: then a
+    lock of the pool's is held for ever. The lock here is taken by `with` statements only, which no handler can come into.
+    """
+
+    def __init__(self, fn: Callable[[], Any]) -> None:
+        self._fn = fn
+        self._running = threading.Lock()
+        self._running.acquire()
+        self._value: Any = None
+        self._error: BaseException | None = None
+        threading.Thread(target=self._run, name="adaptrt builder").start()
+
+    def _run(self) -> None:
+        try:
+            self._value = self._fn()
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._running.release()
+
+    def result(self) -> Any:
+        """Waits until it has run, and returns what it returned or raises what it raised."""
+        with self._running:
+            if self._error is not None:
+                raise self._error
+            return self._value
+
+
+@after_fork
+def _forget_threads() -> None:
+    """In a forked child the threads do not exist that were to build something. What is built already is loaded from the disk."""
+    codecache, async_compile = sys.modules.get("torch._inductor.codecache"), sys.modules.get("torch._inductor.async_compile")
+    for name in ("CppCodeCache", "CppPythonBindingsCodeCache"):
+        if hasattr(codecache, name):
+            getattr(codecache, name).cache.clear()
+    if async_compile is not None:
+        async_compile.AsyncCompile.pool.cache_clear()
 
 
 def _deal(sizes: Sequence[int], num_shares: int) -> list[list[int]]:
