@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from adaptrt.errors import UnknownPyTorch
+from adaptrt.process import changed
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -141,11 +142,15 @@ def give_up(reason: str) -> None:
 def nothing_exchanged() -> Generator[None]:
     """Within the block no entry with exchanged functions holds. To be entered under the lock `COMPILING`."""
     global _given_up
-    before, _given_up = _given_up, _given_up or "nothing is exchanged at present"
-    try:
-        yield
-    finally:
+    before = _given_up
+
+    def undo() -> None:
+        global _given_up
         _given_up = before
+
+    with changed(undo):
+        _given_up = before or "nothing is exchanged at present"
+        yield
 
 
 def warn_once(name: str, text: str) -> None:
@@ -182,12 +187,14 @@ def _exchanged(owner: Any, name: str, other: Callable[..., Any]) -> Generator[No
     def either(*args: Any, **kwargs: Any) -> Any:
         return (other if threading.get_ident() == thread else original)(*args, **kwargs)
 
-    setattr(owner, name, either)
-    try:
-        yield
-    finally:
+    def undo() -> None:
+        nonlocal thread
         setattr(owner, name, original)
         thread = None  # whoever has imported `either` in the meantime keeps it
+
+    with changed(undo):
+        setattr(owner, name, either)
+        yield
 
 
 FX_TRACING = Entry(

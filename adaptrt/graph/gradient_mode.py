@@ -19,6 +19,8 @@ from collections.abc import Callable, Generator
 
 import torch
 
+from adaptrt.process import changed
+
 
 class GradientMode(enum.Enum):
     """The modes of a call."""
@@ -76,9 +78,11 @@ def _exchanged(name: str, maker: Callable[[Callable[[], bool]], Callable[[], boo
     def either() -> bool:
         return other() if threading.get_ident() == thread else original()
 
-    setattr(torch, name, either)
-    try:
-        yield
-    finally:
+    def undo() -> None:
+        nonlocal other
         setattr(torch, name, original)
         other = original  # whoever has imported `either` in the meantime keeps it
+
+    with changed(undo):
+        setattr(torch, name, either)
+        yield

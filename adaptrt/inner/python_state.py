@@ -17,7 +17,6 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-import threading
 import types
 import warnings
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -26,6 +25,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from adaptrt.inner.user_code import IMMUTABLE, OPAQUE, Executed, is_array, is_of_user, is_users_class, is_users_file, slots_of
+from adaptrt.process import lock
 
 _APART = frozenset({"_parameters", "_buffers", "_modules", "training", "_forward_hooks", "_forward_pre_hooks"})
 """Attributes of a module that are read in other ways."""
@@ -250,7 +250,7 @@ class PythonState:
     def __init__(self, roots: Mapping[str, Any]) -> None:
         self._roots = dict(roots)
         self._executed = Executed()
-        self._lock = threading.Lock()
+        self._lock = lock()
         self._number = 0
         self._next = 1
         self._places: list[Place] = []

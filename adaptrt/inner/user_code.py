@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptrt.graph.profile import profiled
+
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _LAYERS = os.path.join(_TORCH, "nn") + os.sep
 _OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
@@ -82,15 +84,10 @@ def record_code(executed: Executed) -> Generator[None]:
         if event == "call":
             frames[frame.f_code] = frame.f_globals
 
-    # A profiler in C, such as PyTorch's with stacks, cannot be put back from Python, so its slot is left alone and the debugger's taken.
-    before, put = sys.getprofile(), sys.setprofile
-    if before is not None and not callable(before):
-        before, put = sys.gettrace(), sys.settrace  # type: ignore[assignment]
-    put(note)
     try:
-        yield
+        with profiled(note):
+            yield
     finally:
-        put(before)
         for code, scope in frames.items():
             if is_of_user(code, scope):
                 executed.scopes[code] = scope

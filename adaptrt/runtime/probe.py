@@ -86,7 +86,7 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> tu
             mode = step.mode if name == "query" else GradientMode.GRAD
             with record_noise() as drawn, diagnose.running(name, batch), record_code(executed), mode.within():
                 loss, updated = step.evaluate(params, buffers, fixed, batch)
-            noise.extend(drawn)
+            noise[:] = drawn  # a capture may run it twice
             live.update({key: value.requires_grad for key, value in updated.items()})
             if name != "support":
                 return loss, updated
@@ -119,7 +119,7 @@ def probe_prediction(step: Step, carry: Carry, fixed: Fixed, inputs: Tree) -> Pr
     def forward(carry: Carry, fixed: Fixed, inputs: Tree) -> Tree:
         with record_noise() as drawn, diagnose.running("input", Batch(inputs, None)), record_code(executed), step.mode.within():
             output, _ = step.apply(carry.params, carry.buffers, fixed, inputs)
-        noise.extend(drawn)
+        noise[:] = drawn
         return output
 
     names = ("carry", "fixed", "batch.inputs")

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import importlib
 import itertools
+import os
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -53,6 +54,7 @@ from adaptrt.graph.passes.merge_duplicates import merge_duplicates
 from adaptrt.graph.passes.own_outputs import own_outputs
 from adaptrt.graph.passes.remove_identities import remove_identities
 from adaptrt.graph.passes.retrace import fake_inputs
+from adaptrt.process import leaving_nothing
 
 _KEPT = torch.ops.aten.embedding_dense_backward.default
 """Left to ATen. Decomposed, the gradient of an embedding is a scatter into a buffer, and the CPU code of 2.13 fuses with it what reads that
@@ -135,7 +137,11 @@ class Inductor(Backend):
             return Eager().compile(graph)
         forms = _forms(*found)
 
+        process = os.getpid()
+
         def finish() -> Runner:
+            if os.getpid() != process:  # the threads that build did not survive the fork
+                return _runner(*_compile(graph, None))
             try:
                 for wait in waits:
                     wait()
@@ -176,6 +182,7 @@ def _compiled_or_not(graph: Graph, waits: list[Callable[[], None]] | None) -> tu
         shorten_tables()
 
 
+@leaving_nothing
 @forgetting
 def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any, Graph]:
     """Returns what Inductor makes of a graph, and the graph that Inductor was given. `waits` is as for `few_libraries`."""

@@ -46,7 +46,6 @@ FEW_LIBRARIES = Entry(
         Target(f"{_INDUCTOR}.async_compile", "AsyncCompile.wait", ("self", "scope")),
     ),
     needed=(
-        Target(f"{_INDUCTOR}.async_compile", "AsyncCompile.submit", ("task",)),
         Target(f"{_INDUCTOR}.async_compile", "get_compile_threads", ()),
         Target(f"{_INDUCTOR}.async_compile", "kernel_code_log"),
         Target(f"{_INDUCTOR}.codecache", "LambdaFuture", keywords=("result_fn",)),
