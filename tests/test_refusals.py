@@ -13,7 +13,12 @@ from torch import Generator, Tensor, is_grad_enabled, is_inference_mode_enabled,
 
 import adaptrt
 from adaptrt import optim
-from adaptrt.errors import DataDependentControlFlow, NotTraceable, UnsupportedParameter, UnsupportedRandomness
+from adaptrt.errors import (
+    DataDependentControlFlow,
+    NotTraceable,
+    UnsupportedParameter,
+    UnsupportedRandomness,
+)
 from tests import naive
 from tests.bad_input import Attempt, Case, Forward, check_refused, data
 

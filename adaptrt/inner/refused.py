@@ -61,8 +61,8 @@ def refuse_code(executed: Executed, mode: GradientMode) -> None:
     if executed.seeding:
         raise UnsupportedRandomness(
             f"{executed.seeding[0]} seeds a generator, or sets its state, while the model runs; a program's random numbers are drawn "
-            "before it runs, from the global generator or the one that the call is given. Seed before the call; numbers that are the same in "
-            "every pass belong in a buffer of the model (register_buffer)"
+            "before it runs, from the global generator or the one that the call is given. Seed before the call; numbers that are the same "
+            "in every pass belong in a buffer of the model (register_buffer)"
         )
     if mode is GradientMode.INFERENCE and torch.is_inference_mode_enabled.__name__ in executed.questions:
         raise NotTraceable(
