@@ -1,4 +1,4 @@
-"""Profilers and debuggers that are at work while a program is captured: the numbers are right, and they go on afterwards."""
+"""Profilers and debuggers that are at work while a program is captured: the numbers are right, and they go on afterwards if they can."""
 
 from __future__ import annotations
 
@@ -50,9 +50,8 @@ def profiled_in_c() -> Generator[Callable[[], bool]]:
 @contextlib.contextmanager
 def profiled_by_torch() -> Generator[Callable[[], bool]]:
     profile = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], with_stack=True)
-    with profile:
-        before = sys.getprofile()
-        yield lambda: sys.getprofile() is before
+    with profile, pytest.warns(RuntimeWarning, match="sees no more Python calls of this thread"):  # it cannot be put back
+        yield lambda: True
 
 
 @contextlib.contextmanager

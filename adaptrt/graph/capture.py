@@ -34,6 +34,7 @@ from adaptrt import tree
 from adaptrt.errors import NotTraceable
 from adaptrt.graph import draws
 from adaptrt.graph.collector import garbage_collection_paused
+from adaptrt.graph.constants import ON_CONSTANTS, refuse_on_constant
 from adaptrt.graph.eager_rules import EagerRules
 from adaptrt.graph.exchange import FX_TRACING, FX_TRACING_OF_OLD
 from adaptrt.graph.forgetting import forgetting
@@ -260,6 +261,8 @@ class _Functions(TorchFunctionMode):
             raise NotTraceable("the model assigns to the `.data` of a tensor, which cannot be traced; compute a new tensor, or use copy_()")
         if func == _SET_REQUIRES_GRAD and args[1] is True and args[0].requires_grad:
             return None  # data may require grad where the user's did not, so that it is no leaf here
+        if func in ON_CONSTANTS and not isinstance(args[0], FakeTensor):
+            refuse_on_constant(func, args[0])
         replacement = _REPLACED.get(func)
         if replacement is not None:
             found = replacement(*args, **(kwargs or {}))
@@ -284,8 +287,6 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 def _numbers_of(value: Tensor) -> Any:
     """`Tensor.tolist` by `item`, which is an operation that can be recorded or refused."""
-    if not isinstance(value, FakeTensor):
-        return NotImplemented
     return [_numbers_of(part) for part in value.unbind(0)] if value.dim() else value.item()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import types
+import warnings
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -16,28 +17,29 @@ Note = Callable[[types.FrameType, str, Any], object]
 def profiled(note: Note) -> Generator[None]:
     """Within the block `note` is told of the calls of this thread.
 
-    A profile function that is set already is told, too. `cProfile`, which is written in C before Python 3.12, pauses. Another profiler in C,
-    such as PyTorch's with stacks, could not be put back from Python. It stays, and the slot of debuggers is taken, in which `note` is told
-    of calls of Python functions only.
+    A profile function that is set already is told, too. `cProfile`, which is written in C before Python 3.12, pauses. Another profiler that
+    is written in C, such as PyTorch's with stacks, cannot be put back from Python: a warning says that it ends for this thread.
     """
     before: Any = sys.getprofile()
-    if before is None or callable(before):
-        get, put, put_back = sys.getprofile, sys.setprofile, sys.setprofile
-    elif hasattr(before, "enable"):
-        get, put, put_back = lambda: None, sys.setprofile, lambda _: (sys.setprofile(None), before.enable())
-    else:
-        get, put, put_back = sys.gettrace, sys.settrace, sys.settrace
-    told: Any = get()
 
-    def both(frame: types.FrameType, event: str, arg: Any) -> Any:
+    def both(frame: types.FrameType, event: str, arg: Any) -> None:
         note(frame, event, arg)
-        return told(frame, event, arg)
+        before(frame, event, arg)
 
-    def alone(frame: types.FrameType, event: str, arg: Any) -> None:
-        note(frame, event, arg)
-
-    put(both if isinstance(told, types.FunctionType | types.MethodType) else alone)
+    sys.setprofile(both if callable(before) else note)
     try:
         yield
     finally:
-        put_back(told)
+        if before is None or callable(before):
+            sys.setprofile(before)
+        else:
+            sys.setprofile(None)
+            if hasattr(before, "enable"):
+                before.enable()
+            else:
+                warnings.warn(
+                    f"the profiler {type(before).__name__} sees no more Python calls of this thread, because a program was captured; warm "
+                    "up before profiling, by unroll.warmup() or by a first call",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )

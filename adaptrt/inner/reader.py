@@ -13,6 +13,7 @@ from adaptrt import tree
 from adaptrt.errors import DeviceMismatch, InvalidType, ModelChanged, NothingToAdapt, OptimizerMismatch
 from adaptrt.functional import canonical_names
 from adaptrt.graph.defaults import settings
+from adaptrt.inner import check
 from adaptrt.inner.model_tree import ModelTree
 from adaptrt.inner.python_state import PythonState
 from adaptrt.inner.step import LOSS_BUFFER, Carry, Fixed, LossFunction, Step
@@ -79,6 +80,7 @@ class Reader:
             self._buffers |= {LOSS_BUFFER + name: place for name, place in _places(loss, dict(loss.named_buffers()), "_buffers").items()}
             self._modules += list(loss.modules())
         self._read_tensors = _all_by(self._adapted, self._buffers, self._frozen, self._loss_params)
+        self._num_tensors = len({id(value) for part in self._read_tensors() for value in part.values()})
         self._read_modes = _modes_by(self._modules)
         roots = {"model": model, **({"loss": loss} if isinstance(loss, nn.Module) else {})}
         self._tree = ModelTree(roots)
@@ -131,11 +133,20 @@ class Reader:
         """Checks that the parameters that adapt are still those that `compile_unroll` found.
 
         Raises:
-          ModelChanged: `requires_grad` was changed, and `compile_unroll` would now find others; names the first.
+          ModelChanged: `requires_grad` was changed, and `compile_unroll` would now find others; or two tensors were made one, or the model
+            was moved to another device. Names the first.
+          UnsupportedParameter, DeviceMismatch: a parameter is now of a kind that cannot be adapted.
         """
+        if len({id(value) for part in self._read_tensors() for value in part.values()}) != self._num_tensors:
+            self._tree.require_same_tensors()
         flags = self._read_flags()
         if flags == self._flags or self._selection is None:
             return
+        device = check.model_device(self._model)
+        if device != self._device:
+            raise ModelChanged(
+                f"the model was moved from {self._device} to {device} after compile_unroll; make a new unroll, or move it back"
+            )
         try:
             now = self._selection()
         except NothingToAdapt:
@@ -147,8 +158,12 @@ class Reader:
             )
         self._flags = flags
 
-    def _read_flags(self) -> list[bool]:
-        return [param.requires_grad for param in self._model.parameters()]
+    def changed_specs(self) -> str:
+        """Says in words which parameter or buffer has another shape, dtype or device than at first; empty if none has."""
+        return self._tree.changed_specs()
+
+    def _read_flags(self) -> Sequence[Hashable]:
+        return [(param.requires_grad, param.layout, param.device) for param in self._model.parameters()]
 
     def step(self, detach_gradient: bool) -> Step:
         """Returns the inner step for the optimiser's present form."""

@@ -32,6 +32,9 @@ _DYNAMIC = frozenset({"getattr", "__dict__", "vars"})
 _SETTERS = frozenset({"setattr", "delattr", "__setattr__", "__dict__", "vars"})
 """The same of code that sets them."""
 
+_SEEDING = frozenset({"manual_seed", "seed", "set_state", "graphsafe_set_state", "set_offset"})
+"""Methods of a generator."""
+
 _HOLDERS = frozenset({("types", "SimpleNamespace"), ("argparse", "Namespace")})
 
 IMMUTABLE = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, torch.dtype, torch.device, torch.Size, enum.Enum)
@@ -40,12 +43,43 @@ OPAQUE = (*IMMUTABLE, Tensor, type, types.ModuleType, types.BuiltinFunctionType)
 """What is compared as a whole."""
 
 
+_QUESTIONS = (torch.is_grad_enabled, torch.is_inference_mode_enabled)
+"""Functions by which code asks for the gradient mode."""
+
+
 class Executed:
-    """The Python code that ran in a block, apart from PyTorch's own outside of `torch.nn`."""
+    """The Python code that ran in a block, apart from PyTorch's own outside of `torch.nn`.
+
+    Attributes:
+      scopes: the global names of each function that is the user's.
+      names: all names in that code, and in the code of layers.
+      questions: names of the functions by which the user's code, or that of a library, asks for the gradient mode, whatever it calls them.
+      seeding: where it seeds a generator of PyTorch's, or sets it to another state. After the block the generator has its state again.
+    """
 
     def __init__(self) -> None:
         self.scopes: dict[types.CodeType, dict[str, Any]] = {}
         self.names: set[str] = set()
+        self.questions: set[str] = set()
+        self.seeding: list[str] = []
+        self._seeded: list[tuple[torch.Generator, Tensor]] = []
+
+    def note_builtin(self, frame: types.FrameType, called: Any) -> None:
+        """Takes note of a function written in C that code calls, if it matters."""
+        if called in _QUESTIONS:
+            if frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "adaptrt"):
+                self.questions.add(called.__name__)
+        elif type(getattr(called, "__self__", None)) is torch.Generator and called.__name__ in _SEEDING:
+            while frame.f_back is not None and not is_of_user(frame.f_code, frame.f_globals):
+                frame = frame.f_back
+            self.seeding.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
+            self._seeded.append((called.__self__, called.__self__.get_state()))  # before it is called
+
+    def restore_generators(self) -> None:
+        """Gives generators that were seeded the states that they had before."""
+        while self._seeded:
+            generator, state = self._seeded.pop()
+            generator.set_state(state)
 
     @property
     def is_dynamic(self) -> bool:
@@ -83,11 +117,14 @@ def record_code(executed: Executed) -> Generator[None]:
     def note(frame: types.FrameType, event: str, arg: Any) -> None:
         if event == "call":
             frames[frame.f_code] = frame.f_globals
+        elif event == "c_call":
+            executed.note_builtin(frame, arg)
 
     try:
         with profiled(note):
             yield
     finally:
+        executed.restore_generators()
         for code, scope in frames.items():
             if is_of_user(code, scope):
                 executed.scopes[code] = scope

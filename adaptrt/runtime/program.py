@@ -14,7 +14,7 @@ from adaptrt import tree
 from adaptrt.backend import Backend
 from adaptrt.backend.base import Building, Form, Runner, without_values
 from adaptrt.backend.guards import Known, in_forward_mode, refuse_tangents
-from adaptrt.errors import LabelOutOfRange, NonFiniteInput, ShapeChanged
+from adaptrt.errors import InvalidType, LabelOutOfRange, NonFiniteInput, ShapeChanged
 from adaptrt.graph.in_memory import in_memory
 from adaptrt.graph.ir import Constant, Graph, autocast_off
 from adaptrt.inner.constants import constant_reader
@@ -22,6 +22,8 @@ from adaptrt.tree import Spec, Tree
 
 _OUT_OF_RANGE = ("out of bounds", "out of range")
 """What kernels say of an index that does not exist, the compiled ones included."""
+_OTHER_DTYPE = "expected scalar type"
+"""What they say of operands whose dtypes differ, where fake tensors accept them."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -137,6 +139,11 @@ class Program:
                 raise LabelOutOfRange(
                     f"a kernel was given an index that does not exist ({error}). The model or the loss computes it, from data or from a "
                     "buffer such as a step counter; keep it within the table or the axis that it indexes"
+                ) from error
+            if _OTHER_DTYPE in str(error):
+                raise InvalidType(
+                    f"a kernel refuses the dtypes that it was given ({error}). Let the model's buffers have the dtype of its parameters, "
+                    "as model.float() or model.double() does"
                 ) from error
             raise
         if self.checks_data and not math.isfinite(results[-1].item()):
