@@ -21,7 +21,7 @@ import random
 import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -116,6 +116,12 @@ def capture(
     written = [f"{writer.name} of {writer.num_written} {writer.noun}" for writer in writers if writer.num_written]
     history = tuple([PassRecord(text, graph.num_nodes, graph.num_nodes) for text in written])
     return apply(STANDARD, dataclasses.replace(graph, history=history))
+
+
+def is_of_trace(value: Tensor) -> bool:
+    """Whether a tensor was made while a function was captured, so that it has no values."""
+    functorch = cast(Any, torch._C)._functorch
+    return isinstance(value, FakeTensor) or functorch.is_functorch_wrapped_tensor(value)
 
 
 def _require_dense(constants: Sequence[Tensor]) -> None:
