@@ -29,9 +29,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from adaptrt.inner import places
-from adaptrt.inner.bytecode import facts
 from adaptrt.inner.places import Place, unchanged_check
-from adaptrt.inner.reachable import HOOKS, TABLES, Kind, Opening, scopes, short, walk
+from adaptrt.inner.reachable import HOOKS, TABLES, Kind, Opening, Walk, scopes, short
 from adaptrt.inner.user_code import Executed, outside
 
 _MAX_ENTRIES = 256
@@ -57,24 +56,15 @@ class _Search:
         self._ran = {id(code) for code, _ in executed.codes.values()}
         self._is_computed = executed.reads_computed
         self._is_followed = {id(part) for value in roots.values() if isinstance(value, nn.Module) for part in value.modules()}
-        openings = [
-            opening for code, scope in executed.codes.values() for opening in scopes(scope, self._globals_of(code, scope))
-        ]
+        openings = [opening for code, scope in executed.codes.values() for opening in scopes(code, scope)]
         num_names = 0
         while num_names != len(self._names):  # an `operator.attrgetter` names attributes that no code names
             num_names = len(self._names)
             self.places, self._known, self._forwards = [], set[tuple[int, Any]](), set[type]()
-            walk(roots.items(), self._visit, openings)
+            Walk(self._visit).go(roots.items(), openings)
         if executed.names & {"environ", "getenv", "environb"}:
             data = getattr(os.environ, "_data", dict(os.environ))  # decoding all strings would take 50 microseconds
             self.places.append(Place("the environment", data, places.CONTENTS, places.contents_of(data)))
-
-    @staticmethod
-    def _globals_of(code: types.CodeType, scope: Mapping[str, Any]) -> Iterable[str]:
-        known = facts(code)
-        if known.globals_by_name:
-            return [name for name, value in list(scope.items()) if not isinstance(value, types.ModuleType | types.FunctionType | type)]
-        return known.names if known.reads_computed else code.co_names
 
     def _visit(self, opening: Opening) -> _Found:
         match opening.kind:

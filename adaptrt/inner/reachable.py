@@ -15,7 +15,7 @@ import random
 import threading
 import types
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -96,30 +96,35 @@ class Opening(NamedTuple):
         return f"{self.path}[{key!r}]" if self.kind in (Kind.DICT, Kind.LIST, Kind.TUPLE, Kind.SET, Kind.ARRAY) else f"{self.path}.{key}"
 
 
-def walk(
-    roots: Iterable[tuple[str, Any]], visit: Callable[[Opening], Iterable[tuple[Any, Any]]], openings: Sequence[Opening] = ()
-) -> None:
+class Walk:
     """Visits all parts that can be reached, those nearest to the roots first, and each object once.
 
     Args:
-      roots: values, with their names for messages.
       visit: called for each part; returns the entries behind which the walk goes on.
-      openings: parts to visit after the roots.
     """
-    seen: dict[int, Any] = {}  # the objects, too, so that no other one gets the identity of one that is known
-    left = collections.deque(roots)
-    more = collections.deque(openings)
-    while left or more:
-        if left:
+
+    def __init__(self, visit: Callable[[Opening], Iterable[tuple[Any, Any]]]) -> None:
+        self._visit = visit
+        self._seen: dict[int, Any] = {}  # the objects, too, so that no other one gets the identity of one that is known
+
+    def go(self, roots: Iterable[tuple[str, Any]] = (), openings: Iterable[Opening] = ()) -> None:
+        """Goes on from values, with their names for messages, and then from parts."""
+        left = collections.deque(roots)
+        self._empty(left)
+        for opening in openings:
+            self._open(opening, left)
+            self._empty(left)
+
+    def _empty(self, left: collections.deque[tuple[str, Any]]) -> None:
+        while left:
             path, value = left.popleft()
-            if type(value) in _PLAIN or id(value) in seen:
-                continue
-            seen[id(value)] = value
-            found = opened(path, value)
-        else:
-            found = [more.popleft()]
-        for opening in found:
-            left.extend([(opening.path_of(key), entry) for key, entry in visit(opening) if type(entry) not in _PLAIN])
+            if id(value) not in self._seen:
+                self._seen[id(value)] = value
+                for opening in opened(path, value):
+                    self._open(opening, left)
+
+    def _open(self, opening: Opening, left: collections.deque[tuple[str, Any]]) -> None:
+        left.extend([(opening.path_of(key), entry) for key, entry in self._visit(opening) if type(entry) not in _PLAIN])
 
 
 def opened(path: str, value: Any) -> list[Opening]:
@@ -207,34 +212,31 @@ def _function(path: str, function: types.FunctionType) -> list[Opening]:
         return [attributes, _parts(path, [cell.cell_contents for _, cell in cells])]
     own = [(name, getattr(function, name)) for name in ("__code__", "__defaults__", "__kwdefaults__")]
     closure = [Opening(Kind.CELL, f"{function.__name__}.<closure>.{name}", cell, [(name, cell.cell_contents)]) for name, cell in cells]
-    names = frozenset().union(*[facts(code).names for code in _codes(function.__code__)])
-    return [attributes, Opening(Kind.NAMED, path, function, own), *closure, *scopes(function.__globals__, names)]
+    return [attributes, Opening(Kind.NAMED, path, function, own), *closure]
 
 
 _EMPTY = types.CellType()
 
 
-def scopes(scope: dict[str, Any], names: Iterable[str]) -> list[Opening]:
+def scopes(code: types.CodeType, scope: dict[str, Any]) -> list[Opening]:
     """The global names that code uses, and those of the user's modules that it names, too."""
-    wanted = frozenset(names)
+    known = facts(code)
+    names = known.names if known.reads_computed else frozenset(code.co_names)
+    if known.globals_by_name:
+        names |= {name for name, value in list(scope.items()) if not isinstance(value, types.ModuleType | types.FunctionType | type)}
     found: dict[int, Opening] = {}
 
-    def add(scope: dict[str, Any], name: str) -> None:
+    def add(scope: dict[str, Any], path: str) -> None:
         if id(scope) in found:
             return
-        entries = [(name, scope[name]) for name in sorted(wanted & scope.keys())]
-        found[id(scope)] = Opening(Kind.SCOPE, name, scope, entries)
+        entries = [(name, scope[name]) for name in sorted(names & scope.keys())]
+        found[id(scope)] = Opening(Kind.SCOPE, path, scope, entries)
         for _, value in entries:
             if isinstance(value, types.ModuleType) and is_users_module(value):
                 add(vars(value), value.__name__)
 
     add(scope, str(scope.get("__name__", "?")))
     return list(found.values())
-
-
-def _codes(code: types.CodeType) -> list[types.CodeType]:
-    """A function's code, and that of the functions in it."""
-    return [code, *[inner for constant in code.co_consts if isinstance(constant, types.CodeType) for inner in _codes(constant)]]
 
 
 def _parts(path: str, values: Iterable[Any]) -> Opening:

@@ -27,7 +27,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from adaptrt.graph.capture import is_of_trace
-from adaptrt.inner.reachable import MISSING, TABLES, Kind, Opening, position, put_position, short, walk
+from adaptrt.inner.reachable import MISSING, TABLES, Kind, Opening, Walk, position, put_position, scopes, short
 from adaptrt.inner.user_code import IMMUTABLE, Executed, is_array, outside, slots_of
 
 _MANY = 200_000
@@ -58,13 +58,18 @@ class Snapshot:
         self._executed = executed
         self._holders: dict[tuple[Kind, int], tuple[Kind, str, Any, Any]] = {}
         self._paths: dict[int, list[str]] = {}
-        walk(roots.items(), self._visit)
+        self._walk = Walk(self._visit)
+        self._walk.go(roots.items(), [opening for code, scope in executed.codes.values() for opening in scopes(code, scope)])
         if len(self._holders) > _MANY:
             warnings.warn(
                 f"{len(self._holders)} Python objects can be reached from the model, the loss and the optimiser, and are looked at for "
                 "each program that is made. Keep large tables of objects in tensors, or out of reach of the functions",
                 stacklevel=outside(),
             )
+
+    def enter(self, code: types.CodeType, scope: dict[str, Any]) -> None:
+        """Takes the global names of a function that is about to run for the first time."""
+        self._walk.go(openings=scopes(code, scope))
 
     def writes(self) -> list[Write]:
         """What has changed since."""
@@ -297,9 +302,10 @@ def is_same(before: Any, after: Any, parts: Mapping[int, Any], settled: bool = F
 
 @contextlib.contextmanager
 def undone(roots: Mapping[str, Any], executed: Executed) -> Generator[Snapshot]:
-    """Undoes what the block writes to objects that can be reached from `roots`. `executed`: the code that runs in it."""
+    """Undoes what the block writes to objects that can be reached from `roots` or from code that is recorded as `executed`."""
     before = Snapshot(roots, executed)
     try:
-        yield before
+        with executed.announcing(before.enter):
+            yield before
     finally:
         before.restore()

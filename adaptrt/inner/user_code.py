@@ -15,7 +15,7 @@ import os
 import sys
 import sysconfig
 import types
-from collections.abc import Generator, Mapping, Set
+from collections.abc import Callable, Generator, Mapping, Set
 from typing import Any
 
 import torch
@@ -66,10 +66,23 @@ class Executed:
         self.sources: set[str] = set()
         self._sets: set[str] = set()
         self._layers: dict[int, types.CodeType] = {}
+        self._announce: list[Callable[[types.CodeType, dict[str, Any]], None]] = []
+
+    @contextlib.contextmanager
+    def announcing(self, listener: Callable[[types.CodeType, dict[str, Any]], None]) -> Generator[None]:
+        """Within the block the listener is told of the user's code that is about to run for the first time."""
+        self._announce.append(listener)
+        try:
+            yield
+        finally:
+            self._announce.remove(listener)
 
     def add(self, code: types.CodeType, scope: dict[str, Any]) -> None:
-        """Notes code that ran."""
+        """Notes code that is about to run."""
         if is_of_user(code, scope):
+            if (id(code), id(scope)) not in self.codes:
+                for listener in self._announce:
+                    listener(code, scope)
             self.codes[id(code), id(scope)] = code, scope
         elif not code.co_filename.startswith(_LAYERS) or code.co_filename.endswith("module.py"):
             return
@@ -125,13 +138,14 @@ class Executed:
 @contextlib.contextmanager
 def record_code(executed: Executed) -> Generator[None]:
     """Adds the code that this thread runs in the block to `executed`, also if the block raises."""
-    frames: dict[tuple[int, int], types.FrameType | tuple[types.CodeType, dict[str, Any]]] = {}
+    seen: dict[tuple[int, int], types.CodeType] = {}
 
     def note(frame: types.FrameType, event: str, arg: Any) -> None:
         if event == "call":
             key = id(frame.f_code), id(frame.f_globals)
-            if key not in frames:
-                frames[key] = frame.f_code, frame.f_globals
+            if key not in seen:
+                seen[key] = frame.f_code
+                executed.add(frame.f_code, frame.f_globals)
         elif event == "c_call" and arg.__name__ in _CLOCKS and (source := _source(arg)) and _is_for_user(frame):
             executed.sources.add(source)
 
@@ -141,8 +155,6 @@ def record_code(executed: Executed) -> Generator[None]:
         yield
     finally:
         sys.setprofile(before)
-        for code, scope in frames.values():
-            executed.add(code, scope)
 
 
 def _source(function: Any) -> str | None:
