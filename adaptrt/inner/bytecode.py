@@ -19,7 +19,7 @@ _READS_COMPUTED = frozenset({"__dict__", "vars", "attrgetter", "methodcaller", "
 _SETS_COMPUTED = frozenset({"__setattr__", "__delattr__", "__dict__", "vars", "eval", "exec"})
 """The same of code that sets them, besides `setattr`."""
 
-_MUTATORS = frozenset(
+MUTATORS = frozenset(
     "append appendleft extend extendleft insert pop popleft popitem remove clear sort reverse rotate update setdefault add discard "
     "difference_update intersection_update symmetric_difference_update move_to_end subtract fill put itemset resize frombytes fromlist "
     "__setitem__ __delitem__ __iadd__ __ior__".split()
@@ -153,7 +153,7 @@ def _written_containers(steps: Sequence[dis.Instruction]) -> tuple[frozenset[str
             found.add(_below(steps, index, 1))
         elif step.opname == "STORE_SLICE":
             found.add(_below(steps, index, 2))
-        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR") and step.argval in _MUTATORS:
+        elif step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR") and step.argval in MUTATORS:
             found.add(_loaded(steps, index - 1))
         elif step.opname == "BINARY_OP" and (step.arg or 0) >= _FIRST_IN_PLACE:
             later = next((after for after in steps[index + 1 :] if after.opname not in ("SWAP", "COPY")), None)

@@ -119,6 +119,7 @@ class _Search:
         """Attributes of a module. Its mode, parameters and buffers are read elsewhere if it is a part of the model or the loss."""
         self._count_of_attributes(opening.path, opening.holder)
         kind, is_followed = type(opening.owner), id(opening.owner) in self._is_followed
+        self.places.append(Place(f"the class of {opening.path}", opening.owner, places.OF_CLASS, kind))
         if kind not in self._forwards:
             self._forwards.add(kind)
             self.places.append(Place(f"{kind.__name__}.forward", kind, places.FORWARD, kind.forward))
@@ -146,7 +147,11 @@ class _Search:
         if isinstance(opening.holder, threading.local):
             self.places.append(Place(f"the attributes of {opening.path}", opening.holder, places.SIZE_OF_OWN, len(vars(opening.holder)), None, False))
         always = opening.is_whole or isinstance(opening.holder, types.FunctionType)
-        return [self._found(opening, places.ATTRIBUTE, name, value) for name, value in opening.entries if always or self._is_read(name)]
+        return [
+            self._found(opening, places.OF_CLASS if name == "__class__" else places.ATTRIBUTE, name, value)
+            for name, value in opening.entries
+            if always or name == "__class__" or self._is_read(name)
+        ]
 
     def _class(self, opening: Opening) -> _Found:
         """Data and functions among the attributes of a class."""

@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from adaptrt.inner.bytecode import facts
-from adaptrt.inner.user_code import IMMUTABLE, is_array, is_holder, is_of_user, is_users_class, is_users_module, slots_of
+from adaptrt.inner.user_code import IMMUTABLE, is_array, is_holder, is_of_user, is_read_by_library, is_users_class, is_users_module, slots_of
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 TABLES = ("_parameters", "_buffers", "_modules")
@@ -140,6 +140,8 @@ def opened(path: str, value: Any) -> list[Opening]:
         return _function(path, value)
     if isinstance(value, types.MethodType):
         return [_parts(path, [value.__self__, value.__func__])]
+    if isinstance(value, types.BuiltinMethodType | types.MethodWrapperType):
+        return [_parts(path, [value.__self__])]
     if isinstance(value, staticmethod | classmethod):
         return [_parts(path, [value.__func__])]
     if isinstance(value, property):
@@ -186,10 +188,9 @@ def _object(path: str, value: Any) -> list[Opening]:
     found: list[Opening] = []
     own = getattr(value, "__dict__", None)
     if isinstance(own, dict):
-        found.append(Opening(Kind.ATTRIBUTES, path, own, list(own.items()), is_holder(kind)))
+        found.append(Opening(Kind.ATTRIBUTES, path, own, list(own.items()), is_read_by_library(kind)))
     slots = [(name, getattr(value, name, MISSING)) for name in slots_of(kind)]
-    if slots:
-        found.append(Opening(Kind.NAMED, path, value, slots, is_holder(kind)))
+    found.append(Opening(Kind.NAMED, path, value, [*slots, ("__class__", kind)], is_read_by_library(kind)))
     return [*found, *_of_class(value)]
 
 

@@ -128,11 +128,17 @@ def _numbered_by_value(constants: Sequence[Tensor]) -> list[int]:
 
 
 def refuse(writes: Sequence[Write], executed: Executed, *, again: bool) -> None:
-    """Raises for what a pass has written and later passes depend on.
+    """Raises for what a pass has written and later passes depend on, or for the clock that it has asked.
 
     Raises:
       NotTraceable: names it.
     """
+    if not writes:
+        raise NotTraceable(
+            f"what the model, the loss or the optimiser computes depends on {' and '.join(sorted(executed.sources))}, which gives another "
+            "value each time. A program would go on with the value of the first pass. Ask it outside, and pass the value in as a part of the "
+            "batch or as a buffer; for random numbers use torch.rand"
+        )
     shown = sorted(writes, key=lambda write: isinstance(write.before, Tensor) or isinstance(write.after, Tensor))[:3]
     line = next((found for write in shown if (found := _line_of(write.path, executed))), None)
     raise NotTraceable(

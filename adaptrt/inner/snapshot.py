@@ -27,6 +27,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from adaptrt.graph.capture import is_of_trace
+from adaptrt.inner.bytecode import MUTATORS
 from adaptrt.inner.reachable import MISSING, TABLES, Kind, Opening, Walk, position, put_position, scopes, short
 from adaptrt.inner.user_code import IMMUTABLE, Executed, is_array, outside, slots_of
 
@@ -58,6 +59,7 @@ class Snapshot:
         self._executed = executed
         self._holders: dict[tuple[Kind, int], tuple[Kind, str, Any, Any]] = {}
         self._paths: dict[int, list[str]] = {}
+        self._written: set[int] = set()  # containers that code can write into by a method that it has at hand
         self._walk = Walk(self._visit)
         self._walk.go(roots.items(), [opening for code, scope in executed.codes.values() for opening in scopes(code, scope)])
         if len(self._holders) > _MANY:
@@ -87,6 +89,8 @@ class Snapshot:
         for key, value in entries:
             if isinstance(value, list | dict | set | collections.deque) or is_array(value):
                 self._paths.setdefault(id(value), []).append(opening.path_of(key))
+            elif isinstance(value, types.BuiltinMethodType) and value.__name__ in MUTATORS:
+                self._written.add(id(value.__self__))
         if kind not in (Kind.FIXED, Kind.TUPLE):
             self._holders.setdefault((kind, id(holder)), (kind, opening.path, holder, _content(kind, holder)))
         return entries
@@ -122,7 +126,7 @@ class Snapshot:
 
     def _own_entries(self, holder: Any, path: str, before: Any, after: Any, may_own_values: bool) -> tuple[Any, Any]:
         names = {name for found in (path, *self._paths.get(id(holder), ())) for name in re.findall(r"[^\W\d]\w*", found.partition(".")[2])}
-        may_write = self._executed.may_write_into(names)
+        may_write = id(holder) in self._written or self._executed.may_write_into(names)
 
         def is_own(entry: Any) -> bool:
             tensors = _tensors(entry)

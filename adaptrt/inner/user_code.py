@@ -31,7 +31,8 @@ _PACKAGES = tuple({sysconfig.get_path(name) + os.sep for name in ("purelib", "pl
 _NOT_THE_USERS = (sys.stdlib_module_names - {"__main__"}) | {"torch", "adaptrt"}
 """Packages whose code is not the user's, for code that is in no file."""
 
-_HOLDERS = frozenset({"SimpleNamespace", "Namespace", "UserDict", "UserList", "UserString", "ChainMap", "Distribution", "Transform"})
+_NAMESPACES = frozenset({"SimpleNamespace", "Namespace"})
+_HOLDERS = frozenset({"UserDict", "UserList", "UserString", "ChainMap", "Distribution", "Transform"})
 """Classes of the standard library and of PyTorch that hold what the user puts in, with those that are derived from them."""
 
 IMMUTABLE = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, torch.dtype, torch.device, torch.Size, enum.Enum)
@@ -198,7 +199,12 @@ def is_users_class(kind: type) -> bool:
 
 
 def is_holder(kind: type) -> bool:
-    """Whether it is a class of the standard library or PyTorch that holds what the user puts in: code that is not recorded reads it."""
+    """Whether it is a class of the standard library or PyTorch that holds what the user puts in."""
+    return is_read_by_library(kind) or any(base.__name__ in _NAMESPACES for base in kind.__mro__)
+
+
+def is_read_by_library(kind: type) -> bool:
+    """Whether it is such a class, and code that is not recorded reads what its objects hold."""
     return any(base.__name__ in _HOLDERS and _package(base.__module__) in _NOT_THE_USERS for base in kind.__mro__)
 
 

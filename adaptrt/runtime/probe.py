@@ -102,7 +102,7 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> tu
         capturing = functools.partial(capture, names=_NAMES, fused_attention=step.detach_gradient)
         seen = _watched(step, executed, lambda capturing=capturing, forward=forward: capturing(forward, carry, fixed, batch, roles=_ROLES))
         drawn = tuple(noise)
-        if seen.writes:
+        if seen.writes or executed.sources:
             _require_no_state(seen.writes, run, (carry, fixed, batch), step, executed)
         # A buffer that is live may make others live, which read it; running statistics stay as they are.
         if live == before:
@@ -125,7 +125,7 @@ def probe_prediction(step: Step, carry: Carry, fixed: Fixed, inputs: Tree) -> Pr
     names = ("carry", "fixed", "batch.inputs")
     seen = _watched(step, executed, lambda: capture(forward, carry, fixed, inputs, roles=_ROLES, names=names))
     drawn = tuple(noise)
-    if seen.writes:
+    if seen.writes or executed.sources:
         _require_no_state(seen.writes, forward, (carry, fixed, inputs), step, executed)
     return Prediction(drawn, tuple(index_bounds(seen.graph)), executed, seen.leaves_traces, seen.asks_mode)
 
