@@ -144,6 +144,12 @@ def _record(
     return _Recorded(module, fakes, constants, result[0], output_names, writers)
 
 
+def is_of_trace(value: Tensor) -> bool:
+    """Whether a tensor was made while a function was captured, so that it has no values."""
+    functorch = cast(Any, torch._C)._functorch
+    return isinstance(value, FakeTensor) or functorch.is_functorch_wrapped_tensor(value)
+
+
 def _require_dense(constants: Sequence[Tensor]) -> None:
     for value in constants:
         if value.is_nested or value.is_quantized or value.layout is not torch.strided:

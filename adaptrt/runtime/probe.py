@@ -151,12 +151,12 @@ def _watched(step: Step, executed: Executed, run: Callable[[], Graph]) -> _Seen:
 
 
 def _require_no_state(writes: Sequence[Write], run: Callable[..., Tree], args: tuple[Tree, ...], step: Step, executed: Executed) -> None:
-    """If a pass has written anything, runs two, the second on other inputs, and raises if that does anything else than the first.
+    """If a pass has written anything, or asked a clock, runs two, the second on other inputs, and raises if it differs from the first.
 
     Raises:
-      NotTraceable: names what was written.
+      NotTraceable: names what was written, or what was asked.
     """
-    if not writes:
+    if not writes and not executed.sources:
         return
     unsettled: list[Write] = []
 
