@@ -121,7 +121,13 @@ def capture(
 def _require_dense(constants: Sequence[Tensor]) -> None:
     for value in constants:
         if value.is_nested or value.is_quantized or value.layout is not torch.strided:
-            kind = "a nested tensor" if value.is_nested else "a quantised tensor" if value.is_quantized else f"a tensor of layout {value.layout} (shape {list(value.shape)})"
+            kind = (
+                "a nested tensor"
+                if value.is_nested
+                else "a quantised tensor"
+                if value.is_quantized
+                else f"a tensor of layout {value.layout} (shape {list(value.shape)})"
+            )
             raise NotTraceable(
                 f"the model or the loss uses {kind} that it holds as an attribute or in a closure; only dense tensors can be inputs of a "
                 "program. Call .to_dense() or .dequantize() on it, or make it where it is used"
