@@ -54,11 +54,13 @@ def _fault(value: Tensor) -> str | None:
 
 def changes_operations(kind: type[Tensor]) -> bool:
     """Whether a class of tensors decides itself what PyTorch's functions do with them."""
-    function: Any = kind.__torch_function__
-    return function is not torch._C._disabled_torch_function_impl and getattr(function, "__func__", None) is not _ORDINARY
+    function: Any = getattr(kind, "__torch_function__", None)
+    return function is not _NONE and getattr(function, "__func__", None) is not _ORDINARY
 
 
-_ORDINARY: Any = getattr(Tensor.__torch_function__, "__func__", None)
+_NONE: Any = getattr(torch.nn.Parameter, "__torch_function__", None)
+"""A class with this one has none."""
+_ORDINARY: Any = getattr(getattr(Tensor, "__torch_function__", None), "__func__", None)
 
 
 _FUNCTORCH: Any = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
