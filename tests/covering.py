@@ -1,7 +1,7 @@
 """A covering set of numbers for runs of Python in which tests say nothing: `python -O` removes their assertions.
 
-It is a script that raises what it finds: `python -O -m tests.covering`. Each case is a model, an optimiser and an adjoint, whose adaptation,
-meta-loss and meta-gradient are compared with the oracle. `--compiled` compiles some of them, too, where that is not refused.
+It is a script that raises what it finds: `python -O -m tests.covering`. Each case is a model, an optimiser and an adjoint, whose
+adaptation, meta-loss and meta-gradient are compared with the oracle. `--compiled` compiles one of them, too, where that is not refused.
 """
 
 from __future__ import annotations

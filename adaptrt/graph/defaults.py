@@ -3,8 +3,8 @@
 `torch.ones(3)` in a model has the default dtype and is on the default device, and some operations choose another kernel if algorithms must
 be deterministic. Programs hold what was chosen while they were captured, so these settings are part of what a program is for.
 
-What needs no attention: the number of threads (`backend/inductor/threads.py`), flushing of denormal numbers, which holds for compiled code
-as for any other, and switches that only choose between kernels for one operation, such as `torch.backends.mkldnn`.
+What needs no attention: the number of threads (`backend/inductor/assumptions.py`), flushing of denormal numbers, which holds for compiled
+code as for any other, and switches that only choose between kernels for one operation, such as `torch.backends.mkldnn`.
 """
 
 # pyright: reportPrivateUsage=false

@@ -1,4 +1,4 @@
-"""Makes sure that a tensor's memory holds its values, because compiled kernels get nothing but its address."""
+"""Makes sure that there are values, in the memory of tensors, because compiled kernels get nothing but its address."""
 
 # pyright: reportPrivateUsage=false
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptrt.errors import InvalidType
+from adaptrt.errors import InvalidType, NotTraceable
 from adaptrt.tree import Spec
 
 _ELSEWHERE = {
@@ -54,8 +54,33 @@ def _fault(value: Tensor) -> str | None:
 
 def changes_operations(kind: type[Tensor]) -> bool:
     """Whether a class of tensors decides itself what PyTorch's functions do with them."""
-    function: Any = kind.__torch_function__
-    return function is not torch._C._disabled_torch_function_impl and getattr(function, "__func__", None) is not _ORDINARY
+    function: Any = getattr(kind, "__torch_function__", None)
+    return function is not _NONE and getattr(function, "__func__", None) is not _ORDINARY
 
 
-_ORDINARY: Any = getattr(Tensor.__torch_function__, "__func__", None)
+_NONE: Any = getattr(torch.nn.Parameter, "__torch_function__", None)
+"""A class with this one has none."""
+_ORDINARY: Any = getattr(getattr(Tensor, "__torch_function__", None), "__func__", None)
+
+
+_FUNCTORCH: Any = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
+_MODE_OF: Any = getattr(torch._C, "_get_dispatch_mode", None)
+_MODES: Any = getattr(torch._C, "_TorchDispatchModeKey", None)
+_SIMULATED = {"FAKE": "FakeTensorMode", "PROXY": "make_fx", "FUNCTIONAL": "functionalisation"}
+
+
+def refuse_tracing() -> None:
+    """Raises within what runs Python code to record or transform its operations: programs are compiled, and none of theirs would be seen.
+
+    Raises:
+      NotTraceable: the call is within `torch.func`'s transforms, `make_fx`, or `FakeTensorMode`.
+    """
+    found = "a transform of torch.func" if _FUNCTORCH is not None and _FUNCTORCH() is not None else None
+    for key, name in _SIMULATED.items():
+        if found is None and _MODE_OF is not None and hasattr(_MODES, key) and _MODE_OF(getattr(_MODES, key)) is not None:
+            found = name
+    if found is not None:
+        raise NotTraceable(
+            f"an unroll was called within {found}, which cannot see what its programs compute; call it outside, use backward() or "
+            "torch.autograd.grad for gradients, and unroll.vmap() for several tasks"
+        )

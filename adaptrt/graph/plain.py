@@ -49,7 +49,8 @@ def without_wrappers() -> Generator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(exchanged(CHECKPOINTS, _around_nothing, _called_directly))
         if SAVING_HOOKS.holds:
-            pause: Any = torch._C._autograd._saved_tensors_hooks_set_tracing
+            autograd: Any = getattr(torch._C, "_autograd", None)
+            pause: Any = autograd._saved_tensors_hooks_set_tracing
             stack.callback(pause, pause(True))
         dynamo = sys.modules.get("torch._dynamo")  # importing it takes seconds; without it nothing was compiled
         if dynamo is not None:

@@ -27,6 +27,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adaptrt.backend.base import COMPILING, Backend, Building, Form, Runner, rehearsing
 from adaptrt.backend.eager import Eager
+from adaptrt.backend.inductor import processor
+from adaptrt.backend.inductor.assumptions import assumptions_in_the_code, number_of_threads
 from adaptrt.backend.inductor.available import cannot_build, comes_from_outside, refuse_without_assertions
 from adaptrt.backend.inductor.cached_files import cached_files
 from adaptrt.backend.inductor.exchange import COLLECTING, COMPILER, RANDOM_STATE, SIZE_ASSERTS, active, in_use
@@ -42,7 +44,6 @@ from adaptrt.backend.inductor.rewrites.products_by_onednn import products_by_one
 from adaptrt.backend.inductor.small_matmuls import small_matmuls_in_place_of_loops
 from adaptrt.backend.inductor.sources import tag
 from adaptrt.backend.inductor.tables import shorten_tables
-from adaptrt.backend.inductor.threads import number_of_threads, threads_of_the_caller
 from adaptrt.graph.collector import collecting, garbage_collection_paused
 from adaptrt.graph.exchange import exchanged, give_up, nothing_exchanged
 from adaptrt.graph.forgetting import forgetting
@@ -215,8 +216,9 @@ def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any,
         def compile_once() -> Any:
             if waits is not None:
                 waits.clear()  # of an attempt that failed
-            # What the key on disk does not know, and code depends on: besides our sources the instructions that were picked for it.
-            key = f"{sources}, {num_results} results, {pick_vec_isa()}, assertions {__debug__}, exchanged: {', '.join(in_use())}"
+            # What the key on disk does not know, and code depends on: besides our sources the processor and what was picked of it.
+            machine = f"{pick_vec_isa()} of {processor.instruction_sets()}"
+            key = f"{sources}, {num_results} results, {machine}, assertions {__debug__}, exchanged: {', '.join(in_use())}"
             with cache_config.patch(cache_key_tag=key):
                 return compile_fx.compile_fx_inner(_keep_strides(copy_module(graph), num_results), inputs)
 
@@ -246,7 +248,7 @@ def _exchanges(waits: list[Callable[[], None]] | None) -> Generator[None]:
             cached_files(),
             quick_strides(),
             small_matmuls_in_place_of_loops(),
-            threads_of_the_caller(),
+            assumptions_in_the_code(),
             exchanged(SIZE_ASSERTS, lambda original: _no_assertions),  # `Program` has looked at inputs
             exchanged(COLLECTING, collecting),  # what is not in the cache is made by this function
             # It would put generators back where they were, and other threads would draw the same numbers again. Compiling draws none, and

@@ -119,10 +119,10 @@ SMALL_MATMULS = Entry(
     ),
 )
 
-CALLERS_THREADS = Entry(
-    "threads of the caller",
-    "A program uses no more threads than the thread that calls it may use (`threads.py`).",
-    "it uses as many as it was compiled for",
+ASSUMPTIONS = Entry(
+    "assumptions of generated code",
+    "A kernel takes no more threads than its caller may use, and names the instructions of its processor (`assumptions.py`).",
+    "it takes as many threads as it was compiled for, and processors with different instructions must not share a cache on disk",
     exchanged=(Target(f"{_INDUCTOR}.codegen.cpp", "KernelGroup.codegen_group", ("self", "name")),),
 )
 
@@ -177,7 +177,7 @@ TABLE: tuple[Entry, ...] = (
     FORGOTTEN_PROGRAMS,
     INDEX_STRIDES,
     SMALL_MATMULS,
-    CALLERS_THREADS,
+    ASSUMPTIONS,
     SIZE_ASSERTS,
     COLLECTING,
     RANDOM_STATE,
