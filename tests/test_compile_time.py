@@ -148,7 +148,7 @@ _TERMS = st.tuples(
 @settings(max_examples=60, deadline=None)
 @given(st.lists(_TERMS, max_size=5), st.sampled_from(["d0", "d1", "d2"]), st.sampled_from([None, 8, 16]))
 def test_strides_are_those_that_algebra_finds(terms: list[tuple[str, str, int, int]], name: str, vec_length: int | None) -> None:
-    from torch._inductor.sizevars import stride_at_vec_range
+    from torch._inductor.codegen.cpp import stride_at_vec_range  # pyright: ignore[reportPrivateImportUsage]  # where it is exchanged; the module that defines it varies
 
     index, var = _index(terms), sympy.Symbol(name, integer=True, nonnegative=True)
     expected = stride_at_vec_range(index, var, vec_length)

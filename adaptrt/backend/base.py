@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import NamedTuple
@@ -13,13 +14,14 @@ from torch import Tensor
 
 from adaptrt.backend.launch import Launcher
 from adaptrt.graph.ir import Graph
+from adaptrt.process import changed, leaving_nothing, lock
 
 Runner = Callable[[list[Tensor]], Sequence[Tensor]]
 """A compiled graph. It takes a list of all inputs in order, constants included, with the strides of the graph's signature. It may empty
 the list. Several threads may call it at the same time."""
 
 
-COMPILING = threading.RLock()
+COMPILING = lock()
 """Held while anything is captured or compiled, because PyTorch's tracing state belongs to the process."""
 
 
@@ -63,11 +65,9 @@ _rehearsal = threading.local()
 @contextlib.contextmanager
 def rehearsal() -> Generator[None]:
     """Within the block, this thread runs programs only to find which ones there are. Their results have the right form and no values."""
-    before, _rehearsal.is_on = rehearsing(), True
-    try:
+    with changed(functools.partial(setattr, _rehearsal, "is_on", rehearsing()), of_thread=True):
+        _rehearsal.is_on = True
         yield
-    finally:
-        _rehearsal.is_on = before
 
 
 def rehearsing() -> bool:
@@ -105,7 +105,7 @@ class Building:
         if self._built is None:
             with COMPILING:
                 if self._built is None:
-                    self._built = self._finish()
+                    self._built = leaving_nothing(self._finish)()
         return self._built
 
 

@@ -4,13 +4,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adaptrt.errors import NotDifferentiable
+from adaptrt.errors import NotDifferentiable, NotTraceable
 from adaptrt.graph.exchange import Entry, Target
 
 MAX_KNOWN = 4
@@ -31,6 +32,7 @@ TANGENTS = Entry(
 )
 
 _forward_mode: Any = torch.autograd.forward_ad
+_shown_if: Any = getattr(_forward_mode, "_set_fwd_grad_enabled", contextlib.nullcontext)
 
 
 def in_forward_mode() -> bool:
@@ -44,10 +46,35 @@ def refuse_tangents(tensors: Sequence[Tensor]) -> None:
     Raises:
       NotDifferentiable: one has.
     """
-    if any(_forward_mode.unpack_dual(tensor).tangent is not None for tensor in tensors):
+    with _shown_if(not torch.is_inference_mode_enabled()):  # within a custom function of autograd tangents are hidden
+        found = any(_forward_mode.unpack_dual(tensor).tangent is not None for tensor in tensors)
+    if found:
         raise NotDifferentiable(
             "an unroll was given a tensor with a tangent (forward-mode differentiation), which its programs would lose; compute gradients "
             "by backward() or torch.autograd.grad"
+        )
+
+
+_FUNCTORCH: Any = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
+_MODE_OF: Any = getattr(torch._C, "_get_dispatch_mode", None)
+_MODES: Any = getattr(torch._C, "_TorchDispatchModeKey", None)
+_SIMULATED = {"FAKE": "FakeTensorMode", "PROXY": "make_fx", "FUNCTIONAL": "functionalisation"}
+
+
+def refuse_tracing() -> None:
+    """Raises within what runs Python code to record or transform its operations: programs are compiled, and none of theirs would be seen.
+
+    Raises:
+      NotTraceable: the call is within `torch.func`'s transforms, `make_fx`, or `FakeTensorMode`.
+    """
+    found = "a transform of torch.func" if _FUNCTORCH is not None and _FUNCTORCH() is not None else None
+    for key, name in _SIMULATED.items():
+        if found is None and _MODE_OF is not None and hasattr(_MODES, key) and _MODE_OF(getattr(_MODES, key)) is not None:
+            found = name
+    if found is not None:
+        raise NotTraceable(
+            f"an unroll was called within {found}, which cannot see what its programs compute; call it outside, use backward() or "
+            "torch.autograd.grad for gradients, and unroll.vmap() for several tasks"
         )
 
 

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import abc
 import contextlib
-import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Callable, Hashable, Sequence
@@ -25,6 +24,7 @@ from adaptrt import tree
 from adaptrt.backend.guards import Known
 from adaptrt.errors import AdaptrtError, OutOfDeviceMemory, RecordingFailed, ShapeChanged
 from adaptrt.graph.ir import Constant
+from adaptrt.process import lock
 from adaptrt.tree import Spec, Tree
 
 
@@ -72,7 +72,7 @@ class Recorder(abc.ABC):
         """
 
 
-RUNNING = threading.Lock()
+RUNNING = lock()
 """Held by whatever records or launches, or draws noise for that.
 
 Before 2.12 a device of PyTorch has one state of random numbers, which is in no other use while something is captured.

@@ -17,24 +17,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import random
-import sys
 import threading
 from collections.abc import Callable, Generator, Sequence
-from typing import Any
+from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, overrides
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import _symbolic_trace
+from torch.fx import GraphModule, _symbolic_trace
 from torch.overrides import TorchFunctionMode
+from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.hooks import RemovableHandle
 
 from adaptrt import tree
-from adaptrt.errors import NotTraceable, UnsupportedRandomness
-from adaptrt.functional import note_write
-from adaptrt.graph import grouped_products, mixed_norms
+from adaptrt.errors import NotTraceable
+from adaptrt.graph import draws
 from adaptrt.graph.collector import garbage_collection_paused
+from adaptrt.graph.constants import ON_CONSTANTS, refuse_on_constant
+from adaptrt.graph.eager_rules import EagerRules
 from adaptrt.graph.exchange import FX_TRACING, FX_TRACING_OF_OLD
 from adaptrt.graph.forgetting import forgetting
 from adaptrt.graph.formulas import FORMULAS
@@ -51,15 +52,15 @@ from adaptrt.graph.passes.standard import STANDARD
 from adaptrt.graph.plain import without_wrappers
 from adaptrt.graph.signature import Input, Output, Role, Signature
 from adaptrt.graph.switches import MATH_ATTENTION, TRACEABLE
+from adaptrt.process import changed, leaving_nothing
 from adaptrt.tree import Spec, Tree
 
-aten = torch.ops.aten
 _WEIGHT_NORM: Any = torch._weight_norm  # pyright: ignore[reportPrivateImportUsage]
 _SET_DATA: Any = Tensor.data.__set__  # pyright: ignore
 _SET_REQUIRES_GRAD: Any = Tensor.requires_grad.__set__  # pyright: ignore
-_PRODUCTS = {aten.mm.default, aten.addmm.default, aten.bmm.default, aten.baddbmm.default, aten.mv.default, aten.dot.default}
 
 
+@leaving_nothing
 @forgetting
 @garbage_collection_paused()
 def capture(
@@ -74,7 +75,7 @@ def capture(
 
     Args:
       fn: a pure function of trees of tensors that returns a tree of tensors. It may call `torch.autograd.grad` and random operations inside
-        `lift_noise`; it may not mutate its arguments.
+        `lift_noise`; it may not mutate its arguments. It may be called twice.
       examples: one tree of tensors or of `Spec`s for each argument. Values are not read.
       roles: for each argument a role, or a tree of roles with a role at each leaf. DATA if left out.
       names: for each argument the name its inputs' names start with. `arg0`, `arg1`, ... if left out.
@@ -82,18 +83,53 @@ def capture(
       for_fusion: write functions that a compiler could not fuse with the operations around them in terms of a few pointwise operations
         (`pool_as_maxima`, `gelu_by_sigmoid`).
     Raises:
-      UnsupportedRandomness: `fn` calls a random operation outside `lift_noise`, or one that cannot be lifted.
+      UnsupportedRandomness: `fn` calls a random operation outside `lift_noise`, or one that cannot be lifted, or draws in Python.
       InvalidGraph: a pass has a defect.
     """
     values, arguments = tree.flatten(examples)
+    specs = [Spec.of(value) for value in values]
+    before = draws.states()
+    recorded = _record(fn, arguments, specs, fused_attention, for_fusion)
+    if before != draws.states():  # `fn` has drawn, or another thread
+        with draws.refused():
+            recorded = _record(fn, arguments, specs, fused_attention, for_fusion)
+    _require_dense(recorded.constants)
+    labels = list(names) or [f"arg{index}" for index in range(len(examples))]
+    given = list(roles) or [Role.DATA] * len(examples)
+    input_names = [path for label, example in zip(labels, examples, strict=True) for path in tree.paths(example, label)]
+    input_roles = [role for example, entry in zip(examples, given, strict=True) for role in _spread(entry, example)]
+    inputs = [Input(name, role, Spec.of(fake)) for name, role, fake in zip(input_names, input_roles, recorded.inputs, strict=True)]
+    inputs += [Input(f"const.{index}", Role.CONST, Spec.of(value)) for index, value in enumerate(recorded.constants)]
+    computed: Any = recorded.module.graph.output_node().args[0]
+    outputs = [Output(name, Spec.of(node.meta["val"])) for name, node in zip(recorded.output_names, computed, strict=True)]
+    signature = Signature(tuple(inputs), tuple(outputs))
+    graph = Graph(recorded.module, signature, recorded.constants, arguments, recorded.result)
+    written = [f"{writer.name} of {writer.num_written} {writer.noun}" for writer in recorded.writers if writer.num_written]
+    history = tuple([PassRecord(text, graph.num_nodes, graph.num_nodes) for text in written])
+    return apply(STANDARD, dataclasses.replace(graph, history=history))
+
+
+class _Recorded(NamedTuple):
+    """What one run of a function has given."""
+
+    module: GraphModule
+    inputs: list[Tensor]
+    constants: tuple[Tensor, ...]
+    result: tree.Structure
+    output_names: list[str]
+    writers: tuple[PoolAsMaxima | GeluBySigmoid, ...]
+
+
+def _record(
+    fn: Callable[..., Tree], arguments: tree.Structure, specs: Sequence[Spec], fused_attention: bool, for_fusion: bool
+) -> _Recorded:
     result: list[tree.Structure] = []
     output_names: list[str] = []
-
     writers = (PoolAsMaxima(), GeluBySigmoid()) if for_fusion else ()
 
     def flat(*inputs: Tensor) -> list[Tensor]:
         with contextlib.ExitStack() as stack:
-            for context in (_EagerRules(), forbid_noise(), _deterministic(), *writers):
+            for context in (EagerRules(), forbid_noise(), *writers):
                 stack.enter_context(context)
             returned = fn(*tree.unflatten(arguments, inputs))
         outputs, structure = tree.flatten(returned)
@@ -102,53 +138,32 @@ def capture(
         return outputs
 
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fakes = fake_tensors(mode, [Spec.of(value) for value in values])
+    fakes = fake_tensors(mode, specs)
     with _tracing(mode, fused_attention) as functions:
         module, constants = record(flat, fakes, functions.copies)
-    _require_dense(constants)
-    labels = list(names) or [f"arg{index}" for index in range(len(examples))]
-    given = list(roles) or [Role.DATA] * len(examples)
-    input_names = [path for label, example in zip(labels, examples, strict=True) for path in tree.paths(example, label)]
-    input_roles = [role for example, entry in zip(examples, given, strict=True) for role in _spread(entry, example)]
-    inputs = [Input(name, role, Spec.of(fake)) for name, role, fake in zip(input_names, input_roles, fakes, strict=True)]
-    inputs += [Input(f"const.{index}", Role.CONST, Spec.of(value)) for index, value in enumerate(constants)]
-    computed: Any = module.graph.output_node().args[0]
-    outputs = [Output(name, Spec.of(node.meta["val"])) for name, node in zip(output_names, computed, strict=True)]
-    graph = Graph(module, Signature(tuple(inputs), tuple(outputs)), constants, arguments, result[0])
-    written = [f"{writer.name} of {writer.num_written} {writer.noun}" for writer in writers if writer.num_written]
-    history = tuple([PassRecord(text, graph.num_nodes, graph.num_nodes) for text in written])
-    return apply(STANDARD, dataclasses.replace(graph, history=history))
+    return _Recorded(module, fakes, constants, result[0], output_names, writers)
+
+
+def is_of_trace(value: Tensor) -> bool:
+    """Whether a tensor was made while a function was captured, so that it has no values."""
+    functorch = cast(Any, torch._C)._functorch
+    return isinstance(value, FakeTensor) or functorch.is_functorch_wrapped_tensor(value)
 
 
 def _require_dense(constants: Sequence[Tensor]) -> None:
     for value in constants:
-        if value.is_nested or value.layout is not torch.strided:
-            kind = "a nested tensor" if value.is_nested else f"a tensor of layout {value.layout} (shape {list(value.shape)})"
+        if value.is_nested or value.is_quantized or value.layout is not torch.strided:
+            kind = (
+                "a nested tensor"
+                if value.is_nested
+                else "a quantised tensor"
+                if value.is_quantized
+                else f"a tensor of layout {value.layout} (shape {list(value.shape)})"
+            )
             raise NotTraceable(
                 f"the model or the loss uses {kind} that it holds as an attribute or in a closure; only dense tensors can be inputs of a "
-                "program. Call .to_dense() on it, or make it where it is used"
+                "program. Call .to_dense() or .dequantize() on it, or make it where it is used"
             )
-
-
-@contextlib.contextmanager
-def _deterministic() -> Generator[None]:
-    """Raises if the block draws from Python's or NumPy's random numbers, because each capture would hold another draw.
-
-    Raises:
-      UnsupportedRandomness: the block draws such numbers. The states of the generators are restored.
-    """
-    numpy = sys.modules.get("numpy")
-    python_state = random.getstate()
-    numpy_state = numpy.random.get_state() if numpy is not None else None
-    yield
-    if random.getstate() != python_state or (numpy is not None and repr(numpy.random.get_state()) != repr(numpy_state)):
-        random.setstate(python_state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
-        raise UnsupportedRandomness(
-            "the model or the loss draws from Python's or NumPy's random numbers while it runs; draw with torch instead "
-            "(torch.rand(())), and use torch.where for the branch"
-        )
 
 
 def _spread(entry: Role | Tree, example: Tree) -> list[Role]:
@@ -159,6 +174,8 @@ def _spread(entry: Role | Tree, example: Tree) -> list[Role]:
 def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[_Functions]:
     """The state in which functions are traced, whatever the caller's: gradients on, autocast off, kernels with a second derivative only."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(changed(_flags_of_modes()))
+        stack.enter_context(changed(_modes(), of_thread=True))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         # Otherwise autograd traces the gradients of CUDA tensors in a thread of its own, which may itself wait for this capture to end.
@@ -167,14 +184,42 @@ def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[_Function
         stack.enter_context(torch.autograd.set_detect_anomaly(False))  # it would look at the values of gradients
         stack.callback(torch.set_autocast_cache_enabled, torch.is_autocast_cache_enabled())
         torch.set_autocast_cache_enabled(False)  # a cast that one function made is none of another's
-        stack.enter_context(TRACEABLE)
+        stack.enter_context(TRACEABLE.held())
         if not fused_attention:
-            stack.enter_context(MATH_ATTENTION)
+            stack.enter_context(MATH_ATTENTION.held())
         stack.enter_context(_marked_as_tracing())
         stack.enter_context(without_wrappers())
         functions = stack.enter_context(_Functions())
         stack.enter_context(mode)
         yield functions
+
+
+def _flags_of_modes() -> Callable[[], None]:
+    """Returns a function that puts back what PyTorch remembers about dispatch modes for the whole process."""
+    scope: dict[str, Any] = cast(Any, _python_dispatch).__dict__
+    before = {name: value for name, value in scope.items() if name.startswith("_is_in_")}
+    put = scope.get("set_is_in_mode_without_ignore_compile_internals")
+
+    def undo() -> None:
+        scope.update(before)
+        if put is not None:
+            put(before["_is_in_any_mode_without_ignore_compile_internals"])
+
+    return undo
+
+
+def _modes() -> Callable[[], None]:
+    """Returns a function that puts the modes of this thread back to what they are now, if an exception has kept one from ending."""
+    dispatch, functions, gradients = torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack(), torch.is_grad_enabled()
+
+    def undo() -> None:
+        while torch._C._len_torch_dispatch_stack() > dispatch:
+            _python_dispatch._pop_mode()
+        while torch._C._len_torch_function_stack() > functions:
+            overrides._pop_mode()
+        torch.set_grad_enabled(gradients)
+
+    return undo
 
 
 @contextlib.contextmanager
@@ -188,11 +233,9 @@ def _marked_as_tracing() -> Generator[None]:
     else:
         yield
         return
-    put(flag)
-    try:
+    with changed(functools.partial(put, before)):
+        put(flag)
         yield
-    finally:
-        put(before)
 
 
 class _InThisThread:
@@ -224,6 +267,8 @@ class _Functions(TorchFunctionMode):
             raise NotTraceable("the model assigns to the `.data` of a tensor, which cannot be traced; compute a new tensor, or use copy_()")
         if func == _SET_REQUIRES_GRAD and args[1] is True and args[0].requires_grad:
             return None  # data may require grad where the user's did not, so that it is no leaf here
+        if func in ON_CONSTANTS and not isinstance(args[0], FakeTensor):
+            refuse_on_constant(func, args[0])
         replacement = _REPLACED.get(func)
         if replacement is not None:
             found = replacement(*args, **(kwargs or {}))
@@ -248,8 +293,6 @@ def weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 
 def _numbers_of(value: Tensor) -> Any:
     """`Tensor.tolist` by `item`, which is an operation that can be recorded or refused."""
-    if not isinstance(value, FakeTensor):
-        return NotImplemented
     return [_numbers_of(part) for part in value.unbind(0)] if value.dim() else value.item()
 
 
@@ -260,36 +303,6 @@ _REPLACED: dict[Any, Callable[..., Any]] = {
     Tensor.__getitem__: select_by_tensors,
     Tensor.__setitem__: assign_by_tensor,
 }
-
-
-class _EagerRules(TorchDispatchMode):
-    """Enforces rules of eager kernels that fake kernels or operator schemas do not state.
-
-    The schema of `native_batch_norm` does not say that it updates the running statistics, and fake matrix products accept operands of
-    different dtypes. PyTorch's Python dispatcher would correct both, but its recurrent networks drop the dropout between layers (2.13).
-    """
-
-    def __init__(self) -> None:
-        super().__init__()  # pyright: ignore[reportUnknownMemberType]
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        del types
-        if func in _PRODUCTS:
-            dtypes = {value.dtype for value in args if isinstance(value, Tensor)}
-            if len(dtypes) > 1:
-                raise RuntimeError(f"{name_of(func)} needs operands of one dtype, got {' and '.join(sorted(map(str, dtypes)))}")
-        if func is aten.native_batch_norm.default and args[3] is not None:
-            func = aten._native_batch_norm_legit.default
-            if args[5]:
-                note_write(*args[3:5])
-        if func is aten._efficientzerotensor.default:  # of forward mode; what is computed from it may lose its device (PyTorch 2.13)
-            func = aten.zeros.default
-        rule = mixed_norms.RULES.get(func) or grouped_products.RULES.get(func)
-        if rule is not None:
-            found = rule(*args, **(kwargs or {}))
-            if found is not NotImplemented:
-                return found
-        return func(*args, **(kwargs or {}))
 
 
 class _Operations(TorchDispatchMode):
@@ -321,6 +334,7 @@ class _Operations(TorchDispatchMode):
             self._stack.pop()
 
 
+@leaving_nothing
 def record_operations(fn: Callable[..., Any], *examples: Tree, fused_attention: bool = False) -> list[tuple[str, str]]:
     """Runs `fn` on fake tensors like `examples`, and returns each operation's name with the path of the module that called it."""
     values, structure = tree.flatten(examples)
@@ -333,12 +347,17 @@ def record_operations(fn: Callable[..., Any], *examples: Tree, fused_attention: 
             fn(*tree.unflatten(structure, inputs))
         return []
 
-    before = torch.nn.modules.module.register_module_forward_pre_hook(operations.enter)
-    after = torch.nn.modules.module.register_module_forward_hook(operations.leave, always_call=True)
-    try:
+    with contextlib.ExitStack() as hooks:
+        hooks.enter_context(_hook(torch.nn.modules.module.register_module_forward_pre_hook, operations.enter))
+        hooks.enter_context(_hook(torch.nn.modules.module.register_module_forward_hook, operations.leave, always_call=True))
         with _tracing(mode, fused_attention):
             record(watched, fakes)  # which knows what the model may read of its constants
-    finally:
-        before.remove()
-        after.remove()
     return operations.found
+
+
+@contextlib.contextmanager
+def _hook(register: Callable[..., RemovableHandle], hook: Callable[..., Any], **settings: bool) -> Generator[None]:
+    handles: list[RemovableHandle] = []
+    with changed(lambda: [handle.remove() for handle in handles]):
+        handles.append(register(hook, **settings))
+        yield

@@ -8,6 +8,25 @@ import gc
 from collections.abc import Callable, Generator
 from typing import Any
 
+from adaptrt.graph.switches import Switch, Switches
+
+_PAUSED = 2_000_000_011
+"""How many new objects start a collection while it is paused. Nobody else sets this number, so that a change by the user is noticed."""
+
+
+def _threshold() -> int:
+    return gc.get_threshold()[0]
+
+
+def _set_threshold(value: int) -> None:
+    gc.set_threshold(value, *gc.get_threshold()[1:])
+
+
+COLLECTOR = Switch(_threshold, _set_threshold, _PAUSED)
+"""How often garbage is collected. `gc.enable()` and `gc.disable()` are left to the user."""
+
+_NOT_COLLECTING = Switches(COLLECTOR)
+
 
 @contextlib.contextmanager
 def garbage_collection_paused() -> Generator[None]:
@@ -17,31 +36,16 @@ def garbage_collection_paused() -> Generator[None]:
     warm cache that is a tenth of the time. A capture takes a fraction of a second; one of many steps in one graph takes some seconds. The
     switch belongs to the process, so other threads' garbage waits for as long.
     """
-    collects = gc.isenabled()
-    gc.disable()
-    try:
+    with _NOT_COLLECTING.held():
         yield
-    finally:
-        if collects:
-            gc.enable()
 
 
 def collecting(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """Wraps a function that takes long: within `garbage_collection_paused`, garbage is collected while it runs.
-
-    Garbage is collected only if it was when `collecting` was called.
-    """
-    collects = gc.isenabled()
+    """Wraps a function that takes long: within `garbage_collection_paused`, garbage is collected while it runs, as the user wants it."""
 
     @functools.wraps(fn)
     def run(*args: Any, **kwargs: Any) -> Any:
-        enables = collects and not gc.isenabled()
-        if enables:
-            gc.enable()
-        try:
+        with COLLECTOR.lifted():
             return fn(*args, **kwargs)
-        finally:
-            if enables:
-                gc.disable()
 
     return run

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from adaptrt.errors import UnknownPyTorch
+from adaptrt.process import changed
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -141,11 +142,15 @@ def give_up(reason: str) -> None:
 def nothing_exchanged() -> Generator[None]:
     """Within the block no entry with exchanged functions holds. To be entered under the lock `COMPILING`."""
     global _given_up
-    before, _given_up = _given_up, _given_up or "nothing is exchanged at present"
-    try:
-        yield
-    finally:
+    before = _given_up
+
+    def undo() -> None:
+        global _given_up
         _given_up = before
+
+    with changed(undo):
+        _given_up = before or "nothing is exchanged at present"
+        yield
 
 
 def warn_once(name: str, text: str) -> None:
@@ -169,12 +174,13 @@ def exchanged(entry: Entry, *makers: Callable[[Any], Callable[..., Any]]) -> Gen
         if entry.holds:
             for target, maker in zip(entry.exchanged, makers, strict=True):
                 owner, name = target.owner()
-                stack.enter_context(_exchanged(owner, name, maker(getattr(owner, name))))
+                stack.enter_context(exchanged_attribute(owner, name, maker(getattr(owner, name))))
         yield
 
 
 @contextlib.contextmanager
-def _exchanged(owner: Any, name: str, other: Callable[..., Any]) -> Generator[None]:
+def exchanged_attribute(owner: Any, name: str, other: Callable[..., Any]) -> Generator[None]:
+    """Within the block this thread gets `other` for a function, public or not. To be entered under the lock `COMPILING`."""
     original: Callable[..., Any] = getattr(owner, name)
     thread: int | None = threading.get_ident()
 
@@ -182,12 +188,14 @@ def _exchanged(owner: Any, name: str, other: Callable[..., Any]) -> Generator[No
     def either(*args: Any, **kwargs: Any) -> Any:
         return (other if threading.get_ident() == thread else original)(*args, **kwargs)
 
-    setattr(owner, name, either)
-    try:
-        yield
-    finally:
+    def undo() -> None:
+        nonlocal thread
         setattr(owner, name, original)
         thread = None  # whoever has imported `either` in the meantime keeps it
+
+    with changed(undo):
+        setattr(owner, name, either)
+        yield
 
 
 FX_TRACING = Entry(

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,12 +27,35 @@ def in_memory(value: Tensor) -> Tensor:
     Such are negated and conjugated views, and zeros that were never allocated.
 
     Raises:
-      InvalidType: the values are in the memory of other tensors, or do not exist.
+      InvalidType: the values are in the memory of other tensors, are no plain numbers, or do not exist; or operations on the tensor do
+        something else than what they do to its values.
     """
     keys = torch._C._dispatch_keys(value)
     for key, reason in _ELSEWHERE.items():
         if keys.has(key):
             raise InvalidType(f"a tensor of class {type(value).__name__}, {Spec.of(value)}, {reason}")
+    fault = _fault(value)
+    if fault is not None:
+        raise InvalidType(f"a tensor of class {type(value).__name__}, {Spec.of(value)}, {fault}")
     if value._is_zerotensor():
         return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
     return value.resolve_conj().resolve_neg()
+
+
+def _fault(value: Tensor) -> str | None:
+    if value.is_quantized:
+        return "is quantised; call .dequantize() on it"
+    if changes_operations(type(value)):
+        return "changes by its __torch_function__ what operations do, which programs do not call; pass value.as_subclass(torch.Tensor)"
+    if value.layout is torch.strided and value.numel() and not value._is_zerotensor() and not value.untyped_storage().nbytes():
+        return "has no memory any more, because its storage was resized to 0; gather it first, as FSDP's summon_full_params does"
+    return None
+
+
+def changes_operations(kind: type[Tensor]) -> bool:
+    """Whether a class of tensors decides itself what PyTorch's functions do with them."""
+    function: Any = kind.__torch_function__
+    return function is not torch._C._disabled_torch_function_impl and getattr(function, "__func__", None) is not _ORDINARY
+
+
+_ORDINARY: Any = getattr(Tensor.__torch_function__, "__func__", None)

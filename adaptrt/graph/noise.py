@@ -8,6 +8,7 @@ the same dropout masks as in eager PyTorch.
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import dataclasses
 from collections.abc import Generator, Sequence
 
@@ -60,11 +61,18 @@ class Noise:
 
 def draw(noises: Sequence[Noise], generator: torch.Generator | None = None, num_tasks: int | None = None) -> tuple[Tensor, ...]:
     """Draws every tensor in order. With `generator=None` it uses the global generator of the device, as eager code does."""
+    drawn = _drawn.get(None)
+    if drawn is not None:
+        drawn.append((noises, num_tasks))
     return tuple(noise.draw(generator, num_tasks) for noise in noises)
 
 
+_drawn: contextvars.ContextVar[list[tuple[Sequence[Noise], int | None]]] = contextvars.ContextVar("drawn")
+"""What was drawn in the block whose draws are taken back if it raises."""
+
+
 def restored_on_error(noises: Sequence[Noise], generator: torch.Generator | None) -> contextlib.AbstractContextManager[None]:
-    """Restores the state of the generator from which `noises` are drawn if the block raises."""
+    """If the block raises, takes back what it has drawn of `noises`, unless others have drawn from the same generator meanwhile."""
     return _restored(noises[0].spec.device, generator) if noises else _NOTHING
 
 
@@ -76,8 +84,22 @@ def _restored(device: torch.device, generator: torch.Generator | None) -> Genera
     if generator is None:
         generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
     state = generator.get_state()
+    drawn: list[tuple[Sequence[Noise], int | None]] = []
+    token = _drawn.set(drawn)
     try:
         yield
     except BaseException:
-        generator.set_state(state)
+        if _is_after(state, drawn, generator):
+            generator.set_state(state)
         raise
+    finally:
+        _drawn.reset(token)
+
+
+def _is_after(state: Tensor, drawn: Sequence[tuple[Sequence[Noise], int | None]], generator: torch.Generator) -> bool:
+    """Whether the generator is where these draws, and no others, have brought it from `state`."""
+    twin = torch.Generator(generator.device)
+    twin.set_state(state)
+    for noises, num_tasks in list(drawn):
+        draw(noises, twin, num_tasks)
+    return torch.equal(twin.get_state(), generator.get_state())

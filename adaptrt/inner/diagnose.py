@@ -21,6 +21,7 @@ from adaptrt.inner.comparisons import Comparisons
 from adaptrt.inner.step import Batch
 
 _LIBRARIES = tuple(os.path.dirname(path) + os.sep for path in (torch.__file__, os.path.dirname(__file__)))
+_NO_LINE = "a line inside PyTorch"
 _NEEDS_VALUE = (
     "DataDependentOutputException",
     "DynamicOutputShapeException",
@@ -56,7 +57,7 @@ def user_line(error: BaseException) -> str:
     """The innermost line of the error's traceback that is neither PyTorch's nor ours, as `file:line: code`."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((*_LIBRARIES, "<"))]
     if not frames:
-        return "a line inside PyTorch"
+        return _NO_LINE
     frame = frames[-1]
     code = (linecache.getline(frame.filename, frame.lineno or 0) or "").strip()
     return f"{frame.filename}:{frame.lineno}: {code}"
@@ -123,6 +124,11 @@ def _tracing(what: str, advice: str, other: Callable[[str], AdaptrtError]) -> Ge
     disabled, logger.disabled = logger.disabled, True
     try:
         yield
+    except NotTraceable as error:
+        line = user_line(error)
+        if line in str(error) or line == _NO_LINE:
+            raise
+        raise type(error)(f"{line}: {error}") from error
     except AdaptrtError:
         raise
     except Exception as error:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
 from adaptrt.backend.base import COMPILING
+from adaptrt.process import leaving_nothing, lock
 
 Entry = TypeVar("Entry")
 
@@ -18,7 +18,7 @@ class Cache(Generic[Entry]):
     def __init__(self, size: int) -> None:
         self._size = size
         self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
-        self._order = threading.Lock()
+        self._order = lock()
 
     def get(self, key: Hashable) -> Entry | None:
         """Returns the entry under `key`, None if there is none."""
@@ -37,7 +37,7 @@ class Cache(Generic[Entry]):
         with COMPILING:
             entry = self.get(key)
             if entry is None:
-                entry = make()
+                entry = leaving_nothing(make)()
                 with self._order:
                     self._entries[key] = entry
                     while len(self._entries) > self._size:

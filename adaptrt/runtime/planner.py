@@ -125,7 +125,7 @@ class Planner:
         def require() -> None:
             if self._reader.mode() != expected:
                 raise ModelChanged(
-                    "a train or eval mode, or a Python value that the model or the loss reads, was changed between a call and its first "
+                    "a train or eval mode, a default of PyTorch's, or a Python value that the model or the loss reads, was changed between a call and its first "
                     "backward(), or by another thread during a call, so that the program for it cannot be captured; call backward() before "
                     "the change"
                 )

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adaptrt import tree
-from adaptrt.backend.guards import in_forward_mode, refuse_tangents
+from adaptrt.backend.guards import in_forward_mode, refuse_tangents, refuse_tracing
 from adaptrt.errors import NonFiniteInput
 from adaptrt.graph.gradient_mode import GradientMode
 from adaptrt.graph.noise import restored_on_error
@@ -79,6 +79,7 @@ class ModelPredictor:
         if plan is not None:
             return plan
         check.as_batch("input", (inputs,), self._settings.device)
+        refuse_tracing()
         if num_tasks is not None:
             check.leading_axis("input", inputs, 0, num_tasks, "tasks")
         plan = self._planner.prediction(inputs, carry, fixed, num_tasks, warm)

@@ -59,7 +59,7 @@ def trace(model: nn.Module, *inputs: Tree) -> Graph:
     def probe(params: dict[str, Tensor], buffers: dict[str, Tensor], inputs: tuple[Any, ...]) -> Any:
         with record_noise() as drawn, running("input", Batch(inputs, None)):
             output, _ = call_module(model, params, buffers, inputs, {})
-        noise.extend(drawn)
+        noise[:] = drawn  # a capture may run it twice
         return output
 
     def forward(params: dict[str, Tensor], buffers: dict[str, Tensor], noise: tuple[Tensor, ...], inputs: tuple[Any, ...]) -> Any:

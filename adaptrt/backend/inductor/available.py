@@ -16,20 +16,43 @@ from pathlib import Path
 import torch
 
 from adaptrt.backend.inductor.library import any_built
-from adaptrt.errors import CompilerUnavailable
+from adaptrt.errors import CompilerUnavailable, InvalidArgument
+
+_ASSERTS = "before PyTorch 2.14 the compiler generates wrong code under `python -O`, because some of its `assert` statements have effects"
 
 
 def warn_if_missing(device: torch.device) -> bool:
     """Whether programs for `device` cannot be compiled on this machine. A warning says so, once a process."""
-    reason = _missing(device.type)
+    reason, advice = _missing(device.type), "Install one"
+    if not assertions_count():
+        reason, advice = _ASSERTS, "Run Python without -O and PYTHONOPTIMIZE"
     if reason is not None and device.type not in _WARNED:
         _WARNED.add(device.type)
         warnings.warn(
-            f"{reason}; programs run on the eager backend, correct but slower. Install one, or pass backend='eager'.",
+            f"{reason}; programs run on the eager backend, correct but slower. {advice}, or pass backend='eager'.",
             CompilerUnavailable,
             stacklevel=5,
         )
     return reason is not None
+
+
+def refuse_without_assertions() -> None:
+    """Raises where PyTorch's compiler would generate wrong code.
+
+    Raises:
+      InvalidArgument: Python does not execute assertions, and this PyTorch relies on them.
+    """
+    if not assertions_count():
+        raise InvalidArgument(f"{_ASSERTS}; run Python without -O and PYTHONOPTIMIZE, or pass backend='eager'")
+
+
+def assertions_count() -> bool:
+    """Whether PyTorch's compiler does what it was written to do.
+
+    Up to 2.13 its scheduler aligns the loops of two operations within an assertion, and a way to compute indices is given up for another
+    when an assertion fails. In 2.14 all of that are statements that Python always executes.
+    """
+    return __debug__ or torch.__version__ >= (2, 14)  # pyright: ignore[reportOperatorIssue]
 
 
 def cannot_build(error: BaseException) -> bool:

@@ -16,6 +16,7 @@ import dataclasses
 import functools
 import importlib
 import itertools
+import os
 import warnings
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -26,7 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adaptrt.backend.base import COMPILING, Backend, Building, Form, Runner, rehearsing
 from adaptrt.backend.eager import Eager
-from adaptrt.backend.inductor.available import cannot_build, comes_from_outside
+from adaptrt.backend.inductor.available import cannot_build, comes_from_outside, refuse_without_assertions
 from adaptrt.backend.inductor.cached_files import cached_files
 from adaptrt.backend.inductor.exchange import COLLECTING, COMPILER, RANDOM_STATE, SIZE_ASSERTS, active, in_use
 from adaptrt.backend.inductor.few_libraries import few_libraries
@@ -41,6 +42,7 @@ from adaptrt.backend.inductor.rewrites.products_by_onednn import products_by_one
 from adaptrt.backend.inductor.small_matmuls import small_matmuls_in_place_of_loops
 from adaptrt.backend.inductor.sources import tag
 from adaptrt.backend.inductor.tables import shorten_tables
+from adaptrt.backend.inductor.threads import number_of_threads, threads_of_the_caller
 from adaptrt.graph.collector import collecting, garbage_collection_paused
 from adaptrt.graph.exchange import exchanged, give_up, nothing_exchanged
 from adaptrt.graph.forgetting import forgetting
@@ -52,6 +54,7 @@ from adaptrt.graph.passes.merge_duplicates import merge_duplicates
 from adaptrt.graph.passes.own_outputs import own_outputs
 from adaptrt.graph.passes.remove_identities import remove_identities
 from adaptrt.graph.passes.retrace import fake_inputs
+from adaptrt.process import leaving_nothing
 
 _KEPT = torch.ops.aten.embedding_dense_backward.default
 """Left to ATen. Decomposed, the gradient of an embedding is a scatter into a buffer, and the CPU code of 2.13 fuses with it what reads that
@@ -103,10 +106,16 @@ class Inductor(Backend):
     """Compiles by Inductor, with the settings that the process has in `torch._inductor.config`.
 
     Compiled programs are kept in Inductor's cache on disk, from which another process gets them in a fraction of the time.
+
+    Raises:
+      InvalidArgument: as `refuse_without_assertions` raises it.
     """
 
     name = "inductor"
     fuses = True
+
+    def __post_init__(self) -> None:
+        refuse_without_assertions()
 
     def builds_ahead(self, device: torch.device) -> bool:
         return device.type == "cpu"
@@ -128,7 +137,11 @@ class Inductor(Backend):
             return Eager().compile(graph)
         forms = _forms(*found)
 
+        process = os.getpid()
+
         def finish() -> Runner:
+            if os.getpid() != process:  # the threads that build did not survive the fork
+                return _runner(*_compile(graph, None))
             try:
                 for wait in waits:
                     wait()
@@ -169,6 +182,7 @@ def _compiled_or_not(graph: Graph, waits: list[Callable[[], None]] | None) -> tu
         shorten_tables()
 
 
+@leaving_nothing
 @forgetting
 def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any, Graph]:
     """Returns what Inductor makes of a graph, and the graph that Inductor was given. `waits` is as for `few_libraries`."""
@@ -202,7 +216,7 @@ def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any,
             if waits is not None:
                 waits.clear()  # of an attempt that failed
             # What the key on disk does not know, and code depends on: besides our sources the instructions that were picked for it.
-            key = f"{sources}, {num_results} results, {pick_vec_isa()}, exchanged: {', '.join(in_use())}"
+            key = f"{sources}, {num_results} results, {pick_vec_isa()}, assertions {__debug__}, exchanged: {', '.join(in_use())}"
             with cache_config.patch(cache_key_tag=key):
                 return compile_fx.compile_fx_inner(_keep_strides(copy_module(graph), num_results), inputs)
 
@@ -232,6 +246,7 @@ def _exchanges(waits: list[Callable[[], None]] | None) -> Generator[None]:
             cached_files(),
             quick_strides(),
             small_matmuls_in_place_of_loops(),
+            threads_of_the_caller(),
             exchanged(SIZE_ASSERTS, lambda original: _no_assertions),  # `Program` has looked at inputs
             exchanged(COLLECTING, collecting),  # what is not in the cache is made by this function
             # It would put generators back where they were, and other threads would draw the same numbers again. Compiling draws none, and
@@ -292,11 +307,11 @@ def _in_forms(run: Runner, forms: Sequence[Form] | None) -> Runner:
 _MAX_ELEMENTS_OF_ONE_THREAD = 1 << 13
 
 
-def _threads(graph: Graph) -> dict[str, int]:
-    """Settings that make a program run on one thread if its operations are over before a second thread has started."""
+def _threads(graph: Graph) -> dict[str, Any]:
+    """Settings of how many threads a program is for: one, if its operations are over before a second thread has started."""
     operations = [node for node in graph.module.graph.nodes if node.op == "call_function" and node.target != computed_once]
     nodes = [node for node in operations if isinstance(node.meta.get("val"), Tensor)]
-    return {"cpp.threads": 1} if sum(map(_num_elements, nodes)) <= _MAX_ELEMENTS_OF_ONE_THREAD * len(nodes) else {}
+    return {"cpp.threads": 1} if sum(map(_num_elements, nodes)) <= _MAX_ELEMENTS_OF_ONE_THREAD * len(nodes) else number_of_threads()
 
 
 def _num_elements(node: torch.fx.Node) -> int:

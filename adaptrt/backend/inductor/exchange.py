@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from adaptrt.backend.engine import FREED, RETAINED
 from adaptrt.backend.guards import GUARDS, TANGENTS
+from adaptrt.graph.defaults import DEFAULT_DEVICE
 from adaptrt.graph.exchange import FX_TRACING, FX_TRACING_OF_OLD, Entry, Target
 from adaptrt.graph.forgetting import FAKE_RESULTS, GENERATED_SOURCES
-from adaptrt.graph.plain import CHECKPOINTS
+from adaptrt.graph.plain import CHECKPOINTS, SAVING_HOOKS
 from adaptrt.graph.pytrees import PYTREES
 
 _INDUCTOR = "torch._inductor"
@@ -45,7 +46,6 @@ FEW_LIBRARIES = Entry(
         Target(f"{_INDUCTOR}.async_compile", "AsyncCompile.wait", ("self", "scope")),
     ),
     needed=(
-        Target(f"{_INDUCTOR}.async_compile", "AsyncCompile.submit", ("task",)),
         Target(f"{_INDUCTOR}.async_compile", "get_compile_threads", ()),
         Target(f"{_INDUCTOR}.async_compile", "kernel_code_log"),
         Target(f"{_INDUCTOR}.codecache", "LambdaFuture", keywords=("result_fn",)),
@@ -119,6 +119,13 @@ SMALL_MATMULS = Entry(
     ),
 )
 
+CALLERS_THREADS = Entry(
+    "threads of the caller",
+    "A program uses no more threads than the thread that calls it may use (`threads.py`).",
+    "it uses as many as it was compiled for",
+    exchanged=(Target(f"{_INDUCTOR}.codegen.cpp", "KernelGroup.codegen_group", ("self", "name")),),
+)
+
 SIZE_ASSERTS = Entry(
     "no size assertions",
     "Programs do not look at the sizes of their inputs, which `Program` has looked at.",
@@ -170,6 +177,7 @@ TABLE: tuple[Entry, ...] = (
     FORGOTTEN_PROGRAMS,
     INDEX_STRIDES,
     SMALL_MATMULS,
+    CALLERS_THREADS,
     SIZE_ASSERTS,
     COLLECTING,
     RANDOM_STATE,
@@ -178,9 +186,11 @@ TABLE: tuple[Entry, ...] = (
     GUARDS,
     RETAINED,
     CHECKPOINTS,
+    SAVING_HOOKS,
     FREED,
     PYTREES,
     TANGENTS,
+    DEFAULT_DEVICE,
     FX_TRACING,
     FX_TRACING_OF_OLD,
     FAKE_RESULTS,

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import sys
 import weakref
 from collections.abc import Callable, Generator, Sequence
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from adaptrt.backend.inductor.exchange import FEW_LIBRARIES
 from adaptrt.backend.inductor.library import ENTRIES, Library, build_caller, entry, open_later
 from adaptrt.graph.exchange import exchanged
+from adaptrt.process import after_fork
 
 
 @contextlib.contextmanager
@@ -80,13 +82,11 @@ class _Kernels:
 
     def start(self) -> None:
         """Begins to build."""
-        from torch._inductor.async_compile import AsyncCompile
-
         if not self._libraries:
-            build_caller(AsyncCompile.submit)
+            build_caller()
             for share in _deal([len(source) for source in self._sources], self._num_libraries):
                 source = _one_source([self._sources[place] for place in share])
-                self._libraries.append((share, open_later(source, AsyncCompile.submit)))
+                self._libraries.append((share, open_later(source)))
 
     def functions(self) -> dict[int, Callable[..., None]]:
         """Each kernel as a Python function of its tensors."""
@@ -99,6 +99,17 @@ class _Kernels:
                 for index, place in enumerate(share)
             }
         return self._functions
+
+
+@after_fork
+def _forget_threads() -> None:
+    """In a forked child the threads do not exist that were to build something. What is built already is loaded from the disk."""
+    codecache, async_compile = sys.modules.get("torch._inductor.codecache"), sys.modules.get("torch._inductor.async_compile")
+    for name in ("CppCodeCache", "CppPythonBindingsCodeCache"):
+        if hasattr(codecache, name):
+            getattr(codecache, name).cache.clear()
+    if async_compile is not None:
+        async_compile.AsyncCompile.pool.cache_clear()
 
 
 def _deal(sizes: Sequence[int], num_shares: int) -> list[list[int]]:

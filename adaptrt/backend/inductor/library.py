@@ -14,7 +14,6 @@ import importlib.util
 import os
 import weakref
 from collections.abc import Callable
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ import torch
 
 from adaptrt.backend.inductor.cpp import Compiler, key_of
 from adaptrt.backend.inductor.store import Store
+from adaptrt.backend.inductor.task import Task
 
 ENTRIES = """
 #include <cstddef>
@@ -158,18 +158,13 @@ class Library:
 _open: weakref.WeakValueDictionary[str, Library] = weakref.WeakValueDictionary()
 
 
-def open_later(source: str, submit: Callable[[Callable[[], Any]], Any] | None = None) -> Callable[[], Library]:
-    """Begins to build a library, if it is not on disk. Returns a function that waits for it and opens it.
-
-    Args:
-      source: C++ with entries.
-      submit: starts a function in the background, and returns its future.
-    """
+def open_later(source: str) -> Callable[[], Library]:
+    """Begins to build a library of C++ with entries, if it is not on disk. Returns a function that waits for it and opens it."""
     key = key_of(source)
     present = _open.get(key)
     if present is not None:
         return lambda: present
-    build = _builder(key, source, submit)
+    build = _builder(key, source, Task)
 
     def finish() -> Library:
         library = _open.get(key)
@@ -180,16 +175,14 @@ def open_later(source: str, submit: Callable[[Callable[[], Any]], Any] | None = 
     return finish
 
 
-def _builder(key: str, source: str, submit: Callable[[Callable[[], Any]], Any] | None) -> Callable[[], Path]:
-    """Returns a function that waits for an entry in the folder of programs."""
+def _builder(key: str, source: str, task: type[Task] | None) -> Callable[[], Path]:
+    """Returns a function that waits for an entry in the folder of programs, which `task` builds meanwhile if it is missing."""
     store = _store()
     if store.find(key) is not None:
         return lambda: store.get_or_build(key, lambda folder: Compiler().build(source, folder))
     compiler = Compiler()  # here, where Inductor's settings are those of this program
     job = functools.partial(store.get_or_build, key, functools.partial(compiler.build, source))
-    future = None if submit is None else submit(job)
-    # One that was not begun may never be, as after a signal in the middle of `submit`.
-    return lambda: future.result() if isinstance(future, Future) and not future.cancel() else job()
+    return job if task is None else task(job).result
 
 
 def _store() -> Store:
@@ -206,10 +199,10 @@ def any_built() -> bool:
         return False
 
 
-def build_caller(submit: Callable[[Callable[[], Any]], Any]) -> None:
+def build_caller() -> None:
     """Begins to build the module that calls kernels, if it is not on disk or in memory."""
     if not _caller.cache_info().currsize:
-        _builder(key_of(_CALLER), _CALLER, submit)
+        _builder(key_of(_CALLER), _CALLER, Task)
 
 
 @functools.cache
