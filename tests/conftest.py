@@ -47,16 +47,22 @@ def empty_cache() -> Iterator[None]:
 @pytest.fixture
 def libraries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The C++ code of each library that is asked for."""
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
     from adaptrt.backend.inductor import few_libraries
 
     found: list[str] = []
-    open_later = few_libraries.open_later
 
-    def noted(source: str, *args: Any) -> Any:
-        found.append(source)
-        return open_later(source, *args)
+    def noting(original: Any) -> Any:
+        def noted(source: str, *args: Any, **kwargs: Any) -> Any:
+            found.append(source)
+            return original(source, *args, **kwargs)
 
-    monkeypatch.setattr(few_libraries, "open_later", noted)
+        return noted
+
+    monkeypatch.setattr(few_libraries, "open_later", noting(few_libraries.open_later))
+    # What Inductor builds by itself, where nothing is exchanged in it.
+    monkeypatch.setattr(CppPythonBindingsCodeCache, "load_async", noting(CppPythonBindingsCodeCache.load_async))
     return found
 
 

@@ -103,13 +103,17 @@ def test_libraries_of_other_threads_are_left_alone() -> None:
     assert AsyncCompile.wait is before
 
 
+def _divided_by_zero() -> Any:
+    return 1 / 0
+
+
 def test_a_library_that_fails_fails_again() -> None:
     kernels = _Kernels(2)
     for source in (_SCALE.format(factor=7), _SCALE.format(factor=11)):
         kernels.add(source)
     kernels.start()
     (first, library), (second, _) = kernels._libraries
-    kernels._libraries[1] = second, lambda: 1 / 0
+    kernels._libraries[1] = second, _divided_by_zero
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             kernels.functions()

@@ -135,6 +135,24 @@ def test_a_folder_that_cannot_be_made(tmp_path: Path, zygote: Zygote) -> None:
     assert len(answer["warnings"]) == 1 and "set TORCHINDUCTOR_CACHE_DIR to another" in answer["warnings"][0]
 
 
+def test_a_folder_that_is_read_only(folder: Path, zygote: Zygote) -> None:
+    folders = [folder, *[path for path in folder.rglob("*") if path.is_dir()]]
+    for path in folders:
+        path.chmod(0o555)
+    try:
+        answer = run(zygote, folder, [5], powerless=True)
+        assert answer["libraries"] > 0 and answer["warnings"] == []
+        answer = run(zygote, folder, [6], powerless=True)
+        assert len(answer["warnings"]) == 1 and "Permission denied" in answer["warnings"][0]
+        for path in only(folder, "library.so"):  # nor can it be removed
+            halved(path)
+        answer = run(zygote, folder, [5], powerless=True)
+        assert len(answer["warnings"]) == 1 and "Permission denied" in answer["warnings"][0]
+    finally:
+        for path in folders:
+            path.chmod(0o755)
+
+
 def test_a_folder_that_is_removed(folder: Path, zygote: Zygote) -> None:
     answer = run(zygote, folder, [5, 5], then=str(folder))
     assert answer["libraries"] > 0 and answer["warnings"] == []

@@ -153,6 +153,7 @@ def _run(command: Sequence[str], folder: Path) -> None:
     if not found.returncode:
         return
     output = found.stdout.decode(errors="replace")
-    if found.returncode < 0 or any(text in output for text in _NOT_THE_SOURCE):
-        raise CannotBuild(f"{command[0]} was stopped (status {found.returncode}): {output.strip()[-300:]}")
+    reasons = [line for line in output.splitlines() if any(text in line for text in _NOT_THE_SOURCE)]
+    if found.returncode < 0 or reasons:
+        raise CannotBuild(f"{command[0]} ended with status {found.returncode} {reasons[0] if reasons else ''}".strip())
     raise CppCompileError(list(command), output)
