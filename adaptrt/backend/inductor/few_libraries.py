@@ -18,7 +18,7 @@ from typing import Any
 
 from adaptrt.backend.inductor.exchange import FEW_LIBRARIES
 from adaptrt.graph.exchange import exchanged
-from adaptrt.process import after_fork
+from adaptrt.process import after_fork, waits
 
 _BINDINGS = """
 #define PY_SSIZE_T_CLEAN
@@ -179,6 +179,7 @@ class _Task:
         finally:
             self._running.release()
 
+    @waits
     def result(self) -> Any:
         """Waits until it has run, and returns what it returned or raises what it raised."""
         with self._running:
