@@ -7,8 +7,8 @@ Two events may come at any moment and would leave them changed.
   what they had changed would never be put back. So locks are made by `lock`, and changes are written down (`changed`) before they are made.
   The child makes the locks anew and undoes the changes of other threads.
 - A signal handler that raises, as Python's own for Ctrl-C does. The exception may come up in the very code that enters or leaves a block,
-  and then that block is never left, or by the garbage collector at some later time. Or it comes up in Python code that is called by C++ code
-  of PyTorch's where nothing may raise, which ends the process. So handlers wait for the end of a capture or compilation unless user's code
+  and then that block is never left, or by the garbage collector at some later time. Or it comes up in Python code that PyTorch's C++ code
+  has called where nothing may raise, which ends the process. So handlers wait for the end of a capture or compilation unless user's code
   runs at that moment (`_Signals`), and what was left undone nevertheless is undone there (`leaving_nothing`).
 
 Known limits: locks of other libraries, PyTorch's among them, stay as the fork found them.
