@@ -85,6 +85,7 @@ def state():
         "checkpoint": [checkpoint.CheckpointFunction.apply],
         "hooks": [len(module._global_forward_hooks), len(module._global_forward_pre_hooks)],
         "profile": [sys.getprofile()],
+        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
         "inductor": inductor(),
     }
 

@@ -1,4 +1,4 @@
-"""Processes that are forked while another thread captures or compiles: the child and the parent compute right numbers, and neither hangs."""
+"""Processes that are forked while another thread captures or compiles: child and parent compute right numbers, and neither hangs."""
 
 from __future__ import annotations
 
@@ -98,7 +98,8 @@ def test_workers_of_a_data_loader() -> None:
             return index
 
     def fork(model, unroll):
-        loader = torch.utils.data.DataLoader(Adapted(model, unroll), num_workers=2, batch_size=2, multiprocessing_context="fork", timeout=60)
+        settings = {"num_workers": 2, "batch_size": 2, "multiprocessing_context": "fork", "timeout": 60}
+        loader = torch.utils.data.DataLoader(Adapted(model, unroll), **settings)
         assert sorted(index for batch in loader for index in batch.tolist()) == [0, 1, 2, 3]
 
     held("eager", fork)

@@ -52,7 +52,13 @@ _READERS = frozenset({"getstate", "get_state", "get_bit_generator", "default_rng
 def states() -> tuple[Any, Any]:
     """The states of Python's and NumPy's global generators, in a form that can be compared."""
     numpy = _numpy()
-    return random.getstate(), None if numpy is None else repr(numpy.get_state())
+    return random.getstate(), None if numpy is None else _comparable(numpy.get_state())
+
+
+def _comparable(state: Any) -> Any:
+    if isinstance(state, tuple):
+        return tuple([part.tobytes() if hasattr(part, "tobytes") else part for part in cast("tuple[Any, ...]", state)])
+    return repr(state)
 
 
 def _numpy() -> Any:

@@ -10,10 +10,16 @@ from torch import Tensor
 from adaptrt.backend.base import COMPILING, rehearsal
 from adaptrt.backend.launch import Launcher, Recording
 from adaptrt.errors import NonFiniteInput
+from adaptrt.process import leaving_nothing
 from adaptrt.runtime.program_set import ProgramSet
 
 Validate = Callable[..., tuple[tuple[Any, ...], Tensor | None]]
 """From arguments to arguments that kernels may be given, and whether all were valid (0-dim bool; None if nothing was looked at)."""
+
+
+def _rehearse(fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    with rehearsal():
+        fn(*args)
 
 
 class Calls:
@@ -72,8 +78,7 @@ class Calls:
     def _rehearse(self, name: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
         with COMPILING:
             if name not in self._rehearsed:
-                with rehearsal():
-                    fn(*args)
+                leaving_nothing(_rehearse)(fn, args)
                 self._programs.finish_building()
                 self._rehearsed.add(name)
 

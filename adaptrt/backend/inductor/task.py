@@ -6,6 +6,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from adaptrt.process import waits
+
 
 class Task:
     """A function that runs in a thread of its own.
@@ -30,6 +32,7 @@ class Task:
         finally:
             self._running.release()
 
+    @waits
     def result(self) -> Any:
         """Waits until it has run, and returns what it returned or raises what it raised."""
         with self._running:

@@ -1,0 +1,231 @@
+"""Signal handlers that raise, at any moment of captures, compilations and calls: the process stays usable and its numbers right."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.processes import run_script, start
+
+pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there are no such signals here")
+
+INTERRUPTED = """
+class Stop(BaseException):
+    '''Raised by a signal handler.'''
+
+def handler(number, frame):
+    raise Stop
+
+signal.signal(signal.SIGUSR1, handler)
+
+def interrupted(fn, at, counts):
+    '''Calls `fn`, and the handler where the interpreter may call it: at the beginning of the function call number `at`.'''
+    num_calls = 0
+
+    def trace(frame, event, arg):
+        nonlocal num_calls
+        if event == "call" and counts(frame.f_code):
+            num_calls += 1
+            if num_calls == at:
+                sys.settrace(None)
+                signal.getsignal(signal.SIGUSR1)(signal.SIGUSR1, frame)
+
+    sys.settrace(trace)
+    try:
+        fn()
+    except Stop:
+        pass
+    finally:
+        sys.settrace(None)
+    return num_calls
+
+def enters_or_leaves(code):
+    return code.co_name in ("__enter__", "__exit__", "undo", "close", "release", "hold", "_undo_all_but")
+
+def anything(code):
+    return True
+
+def use(size):
+    '''All that is captured for data of a new size.'''
+    support = data(size)
+    with torch.no_grad():
+        unroll.adapt(support)
+    torch.autograd.grad(unroll(support, support), list(model.parameters()))
+
+def at_random_moments(fn, counts, number):
+    import random
+    draws = random.Random(0)
+    total = interrupted(lambda: fn(50), -1, counts)
+    assert total > 100
+    before = state()
+    for index in range(number):
+        at = draws.randrange(1, total + 1)
+        interrupted(lambda: fn(100 + index), at, counts)
+        assert state() == before, (index, at, state(), before)
+        fn(100 + index)
+        if index % 10 == 0:
+            check(model, unroll, 200 + index)
+    check(model, unroll, 99)
+"""
+
+
+@pytest.mark.parametrize("counts", ["enters_or_leaves", "anything"])
+def test_captures(counts: str) -> None:
+    script = f"""
+model, unroll = make("eager")
+check(model, unroll, 3)
+at_random_moments(use, {counts}, 5)
+"""
+    run_script(INTERRUPTED + script)
+
+
+def test_calls() -> None:
+    script = """
+model, unroll = make("eager")
+check(model, unroll, 3)
+use(4)
+at_random_moments(lambda size: [use(4) for _ in range(3)], anything, 40)
+"""
+    run_script(INTERRUPTED + script)
+
+
+def test_signals_of_the_system() -> None:
+    """Alarms at seeded times, whose handler raises wherever the interpreter happens to be, or when the capture is over."""
+    script = """
+import random
+signal.signal(signal.SIGALRM, handler)
+model, unroll = make("eager")
+check(model, unroll, 3)
+before, draws, num_stopped = state(), random.Random(0), 0
+for index in range(6):
+    signal.setitimer(signal.ITIMER_REAL, draws.uniform(0.001, 0.6))
+    try:
+        while True:
+            use(10 + index)
+    except Stop:
+        num_stopped += 1
+    assert state() == before
+    if index % 4 == 0:
+        check(model, unroll, 100 + index)
+assert num_stopped == 6
+"""
+    run_script(INTERRUPTED + script)
+
+
+def test_a_handler_is_called_at_once_in_the_users_code_and_later_in_that_of_libraries() -> None:
+    script = """
+from adaptrt import process
+
+happened = []
+
+def here():
+    signal.raise_signal(signal.SIGINT)
+    happened.append("never")
+
+model, unroll = make("eager", here)
+try:
+    unroll.adapt(data(4))
+except KeyboardInterrupt:
+    happened.append("stopped")
+assert happened == ["stopped"]
+
+signal.signal(signal.SIGUSR1, lambda number, frame: happened.append("handled"))
+before = signal.getsignal(signal.SIGUSR1), signal.getsignal(signal.SIGINT)
+source = '''
+def raises(raise_signal, number, happened):
+    raise_signal(number)
+    raise_signal(number)
+    happened.append("went on")
+'''
+library = {}
+exec(compile(source, os.path.join(os.path.dirname(torch.__file__), "made_up.py"), "exec"), library)
+inner = process.leaving_nothing(lambda: library["raises"](signal.raise_signal, signal.SIGUSR1, happened))
+
+def outer():
+    inner()
+    happened.append("inner over")
+
+process.leaving_nothing(outer)()
+assert happened == ["stopped", "went on", "handled", "inner over"], happened
+assert (signal.getsignal(signal.SIGUSR1), signal.getsignal(signal.SIGINT)) == before
+check(model, unroll, 4)
+"""
+    run_script(script)
+
+
+def test_a_rehearsal_is_not_left_on() -> None:
+    """Programs that ran without values after an interrupted rehearsal would give any number."""
+    script = """
+from adaptrt.backend import base
+from adaptrt.runtime import calls
+
+def fails():
+    base._rehearsal.is_on = True
+    raise Stop
+
+try:
+    calls._rehearse(lambda: fails(), ())
+except Stop:
+    pass
+assert not base.rehearsing()
+"""
+    run_script(INTERRUPTED + script)
+
+
+@pytest.mark.slow
+def test_compilations() -> None:
+    """A signal comes while kernels are being built: the wait ends at once, the next call is right, and so is one of other data."""
+    script = """
+from torch._inductor import cpp_builder
+
+build, building, leaves = cpp_builder.CppBuilder.build, threading.Event(), threading.Event()
+
+def slow(self):
+    building.set()
+    assert leaves.wait(100)
+    return build(self)
+
+def stops():
+    assert building.wait(100)
+    time.sleep(0.5)
+    os.kill(os.getpid(), signal.SIGINT)
+    signalled.set()
+
+cpp_builder.CppBuilder.build = slow
+signalled = threading.Event()
+model, unroll = make("inductor")
+thread = threading.Thread(target=stops)
+thread.start()
+try:
+    with torch.no_grad():
+        unroll.adapt(data(4))
+except KeyboardInterrupt:
+    assert not leaves.is_set()
+else:
+    raise AssertionError("it was not stopped")
+leaves.set()
+thread.join()
+before = state()
+check(model, unroll, 4)
+assert state() == before
+"""
+    run_script(script)
+
+
+@pytest.mark.slow
+def test_a_killed_process_leaves_a_cache_that_is_usable(tmp_path: Path) -> None:
+    script = """
+model, unroll = make("inductor")
+check(model, unroll, 4)
+"""
+    process = start(script, {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
+    deadline = time.monotonic() + 100
+    while not any(tmp_path.rglob("*.main.cpp")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.kill()
+    process.communicate()
+    assert any(tmp_path.rglob("*.cpp"))
+    run_script(script, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
