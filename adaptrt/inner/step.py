@@ -115,7 +115,10 @@ class Step:
             )
         grads = self._gradient(loss, params)
         if not grads:
-            raise NothingToAdapt(f"the support loss does not depend on any adapted parameter ({', '.join(params)}): check `params=`")
+            raise NothingToAdapt(
+                f"the support loss does not depend on any adapted parameter ({', '.join(params)}): check `params=`, and that the model "
+                "reaches its parts by attributes; a function that was put in the place of forward may hold the model itself"
+            )
         return {name: grad.detach() for name, grad in grads.items()} if self.detach_gradient else grads
 
     def _gradient(self, loss: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from adaptrt import tree
 from adaptrt.backend import Backend
 from adaptrt.backend.base import Building, Form, Runner, without_values
-from adaptrt.backend.guards import Known
+from adaptrt.backend.guards import Known, holds_mapped
 from adaptrt.errors import InvalidType, LabelOutOfRange, NonFiniteInput, ShapeChanged
 from adaptrt.graph.in_memory import in_memory
 from adaptrt.graph.ir import Constant, Graph, autocast_off
@@ -124,6 +124,9 @@ class Program:
         if self.constants:
             values = [*values, *[read() for read in self.constants]]
         if values not in self.known:
+            if holds_mapped(values):  # gradients for several cotangents at once, which only PyTorch's own kernels take
+                with torch.no_grad(), autocast_off():
+                    return self.graph.module(*values)
             values = self._checked(values)
         try:
             if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):

@@ -8,7 +8,8 @@ it: fake tensors, dispatch modes and lazily compiled graph modules (`torch._subc
 from __future__ import annotations
 
 from adaptrt.backend.engine import FREED, RETAINED
-from adaptrt.backend.guards import GUARDS, TANGENTS
+from adaptrt.backend.entry_points import ENTRY_POINTS
+from adaptrt.backend.guards import GUARDS, TANGENTS, TRANSFORMS
 from adaptrt.graph.exchange import FX_TRACING, FX_TRACING_OF_OLD, Entry, Target
 from adaptrt.graph.plain import CHECKPOINTS
 from adaptrt.graph.pytrees import PYTREES
@@ -135,6 +136,8 @@ TABLE: tuple[Entry, ...] = (
     FREED,
     PYTREES,
     TANGENTS,
+    TRANSFORMS,
+    ENTRY_POINTS,
     FX_TRACING,
     FX_TRACING_OF_OLD,
 )
