@@ -137,8 +137,8 @@ class Program:
         except (IndexError, RuntimeError) as error:
             if any(text in str(error) for text in _OUT_OF_RANGE):
                 raise LabelOutOfRange(
-                    f"a kernel was given an index that does not exist ({error}). The model or the loss computes it, from data or from a "
-                    "buffer such as a step counter; keep it within the table or the axis that it indexes"
+                    f"a kernel was given an index that does not exist ({error}). The model or the loss computes it, from data such as "
+                    "the targets of ctc_loss or from a buffer such as a step counter; keep it within the table or the axis that it indexes"
                 ) from error
             if _OTHER_DTYPE in str(error):
                 raise InvalidType(
