@@ -91,6 +91,10 @@ class NotDifferentiable(AdaptrtError, RuntimeError):
     """The gradient of an operation has no derivative. The message names the operation and the module that called it."""
 
 
+class WithinTransform(AdaptrtError, RuntimeError):
+    """An unroll, or a result of one, was called within a transformation of `torch.func`, such as `vmap` or `grad`."""
+
+
 class CannotRecord(AdaptrtError, RuntimeError):
     """A call cannot be recorded or launched, because it is within another capture of a CUDA graph or in a forked process."""
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -128,3 +130,54 @@ def test_other_changes_are_seen(name: str) -> None:
     close(unroll(batch, batch), naive.meta_loss(*looped(model), batch, batch))
     adapted = naive.adapt(*looped(model), batch)
     close(unroll.adapt(batch)(batch[0]), naive.call(model, adapted.params, adapted.buffers, batch[0])[0])
+
+
+# --- a forward that was replaced
+
+
+def compiled_in_place(model: nn.Module) -> None:
+    model.forward = torch.compile(model.forward)
+
+
+def partial(model: nn.Module) -> None:
+    model.forward = functools.partial(type(model).forward, model)
+
+
+class Held(nn.Linear):
+    """It holds what was compiled from one of its methods."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        self.run = torch.compile(self.part)
+
+    def part(self, x: Tensor) -> Tensor:
+        return nn.Linear.forward(self, x)
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.run(input)
+
+
+REPLACED: dict[str, Callable[[nn.Module], None]] = {
+    "compiled": compiled_in_place,
+    "excluded from compiling": lambda model: replaced(model, "forward", torch.compiler.disable(model.forward)),
+    "partial": partial,
+    "partial method": lambda model: replaced(model, "forward", functools.partial(model.forward)),
+}
+
+
+@pytest.mark.parametrize("name", [*REPLACED, "held"])
+def test_a_forward_that_was_replaced_runs_on_the_adapted_weights(name: str) -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    model = copy.deepcopy(plain)
+    if name == "held":
+        model[2] = Held(4, 3).double()
+        model.load_state_dict(plain.state_dict())
+    else:
+        for part in model:
+            REPLACED[name](part)
+    batch = double()
+    found = unrolled(model)(batch, batch)
+    wanted = naive.meta_loss(*looped(plain), batch, batch)
+    close(found, wanted)
+    close(torch.autograd.grad(found, list(model.parameters())), torch.autograd.grad(wanted, list(plain.parameters())))

@@ -105,7 +105,8 @@ def _refuse_table(name: str, part: nn.Embedding | nn.EmbeddingBag) -> None:
     if part.max_norm is not None:
         raise UnsupportedParameter(
             f"module '{name}' was built with max_norm={part.max_norm}, so that each call rewrites rows of its weight outside of the "
-            "optimiser. Build it with max_norm=None, and scale what it returns to that norm"
+            f"optimiser. Build it with max_norm=None, and scale what it returns: rows * ({part.max_norm} / rows.norm(dim=-1, "
+            "keepdim=True)).clamp(max=1)"
         )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adaptrt import tree
 from adaptrt.backend import Tiered
+from adaptrt.backend.guards import refuse_transforms
 from adaptrt.backend.launch import RUNNING
 from adaptrt.backend.tiered import call_ended
 from adaptrt.errors import ModelChanged, ShapeChanged
@@ -143,8 +144,10 @@ class Planner:
         """Returns the context in which a call runs. Its end is told to a background compiler, which waits for calls that capture.
 
         Raises:
+          WithinTransform: this thread is within a transformation of `torch.func`.
           CannotRecord: calls are launches, and none can be made here and now.
         """
+        refuse_transforms()
         if self._launcher is not None:
             self._launcher.refuse()
         return contextlib.closing(_TIERED_CALL) if self._is_tiered else _NOTHING

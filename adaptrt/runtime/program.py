@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from adaptrt import tree
 from adaptrt.backend import Backend
 from adaptrt.backend.base import Building, Form, Runner, without_values
-from adaptrt.backend.guards import Known, in_forward_mode, refuse_tangents
+from adaptrt.backend.guards import Known, holds_mapped, in_forward_mode, refuse_tangents
 from adaptrt.errors import InvalidType, LabelOutOfRange, NonFiniteInput, ShapeChanged
 from adaptrt.graph.in_memory import in_memory
 from adaptrt.graph.ir import Constant, Graph, autocast_off
@@ -127,6 +127,9 @@ class Program:
                 refuse_tangents(constants)
             values = [*values, *constants]
         if values not in self.known:
+            if holds_mapped(values):  # gradients for several cotangents at once, which only PyTorch's own kernels take
+                with torch.no_grad(), autocast_off():
+                    return self.graph.module(*values)
             values = self._checked(values)
         try:
             if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
@@ -137,8 +140,8 @@ class Program:
         except (IndexError, RuntimeError) as error:
             if any(text in str(error) for text in _OUT_OF_RANGE) and "storage" not in str(error):
                 raise LabelOutOfRange(
-                    f"a kernel was given an index that does not exist ({error}). The model or the loss computes it, from data or from a "
-                    "buffer such as a step counter; keep it within the table or the axis that it indexes"
+                    f"a kernel was given an index that does not exist ({error}). The model or the loss computes it, from data such as "
+                    "the targets of ctc_loss or from a buffer such as a step counter; keep it within the table or the axis that it indexes"
                 ) from error
             if _OTHER_DTYPE in str(error):
                 raise InvalidType(

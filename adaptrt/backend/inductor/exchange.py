@@ -8,7 +8,8 @@ it: fake tensors, dispatch modes and lazily compiled graph modules (`torch._subc
 from __future__ import annotations
 
 from adaptrt.backend.engine import FREED, RETAINED
-from adaptrt.backend.guards import GUARDS, TANGENTS
+from adaptrt.backend.entry_points import ENTRY_POINTS
+from adaptrt.backend.guards import GUARDS, TANGENTS, TRANSFORMS
 from adaptrt.graph.defaults import DEFAULT_DEVICE
 from adaptrt.graph.exchange import FX_TRACING, FX_TRACING_OF_OLD, Entry, Target
 from adaptrt.graph.forgetting import FAKE_RESULTS, GENERATED_SOURCES
@@ -191,6 +192,8 @@ TABLE: tuple[Entry, ...] = (
     PYTREES,
     TANGENTS,
     DEFAULT_DEVICE,
+    TRANSFORMS,
+    ENTRY_POINTS,
     FX_TRACING,
     FX_TRACING_OF_OLD,
     FAKE_RESULTS,

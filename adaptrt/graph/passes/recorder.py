@@ -149,6 +149,9 @@ class Recorder(TorchDispatchMode):
                 return func.decompose(*args, **kwargs)
         if is_mutable(func):
             self._require_own(func, args, kwargs)
+        if func is aten.masked_select.default and (places := self._places(args[1], args[0])) is not None:
+            with self:
+                return aten.index.Tensor(aten.expand(args[0], _broadcast(*args)), places)
         if func in _INDEXED:
             args = (args[0], self._with_known_masks(args[1]), *args[2:])
         if func is aten.lift_fresh.default:  # later writes to the new tensor must not change the constant
@@ -211,10 +214,17 @@ class Recorder(TorchDispatchMode):
         """Returns the indices with the places that a mask selects in place of the mask, if these are the same in every call."""
         found: list[Tensor | None] = []
         for index in indices:
-            is_mask = index is not None and index.dtype in (torch.bool, torch.uint8)
-            value_of = known_values(self.graph, [self._node_of(index)], self._literals) if is_mask else None
-            found += [index] if value_of is None else self._lifted(on_real_tensors(_places, value_of(self._node_of(index))))
+            places = self._places(index) if index is not None and index.dtype in (torch.bool, torch.uint8) else None
+            found += [index] if places is None else places
         return found
+
+    def _places(self, mask: Tensor, of: Tensor | None = None) -> list[Tensor] | None:
+        """Returns the places that a mask selects, broadcast to the shape of `of`; None if they are not the same in every call."""
+        value_of = known_values(self.graph, [self._node_of(mask)], self._literals)
+        if value_of is None:
+            return None
+        shape = mask.shape if of is None else _broadcast(mask, of)
+        return self._lifted(on_real_tensors(_true_places, value_of(self._node_of(mask)), shape))
 
     def _lifted(self, value: Any) -> Any:
         """Returns fake tensors in place of real ones, which become constants."""
@@ -228,5 +238,9 @@ def _has_node(arguments: Any) -> bool:
     return bool(found)
 
 
-def _places(mask: Tensor) -> list[Tensor]:
-    return list(mask.nonzero().unbind(1))
+def _broadcast(one: Tensor, other: Tensor) -> torch.Size:
+    return cast(Any, torch).broadcast_shapes(one.shape, other.shape)
+
+
+def _true_places(mask: Tensor, shape: torch.Size) -> list[Tensor]:
+    return list(mask.expand(shape).nonzero().unbind(1))
