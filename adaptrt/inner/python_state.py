@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from adaptrt.inner import places
 from adaptrt.inner.places import Place, unchanged_check
-from adaptrt.inner.reachable import HOOKS, TABLES, Kind, Opening, Walk, scopes, short
+from adaptrt.inner.reachable import HOOKS, PLAIN, TABLES, Kind, Opening, Walk, scopes, short
 from adaptrt.inner.user_code import Executed, outside
 
 _MAX_ENTRIES = 256
@@ -180,10 +180,11 @@ class _Search:
         entries = list(opening.entries)
         if opening.kind is Kind.SET or len(entries) > _MAX_ENTRIES or places.has_own_rules(holder):
             self.places.append(Place(f"the contents of {opening.path}", holder, places.CONTENTS, places.contents_of(holder)))
-            for _, value in entries:
+            others = [(key, value) for key, value in entries if type(value) not in PLAIN]
+            for _, value in others:
                 self._note_names(value)
-            return entries
-        self.places.append(Place(f"the length of {opening.path}", holder, places.SIZE, len(holder)))
+            return others
+        self.places.append(Place(f"the length of {opening.path}", holder, places.SIZE if entries else places.EMPTY, len(entries)))
         return [self._found(opening, places.ENTRY if opening.kind is Kind.DICT else places.ITEM, key, value) for key, value in entries]
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from adaptrt.graph.capture import is_of_trace
 from adaptrt.inner.bytecode import MUTATORS
-from adaptrt.inner.reachable import MISSING, TABLES, Kind, Opening, Walk, position, put_position, scopes, short
+from adaptrt.inner.reachable import MISSING, PLAIN, TABLES, Kind, Opening, Walk, position, put_position, scopes, short
 from adaptrt.inner.user_code import IMMUTABLE, Executed, is_array, outside, slots_of
 
 _MANY = 200_000
@@ -85,7 +85,7 @@ class Snapshot:
 
     def _visit(self, opening: Opening) -> list[tuple[Any, Any]]:
         kind, holder = opening.kind, opening.holder
-        entries = [(key, value) for key, value in opening.entries if key not in TABLES] if kind is Kind.MODULE else list(opening.entries)
+        entries = [(key, value) for key, value in opening.entries if type(value) not in PLAIN and not (kind is Kind.MODULE and key in TABLES)]
         for key, value in entries:
             if isinstance(value, list | dict | set | collections.deque) or is_array(value):
                 self._paths.setdefault(id(value), []).append(opening.path_of(key))
@@ -168,9 +168,11 @@ class _Named:
 
 def _may_differ(before: Any, after: Any) -> bool:
     """Whether it is worth looking closely."""
-    if not isinstance(before, dict):
-        return True
-    return len(before) != len(after) or any(after.get(key, MISSING) is not value for key, value in before.items())
+    if isinstance(before, dict):
+        return len(before) != len(after) or any(after.get(key, MISSING) is not value for key, value in before.items())
+    if isinstance(before, list):
+        return len(before) != len(after) or not all(map(operator.is_, before, after))
+    return True
 
 
 def _content(kind: Kind, holder: Any) -> Any:

@@ -150,12 +150,16 @@ def record_code(executed: Executed) -> Generator[None]:
         elif event == "c_call" and arg.__name__ in _CLOCKS and (source := _source(arg)) and _is_for_user(frame):
             executed.sources.add(source)
 
-    before = sys.getprofile()
+    before: Any = sys.getprofile()
     sys.setprofile(note)
     try:
         yield
     finally:
-        sys.setprofile(before)
+        if before is None or callable(before):
+            sys.setprofile(before)
+        else:  # a profiler in C, which is no function that could be set
+            sys.setprofile(None)
+            before.enable()
 
 
 def _source(function: Any) -> str | None:
