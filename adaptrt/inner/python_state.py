@@ -67,6 +67,8 @@ class _Search:
             self.places.append(Place("the environment", data, places.CONTENTS, places.contents_of(data)))
 
     def _visit(self, opening: Opening) -> _Found:
+        if isinstance(opening.owner, types.FunctionType) and id(opening.owner.__code__) not in self._ran:
+            return ()  # a function that does not run reads nothing
         match opening.kind:
             case Kind.MODULE:
                 return self._module(opening)
@@ -145,7 +147,9 @@ class _Search:
 
     def _named(self, opening: Opening) -> _Found:
         if isinstance(opening.holder, threading.local):
-            self.places.append(Place(f"the attributes of {opening.path}", opening.holder, places.SIZE_OF_OWN, len(vars(opening.holder)), None, False))
+            self.places.append(
+                Place(f"the attributes of {opening.path}", opening.holder, places.SIZE_OF_OWN, len(vars(opening.holder)), None, False)
+            )
         always = opening.is_whole or isinstance(opening.holder, types.FunctionType)
         return [
             self._found(opening, places.OF_CLASS if name == "__class__" else places.ATTRIBUTE, name, value)
@@ -271,9 +275,10 @@ class PythonState:
     def _warn_of_size(self) -> None:
         if len(self._places) > _MANY_PLACES and not self._has_warned_of_size:
             self._has_warned_of_size = True
-            roots = collections.Counter(re.split(r"[.\[]", place.path.removeprefix("the length of "))[0] for place in self._places)
+            paths = [place.path.removeprefix("the length of ") for place in self._places]
+            ((most, _),) = collections.Counter([re.split(r"\[", path)[0] for path in paths]).most_common(1)
             warnings.warn(
-                f"{len(self._places)} Python values are read by the model, the loss or the optimiser, most of them in {roots.most_common(1)[0][0]}, "
+                f"{len(self._places)} Python values are read by the model, the loss or the optimiser, most of them in {most}, "
                 "and each call compares them all. Keep large tables of objects in tensors, or out of reach of code that runs",
                 stacklevel=outside(),
             )

@@ -21,7 +21,16 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from adaptrt.inner.bytecode import facts
-from adaptrt.inner.user_code import IMMUTABLE, is_array, is_holder, is_of_user, is_read_by_library, is_users_class, is_users_module, slots_of
+from adaptrt.inner.user_code import (
+    IMMUTABLE,
+    is_array,
+    is_holder,
+    is_of_user,
+    is_read_by_library,
+    is_users_class,
+    is_users_module,
+    slots_of,
+)
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 TABLES = ("_parameters", "_buffers", "_modules")
@@ -80,7 +89,7 @@ class Opening(NamedTuple):
       holder: what is written to.
       entries: keys and values.
       is_whole: whether all entries count as read, whatever code names.
-      owner: the module, if it is one.
+      owner: the module or the function, if it is one.
     """
 
     kind: Kind
@@ -136,7 +145,11 @@ def opened(path: str, value: Any) -> list[Opening]:
         children = [(name, child) for name, child in value._modules.items() if child is not None]
         own = vars(value)
         entries = [(name, entry) for name, entry in list(own.items()) if name not in _INTERNALS]
-        return [Opening(Kind.MODULE, path, own, entries, owner=value), *[_parts(f"{path}.{name}", [child]) for name, child in children], *_of_class(value)]
+        return [
+            Opening(Kind.MODULE, path, own, entries, owner=value),
+            *[_parts(f"{path}.{name}", [child]) for name, child in children],
+            *_of_class(value),
+        ]
     if isinstance(value, types.FunctionType):
         return _function(path, value)
     if isinstance(value, types.MethodType):
@@ -174,8 +187,8 @@ def _content(path: str, value: Any) -> list[Opening]:
     if isinstance(value, contextvars.ContextVar):
         return [Opening(Kind.CONTEXT, path, value, [(MISSING, value.get(MISSING))])]
     if is_array(value):
-        objects = getattr(value, "dtype", None) == object
-        return [Opening(Kind.ARRAY, path, value, list(enumerate(value.ravel().tolist())) if objects else ())]
+        has_objects = getattr(getattr(value, "dtype", None), "hasobject", False)
+        return [Opening(Kind.ARRAY, path, value, list(enumerate(value.ravel().tolist())) if has_objects else ())]
     return [Opening(Kind.POSITION, path, value)] if position(value) is not None else []
 
 
@@ -214,8 +227,11 @@ def _function(path: str, function: types.FunctionType) -> list[Opening]:
         wrapped = [value for _, cell in cells for value in _with_state(cell.cell_contents)]
         return [*([attributes] if wrapped or attributes.entries else []), _parts(path, wrapped)]
     own = [(name, getattr(function, name)) for name in ("__code__", "__defaults__", "__kwdefaults__")]
-    closure = [Opening(Kind.CELL, f"{function.__name__}.<closure>.{name}", cell, [(name, cell.cell_contents)]) for name, cell in cells]
-    return [attributes, Opening(Kind.NAMED, path, function, own), *closure]
+    closure = [
+        Opening(Kind.CELL, f"{function.__name__}.<closure>.{name}", cell, [(name, cell.cell_contents)], owner=function)
+        for name, cell in cells
+    ]
+    return [attributes, Opening(Kind.NAMED, path, function, own, owner=function), *closure]
 
 
 def _with_state(value: Any, depth: int = 0) -> list[Any]:
