@@ -118,6 +118,25 @@ def by_other_code() -> tuple[Any, Change]:
     return scaled(scale), lambda: setattr(scale, "__code__", (lambda: 3.0).__code__)
 
 
+def in_a_backward() -> tuple[Any, Change]:
+    """As in the reversal of gradients, whose weight is annealed."""
+    weights = {"scale": 2.0}
+
+    class Scaled(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, grad: Tensor) -> Tensor:  # type: ignore[override]
+            return grad * weights["scale"]
+
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(Scaled.apply(output), target)
+
+    return loss, lambda: weights.update(scale=3.0)
+
+
 class Settings:
     """A class of whose objects the attributes are read under computed names."""
 
@@ -188,6 +207,11 @@ def numbers_in(kept: Callable[[], Any]) -> Callable[[], tuple[Any, Change]]:
     return make
 
 
+def of_an_object_in_an_array() -> tuple[Any, Change]:
+    kept = numpy.array([types.SimpleNamespace(scale=2.0)], dtype=object)
+    return scaled(lambda: kept[0].scale), lambda: setattr(kept[0], "scale", 3.0)
+
+
 def of_another_value(first: Any, second: Any, read: Callable[[Any], float] = float) -> Callable[[], tuple[Any, Change]]:
     def make() -> tuple[Any, Change]:
         kept = {"value": first() if callable(first) else first}
@@ -216,7 +240,7 @@ def by_two_functions_of_one_source() -> tuple[Any, Change]:
 
 
 def by_a_class_of_no_module() -> tuple[Any, Change]:
-    kept = type("Scale", (), {"__module__": "a_module_that_was_never_imported", "value": 2.0})()
+    kept: Any = type("Scale", (), {"__module__": "a_module_that_was_never_imported", "value": 2.0})()
     return scaled(lambda: kept.value), lambda: setattr(kept, "value", 3.0)
 
 
@@ -326,7 +350,7 @@ READ: dict[str, Callable[[], tuple[Any, Change]]] = {
     "an attribute of a deque": of_a(Kinds.Deque),
     "an array of the standard library": numbers_in(lambda: array.array("d", [1.0, 2.0])),
     "a bytearray": numbers_in(lambda: bytearray([1, 2])),
-    "a list in an array of objects": of_a(lambda: numpy.array([types.SimpleNamespace(scale=2.0)], dtype=object)[0]),
+    "an object in an array": of_an_object_in_an_array,
     "a UserDict": numbers_in(lambda: collections.UserDict({1: 2.0})),
     "a dict in a mappingproxy": computed(lambda kept, index: types.MappingProxyType(vars(kept))["scale_1"]),
     "a number that says it is equal": of_another_value(Kinds.Float(2.0), Kinds.Float(3.0)),
@@ -345,6 +369,7 @@ READ: dict[str, Callable[[], tuple[Any, Change]]] = {
     "a teacher with another parameter": of_a_teacher_with_another_parameter,
     "a teacher in another mode": of_a_teacher_in_another_mode,
     "a descriptor": of_a_descriptor,
+    "the backward pass of a function": in_a_backward,
 }
 
 

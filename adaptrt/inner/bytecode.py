@@ -20,14 +20,15 @@ _SETS_COMPUTED = frozenset({"__setattr__", "__delattr__", "__dict__", "vars", "e
 """The same of code that sets them, besides `setattr`."""
 
 MUTATORS = frozenset(
-    "append appendleft extend extendleft insert pop popleft popitem remove clear sort reverse rotate update setdefault add discard "
-    "difference_update intersection_update symmetric_difference_update move_to_end subtract fill put itemset resize frombytes fromlist "
-    "__setitem__ __delitem__ __iadd__ __ior__".split()
+    {"append", "appendleft", "extend", "extendleft", "insert", "pop", "popleft", "popitem", "remove", "clear", "sort", "reverse", "rotate"}
+    | {"update", "setdefault", "add", "discard", "difference_update", "intersection_update", "symmetric_difference_update", "move_to_end"}
+    | {"subtract", "fill", "put", "itemset", "resize", "frombytes", "fromlist", "__setitem__", "__delitem__", "__iadd__", "__ior__"}
 )
 """Methods that change a container of the standard library or an array of NumPy's."""
 
 _FUNCTIONS_THAT_MUTATE = frozenset(
-    "heappush heappop heapify heapreplace heappushpop insort insort_left insort_right setitem delitem iadd ior iconcat copyto shuffle".split()
+    {"heappush", "heappop", "heapify", "heapreplace", "heappushpop", "insort", "insort_left", "insort_right"}
+    | {"setitem", "delitem", "iadd", "ior", "iconcat", "copyto", "shuffle"}
 )
 
 _LOADS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF")

@@ -19,6 +19,8 @@ ENTRY = "{h}.get({i}) is {v}"
 ITEM = "{h}[{i}] is {v}"
 CELL = "{h}.cell_contents is {v}"
 SIZE = "len({h}) == {v}"
+EMPTY = "not {h}"
+"""The same as a size of 0, and faster; every module has two empty tables of hooks."""
 EQUAL = "{h} == {v}"
 NUMBERS = "{h}.tobytes() == {v}"
 KIND_OF_ENTRY = "{h}.get({i}).__class__ is {v}"
@@ -37,7 +39,7 @@ class Place:
     Attributes:
       path: in words, for messages.
       holder: the object that has it.
-      code: Python that compares what the holder has with the value. `{h}` stands for the holder, `{i}` for the index and `{v}` for the value.
+      code: Python that compares what the holder has with the value. `{h}` stands for the holder, `{i}` for the index, `{v}` for the value.
       value: what was found, or for a tensor attribute of a module its class, as the tensor itself is read at each call.
       index: a key, a position or a name.
       makes_programs: whether another value needs another program. Otherwise it is a sign to search again.
@@ -121,10 +123,8 @@ def contents_of(holder: Any) -> list[Any]:
     """The entries of a container, whatever a derived class makes of them, in an order that stays as long as it does not change."""
     if isinstance(holder, dict):
         return [*dict.__iter__(holder), *dict.values(holder)]
-    for kind in (list, collections.deque, set):
-        if isinstance(holder, kind):
-            return list(kind.__iter__(holder))
-    return list(holder)
+    kinds: tuple[Any, ...] = (list, collections.deque, set)
+    return list(next(kind for kind in kinds if isinstance(holder, kind)).__iter__(holder))
 
 
 def same_contents(holder: Any, entries: list[Any]) -> bool:

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from adaptrt.inner import places
 from adaptrt.inner.places import Place, unchanged_check
-from adaptrt.inner.reachable import HOOKS, TABLES, Kind, Opening, Walk, scopes, short
+from adaptrt.inner.reachable import HOOKS, PLAIN, TABLES, Kind, Opening, Walk, scopes, short
 from adaptrt.inner.user_code import Executed, outside
 from adaptrt.process import lock
 
@@ -68,6 +68,8 @@ class _Search:
             self.places.append(Place("the environment", data, places.CONTENTS, places.contents_of(data)))
 
     def _visit(self, opening: Opening) -> _Found:
+        if isinstance(opening.owner, types.FunctionType) and id(opening.owner.__code__) not in self._ran:
+            return ()  # a function that does not run reads nothing
         match opening.kind:
             case Kind.MODULE:
                 return self._module(opening)
@@ -183,10 +185,11 @@ class _Search:
         entries = list(opening.entries)
         if opening.kind is Kind.SET or len(entries) > _MAX_ENTRIES or places.has_own_rules(holder):
             self.places.append(Place(f"the contents of {opening.path}", holder, places.CONTENTS, places.contents_of(holder)))
-            for _, value in entries:
+            others = [(key, value) for key, value in entries if type(value) not in PLAIN]
+            for _, value in others:
                 self._note_names(value)
-            return entries
-        self.places.append(Place(f"the length of {opening.path}", holder, places.SIZE, len(holder)))
+            return others
+        self.places.append(Place(f"the length of {opening.path}", holder, places.SIZE if entries else places.EMPTY, len(entries)))
         return [self._found(opening, places.ENTRY if opening.kind is Kind.DICT else places.ITEM, key, value) for key, value in entries]
 
 
@@ -273,9 +276,10 @@ class PythonState:
     def _warn_of_size(self) -> None:
         if len(self._places) > _MANY_PLACES and not self._has_warned_of_size:
             self._has_warned_of_size = True
-            roots = collections.Counter(re.split(r"[.\[]", place.path.removeprefix("the length of "))[0] for place in self._places)
+            paths = [place.path.removeprefix("the length of ") for place in self._places]
+            ((most, _),) = collections.Counter([re.split(r"\[", path)[0] for path in paths]).most_common(1)
             warnings.warn(
-                f"{len(self._places)} Python values are read by the model, the loss or the optimiser, most of them in {roots.most_common(1)[0][0]}, "
+                f"{len(self._places)} Python values are read by the model, the loss or the optimiser, most of them in {most}, "
                 "and each call compares them all. Keep large tables of objects in tensors, or out of reach of code that runs",
                 stacklevel=outside(),
             )

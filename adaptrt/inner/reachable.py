@@ -37,7 +37,8 @@ TABLES = ("_parameters", "_buffers", "_modules")
 _INTERNALS = frozenset(vars(nn.Module())) - {*HOOKS, *TABLES, "training"}
 """Attributes of modules that are PyTorch's own."""
 
-_PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range})
+PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range})
+"""Classes of values that hold nothing else."""
 
 
 class _Missing:
@@ -88,7 +89,7 @@ class Opening(NamedTuple):
       holder: what is written to.
       entries: keys and values.
       is_whole: whether all entries count as read, whatever code names.
-      owner: the module, if it is one.
+      owner: the module or the function, if it is one.
     """
 
     kind: Kind
@@ -133,7 +134,7 @@ class Walk:
                     self._open(opening, left)
 
     def _open(self, opening: Opening, left: collections.deque[tuple[str, Any]]) -> None:
-        left.extend([(opening.path_of(key), entry) for key, entry in self._visit(opening) if type(entry) not in _PLAIN])
+        left.extend([(opening.path_of(key), entry) for key, entry in self._visit(opening) if type(entry) not in PLAIN])
 
 
 def opened(path: str, value: Any) -> list[Opening]:
@@ -186,8 +187,8 @@ def _content(path: str, value: Any) -> list[Opening]:
     if isinstance(value, contextvars.ContextVar):
         return [Opening(Kind.CONTEXT, path, value, [(MISSING, value.get(MISSING))])]
     if is_array(value):
-        objects = getattr(value, "dtype", None) == object
-        return [Opening(Kind.ARRAY, path, value, list(enumerate(value.ravel().tolist())) if objects else ())]
+        has_objects = getattr(getattr(value, "dtype", None), "hasobject", False)
+        return [Opening(Kind.ARRAY, path, value, list(enumerate(value.ravel().tolist())) if has_objects else ())]
     return [Opening(Kind.POSITION, path, value)] if position(value) is not None else []
 
 
@@ -223,10 +224,32 @@ def _function(path: str, function: types.FunctionType) -> list[Opening]:
     attributes = Opening(Kind.ATTRIBUTES, path, vars(function), list(vars(function).items()))
     cells = [(name, cell) for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True) if cell != _EMPTY]
     if not is_of_user(function.__code__, function.__globals__):
-        return [attributes, _parts(path, [cell.cell_contents for _, cell in cells])]
+        wrapped = [value for _, cell in cells for value in _with_state(cell.cell_contents)]
+        return [*([attributes] if wrapped or attributes.entries else []), _parts(path, wrapped)]
     own = [(name, getattr(function, name)) for name in ("__code__", "__defaults__", "__kwdefaults__")]
-    closure = [Opening(Kind.CELL, f"{function.__name__}.<closure>.{name}", cell, [(name, cell.cell_contents)]) for name, cell in cells]
-    return [attributes, Opening(Kind.NAMED, path, function, own), *closure]
+    closure = [
+        Opening(Kind.CELL, f"{function.__name__}.<closure>.{name}", cell, [(name, cell.cell_contents)], owner=function)
+        for name, cell in cells
+    ]
+    return [attributes, Opening(Kind.NAMED, path, function, own, owner=function), *closure]
+
+
+def _with_state(value: Any, depth: int = 0) -> list[Any]:
+    """What may hold state of the user's among what a function that is not the user's has been given."""
+    if isinstance(value, types.FunctionType):
+        if is_of_user(value.__code__, value.__globals__):
+            return [value]
+        inner = [cell.cell_contents for cell in value.__closure__ or () if cell != _EMPTY]
+        return [value] if depth < _DEEP and any(_with_state(part, depth + 1) for part in inner) else []
+    if isinstance(value, types.MethodType | functools.partial | functools._lru_cache_wrapper | nn.Module) or is_users_class(type(value)):
+        return [value]
+    if depth < _DEEP and isinstance(value, tuple | list | dict):
+        parts = list(dict.values(value)) if isinstance(value, dict) else list(value)
+        return [found for part in parts for found in _with_state(part, depth + 1)]
+    return []
+
+
+_DEEP = 8
 
 
 _EMPTY = types.CellType()

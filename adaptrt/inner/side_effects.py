@@ -37,8 +37,13 @@ _MAX_LITERAL = 4096
 """Elements of a constant that may have been written as numbers in the code of a pass."""
 
 
-def attribute_writes(base: nn.Module, twin: nn.Module) -> list[Write]:
-    """What a call has changed in the attributes of `twin`, which was a shadow of `base`."""
+def attribute_writes(base: nn.Module, twin: nn.Module, executed: Executed) -> list[Write]:
+    """What a call has changed in the attributes of `twin`, which was a shadow of `base`.
+
+    Args:
+      base, twin: the modules.
+      executed: the code that ran. What it does not write is what another thread has meanwhile done to `base`.
+    """
     names = {id(part): name for name, part in base.named_modules(prefix="model")}
     pairs = list(zip(base.modules(), _modules_of(base, twin), strict=False))
     parts = {id(part): copied for part, copied in pairs}
@@ -52,7 +57,7 @@ def attribute_writes(base: nn.Module, twin: nn.Module) -> list[Write]:
                     one, other = old.get(key, MISSING), new.get(key, MISSING)
                     if (one is MISSING or other is MISSING or name == "_modules") and not is_same(one, other, parts):
                         found.append(Write(f"{names[id(part)]}.{key}", one, other))
-            elif not is_same(old, new, parts):
+            elif not is_same(old, new, parts) and (executed.may_set(name) or executed.may_write_into([name])):
                 found.append(Write(f"{names[id(part)]}.{name}", old, new))
     return found
 
@@ -135,9 +140,9 @@ def refuse(writes: Sequence[Write], executed: Executed, *, again: bool) -> None:
     """
     if not writes:
         raise NotTraceable(
-            f"what the model, the loss or the optimiser computes depends on {' and '.join(sorted(executed.sources))}, which gives another "
-            "value each time. A program would go on with the value of the first pass. Ask it outside, and pass the value in as a part of the "
-            "batch or as a buffer; for random numbers use torch.rand"
+            f"what the model, the loss or the optimiser computes depends on {' and '.join(sorted(executed.sources))}, which gives "
+            "another value each time. A program would go on with the value of the first pass. Ask it outside, and pass the value in as a "
+            "part of the batch or as a buffer; for random numbers use torch.rand"
         )
     shown = sorted(writes, key=lambda write: isinstance(write.before, Tensor) or isinstance(write.after, Tensor))[:3]
     line = next((found for write in shown if (found := _line_of(write.path, executed))), None)

@@ -1,9 +1,11 @@
 """The Python objects that can be reached from what the user has passed in: what a pass wrote to them, and putting it back.
 
-Other threads may write to the same objects meanwhile. So a change counts as the pass's only if code that ran may have made it: if it sets an
-attribute or a global name of this name, or changes a container that is reached by a name in it (`bytecode.py`). What nobody but other
-threads can have written is left alone. Known limit: what other threads put into a container that the pass writes into, too, counts as the
-pass's, unless it is a tensor with values.
+Other threads may write to the same objects meanwhile. So a change counts as the pass's only if code that ran may have made it: if it sets
+an attribute or a global name of this name, or changes a container that is reached by a name in it (`bytecode.py`). What nobody but other
+threads can have written is left alone.
+
+Known limit: what other threads put into a container that the pass itself writes into meanwhile is taken out with what the pass wrote,
+unless it has tensors with values, or stands in a list into which the pass has put tensors.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ import copy
 import dataclasses
 import functools
 import operator
-import re
 import threading
 import types
 import warnings
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from adaptrt.graph.capture import is_of_trace
 from adaptrt.inner.bytecode import MUTATORS
-from adaptrt.inner.reachable import MISSING, TABLES, Kind, Opening, Walk, position, put_position, scopes, short
+from adaptrt.inner.reachable import MISSING, PLAIN, TABLES, Kind, Opening, Walk, position, put_position, scopes, short
 from adaptrt.inner.user_code import IMMUTABLE, Executed, is_array, outside, slots_of
 
 _MANY = 200_000
@@ -85,10 +86,12 @@ class Snapshot:
 
     def _visit(self, opening: Opening) -> list[tuple[Any, Any]]:
         kind, holder = opening.kind, opening.holder
-        entries = [(key, value) for key, value in opening.entries if key not in TABLES] if kind is Kind.MODULE else list(opening.entries)
+        entries = [
+            (key, value) for key, value in opening.entries if type(value) not in PLAIN and not (kind is Kind.MODULE and key in TABLES)
+        ]
         for key, value in entries:
             if isinstance(value, list | dict | set | collections.deque) or is_array(value):
-                self._paths.setdefault(id(value), []).append(opening.path_of(key))
+                self._paths.setdefault(id(value), []).extend([opening.path_of(key), *([opening.path] if opening.is_whole else [])])
             elif isinstance(value, types.BuiltinMethodType) and value.__name__ in MUTATORS:
                 self._written.add(id(value.__self__))
         if kind not in (Kind.FIXED, Kind.TUPLE):
@@ -125,8 +128,8 @@ class Snapshot:
         return tuple({key: content[key] for key in changed if key in content} for content in (before, after))  # type: ignore[return-value]
 
     def _own_entries(self, holder: Any, path: str, before: Any, after: Any, may_own_values: bool) -> tuple[Any, Any]:
-        names = {name for found in (path, *self._paths.get(id(holder), ())) for name in re.findall(r"[^\W\d]\w*", found.partition(".")[2])}
-        may_write = id(holder) in self._written or self._executed.may_write_into(names)
+        paths = [found.partition(".")[2] for found in (path, *self._paths.get(id(holder), ()))]
+        may_write = id(holder) in self._written or self._executed.may_write_into(paths)
 
         def is_own(entry: Any) -> bool:
             tensors = _tensors(entry)
@@ -137,10 +140,11 @@ class Snapshot:
             changed = [key for key in changed if is_own(after.get(key, MISSING))]
             return tuple({key: content[key] for key in changed if key in content} for content in (before, after))  # type: ignore[return-value]
         if isinstance(before, set):
-            kept = after if may_write else before | after
-            return before, {entry for entry in kept if entry in before or is_own(entry)}
+            return before, (before & after if may_write else before) | set(filter(is_own, after - before))
         if isinstance(before, list) and _is_longer(before, after):
-            return before, [*before, *filter(is_own, after[len(before) :])]
+            added = after[len(before) :]
+            of_trace = [entry for entry in added if any(map(is_of_trace, _tensors(entry)))]
+            return before, [*before, *(of_trace if of_trace and not may_own_values else filter(is_own, added))]
         return before, after if may_write else before
 
 
@@ -168,9 +172,11 @@ class _Named:
 
 def _may_differ(before: Any, after: Any) -> bool:
     """Whether it is worth looking closely."""
-    if not isinstance(before, dict):
-        return True
-    return len(before) != len(after) or any(after.get(key, MISSING) is not value for key, value in before.items())
+    if isinstance(before, dict):
+        return len(before) != len(after) or any(after.get(key, MISSING) is not value for key, value in before.items())
+    if isinstance(before, list):
+        return len(before) != len(after) or not all(map(operator.is_, before, after))
+    return True
 
 
 def _content(kind: Kind, holder: Any) -> Any:

@@ -1,7 +1,7 @@
 """The user's Python code and values: which code ran, which classes and files are the user's, and which values cannot change.
 
-Code is the user's if it is neither PyTorch's nor ours nor the standard library's, so that of other packages is, too, and so is code of which
-nobody knows where it is from.
+Code is the user's if it is neither PyTorch's nor ours nor the standard library's, so that of other packages is, too, and so is code of
+which nobody knows where it is from.
 """
 
 from __future__ import annotations
@@ -12,10 +12,11 @@ import contextlib
 import datetime
 import enum
 import os
+import re
 import sys
 import sysconfig
 import types
-from collections.abc import Callable, Generator, Mapping, Set
+from collections.abc import Callable, Generator, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -50,8 +51,9 @@ _HEAP_TYPE = 1 << 9
 """The flag of classes that were made while Python runs."""
 
 _CLOCKS = frozenset(
-    "time time_ns monotonic monotonic_ns perf_counter perf_counter_ns process_time process_time_ns thread_time thread_time_ns localtime gmtime "
-    "ctime strftime clock_gettime clock_gettime_ns now utcnow today urandom getrandom times getloadavg getrusage".split()
+    {"time", "time_ns", "monotonic", "monotonic_ns", "perf_counter", "perf_counter_ns", "process_time", "process_time_ns", "thread_time"}
+    | {"thread_time_ns", "localtime", "gmtime", "ctime", "strftime", "clock_gettime", "clock_gettime_ns", "now", "utcnow", "today"}
+    | {"urandom", "getrandom", "times", "getloadavg", "getrusage"}
 )
 """Functions in C that give another value each time: clocks, and the operating system's random numbers."""
 
@@ -152,12 +154,19 @@ class Executed:
         """Whether some of it may set a variable of this name in a function around it."""
         return any(name in known.sets_variables for known in self.facts())
 
-    def may_write_into(self, names: Set[str]) -> bool:
-        """Whether some of it may change a container which is reached by these names."""
-        known = self.facts()
-        if not names or any(names & of.writes_into for of in known):
+    def may_write_into(self, paths: Iterable[str]) -> bool:
+        """Whether some of it may change a container which is reached by these paths.
+
+        It may if a path has no name at all, if it writes into what a path names, or if it names the container and writes into something
+        that has come from elsewhere.
+        """
+        parts = [re.findall(r"[^\W\d]\w*", path) for path in paths]
+        if not all(parts):
             return True
-        return any(of.writes_into_others for of in known) and any(names & of.own_names for of in known)
+        known, names, last = self.facts(), {name for part in parts for name in part}, {part[-1] for part in parts}
+        return any(names & of.writes_into for of in known) or (
+            any(of.writes_into_others for of in known) and any(last & of.own_names for of in known)
+        )
 
     def merge(self, other: Executed) -> bool:
         """Adds code that another block ran; returns whether any of it is new."""

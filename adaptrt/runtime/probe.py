@@ -92,7 +92,7 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> tu
             live.update({key: value.requires_grad for key, value in updated.items()})
             if name != "support":
                 return loss, updated
-            with diagnose.pulling_back(loss):
+            with diagnose.pulling_back(loss), record_code(executed):
                 grads = step.gradient(loss, params)
             with diagnose.updating(), record_code(executed), questions:
                 result = step.update(grads, carry.opt_state, params, fixed.hyper)
@@ -146,7 +146,7 @@ def _watched(step: Step, executed: Executed, run: Callable[[], Graph]) -> _Seen:
         graph = run()
         outside = world.writes()
     refuse_code(executed, step.mode)
-    writes = [*outside, *(write for base, twin in calls.made for write in attribute_writes(base, twin))]
+    writes = [*outside, *(write for base, twin in calls.made for write in attribute_writes(base, twin, executed))]
     return _Seen(graph, writes, bool(outside))
 
 
@@ -166,7 +166,7 @@ def _require_no_state(writes: Sequence[Write], run: Callable[..., Tree], args: t
             num_calls = len(calls.made)
             world = Snapshot(_roots(step), executed)
             results = results, run(*second)
-            later = [*world.writes(), *(write for base, twin in calls.made[num_calls:] for write in attribute_writes(base, twin))]
+            later = [*world.writes(), *(write for base, twin in calls.made[num_calls:] for write in attribute_writes(base, twin, executed))]
             unsettled.extend(write for write in later if not is_same(write.before, write.after, {}, settled=True))
         return results
 
