@@ -55,17 +55,14 @@ def refuse_tangents(tensors: Sequence[Tensor]) -> None:
         )
 
 
-def may_be_compared(value: Any) -> bool:
-    """Whether a value is a tensor that may be given to what `alike` returns. PyTorch's guards end the process if they get a nested one."""
-    return isinstance(value, Tensor) and not value.is_nested
-
-
 def alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     """Returns a function that says whether other tensors, as many, are like these.
 
     They are if each has the class, dispatch keys, dtype, device, layout, sizes, strides and `requires_grad` of its example, and if
     arguments that are one object here are one object there, too. Dispatch keys say, for example, whether a view is a negated one. What the
     function accepts within inference mode it refuses outside, and the other way round.
+
+    It must not be given nested tensors: PyTorch's guards end the process then.
     """
     if any(tensor.layout is not torch.strided for tensor in tensors):
         return lambda *others: False
