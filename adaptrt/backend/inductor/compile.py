@@ -216,9 +216,11 @@ def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any,
         def compile_once() -> Any:
             if waits is not None:
                 waits.clear()  # of an attempt that failed
-            # What the key on disk does not know, and code depends on: besides our sources the processor and what was picked of it.
+            # What the key on disk does not know, and code depends on: besides our sources the processor and what was picked of it, and
+            # the dtype of numbers, which PyTorch 2.11 leaves out.
             machine = f"{pick_vec_isa()} of {processor.instruction_sets()}"
-            key = f"{sources}, {num_results} results, {machine}, assertions {__debug__}, exchanged: {', '.join(in_use())}"
+            python = f"{torch.get_default_dtype()}, assertions {__debug__}"
+            key = f"{sources}, {num_results} results, {machine}, {python}, exchanged: {', '.join(in_use())}"
             with cache_config.patch(cache_key_tag=key):
                 return compile_fx.compile_fx_inner(_keep_strides(copy_module(graph), num_results), inputs)
 
