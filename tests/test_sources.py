@@ -33,6 +33,7 @@ OF_GRAPHS = {
         "adaptrt.graph.plain",
         "adaptrt.graph.forgetting",
         "adaptrt.graph.defaults",
+        "adaptrt.process",
     ),
     # Exchanged or not: that is part of the key itself.
     *("adaptrt.graph.exchange", "adaptrt.graph.collector", "adaptrt.errors"),

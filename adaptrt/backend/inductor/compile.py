@@ -141,15 +141,14 @@ class Inductor(Backend):
         process = os.getpid()
 
         def finish() -> Runner:
-            if os.getpid() != process:  # the threads that build did not survive the fork
-                return _runner(*_compile(graph, None))
-            try:
-                for wait in waits:
-                    wait()
-            except Exception:  # fails again, unless the reason was the processor's instructions, or what is exchanged
-                again = _compiled_or_not(graph, None)
-                return _in_forms(Eager().compile(graph), forms) if again is None else _runner(*again)
-            return _runner(*found)
+            if os.getpid() == process:  # otherwise the threads that build did not survive the fork
+                # What fails here fails again below, unless the reason was the processor's instructions, or what is exchanged.
+                with contextlib.suppress(Exception):
+                    for wait in waits:
+                        wait()
+                    return _runner(*found)
+            again = _compiled_or_not(graph, None)
+            return _in_forms(Eager().compile(graph), forms) if again is None else _runner(*again)
 
         return finish() if forms is None else Building(forms, finish)
 
