@@ -255,7 +255,7 @@ class PythonState:
         self._next = 1
         self._places: list[Place] = []
         # The values of each number, too, so that no other object gets the identity of one that is known.
-        self._numbers: collections.OrderedDict[Hashable, tuple[int, list[Any]]] = collections.OrderedDict()
+        self._numbers: dict[Hashable, tuple[int, list[Any]]] = {}
         self._is_unchanged: Callable[[], bool] = lambda: True
         self._has_warned = False
 
@@ -285,7 +285,7 @@ class PythonState:
     def _remember(self, number: int) -> None:
         self._numbers[self._key()] = number, [place.value for place in self._places]
         if len(self._numbers) > _MAX_NUMBERS:
-            self._numbers.popitem(last=False)
+            del self._numbers[next(iter(self._numbers))]
 
     def _key(self) -> Hashable:
         return tuple([place.key for place in self._places if place.makes_programs])
