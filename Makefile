@@ -9,13 +9,16 @@ PYTEST_ARGS ?= -n 2 --dist loadfile
 PYTEST = $(BIN)/python -m pytest --benchmark-disable
 DEMO_ARGS ?=
 BENCH_ARGS ?=
+MODELS_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench bench-quick check format clean
+.PHONY: help demo test covering models bench bench-quick check format clean
 
 help:
 	@echo "make demo    meta-train and adapt on real handwriting, about 2 minutes (DEMO_ARGS='--minutes 1' for less)"
 	@echo "make test    run all tests (PYTEST_ARGS='-k name' for some)"
+	@echo "make covering a few numbers of every kind under python -OO and -W error, half a minute"
+	@echo "make models  adapt small models of well-known packages, which it installs (2 GB), and compare (MODELS_ARGS='--only peft' for some)"
 	@echo "make bench   adaptrt and its peers on all workloads (BENCH_ARGS='-k sine' for some); bench-quick: 3 minutes"
 	@echo "make check   formatting, lint, types, import layers"
 	@echo "make format  apply formatting and the lint fixes that are safe"
@@ -26,6 +29,14 @@ demo: $(VENV)/.demo
 
 test: $(VENV)/.test
 	$(PYTEST) $(PYTEST_ARGS)
+
+# Tests say nothing under `python -O`, which removes their assertions; this script raises.
+covering: $(VENV)/.test
+	$(BIN)/python -OO -m tests.covering
+	$(BIN)/python -W error -m tests.covering --compiled
+# Not part of the tests: the packages are large, and their next releases are not ours.
+models: $(VENV)/.models
+	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/model_zoo.py --check $(MODELS_ARGS)
 
 # The report's tables go to the screen, JSON, tables and plot to build/.
 BENCH = $(BIN)/python -m pytest -o python_files='bench_*.py' -o filterwarnings=default -q --show-capture=no benchmarks/suite --benchmark-json=build/$@.json

@@ -91,6 +91,10 @@ class NotDifferentiable(AdaptrtError, RuntimeError):
     """The gradient of an operation has no derivative. The message names the operation and the module that called it."""
 
 
+class WithinTransform(AdaptrtError, RuntimeError):
+    """An unroll, or a result of one, was called within a transformation of `torch.func`, such as `vmap` or `grad`."""
+
+
 class CannotRecord(AdaptrtError, RuntimeError):
     """A call cannot be recorded or launched, because it is within another capture of a CUDA graph or in a forked process."""
 
@@ -104,7 +108,11 @@ class InvalidGraph(AdaptrtError, RuntimeError):
 
 
 class CompilerUnavailable(UserWarning):
-    """No C++ compiler was found, so programs run on the eager backend."""
+    """A program cannot be built or kept on this machine, for example without a C++ compiler. It runs on the eager backend."""
+
+
+class DamagedCache(UserWarning):
+    """A file of a compiled program on disk is not what was written there. It is made again."""
 
 
 class RecordingFailed(UserWarning):

@@ -10,6 +10,7 @@ import collections
 import contextlib
 import contextvars
 import copy
+import functools
 import types
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from typing import Any
@@ -171,12 +172,31 @@ def shadow(module: nn.Module) -> nn.Module:
     return copies[id(module)]
 
 
+def _uncompiled(value: Any) -> Any:
+    """Returns what a function was made from by `torch.compile` or `torch.compiler.disable`, or the function itself."""
+    while isinstance(value, types.FunctionType) and value.__globals__["__name__"].startswith("torch._dynamo."):
+        inner = vars(value).get("_torchdynamo_orig_callable", vars(value).get("__wrapped__"))
+        if inner is None:
+            break
+        value = inner
+    return value
+
+
 def remapped(value: Any, parts: Mapping[int, nn.Module]) -> Any:
-    """Replaces the modules in `value` by those in `parts`, which are found by id. Containers are copied, and methods are bound anew."""
+    """Replaces the modules in `value` by those in `parts`, which are found by id.
+
+    Containers and partial functions are copied, and methods are bound anew. What `torch.compile` made of a method, or excluded from
+    compiling, is replaced by the method.
+    """
     if isinstance(value, nn.Module):
         return parts.get(id(value), value)
     if isinstance(value, types.MethodType) and id(value.__self__) in parts:
         return types.MethodType(value.__func__, parts[id(value.__self__)])
+    if isinstance(value, types.FunctionType):
+        method = _uncompiled(value)
+        return remapped(method, parts) if method is not value and refers(method, parts) else value
+    if type(value) is functools.partial:
+        return functools.partial(remapped(value.func, parts), *remapped(value.args, parts), **remapped(value.keywords, parts))
     if isinstance(value, tuple):
         held = [remapped(entry, parts) for entry in value]
         return type(value)(*held) if hasattr(value, "_fields") else tuple(held) if type(value) is tuple else value
@@ -206,6 +226,11 @@ def refers(value: Any, parts: Mapping[int, nn.Module]) -> bool:
         return id(value) in parts
     if isinstance(value, types.MethodType):
         return id(value.__self__) in parts
+    if isinstance(value, types.FunctionType):
+        method = _uncompiled(value)
+        return method is not value and refers(method, parts)
+    if type(value) is functools.partial:
+        return refers((value.func, value.args, value.keywords), parts)
     if isinstance(value, dict):
         return any(refers(entry, parts) for entry in value.values())
     if isinstance(value, list | tuple | set | frozenset | collections.deque):

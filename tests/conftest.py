@@ -49,14 +49,20 @@ def libraries(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The C++ code of each library that is asked for."""
     from torch._inductor.codecache import CppPythonBindingsCodeCache
 
+    from adaptrt.backend.inductor import few_libraries
+
     found: list[str] = []
-    load = CppPythonBindingsCodeCache.load_async
 
-    def noted(main_code: str, *args: Any, **kwargs: Any) -> Any:
-        found.append(main_code)
-        return load(main_code, *args, **kwargs)
+    def noting(original: Any) -> Any:
+        def noted(source: str, *args: Any, **kwargs: Any) -> Any:
+            found.append(source)
+            return original(source, *args, **kwargs)
 
-    monkeypatch.setattr(CppPythonBindingsCodeCache, "load_async", noted)
+        return noted
+
+    monkeypatch.setattr(few_libraries, "open_later", noting(few_libraries.open_later))
+    # What Inductor builds by itself, where nothing is exchanged in it.
+    monkeypatch.setattr(CppPythonBindingsCodeCache, "load_async", noting(CppPythonBindingsCodeCache.load_async))
     return found
 
 

@@ -103,13 +103,17 @@ def test_libraries_of_other_threads_are_left_alone() -> None:
     assert AsyncCompile.wait is before
 
 
+def _divided_by_zero() -> Any:
+    return 1 / 0
+
+
 def test_a_library_that_fails_fails_again() -> None:
     kernels = _Kernels(2)
     for source in (_SCALE.format(factor=7), _SCALE.format(factor=11)):
         kernels.add(source)
     kernels.start()
     (first, library), (second, _) = kernels._libraries
-    kernels._libraries[1] = second, lambda: 1 / 0
+    kernels._libraries[1] = second, _divided_by_zero
     for _ in range(2):
         with pytest.raises(ZeroDivisionError):
             kernels.functions()
@@ -148,7 +152,7 @@ _TERMS = st.tuples(
 @settings(max_examples=60, deadline=None)
 @given(st.lists(_TERMS, max_size=5), st.sampled_from(["d0", "d1", "d2"]), st.sampled_from([None, 8, 16]))
 def test_strides_are_those_that_algebra_finds(terms: list[tuple[str, str, int, int]], name: str, vec_length: int | None) -> None:
-    from torch._inductor.sizevars import stride_at_vec_range
+    from torch._inductor.codegen.cpp import stride_at_vec_range  # pyright: ignore[reportPrivateImportUsage]  # where it is exchanged; the module that defines it varies
 
     index, var = _index(terms), sympy.Symbol(name, integer=True, nonnegative=True)
     expected = stride_at_vec_range(index, var, vec_length)

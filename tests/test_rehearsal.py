@@ -37,8 +37,9 @@ class Net(nn.Module):
 def unrolled(adjoint: Adjoint, backend: str, num_tasks: int | None = None) -> tuple[nn.Module, adaptrt.CompiledUnroll]:
     torch.manual_seed(0)
     model = Net()
+    k = 2 if isinstance(adjoint, Unrolled) else 3  # the code of each step is compiled
     unroll = adaptrt.compile_unroll(
-        model, adaptrt.optim.sgd(lr=0.05, momentum=0.9), 3, loss=F.cross_entropy, adjoint=adjoint, backend=backend
+        model, adaptrt.optim.sgd(lr=0.05, momentum=0.9), k, loss=F.cross_entropy, adjoint=adjoint, backend=backend
     )
     return model, unroll if num_tasks is None else unroll.vmap()
 

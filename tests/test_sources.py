@@ -31,6 +31,7 @@ OF_GRAPHS = {
         "adaptrt.backend.guards",
         "adaptrt.graph.pytrees",
         "adaptrt.graph.plain",
+        "adaptrt.graph.forgetting",
     ),
     # Exchanged or not: that is part of the key itself.
     *("adaptrt.graph.exchange", "adaptrt.graph.collector", "adaptrt.errors"),

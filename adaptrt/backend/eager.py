@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.fx._lazy_graph_module import _LazyGraphModule
 
 from adaptrt.backend.base import Backend, Runner
+from adaptrt.graph.forgetting import forgetting
 from adaptrt.graph.ir import Graph
 
 
@@ -20,6 +21,7 @@ class Eager(Backend):
 
     name = "eager"
 
+    @forgetting
     def compile(self, graph: Graph) -> Runner:
         module = graph.module
         module.recompile()

@@ -174,12 +174,13 @@ def exchanged(entry: Entry, *makers: Callable[[Any], Callable[..., Any]]) -> Gen
         if entry.holds:
             for target, maker in zip(entry.exchanged, makers, strict=True):
                 owner, name = target.owner()
-                stack.enter_context(_exchanged(owner, name, maker(getattr(owner, name))))
+                stack.enter_context(exchanged_attribute(owner, name, maker(getattr(owner, name))))
         yield
 
 
 @contextlib.contextmanager
-def _exchanged(owner: Any, name: str, other: Callable[..., Any]) -> Generator[None]:
+def exchanged_attribute(owner: Any, name: str, other: Callable[..., Any]) -> Generator[None]:
+    """Within the block this thread gets `other` for a function, public or not. To be entered under the lock `COMPILING`."""
     original: Callable[..., Any] = getattr(owner, name)
     thread: int | None = threading.get_ident()
 

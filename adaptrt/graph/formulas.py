@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import DataDependentOutputException
 
 _NEVER = -1e30
 """The log-probability of what cannot happen. Infinity would make gradients NaN."""
@@ -28,6 +29,9 @@ def ctc_loss(
     The loss is minus the logarithm of the probability that the frames, with repeats and blanks removed, spell the target. The recursion
     runs over frames; its state is, for each prefix of the target with blanks around its labels, the probability to have come so far.
 
+    Where lengths are longer than what they are of, which PyTorch refuses, or a target holds the blank, for which PyTorch's value means
+    nothing, the loss is NaN. A label that does not exist is found by the kernel that looks it up.
+
     PyTorch's own gradient takes for granted that `log_probs` comes from `log_softmax`; then the two agree.
 
     Args:
@@ -35,12 +39,18 @@ def ctc_loss(
       targets: [N, S], of which each row counts up to its length, or all targets in one row.
       input_lengths, target_lengths: of each example.
       blank, reduction, zero_infinity: as for `F.ctc_loss`.
+    Raises:
+      ValueError: lengths that are known while this is traced are too long.
     """
     alone = log_probs.dim() == 2
     frames = log_probs.unsqueeze(1) if alone else log_probs
     num_frames, num_examples, _ = frames.shape
     lasting, spelt = (_lengths(value, num_examples, frames.device) for value in (input_lengths, target_lengths))
     labels = _rows(targets, spelt, num_examples, blank)
+    _require((lasting >= 0) & (lasting <= num_frames), f"input_lengths must be 0 to {num_frames}, the number of frames")
+    _require((spelt >= 0) & (spelt <= labels.shape[1]), f"target_lengths must be 0 to {labels.shape[1]}, the length of the targets")
+    inside = torch.arange(labels.shape[1], device=frames.device) < spelt.unsqueeze(1)
+    is_valid = (lasting >= 0) & (lasting <= num_frames) & (spelt >= 0) & ~(inside & (labels == blank)).any(1)
     padded = torch.full((num_examples, 2 * labels.shape[1] + 1), blank, dtype=torch.long, device=frames.device)
     padded = padded.index_copy(1, torch.arange(1, padded.shape[1], 2, device=frames.device), labels)
     emitted = frames.gather(2, padded.expand(num_frames, -1, -1)).clamp(min=_NEVER)
@@ -57,6 +67,7 @@ def ctc_loss(
     impossible = total < _NEVER / 2
     # As PyTorch's, the loss is infinite then, and its gradient is none: a factor, since a branch would hide the second.
     loss = torch.where(impossible, 0.0, -total) if zero_infinity else -total * torch.where(impossible, math.inf, 1.0)
+    loss = torch.where(is_valid, loss, math.nan)
     if reduction == "mean":
         return (loss / spelt.clamp(min=1)).mean()
     return loss.sum() if reduction == "sum" else loss[0] if alone else loss
@@ -64,6 +75,16 @@ def ctc_loss(
 
 def _lengths(value: Tensor | Sequence[int] | int, num_examples: int, device: torch.device) -> Tensor:
     return torch.as_tensor(value, device=device).long().reshape(-1).expand(num_examples)
+
+
+def _require(is_valid: Tensor, text: str) -> None:
+    """Raises if it is known while a function is traced that not all are valid."""
+    try:
+        all_valid = bool(is_valid.all())
+    except DataDependentOutputException:
+        return
+    if not all_valid:
+        raise ValueError(text)
 
 
 def _rows(targets: Tensor, spelt: Tensor, num_examples: int, blank: int) -> Tensor:

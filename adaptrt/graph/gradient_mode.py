@@ -1,25 +1,22 @@
-"""Lets traced code run in the caller's gradient mode, and notices whether it asks for that mode.
+"""Lets traced code run in the caller's gradient mode.
 
 Programs are traced with gradients enabled. A forward pass may ask `torch.is_grad_enabled()` and do something else without them, and then it
-needs another program for each mode. Most never ask, and one program serves all modes.
+needs another program for each mode. Most never ask (`inner/user_code.py` notices it), and one program serves all modes.
 
-Known limits: questions by PyTorch's own modules do not count, since these choose kernels by it and compute the same. A function that user's
-code has imported by name (`from torch import is_grad_enabled`) gives the right answer and is not noticed. While a model is probed,
-`torch.is_grad_enabled` and `torch.is_inference_mode_enabled` are other objects, in all threads; in other threads they do the same.
+Known limits: questions by PyTorch's own modules do not count, since these choose kernels by it and compute the same. While a program for
+inference mode is traced, `torch.is_inference_mode_enabled` is another object, in all threads; in other threads it does the same. Code that
+has imported the function by name would get the wrong answer there, and is refused.
 """
 
 from __future__ import annotations
 
 import contextlib
 import enum
-import functools
-import sys
-import threading
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 
 import torch
 
-from adaptrt.process import changed
+from adaptrt.graph.exchange import exchanged_attribute
 
 
 class GradientMode(enum.Enum):
@@ -46,43 +43,5 @@ class GradientMode(enum.Enum):
             if self is GradientMode.NO_GRAD:
                 yield
                 return
-            with _exchanged("is_inference_mode_enabled", lambda original: lambda: True):
+            with exchanged_attribute(torch, "is_inference_mode_enabled", lambda: True):
                 yield
-
-
-@contextlib.contextmanager
-def questions() -> Generator[list[str]]:
-    """Collects the names of the functions by which code in the block asks for the mode. To be entered under the lock `COMPILING`."""
-    found: list[str] = []
-
-    def noticing(original: Callable[[], bool]) -> Callable[[], bool]:
-        def asked() -> bool:
-            caller = sys._getframe(2).f_globals.get("__name__", "")  # pyright: ignore[reportPrivateUsage]
-            if caller.partition(".")[0] not in ("torch", "adaptrt"):
-                found.append(original.__name__)
-            return original()
-
-        return asked
-
-    with _exchanged("is_grad_enabled", noticing), _exchanged("is_inference_mode_enabled", noticing):
-        yield found
-
-
-@contextlib.contextmanager
-def _exchanged(name: str, maker: Callable[[Callable[[], bool]], Callable[[], bool]]) -> Generator[None]:
-    """In the block this thread gets another function for one of torch's."""
-    original: Callable[[], bool] = getattr(torch, name)
-    other, thread = maker(original), threading.get_ident()
-
-    @functools.wraps(original)
-    def either() -> bool:
-        return other() if threading.get_ident() == thread else original()
-
-    def undo() -> None:
-        nonlocal other
-        setattr(torch, name, original)
-        other = original  # whoever has imported `either` in the meantime keeps it
-
-    with changed(undo):
-        setattr(torch, name, either)
-        yield

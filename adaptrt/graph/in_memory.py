@@ -1,13 +1,15 @@
-"""Makes sure that a tensor's memory holds its values, because compiled kernels get nothing but its address."""
+"""Makes sure that there are values, in the memory of tensors, because compiled kernels get nothing but its address."""
 
 # pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from adaptrt.errors import InvalidType
+from adaptrt.errors import InvalidType, NotTraceable
 from adaptrt.tree import Spec
 
 _ELSEWHERE = {
@@ -25,12 +27,60 @@ def in_memory(value: Tensor) -> Tensor:
     Such are negated and conjugated views, and zeros that were never allocated.
 
     Raises:
-      InvalidType: the values are in the memory of other tensors, or do not exist.
+      InvalidType: the values are in the memory of other tensors, are no plain numbers, or do not exist; or operations on the tensor do
+        something else than what they do to its values.
     """
     keys = torch._C._dispatch_keys(value)
     for key, reason in _ELSEWHERE.items():
         if keys.has(key):
             raise InvalidType(f"a tensor of class {type(value).__name__}, {Spec.of(value)}, {reason}")
+    fault = _fault(value)
+    if fault is not None:
+        raise InvalidType(f"a tensor of class {type(value).__name__}, {Spec.of(value)}, {fault}")
     if value._is_zerotensor():
         return torch.zeros(value.shape, dtype=value.dtype, device=value.device)
     return value.resolve_conj().resolve_neg()
+
+
+def _fault(value: Tensor) -> str | None:
+    if value.is_quantized:
+        return "is quantised; call .dequantize() on it"
+    if changes_operations(type(value)):
+        return "changes by its __torch_function__ what operations do, which programs do not call; pass value.as_subclass(torch.Tensor)"
+    if value.layout is torch.strided and value.numel() and not value._is_zerotensor() and not value.untyped_storage().nbytes():
+        return "has no memory any more, because its storage was resized to 0; gather it first, as FSDP's summon_full_params does"
+    return None
+
+
+def changes_operations(kind: type[Tensor]) -> bool:
+    """Whether a class of tensors decides itself what PyTorch's functions do with them."""
+    function: Any = getattr(kind, "__torch_function__", None)
+    return function is not _NONE and getattr(function, "__func__", None) is not _ORDINARY
+
+
+_NONE: Any = getattr(torch.nn.Parameter, "__torch_function__", None)
+"""A class with this one has none."""
+_ORDINARY: Any = getattr(getattr(Tensor, "__torch_function__", None), "__func__", None)
+
+
+_FUNCTORCH: Any = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
+_MODE_OF: Any = getattr(torch._C, "_get_dispatch_mode", None)
+_MODES: Any = getattr(torch._C, "_TorchDispatchModeKey", None)
+_SIMULATED = {"FAKE": "FakeTensorMode", "PROXY": "make_fx", "FUNCTIONAL": "functionalisation"}
+
+
+def refuse_tracing() -> None:
+    """Raises within what runs Python code to record or transform its operations: programs are compiled, and none of theirs would be seen.
+
+    Raises:
+      NotTraceable: the call is within `torch.func`'s transforms, `make_fx`, or `FakeTensorMode`.
+    """
+    found = "a transform of torch.func" if _FUNCTORCH is not None and _FUNCTORCH() is not None else None
+    for key, name in _SIMULATED.items():
+        if found is None and _MODE_OF is not None and hasattr(_MODES, key) and _MODE_OF(getattr(_MODES, key)) is not None:
+            found = name
+    if found is not None:
+        raise NotTraceable(
+            f"an unroll was called within {found}, which cannot see what its programs compute; call it outside, use backward() or "
+            "torch.autograd.grad for gradients, and unroll.vmap() for several tasks"
+        )

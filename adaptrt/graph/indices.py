@@ -94,7 +94,7 @@ def index_bounds(graph: Graph) -> list[IndexBound]:
                 own = numbers[(numbers >= first) & (numbers < first + shape.numel())] - first
                 if not own.numel():
                     continue
-                part = torch.zeros(shape.numel(), dtype=torch.bool)
+                part = torch.zeros(shape.numel(), dtype=torch.bool, device="cpu")
                 part[own] = True
                 bound = IndexBound(position, name, size, ignore_index, of)
                 place = part.view(shape).to(placeholder.meta["val"].device)
@@ -108,7 +108,7 @@ def _elements(node: Any, firsts: Mapping[fx.Node, int]) -> Tensor | None:
     for each in _leading_to(node, firsts) if isinstance(node, fx.Node) else ():
         if each in firsts:
             shape = each.meta["val"].shape
-            values[each] = torch.arange(firsts[each], firsts[each] + shape.numel()).view(shape)
+            values[each] = torch.arange(firsts[each], firsts[each] + shape.numel(), device="cpu").view(shape)
         elif each.target in _AS_THEY_ARE:
             values[each] = values[each.all_input_nodes[0]]
         else:

@@ -1,8 +1,11 @@
-"""Leaves out what only wraps a computation while functions are traced: activation checkpointing, and `torch.compile`.
+"""Leaves out what only wraps a computation while functions are traced: activation checkpointing, `torch.compile`, and saving hooks.
 
 The adjoint decides what is kept in memory and what is computed again, so a checkpoint in a model is the identity in a program. What
-`torch.compile` made runs the function that it was made from, because the operations that it calls are to be recorded.
+`torch.compile` made runs the function that it was made from, because the operations that it calls are to be recorded. Hooks on tensors that
+autograd saves (`torch.autograd.graph.saved_tensors_hooks`) would be given tensors without values, and what they do would be in the graph.
 """
+
+# pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
@@ -11,6 +14,7 @@ import sys
 from collections.abc import Callable, Generator
 from typing import Any
 
+import torch
 import torch.utils.checkpoint
 
 from adaptrt.graph.exchange import Entry, Target, exchanged
@@ -28,6 +32,14 @@ CHECKPOINTS = Entry(
 )
 
 
+SAVING_HOOKS = Entry(
+    "hooks on saved tensors",
+    "The user's hooks on tensors that autograd saves are not called while a function is captured.",
+    "models are refused, or captured with what the hooks do, while such hooks are set",
+    needed=(Target("torch._C._autograd", "_saved_tensors_hooks_set_tracing"),),
+)
+
+
 @contextlib.contextmanager
 def without_wrappers() -> Generator[None]:
     """Within the block this thread runs checkpointed and compiled functions as plain ones.
@@ -36,6 +48,10 @@ def without_wrappers() -> Generator[None]:
     """
     with contextlib.ExitStack() as stack:
         stack.enter_context(exchanged(CHECKPOINTS, _around_nothing, _called_directly))
+        if SAVING_HOOKS.holds:
+            autograd: Any = getattr(torch._C, "_autograd", None)
+            pause: Any = autograd._saved_tensors_hooks_set_tracing
+            stack.callback(pause, pause(True))
         dynamo = sys.modules.get("torch._dynamo")  # importing it takes seconds; without it nothing was compiled
         if dynamo is not None:
             stack.enter_context(dynamo.config.patch(error_on_nested_fx_trace=False))

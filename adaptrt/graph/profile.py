@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import types
+import warnings
 from collections.abc import Callable, Generator
 from typing import Any
 
@@ -16,7 +17,8 @@ Note = Callable[[types.FrameType, str, Any], object]
 def profiled(note: Note) -> Generator[None]:
     """Within the block `note` is told of the calls of this thread.
 
-    A profile function that is set already is told, too. A profiler that is written in C, such as `cProfile` before Python 3.12, pauses.
+    A profile function that is set already is told, too. `cProfile`, which is written in C before Python 3.12, pauses. Another profiler that
+    is written in C, such as PyTorch's with stacks, cannot be put back from Python: a warning says that it ends for this thread.
     """
     before: Any = sys.getprofile()
 
@@ -32,4 +34,12 @@ def profiled(note: Note) -> Generator[None]:
             sys.setprofile(before)
         else:
             sys.setprofile(None)
-            before.enable()
+            if hasattr(before, "enable"):
+                before.enable()
+            else:
+                warnings.warn(
+                    f"the profiler {type(before).__name__} sees no more Python calls of this thread, because a program was captured; warm "
+                    "up before profiling, by unroll.warmup() or by a first call",
+                    RuntimeWarning,
+                    stacklevel=2,
+                )

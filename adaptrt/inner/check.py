@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from adaptrt import tree
 from adaptrt.errors import DeviceMismatch, InvalidArgument, InvalidBatch, InvalidType, LabelOutOfRange, NonFiniteInput, UnsupportedParameter
-from adaptrt.graph.in_memory import in_memory
+from adaptrt.graph.in_memory import changes_operations, in_memory
 from adaptrt.graph.indices import IndexBound
 from adaptrt.inner.refused import refuse_parts, refuse_script
 from adaptrt.inner.step import Batch
@@ -37,6 +37,11 @@ def model_device(model: nn.Module) -> torch.device:
         if not param.is_floating_point():
             raise UnsupportedParameter(
                 f"parameter '{name}' is of {param.dtype}; only real floating-point parameters can be adapted. Make it a buffer"
+            )
+        if changes_operations(type(param)):
+            raise UnsupportedParameter(
+                f"parameter '{name}' is of class {type(param).__name__}, which changes by its __torch_function__ what operations do; "
+                "make it an nn.Parameter of ordinary values"
             )
         if param.layout is not torch.strided:
             raise UnsupportedParameter(f"parameter '{name}' has layout {param.layout}; only dense parameters can be adapted")
@@ -154,6 +159,8 @@ def as_batch(name: str, value: Any, device: torch.device) -> Batch:
                 )
             if type(tensor) is not Tensor:
                 in_memory(tensor)  # raises if its values are elsewhere
+            if tensor.is_quantized:
+                raise InvalidType(f"{name} {kind} {index} is quantised; call .dequantize() on it first")
             if tensor.layout is not torch.strided:
                 raise InvalidType(f"{name} {kind} {index} has layout {tensor.layout}; call .to_dense() on it first")
             if tensor.device != device:

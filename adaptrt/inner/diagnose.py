@@ -21,6 +21,7 @@ from adaptrt.inner.comparisons import Comparisons
 from adaptrt.inner.step import Batch
 
 _LIBRARIES = tuple(os.path.dirname(path) + os.sep for path in (torch.__file__, os.path.dirname(__file__)))
+_NO_LINE = "a line inside PyTorch"
 _NEEDS_VALUE = (
     "DataDependentOutputException",
     "DynamicOutputShapeException",
@@ -56,7 +57,7 @@ def user_line(error: BaseException) -> str:
     """The innermost line of the error's traceback that is neither PyTorch's nor ours, as `file:line: code`."""
     frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not frame.filename.startswith((*_LIBRARIES, "<"))]
     if not frames:
-        return "a line inside PyTorch"
+        return _NO_LINE
     frame = frames[-1]
     code = (linecache.getline(frame.filename, frame.lineno or 0) or "").strip()
     return f"{frame.filename}:{frame.lineno}: {code}"
@@ -123,6 +124,16 @@ def _tracing(what: str, advice: str, other: Callable[[str], AdaptrtError]) -> Ge
     disabled, logger.disabled = logger.disabled, True
     try:
         yield
+    except NotTraceable as error:
+        line = user_line(error)
+        if "embedding_renorm_" in str(error):
+            raise NotTraceable(
+                f"{line}: max_norm rewrites rows of the table outside of the optimiser. Leave it out, and scale the rows that it returns: "
+                "rows * (max_norm / rows.norm(dim=-1, keepdim=True)).clamp(max=1)"
+            ) from error
+        if line in str(error) or line == _NO_LINE:
+            raise
+        raise type(error)(f"{line}: {error}") from error
     except AdaptrtError:
         raise
     except Exception as error:
@@ -134,7 +145,8 @@ def _tracing(what: str, advice: str, other: Callable[[str], AdaptrtError]) -> Ge
         reads = any(text in str(error) for text in _READS_VALUE)
         if type(error).__name__ in _NEEDS_VALUE and not reads:
             raise NotTraceable(
-                f"{line} calls {error}, which PyTorch cannot trace: the shape of its result depends on values. Replace the operation, or "
+                f"{line} calls {error}, which PyTorch cannot trace: either the shape of its result depends on values, or it has "
+                "no rule for tensors without values. Replace the operation, or "
                 f"apply it to the data before {what} is called."
             ) from error
         if reads:
@@ -163,6 +175,7 @@ def _more_advice(error: Exception) -> str:
         return " Arguments of a distribution are looked at unless it is built with validate_args=False."
     if any(text in str(error) for text in _SELECTS):
         return (
+            " Where the mask never changes, make a buffer of the places, mask.nonzero(as_tuple=True), and index with these."
             ' In place of rows chosen by a mask keep all rows, and give the others the weight 0: with reduction="none", '
             "(losses * mask).sum() / mask.sum() is the mean over the chosen ones."
         )
@@ -186,12 +199,24 @@ def pulling_back(loss: Tensor) -> AbstractContextManager[None]:
 
 
 def _no_gradient(error: str, results: Sequence[Tensor]) -> NotDifferentiable:
+    known = next((advice for text, advice in _GRADIENT_ADVICE.items() if text in error), None)
+    if known is not None:
+        return NotDifferentiable(f"the gradient of the loss cannot be computed: {error}\n  {known}")
     names = ", ".join(sorted(_custom_functions(results)[0]))
     met = f" The loss was computed by custom autograd functions: {names}." if names else ""
     return NotDifferentiable(
         f"the gradient of the loss cannot be traced: {error}\n {met} Write their backward, and what the model computes in place, with "
         "operations that return new tensors, or replace them by PyTorch's own functions."
     )
+
+
+# By what PyTorch says where there is no first derivative, without which FirstOrder() cannot do either.
+_GRADIENT_ADVICE = {
+    "implement either the backward or vjp": "Give the custom autograd function a backward, or detach its input.",
+    "no autograd formula was registered": "Give the custom operator a derivative by torch.library.register_autograd, or detach its input.",
+    "is not implemented": "The operation has no derivative, which every adjoint needs. Replace it, or detach its input.",
+    "modified by an inplace operation": "A value that the gradient needs was changed in place. Write y = y + 1 in place of y += 1.",
+}
 
 
 def differentiating(run: Callable[[], Any], model: nn.Module, forward: Callable[[], Sequence[tuple[str, str]]]) -> Any:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from adaptrt.errors import ModelChanged
+from adaptrt.functional import canonical_names
+from adaptrt.tree import Spec
 
 _TABLES = ("_modules", "_parameters", "_buffers")
 
@@ -22,6 +24,9 @@ class ModelTree:
     """
 
     def __init__(self, roots: Mapping[str, nn.Module]) -> None:
+        self._roots = dict(roots)
+        self._specs = {path: Spec.of(value) for path, value in _named(roots)}
+        self._first = canonical_names(_named(roots))
         self._known: list[tuple[str, nn.Module, dict[str, nn.Module | None], dict[str, set[str]]]] = []
         self._unset: list[tuple[str, nn.Module, str, str]] = []
         self._tied: list[tuple[str, nn.Module, str, str, nn.Module, str]] = []
@@ -37,6 +42,8 @@ class ModelTree:
                 unset = [(table, key) for table in _TABLES for key, value in getattr(part, table).items() if value is None]
                 self._unset += [(name, part, table, key) for table, key in unset]
                 conditions += [f"{held}.{table}[{key!r}] is None" for table, key in unset if table != "_modules"]
+                kept = [(table, key) for table in _TABLES[1:] for key, value in getattr(part, table).items() if value is not None]
+                conditions += [f"{held}.{table}[{key!r}] is not None" for table, key in kept]
                 for key, value in part._parameters.items():
                     if value is not None:
                         first, of = places.setdefault(id(value), ((held, key), (name, part, key)))
@@ -59,6 +66,27 @@ class ModelTree:
         if not self._is_unchanged():
             raise ModelChanged(f"{self._difference()} after compile_unroll; make a new unroll for the model as it is now")
 
+    def require_same_tensors(self) -> None:
+        """Checks that no two tensors were made one, which `require_unchanged` does not see.
+
+        Raises:
+          ModelChanged: two were; names them.
+        """
+        for path, other in canonical_names(_named(self._roots)).items():
+            if path != other and self._first.get(path) != self._first.get(other):
+                raise ModelChanged(
+                    f"'{other}' and '{path}', which were two tensors, were made one after compile_unroll; make a new unroll for the model "
+                    "as it is now"
+                )
+
+    def changed_specs(self) -> str:
+        """Says in words which parameter or buffer has another shape, dtype or device than at first; empty if none has."""
+        for path, value in _named(self._roots):
+            known, spec = self._specs.get(path), Spec.of(value)
+            if known is not None and known != spec:
+                return f"'{path}' was {known} when compile_unroll was called, and is {spec} now."
+        return ""
+
     def _difference(self) -> str:
         for path, part, table, key in self._unset:
             if getattr(part, table).get(key) is not None:
@@ -66,13 +94,29 @@ class ModelTree:
         for path, part, key, other, of, name in self._tied:
             if part._parameters.get(key) is not of._parameters.get(name):
                 return f"the parameters '{path}' and '{other}.{name}', which were one tensor, were made two"
+        unset = {(path, table, key) for path, _, table, key in self._unset}
         for path, part, children, names in self._known:
             for child, value in children.items():
                 now = part._modules.get(child)
-                if now is not value and now is not None:
-                    return f"the layer '{path}.{child}' was replaced by a {type(now).__name__}"
+                if now is not value and child in part._modules:
+                    return f"the layer '{path}.{child}' was replaced by {'None' if now is None else f'a {type(now).__name__}'}"
             for table, kind in (("_modules", "layer"), ("_parameters", "parameter"), ("_buffers", "buffer")):
                 now = set(getattr(part, table))
                 for name in sorted(now ^ names[table]):
                     return f"the {kind} '{path}.{name}' was {'added' if name in now else 'removed'}"
+                for name in names[table]:
+                    if table != "_modules" and getattr(part, table)[name] is None and (path, table, name) not in unset:
+                        return f"the {kind} '{path}.{name}' was set to None"
         return "the model was changed"
+
+
+def _named(roots: Mapping[str, nn.Module]) -> list[tuple[str, Tensor]]:
+    """Returns each parameter and buffer with its path; a tensor with several names has each of them."""
+    return [
+        named
+        for root, model in roots.items()
+        for named in (
+            *model.named_parameters(prefix=root, remove_duplicate=False),
+            *model.named_buffers(prefix=root, remove_duplicate=False),
+        )
+    ]

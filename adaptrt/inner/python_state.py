@@ -5,233 +5,192 @@ attribute, a flag, an entry of a dict in the closure of a loss. `PythonState` fi
 changed, so that the call gets a program of its own.
 
 Which values are read is estimated from above. The code objects that run while the model is traced are recorded, and a value counts as read
-if it can be reached from the model, the loss, the optimiser or a global name of that code, by attributes that this code names.
+if it can be reached from the model, the loss, the optimiser or a global name of that code, by attributes that this code names. Where it may
+compute the name of an attribute, all attributes count that are not PyTorch's own.
 
-Known limits: an attribute whose name is computed counts as read only on modules of the model. State behind C code, such as an iterator or
-an open file, is not seen; nor are attributes of functions, methods that are replaced in a class, what
-PyTorch's decorators (`torch.enable_grad()`, `vmap`) close over, environment and context variables.
+Known limits: what is kept in C, such as a table of pandas' that changes in place, an open file, or the position of an iterator of
+`itertools` from Python 3.14 on; attributes of objects of PyTorch's and the standard library's classes, apart from those that hold what the
+user puts in; functions of PyTorch and the standard library that are replaced. Clocks and the operating system's random numbers are not
+read here: `side_effects.py` judges code that asks them.
 """
 
 from __future__ import annotations
 
 import collections
-import dataclasses
-import functools
+import operator
+import os
+import re
+import threading
 import types
 import warnings
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from adaptrt.inner.user_code import IMMUTABLE, OPAQUE, Executed, is_array, is_of_user, is_users_class, is_users_file, slots_of
+from adaptrt.inner import places
+from adaptrt.inner.places import Place, unchanged_check
+from adaptrt.inner.reachable import HOOKS, PLAIN, TABLES, Kind, Opening, Walk, scopes, short
+from adaptrt.inner.user_code import Executed, outside
 from adaptrt.process import lock
 
-_APART = frozenset({"_parameters", "_buffers", "_modules", "training", "_forward_hooks", "_forward_pre_hooks"})
-"""Attributes of a module that are read in other ways."""
+_MAX_ENTRIES = 256
+"""Entries of a container that are watched one by one. A larger one is watched as a whole."""
 
-_MAX_DEPTH = 12
+_MANY_PLACES = 50_000
+"""Values from which on looking at them at each call takes milliseconds."""
 
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Place:
-    """Where a value is found.
-
-    Attributes:
-      path: in words, for messages.
-      holder: the object that has it.
-      code: Python that compares what the holder has with the value, which is written behind it. `{}` stands for the holder, and `{index}`
-        for the index.
-      value: what was found, or for a tensor attribute of a module its class, as the tensor itself is read at each call.
-      index: a key, a position or a name.
-      makes_programs: whether another value needs another program. Otherwise it is a sign to search again.
-    """
-
-    path: str
-    holder: Any
-    code: str
-    value: Any
-    index: Any = None
-    makes_programs: bool = True
-
-    @property
-    def key(self) -> Hashable:
-        """Equal for values that give the same program. What is searched counts by its type, as its contents have places of their own."""
-        value = self.value
-        if isinstance(value, IMMUTABLE):
-            return self.path, type(value), repr(value) if isinstance(value, float | complex) else value
-        if isinstance(value, types.FunctionType):
-            return self.path, id(value.__code__)
-        if isinstance(value, frozenset):
-            return self.path, value
-        if isinstance(value, list | tuple | dict | set | collections.deque) or is_users_class(type(value)):
-            return self.path, type(value)
-        return self.path, id(value)
+_Found = Iterable[tuple[Any, Any]]
 
 
 class _Search:
-    """Collects the places of all values that can be reached and count as read."""
+    """Collects the places of all values that can be reached and count as read.
 
-    def __init__(self, executed: Executed) -> None:
+    Args:
+      roots: what the user has passed in.
+      executed: the code that ran.
+    """
+
+    def __init__(self, roots: Mapping[str, Any], executed: Executed) -> None:
         self.places: list[Place] = []
-        self._names = executed.names
-        self._is_dynamic = executed.is_dynamic
-        self._seen: set[int] = set()
-        self._of_modules: set[tuple[int, str]] = set()
-        self._of_classes: set[tuple[int, str]] = set()
+        self._names = set(executed.names)
+        self._ran = {id(code) for code, _ in executed.codes.values()}
+        self._is_computed = executed.reads_computed
+        self._is_followed = {id(part) for value in roots.values() if isinstance(value, nn.Module) for part in value.modules()}
+        openings = [opening for code, scope in executed.codes.values() for opening in scopes(code, scope)]
+        num_names = 0
+        while num_names != len(self._names):  # an `operator.attrgetter` names attributes that no code names
+            num_names = len(self._names)
+            self.places, self._known, self._forwards = [], set[tuple[int, Any]](), set[type]()
+            Walk(self._visit).go(roots.items(), openings)
+        if executed.names & {"environ", "getenv", "environb"}:
+            data = getattr(os.environ, "_data", dict(os.environ))  # decoding all strings would take 50 microseconds
+            self.places.append(Place("the environment", data, places.CONTENTS, places.contents_of(data)))
 
-    def root(self, path: str, value: Any) -> None:
-        """Searches what the user has passed in."""
-        self._inside(path, value, 0)
+    def _visit(self, opening: Opening) -> _Found:
+        if isinstance(opening.owner, types.FunctionType) and id(opening.owner.__code__) not in self._ran:
+            return ()  # a function that does not run reads nothing
+        match opening.kind:
+            case Kind.MODULE:
+                return self._module(opening)
+            case Kind.ATTRIBUTES:
+                return self._attributes(opening)
+            case Kind.CLASS:
+                return self._class(opening)
+            case Kind.NAMED:
+                return self._named(opening)
+            case Kind.SCOPE:
+                return self._scope(opening)
+            case Kind.DICT | Kind.LIST | Kind.SET:
+                return self._container(opening)
+            case Kind.TUPLE:
+                return [self._found(opening, places.NEVER_CHANGES, key, value) for key, value in opening.entries]
+            case Kind.CELL:
+                return [self._found(opening, places.CELL, key, value) for key, value in opening.entries]
+            case Kind.CONTEXT:
+                return [self._found(opening, places.ENTRY, key, value) for key, value in opening.entries]
+            case Kind.ARRAY:
+                is_bytes = isinstance(opening.holder, bytearray)
+                value = bytes(opening.holder) if is_bytes else opening.holder.tobytes()
+                self.places.append(Place(opening.path, opening.holder, places.EQUAL if is_bytes else places.NUMBERS, value))
+                return opening.entries
+            case Kind.FIXED:
+                for _, value in opening.entries:
+                    self._note_names(value)
+                return opening.entries
+            case _:
+                return ()
 
-    def globals_of(self, executed: Executed) -> None:
-        """Searches the global names of code that ran."""
-        for code, scope in executed.scopes.items():
-            for name in code.co_names:
-                if name not in scope:
-                    continue
-                value = scope[name]
-                if isinstance(value, types.ModuleType):
-                    self._python_module(value, code.co_names)
-                elif isinstance(value, type):
-                    self._class(value, 0)
-                elif not isinstance(value, types.BuiltinFunctionType):
-                    self._found(f"{scope.get('__name__', '?')}.{name}", scope, _ITEM, value, 0, name)
+    def _found(self, opening: Opening, code: str, key: Any, value: Any) -> tuple[Any, Any]:
+        self.places.append(Place(opening.path_of(key), opening.holder, code, value, key))
+        self._note_names(value)
+        return key, value
 
-    def _python_module(self, module: types.ModuleType, names: Sequence[str]) -> None:
-        place = getattr(module, "__file__", None) or ""
-        if not place or not is_users_file(place):
-            return
-        own = vars(module)
-        for name in names:
-            if name not in own or (id(own), name) in self._of_modules:
+    def _note_names(self, value: Any) -> None:
+        if isinstance(value, operator.attrgetter | operator.methodcaller):
+            made_of: Any = value.__reduce__()
+            self._names |= {name for part in made_of[1] if isinstance(part, str) for name in part.split(".")}
+
+    def _is_read(self, name: Any) -> bool:
+        return name in self._names or (self._is_computed and isinstance(name, str) and not name.startswith("__"))
+
+    def _count_of_attributes(self, path: str, own: Any) -> None:
+        """One attribute more may hide another of the class."""
+        self.places.append(Place(f"the attributes of {path}", own, places.SIZE, len(own), makes_programs=False))
+
+    def _module(self, opening: Opening) -> _Found:
+        """Attributes of a module. Its mode, parameters and buffers are read elsewhere if it is a part of the model or the loss."""
+        self._count_of_attributes(opening.path, opening.holder)
+        kind, is_followed = type(opening.owner), id(opening.owner) in self._is_followed
+        self.places.append(Place(f"the class of {opening.path}", opening.owner, places.OF_CLASS, kind))
+        if kind not in self._forwards:
+            self._forwards.add(kind)
+            self.places.append(Place(f"{kind.__name__}.forward", kind, places.FORWARD, kind.forward))
+        found: list[tuple[Any, Any]] = []
+        for name, value in opening.entries:
+            if name in HOOKS or (name in TABLES and not is_followed):
+                found.append((name, value))
+            elif name in TABLES or (name == "training" and is_followed):
                 continue
-            self._of_modules.add((id(own), name))
-            if isinstance(own[name], types.ModuleType):
-                self._python_module(own[name], names)
-            elif isinstance(own[name], type):
-                self._class(own[name], 0)
-            else:
-                self._found(f"{module.__name__}.{name}", own, _ITEM, own[name], 0, name)
+            elif isinstance(value, Tensor) and self._is_read(name):
+                self.places.append(Place(opening.path_of(name), opening.holder, places.KIND_OF_ENTRY, type(value), name))
+            elif name in ("forward", "training") or self._is_read(name):
+                found.append(self._found(opening, places.ENTRY, name, value))
+        return found
 
-    def _found(self, path: str, holder: Any, code: str, value: Any, depth: int, index: Any = None) -> None:
-        """Notes a value, and searches inside it."""
-        self.places.append(Place(path, holder, code, value, index))
-        if depth < _MAX_DEPTH:
-            self._inside(path, value, depth)
+    def _attributes(self, opening: Opening) -> _Found:
+        self._count_of_attributes(opening.path, opening.holder)
+        return [
+            self._found(opening, places.ENTRY, name, value)
+            for name, value in opening.entries
+            if opening.is_whole or name == "__wrapped__" or self._is_read(name)
+        ]
 
-    def _inside(self, path: str, value: Any, depth: int) -> None:
-        if isinstance(value, type):
-            self._class(value, depth)
-        if isinstance(value, OPAQUE) or id(value) in self._seen:
-            return
-        self._seen.add(id(value))
-        if isinstance(value, nn.Module):
-            self._module(path, value, depth)
-        elif isinstance(value, types.FunctionType):
-            self._function(path, value, depth)
-        elif isinstance(value, types.MethodType):
-            self._inside(path, value.__self__, depth)
-            self._inside(path, value.__func__, depth)
-        elif isinstance(value, functools.partial):
-            for part in (value.func, *value.args, *value.keywords.values()):
-                self._inside(path, part, depth)
-        elif isinstance(value, dict):
-            self._size(path, value)
-            for key, entry in list(dict.items(value)):
-                self._found(f"{path}[{key!r}]", value, _ITEM, entry, depth + 1, key)
-        elif isinstance(value, list | tuple | collections.deque):
-            if not isinstance(value, tuple):
-                self._size(path, value)
-            for index, entry in enumerate(value):
-                self._found(f"{path}[{index}]", value, "{}[{index}] is", entry, depth + 1, index)
-        elif isinstance(value, set):
-            self.places.append(Place(path, value, "{} ==", frozenset(value)))
-        elif is_array(value):
-            self.places.append(Place(path, value, "{}.tobytes() ==", value.tobytes()))
-        else:
-            self._object(path, value, depth)
+    def _named(self, opening: Opening) -> _Found:
+        if isinstance(opening.holder, threading.local):
+            self.places.append(
+                Place(f"the attributes of {opening.path}", opening.holder, places.SIZE_OF_OWN, len(vars(opening.holder)), None, False)
+            )
+        always = opening.is_whole or isinstance(opening.holder, types.FunctionType)
+        return [
+            self._found(opening, places.OF_CLASS if name == "__class__" else places.ATTRIBUTE, name, value)
+            for name, value in opening.entries
+            if always or name == "__class__" or self._is_read(name)
+        ]
 
-    def _size(self, path: str, value: Any) -> None:
-        self.places.append(Place(f"the length of {path}", value, "len({}) ==", len(value)))
+    def _class(self, opening: Opening) -> _Found:
+        """Data and functions among the attributes of a class."""
+        own = vars(opening.holder)
+        opening = opening._replace(holder=own)
+        self._count_of_attributes(opening.path, own)
+        return [
+            self._found(opening, places.ENTRY, name, value)
+            for name, value in opening.entries
+            if (self._is_read(name) and not name.startswith("__")) or self._has_run(value) or name == "forward"
+        ]
 
-    def _attributes(self, path: str, own: dict[str, Any]) -> None:
-        """Notes how many attributes there are, as one that is added may hide another of the class."""
-        self.places.append(Place(f"the attributes of {path}", own, "len({}) ==", len(own), makes_programs=False))
+    def _has_run(self, value: Any) -> bool:
+        function = getattr(value, "__func__", getattr(value, "fget", value))
+        return isinstance(function, types.FunctionType) and id(function.__code__) in self._ran
 
-    def _module(self, path: str, module: nn.Module, depth: int) -> None:
-        own = vars(module)
-        self._attributes(path, own)
-        for name, value in list(own.items()):
-            if name in _APART or not (name == "forward" or name in self._names or (self._is_dynamic and not name.startswith("_"))):
-                continue
-            if isinstance(value, Tensor):
-                self.places.append(Place(f"{path}.{name}", own, "{}.get({index}).__class__ is", type(value), name))
-            else:
-                self._found(f"{path}.{name}", own, _ITEM, value, depth + 1, name)
-        for table in ("_forward_hooks", "_forward_pre_hooks"):
-            if table in own:
-                self._inside(f"{path}.{table}", own[table], depth + 1)
-        self._class(type(module), depth)
-        for name, child in module._modules.items():
-            if child is not None:
-                self._inside(f"{path}.{name}", child, depth)
+    def _scope(self, opening: Opening) -> _Found:
+        """Global names, each of which several code objects may use."""
+        new = [(name, value) for name, value in opening.entries if (id(opening.holder), name) not in self._known]
+        self._known |= {(id(opening.holder), name) for name, _ in new}
+        return [self._found(opening, places.ENTRY, name, value) for name, value in new if not isinstance(value, types.ModuleType)]
 
-    def _function(self, path: str, function: types.FunctionType, depth: int) -> None:
-        if not is_of_user(function.__code__, function.__globals__):
-            return
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            if cell != types.CellType():
-                self._found(f"{function.__name__}.<closure>.{name}", cell, "{}.cell_contents is", cell.cell_contents, depth + 1)
-        for part in (function.__defaults__, function.__kwdefaults__):
-            if part:
-                self._inside(f"the defaults of {path}", part, depth + 1)
-
-    def _object(self, path: str, value: Any, depth: int) -> None:
-        """An object of a class of the user's: the attributes that are named."""
-        kind = type(value)
-        if not is_users_class(kind):
-            return
-        own = getattr(value, "__dict__", None)
-        if isinstance(own, dict):
-            self._attributes(path, own)
-            for name in [name for name in own if name in self._names]:
-                self._found(f"{path}.{name}", own, _ITEM, own[name], depth + 1, name)
-        for name in slots_of(value):
-            if name in self._names:
-                self._found(f"{path}.{name}", value, f"{{}}.{name} is", getattr(value, name), depth + 1)
-        self._class(kind, depth)
-
-    def _class(self, kind: type, depth: int) -> None:
-        """Data among the attributes of the user's classes."""
-        for base in kind.__mro__:
-            if not is_users_class(base):
-                continue
-            for name, value in list(vars(base).items()):
-                is_read = name in self._names and not name.startswith("__") and (id(base), name) not in self._of_classes
-                if is_read and not callable(value) and not hasattr(value, "__get__"):
-                    self._of_classes.add((id(base), name))
-                    self._found(f"{base.__name__}.{name}", vars(base), _ITEM, value, depth + 1, name)
-
-
-_ITEM = "{}.get({index}) is"
-"""An entry of a dict; read so that a dict with defaults does not make one."""
-
-
-def unchanged_check(places: Sequence[Place]) -> Callable[[], bool]:
-    """Generates a function that says whether all places still hold the values that were found."""
-    constants: dict[str, Any] = {}
-    holders: dict[int, str] = {}
-    lines: list[str] = []
-    for index, place in enumerate(places):
-        holder = holders.setdefault(id(place.holder), f"h{len(holders)}")
-        constants[holder] = place.holder
-        constants[f"v{index}"], constants[f"i{index}"] = place.value, place.index
-        lines.append(f"{place.code.format(holder, index=f'i{index}')} v{index}")
-    condition = "\n      and ".join(["True", *lines])
-    source = f"def check():\n  try: return ({condition})\n  except (LookupError, AttributeError, ValueError): return False\n"
-    exec(compile(source, "<watched values>", "exec"), constants)
-    return constants["check"]
+    def _container(self, opening: Opening) -> _Found:
+        """A container that is large, or a class of its own, has one place, which compares all entries."""
+        holder = opening.holder
+        entries = list(opening.entries)
+        if opening.kind is Kind.SET or len(entries) > _MAX_ENTRIES or places.has_own_rules(holder):
+            self.places.append(Place(f"the contents of {opening.path}", holder, places.CONTENTS, places.contents_of(holder)))
+            others = [(key, value) for key, value in entries if type(value) not in PLAIN]
+            for _, value in others:
+                self._note_names(value)
+            return others
+        self.places.append(Place(f"the length of {opening.path}", holder, places.SIZE if entries else places.EMPTY, len(entries)))
+        return [self._found(opening, places.ENTRY if opening.kind is Kind.DICT else places.ITEM, key, value) for key, value in entries]
 
 
 _MAX_NUMBERS = 64
@@ -251,67 +210,76 @@ class PythonState:
         self._roots = dict(roots)
         self._executed = Executed()
         self._lock = lock()
-        self._number = 0
         self._next = 1
         self._places: list[Place] = []
         # The values of each number, too, so that no other object gets the identity of one that is known.
         self._numbers: dict[Hashable, tuple[int, list[Any]]] = {}
-        self._is_unchanged: Callable[[], bool] = lambda: True
+        # Read at once, as other threads may meet other values meanwhile.
+        self._present: tuple[Callable[[], bool], int] = (lambda: True), 0
         self._has_warned = False
+        self._has_warned_of_size = False
 
     def number(self) -> int:
         """The number of the present values; equal numbers mean equal values, as far as code that has run so far reads them."""
-        if not self._is_unchanged():
-            with self._lock:
-                self._renew()
-        return self._number
+        is_unchanged, number = self._present
+        if is_unchanged():
+            return number
+        with self._lock:
+            return self._renew()
 
     def add(self, executed: Executed) -> None:
         """Takes note of code that has run on the present values."""
         with self._lock:
             if self._executed.merge(executed):
-                self._places = self._search()
+                self._places = _Search(self._roots, self._executed).places
                 self._numbers.clear()
-                self._remember(self._number)
-                self._is_unchanged = unchanged_check(self._places)
+                number = self._present[1]
+                self._remember(self._key(), number)
+                self._present = unchanged_check(self._places), number
+                self._warn_of_size()
 
-    def _search(self) -> list[Place]:
-        search = _Search(self._executed)
-        for path, value in self._roots.items():
-            search.root(path, value)
-        search.globals_of(self._executed)
-        return search.places
-
-    def _remember(self, number: int) -> None:
-        self._numbers[self._key()] = number, [place.value for place in self._places]
+    def _remember(self, key: Hashable, number: int) -> None:
+        self._numbers[key] = number, [place.value for place in self._places]
         if len(self._numbers) > _MAX_NUMBERS:
             del self._numbers[next(iter(self._numbers))]
 
     def _key(self) -> Hashable:
         return tuple([place.key for place in self._places if place.makes_programs])
 
-    def _renew(self) -> None:
-        before = {place.path: place for place in self._places}
-        self._places = self._search()
+    def _renew(self) -> int:
+        before = self._places
+        self._places = _Search(self._roots, self._executed).places
         key = self._key()
         if key in self._numbers:
-            self._number = self._numbers[key][0]
+            number = self._numbers[key][0]
         else:
-            self._number, self._next = self._next, self._next + 1
-            self._remember(self._number)
+            number, self._next = self._next, self._next + 1
+            self._remember(key, number)
             if self._next > MAX_VALUES and not self._has_warned:
                 self._has_warned = True
-                self._warn(before)
-        self._is_unchanged = unchanged_check(self._places)
+                self._warn({place.path: place for place in before})
+        self._present = unchanged_check(self._places), number
+        return number
 
     def _warn(self, before: Mapping[str, Place]) -> None:
         changed = [
-            f"{place.path} (now {place.value!r})"
+            f"{place.path} (now {short(place.value)})"
             for place in self._places
-            if place.path not in before or before[place.path].key != place.key
+            if place.makes_programs and (place.path not in before or before[place.path].key != place.key)
         ]
         warnings.warn(
             f"{self._next} different values of {', '.join(changed[:3]) or 'Python state'} were met, and programs are compiled for "
             "each. Make it a buffer or a plain tensor attribute, which programs take as an input",
-            stacklevel=6,
+            stacklevel=outside(),
         )
+
+    def _warn_of_size(self) -> None:
+        if len(self._places) > _MANY_PLACES and not self._has_warned_of_size:
+            self._has_warned_of_size = True
+            paths = [place.path.removeprefix("the length of ") for place in self._places]
+            ((most, _),) = collections.Counter([re.split(r"\[", path)[0] for path in paths]).most_common(1)
+            warnings.warn(
+                f"{len(self._places)} Python values are read by the model, the loss or the optimiser, most of them in {most}, "
+                "and each call compares them all. Keep large tables of objects in tensors, or out of reach of code that runs",
+                stacklevel=outside(),
+            )

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from adaptrt import tree
 from adaptrt.errors import DeviceMismatch, InvalidType, ModelChanged, NothingToAdapt, OptimizerMismatch
 from adaptrt.functional import canonical_names
+from adaptrt.graph.defaults import settings
+from adaptrt.graph.in_memory import refuse_tracing
+from adaptrt.inner import check
 from adaptrt.inner.model_tree import ModelTree
 from adaptrt.inner.python_state import PythonState
 from adaptrt.inner.step import LOSS_BUFFER, Carry, Fixed, LossFunction, Step
@@ -78,6 +81,7 @@ class Reader:
             self._buffers |= {LOSS_BUFFER + name: place for name, place in _places(loss, dict(loss.named_buffers()), "_buffers").items()}
             self._modules += list(loss.modules())
         self._read_tensors = _all_by(self._adapted, self._buffers, self._frozen, self._loss_params)
+        self._num_tensors = len({id(value) for part in self._read_tensors() for value in part.values()})
         self._read_modes = _modes_by(self._modules)
         roots = {"model": model, **({"loss": loss} if isinstance(loss, nn.Module) else {})}
         self._tree = ModelTree(roots)
@@ -122,7 +126,7 @@ class Reader:
         }
 
     def mode(self) -> Hashable:
-        """Returns what is a constant of a program: train or eval mode of every module, and whether algorithms must be deterministic."""
+        """Returns what is a constant of a program: train or eval mode of every module, settings of PyTorch's, and Python values."""
         self._tree.require_unchanged()
         return self._read_modes(), self.python.number()
 
@@ -130,11 +134,20 @@ class Reader:
         """Checks that the parameters that adapt are still those that `compile_unroll` found.
 
         Raises:
-          ModelChanged: `requires_grad` was changed, and `compile_unroll` would now find others; names the first.
+          ModelChanged: `requires_grad` was changed, and `compile_unroll` would now find others; or two tensors were made one, or the model
+            was moved to another device. Names the first.
+          UnsupportedParameter, DeviceMismatch: a parameter is now of a kind that cannot be adapted.
         """
+        if len({id(value) for part in self._read_tensors() for value in part.values()}) != self._num_tensors:
+            self._tree.require_same_tensors()
         flags = self._read_flags()
         if flags == self._flags or self._selection is None:
             return
+        device = check.model_device(self._model)
+        if device != self._device:
+            raise ModelChanged(
+                f"the model was moved from {self._device} to {device} after compile_unroll; make a new unroll, or move it back"
+            )
         try:
             now = self._selection()
         except NothingToAdapt:
@@ -146,8 +159,12 @@ class Reader:
             )
         self._flags = flags
 
-    def _read_flags(self) -> list[bool]:
-        return [param.requires_grad for param in self._model.parameters()]
+    def changed_specs(self) -> str:
+        """Says in words which parameter or buffer has another shape, dtype or device than at first; empty if none has."""
+        return self._tree.changed_specs()
+
+    def _read_flags(self) -> Sequence[Hashable]:
+        return [(param.requires_grad, param.layout, param.device) for param in self._model.parameters()]
 
     def step(self, detach_gradient: bool) -> Step:
         """Returns the inner step for the optimiser's present form."""
@@ -172,6 +189,7 @@ class Reader:
         if number is None:
             if len(self._numbers) >= _MAX_NUMBERS:
                 self._numbers = {}
+            refuse_tracing()  # the tensor would be of that mode for ever
             # In double precision, as Python numbers are; kept for later calls, so not an inference tensor.
             with torch.inference_mode(False):
                 number = self._numbers[hyper] = torch.tensor(hyper, dtype=torch.float64, device=self._device)
@@ -216,8 +234,8 @@ def _all_by(*groups: Mapping[str, _Place]) -> Callable[[], Sequence[dict[str, Te
 
 def _modes_by(modules: Sequence[nn.Module]) -> Callable[[], Hashable]:
     constants: dict[str, Any] = {f"m{index}": module for index, module in enumerate(modules)}
-    constants["deterministic"] = torch.are_deterministic_algorithms_enabled
-    return eval(f"lambda: (deterministic(), {', '.join(f'm{index}.training' for index in range(len(modules)))})", constants)
+    constants["settings"] = settings
+    return eval(f"lambda: (settings(), {', '.join(f'm{index}.training' for index in range(len(modules)))})", constants)
 
 
 def _read(places: Mapping[str, _Place]) -> dict[str, Tensor]:

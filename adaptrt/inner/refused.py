@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from adaptrt.errors import InvalidType, UnsupportedParameter
+from adaptrt.errors import InvalidType, NotTraceable, UnsupportedParameter, UnsupportedRandomness
+from adaptrt.graph.gradient_mode import GradientMode
+from adaptrt.inner.user_code import Executed
 
 _DISTRIBUTED = """DistributedDataParallel would average the gradients of the first call only. Wrap what returns the meta-loss:
   class MetaLoss(nn.Module):
@@ -48,6 +51,39 @@ def refuse_parts(model: nn.Module) -> None:
         _refuse_buffer(name, buffer)
 
 
+def refuse_code(executed: Executed, mode: GradientMode) -> None:
+    """Raises if code that ran while a model was traced in a gradient mode does what a program cannot do.
+
+    Raises:
+      UnsupportedRandomness: it seeds a generator. A program's random numbers are drawn before it runs.
+      NotTraceable: in inference mode, it asks for the mode in a way in which it is given the wrong answer.
+    """
+    if executed.seeding:
+        raise UnsupportedRandomness(
+            f"{executed.seeding[0]} seeds a generator, or sets its state, while the model runs; a program's random numbers are drawn "
+            "before it runs, from the global generator or the one that the call is given. Seed before the call; numbers that are the same "
+            "in every pass belong in a buffer of the model (register_buffer)"
+        )
+    if mode is GradientMode.INFERENCE and torch.is_inference_mode_enabled.__name__ in executed.questions:
+        raise NotTraceable(
+            "the model or the loss asks for inference mode by a name that it has imported; write torch.is_inference_mode_enabled(), or "
+            "call under no_grad"
+        )
+
+
+def refuse_questions(lines: Iterable[str]) -> None:
+    """Raises because what is computed depends on what a tensor answers about autograd.
+
+    Raises:
+      NotTraceable: names the lines that ask.
+    """
+    raise NotTraceable(
+        f"{', '.join(lines)} asks whether a tensor requires grad, is a leaf or an inference tensor, or has a grad_fn, and what is computed "
+        "depends on the answer, which is another one while a program is traced. Let it depend on self.training, on torch.is_grad_enabled() "
+        "or on a flag of the model's"
+    )
+
+
 def refuse_script(value: Any, what: str) -> None:
     """Raises if a module is one that `torch.jit` made.
 
@@ -69,13 +105,16 @@ def _refuse_table(name: str, part: nn.Embedding | nn.EmbeddingBag) -> None:
     if part.max_norm is not None:
         raise UnsupportedParameter(
             f"module '{name}' was built with max_norm={part.max_norm}, so that each call rewrites rows of its weight outside of the "
-            "optimiser. Build it with max_norm=None, and scale what it returns to that norm"
+            f"optimiser. Build it with max_norm=None, and scale what it returns: rows * ({part.max_norm} / rows.norm(dim=-1, "
+            "keepdim=True)).clamp(max=1)"
         )
 
 
 def _refuse_buffer(name: str, value: Tensor) -> None:
     if value.is_nested:
         raise UnsupportedParameter(f"buffer '{name}' is a nested tensor; pad it, with value.to_padded_tensor(0.0), and keep a mask")
+    if value.is_quantized:
+        raise UnsupportedParameter(f"buffer '{name}' is quantised; keep its .dequantize(), or quantise it where it is used")
     if value.layout is not torch.strided:
         raise UnsupportedParameter(
             f"buffer '{name}' has layout {value.layout}; only dense tensors can be inputs of a program. Call .to_dense()"

@@ -20,7 +20,6 @@ be taken back.
 
 from __future__ import annotations
 
-import dis
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,15 +28,22 @@ from torch import Tensor, fx, nn
 
 from adaptrt.errors import NotTraceable
 from adaptrt.graph.ir import Graph
-from adaptrt.inner.snapshot import MISSING, TABLES, Write, is_same
+from adaptrt.inner.bytecode import line_of
+from adaptrt.inner.reachable import MISSING, TABLES
+from adaptrt.inner.snapshot import Write, is_same
 from adaptrt.inner.user_code import Executed
 
 _MAX_LITERAL = 4096
 """Elements of a constant that may have been written as numbers in the code of a pass."""
 
 
-def attribute_writes(base: nn.Module, twin: nn.Module) -> list[Write]:
-    """What a call has changed in the attributes of `twin`, which was a shadow of `base`."""
+def attribute_writes(base: nn.Module, twin: nn.Module, executed: Executed) -> list[Write]:
+    """What a call has changed in the attributes of `twin`, which was a shadow of `base`.
+
+    Args:
+      base, twin: the modules.
+      executed: the code that ran. What it does not write is what another thread has meanwhile done to `base`.
+    """
     names = {id(part): name for name, part in base.named_modules(prefix="model")}
     pairs = list(zip(base.modules(), _modules_of(base, twin), strict=False))
     parts = {id(part): copied for part, copied in pairs}
@@ -51,7 +57,7 @@ def attribute_writes(base: nn.Module, twin: nn.Module) -> list[Write]:
                     one, other = old.get(key, MISSING), new.get(key, MISSING)
                     if (one is MISSING or other is MISSING or name == "_modules") and not is_same(one, other, parts):
                         found.append(Write(f"{names[id(part)]}.{key}", one, other))
-            elif not is_same(old, new, parts):
+            elif not is_same(old, new, parts) and (executed.may_set(name) or executed.may_write_into([name])):
                 found.append(Write(f"{names[id(part)]}.{name}", old, new))
     return found
 
@@ -127,11 +133,17 @@ def _numbered_by_value(constants: Sequence[Tensor]) -> list[int]:
 
 
 def refuse(writes: Sequence[Write], executed: Executed, *, again: bool) -> None:
-    """Raises for what a pass has written and later passes depend on.
+    """Raises for what a pass has written and later passes depend on, or for the clock that it has asked.
 
     Raises:
       NotTraceable: names it.
     """
+    if not writes:
+        raise NotTraceable(
+            f"what the model, the loss or the optimiser computes depends on {' and '.join(sorted(executed.sources))}, which gives "
+            "another value each time. A program would go on with the value of the first pass. Ask it outside, and pass the value in as a "
+            "part of the batch or as a buffer; for random numbers use torch.rand"
+        )
     shown = sorted(writes, key=lambda write: isinstance(write.before, Tensor) or isinstance(write.after, Tensor))[:3]
     line = next((found for write in shown if (found := _line_of(write.path, executed))), None)
     raise NotTraceable(
@@ -145,9 +157,4 @@ def refuse(writes: Sequence[Write], executed: Executed, *, again: bool) -> None:
 def _line_of(path: str, executed: Executed) -> str | None:
     """Where code that ran sets an attribute or a name like the last one of a path."""
     name = path.rsplit(".", 1)[-1].strip("'").split("'")[0]
-    for code in executed.scopes:
-        for instruction in dis.get_instructions(code):
-            if instruction.opname in ("STORE_ATTR", "STORE_GLOBAL", "STORE_DEREF") and instruction.argval == name:
-                line = instruction.positions.lineno if instruction.positions else None
-                return f"{code.co_filename}:{line or code.co_firstlineno}"
-    return None
+    return next((f"{code.co_filename}:{line}" for code, _ in executed.codes.values() if (line := line_of(code, name))), None)

@@ -1,26 +1,39 @@
-"""The Python objects that can be reached from what the user has passed in: what a pass wrote to them, and putting it back."""
+"""The Python objects that can be reached from what the user has passed in: what a pass wrote to them, and putting it back.
+
+Other threads may write to the same objects meanwhile. So a change counts as the pass's only if code that ran may have made it: if it sets
+an attribute or a global name of this name, or changes a container that is reached by a name in it (`bytecode.py`). What nobody but other
+threads can have written is left alone.
+
+Known limit: what other threads put into a container that the pass itself writes into meanwhile is taken out with what the pass wrote,
+unless it has tensors with values, or stands in a list into which the pass has put tensors.
+"""
 
 from __future__ import annotations
 
+import array
 import collections
 import contextlib
+import contextvars
+import copy
 import dataclasses
 import functools
 import operator
-import random
+import threading
 import types
+import warnings
 import weakref
-from collections.abc import Generator, Iterable, Mapping
+from collections.abc import Generator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from adaptrt.inner.user_code import IMMUTABLE, OPAQUE, Executed, is_array, is_of_user, is_users_class, slots_of
+from adaptrt.graph.capture import is_of_trace
+from adaptrt.inner.bytecode import MUTATORS
+from adaptrt.inner.reachable import MISSING, PLAIN, TABLES, Kind, Opening, Walk, position, put_position, scopes, short
+from adaptrt.inner.user_code import IMMUTABLE, Executed, is_array, outside, slots_of
 
-_MAX_OBJECTS = 20_000
-"""Objects that are searched for state, those nearest to the model first."""
-
-TABLES = frozenset({"_parameters", "_buffers", "_modules"})
+_MANY = 200_000
+"""Objects from which on looking at them takes seconds for each program."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -32,24 +45,7 @@ class Write:
     after: Any
 
     def __str__(self) -> str:
-        return f"{self.path} ({_short(self.before)} before, {_short(self.after)} after)"
-
-
-class _Missing:
-    def __repr__(self) -> str:
-        return "nothing"
-
-
-MISSING = _Missing()
-
-
-def _short(value: Any) -> str:
-    if isinstance(value, Tensor):
-        return f"a tensor of shape {list(value.shape)}"
-    if isinstance(value, list | dict | set | collections.deque) and not all(isinstance(entry, IMMUTABLE) for entry in value):
-        return f"a {type(value).__name__} of {len(value)}"
-    text = repr(value) if isinstance(value, (*IMMUTABLE, _Missing, list, dict, set, tuple)) else f"a {type(value).__name__}"
-    return text if len(text) <= 60 else f"{text[:57]}..."
+        return f"{self.path} ({short(self.before)} before, {short(self.after)} after)"
 
 
 class Snapshot:
@@ -62,231 +58,210 @@ class Snapshot:
 
     def __init__(self, roots: Mapping[str, Any], executed: Executed) -> None:
         self._executed = executed
-        self._contents: list[tuple[str, Any, Any]] = []
-        self._attributes: set[int] = set()
-        self._scopes: set[int] = set()
-        self._caches: list[tuple[Any, int]] = []
-        self._seen: set[int] = set()
-        left = collections.deque(roots.items())
-        while left and len(self._seen) < _MAX_OBJECTS:
-            path, value = left.popleft()
-            if isinstance(value, type):
-                left.extend(self._class(value))
-            elif not isinstance(value, OPAQUE) and id(value) not in self._seen:
-                self._seen.add(id(value))
-                left.extend(self._visit(path, value))
+        self._holders: dict[tuple[Kind, int], tuple[Kind, str, Any, Any]] = {}
+        self._paths: dict[int, list[str]] = {}
+        self._written: set[int] = set()  # containers that code can write into by a method that it has at hand
+        self._walk = Walk(self._visit)
+        self._walk.go(roots.items(), [opening for code, scope in executed.codes.values() for opening in scopes(code, scope)])
+        if len(self._holders) > _MANY:
+            warnings.warn(
+                f"{len(self._holders)} Python objects can be reached from the model, the loss and the optimiser, and are looked at for "
+                "each program that is made. Keep large tables of objects in tensors, or out of reach of the functions",
+                stacklevel=outside(),
+            )
+
+    def enter(self, code: types.CodeType, scope: dict[str, Any]) -> None:
+        """Takes the global names of a function that is about to run for the first time."""
+        self._walk.go(openings=scopes(code, scope))
 
     def writes(self) -> list[Write]:
         """What has changed since."""
-        found: list[Write] = []
-        for path, holder, before in self._contents:
-            after = _content(holder)
-            if self._may_differ(before, after):
-                found += _differences(path, *self._own(holder, before, after))
-        found += [
-            Write(f"the cache of {cache.__name__}", misses, cache.cache_info().misses)
-            for cache, misses in self._caches
-            if cache.cache_info().misses != misses
-        ]
-        return found
+        return [write for path, _, before, after in self._changes(may_own_values=True) for write in _differences(path, before, after)]
 
     def restore(self) -> None:
-        """Puts everything back."""
-        for _, holder, before in self._contents:
-            after = _content(holder)
-            if self._may_differ(before, after):
-                before, after = self._own(holder, before, after)
-                if _differences("", before, after):
-                    _put(holder, before, after)
-        for cache, misses in self._caches:
-            if cache.cache_info().misses != misses:
-                cache.cache_clear()
+        """Puts everything back. A tensor with values in a container stays, as another thread may have computed it."""
+        for _, holder, before, after in self._changes(may_own_values=False):
+            if _differences("", before, after):
+                _put(holder, before, after)
 
-    @staticmethod
-    def _may_differ(before: Any, after: Any) -> bool:
-        """Whether it is worth looking closely."""
-        if not isinstance(before, dict):
-            return True
-        return len(before) != len(after) or any(after.get(key, MISSING) is not value for key, value in before.items())
+    def _visit(self, opening: Opening) -> list[tuple[Any, Any]]:
+        kind, holder = opening.kind, opening.holder
+        entries = [
+            (key, value) for key, value in opening.entries if type(value) not in PLAIN and not (kind is Kind.MODULE and key in TABLES)
+        ]
+        for key, value in entries:
+            if isinstance(value, list | dict | set | collections.deque) or is_array(value):
+                self._paths.setdefault(id(value), []).extend([opening.path_of(key), *([opening.path] if opening.is_whole else [])])
+            elif isinstance(value, types.BuiltinMethodType) and value.__name__ in MUTATORS:
+                self._written.add(id(value.__self__))
+        if kind not in (Kind.FIXED, Kind.TUPLE):
+            self._holders.setdefault((kind, id(holder)), (kind, opening.path, holder, _content(kind, holder)))
+        return entries
 
-    def _own(self, holder: Any, before: Any, after: Any) -> tuple[Any, Any]:
-        """Both contents without the attributes and global names that no code that ran sets."""
-        if id(holder) in self._attributes:
-            may_set = self._executed.may_set
-        elif id(holder) in self._scopes:
+    def _changes(self, may_own_values: bool) -> list[tuple[str, Any, Any, Any]]:
+        """Path, holder, and content before and after of what the pass may have changed.
+
+        Args:
+          may_own_values: whether tensors with values count, which a pass can have put somewhere, but not computed.
+        """
+        found: list[tuple[str, Any, Any, Any]] = []
+        for kind, path, holder, before in self._holders.values():
+            after = _content(kind, holder)
+            if _may_differ(before, after):
+                before, after = self._own(kind, holder, path, before, after, may_own_values)
+                found.append((path, _Named(holder) if kind is Kind.NAMED else holder, before, after))
+        return found
+
+    def _own(self, kind: Kind, holder: Any, path: str, before: Any, after: Any, may_own_values: bool) -> tuple[Any, Any]:
+        """Both contents without what only other threads can have changed."""
+        if kind in (Kind.DICT, Kind.LIST, Kind.SET, Kind.ARRAY):
+            return self._own_entries(holder, path, before, after, may_own_values)
+        if kind is Kind.CELL:
+            return before, after if self._executed.may_set_variable(path.rpartition(".")[2]) else before
+        if kind is Kind.SCOPE:
             may_set = functools.partial(self._executed.may_set_global, holder)
+        elif kind in (Kind.ATTRIBUTES, Kind.MODULE, Kind.CLASS, Kind.NAMED):
+            may_set = self._executed.may_set
         else:
             return before, after
         changed = [key for key in {**before, **after} if before.get(key, MISSING) is not after.get(key, MISSING) and may_set(str(key))]
         return tuple({key: content[key] for key in changed if key in content} for content in (before, after))  # type: ignore[return-value]
 
-    def _visit(self, path: str, value: Any) -> Iterable[tuple[str, Any]]:
-        if isinstance(value, nn.Module):
-            return self._module(path, value)
-        if isinstance(value, functools.partial):
-            return [(path, part) for part in (value.func, *value.args, *value.keywords.values())]
-        if isinstance(value, types.MethodType):
-            return [(path, value.__self__), (path, value.__func__)]
-        if isinstance(value, types.FunctionType):
-            return self._function(path, value)
-        if isinstance(value, functools._lru_cache_wrapper):
-            self._caches.append((value, value.cache_info().misses))
-            return [(path, value.__wrapped__)]
-        if isinstance(value, dict):
-            self._keep(path, value)
-            return [(f"{path}[{key!r}]", entry) for key, entry in dict.items(value)]
-        if isinstance(value, list | tuple | set | frozenset | collections.deque):
-            if not isinstance(value, tuple | frozenset):
-                self._keep(path, value)
-            return [(f"{path}[{index}]", entry) for index, entry in enumerate(value)]
-        if is_array(value) or _position(value) is not None:
-            self._keep(path, value)
-            return []
-        return self._object(path, value)
+    def _own_entries(self, holder: Any, path: str, before: Any, after: Any, may_own_values: bool) -> tuple[Any, Any]:
+        paths = [found.partition(".")[2] for found in (path, *self._paths.get(id(holder), ()))]
+        may_write = id(holder) in self._written or self._executed.may_write_into(paths)
 
-    def _keep(self, path: str, holder: Any) -> None:
-        self._contents.append((path, holder, _content(holder)))
+        def is_own(entry: Any) -> bool:
+            tensors = _tensors(entry)
+            return any(map(is_of_trace, tensors)) or (may_write and (may_own_values or not tensors))
 
-    def _module(self, path: str, module: nn.Module) -> list[tuple[str, Any]]:
-        own = vars(module)
-        self._attributes.add(id(own))
-        self._keep(path, own)
-        found = [(f"{path}.{name}", value) for name, value in own.items() if name not in TABLES]
-        found += [(f"{path}.{name}", child) for name, child in module._modules.items() if child is not None]
-        return [*found, *self._class(type(module))]
+        if isinstance(before, dict):
+            changed = [key for key in {**before, **after} if before.get(key, MISSING) is not after.get(key, MISSING)]
+            changed = [key for key in changed if is_own(after.get(key, MISSING))]
+            return tuple({key: content[key] for key in changed if key in content} for content in (before, after))  # type: ignore[return-value]
+        if isinstance(before, set):
+            return before, (before & after if may_write else before) | set(filter(is_own, after - before))
+        if isinstance(before, list) and _is_longer(before, after):
+            added = after[len(before) :]
+            of_trace = [entry for entry in added if any(map(is_of_trace, _tensors(entry)))]
+            return before, [*before, *(of_trace if of_trace and not may_own_values else filter(is_own, added))]
+        return before, after if may_write else before
 
-    def _function(self, path: str, function: types.FunctionType) -> list[tuple[str, Any]]:
-        if not is_of_user(function.__code__, function.__globals__):
-            return []
-        found: list[tuple[str, Any]] = [(path, part) for part in (function.__defaults__, function.__kwdefaults__) if part]
-        for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True):
-            path = f"{function.__name__}.<closure>.{name}"
-            self._keep(path, cell)
-            found.append((path, _content(cell)))
-        scope = function.__globals__
-        if id(scope) not in self._seen:
-            self._seen.add(id(scope))
-            self._scopes.add(id(scope))
-            self._keep(scope.get("__name__", "?"), scope)
-        names = dict.fromkeys(name for code in _codes(function.__code__) for name in code.co_names)
-        return [*found, *[(f"{scope.get('__name__', '?')}.{name}", scope[name]) for name in names if name in scope]]
 
-    def _object(self, path: str, value: Any) -> list[tuple[str, Any]]:
-        if not is_users_class(type(value)):
-            return []
-        own = getattr(value, "__dict__", None)
-        found: list[tuple[str, Any]] = []
-        if isinstance(own, dict):
-            self._attributes.add(id(own))
-            self._keep(path, own)
-            found = [(f"{path}.{name}", entry) for name, entry in own.items()]
-        if slots_of(value):
-            self._keep(path, _Slots(value))
-            found += [(f"{path}.{name}", getattr(value, name)) for name in slots_of(value)]
-        return [*found, *self._class(type(value))]
+def _is_longer(before: list[Any], after: list[Any]) -> bool:
+    return len(after) > len(before) and all(map(operator.is_, before, after))
 
-    def _class(self, kind: type) -> list[tuple[str, Any]]:
-        """Functions and data of the user's classes."""
-        found: list[tuple[str, Any]] = []
-        for base in kind.__mro__:
-            if is_users_class(base) and id(base) not in self._seen:
-                self._seen.add(id(base))
-                self._attributes.add(id(base))
-                self._keep(base.__name__, base)
-                for name, entry in vars(base).items():
-                    entry = getattr(entry, "__func__", getattr(entry, "fget", entry))  # of a class or static method, of a property
-                    found.append((f"{base.__name__}.{name}", entry))
-        return found
+
+def _tensors(value: Any, depth: int = 0) -> list[Tensor]:
+    """The tensors in an entry of a container."""
+    if isinstance(value, Tensor):
+        return [value]
+    if depth < 4 and isinstance(value, list | tuple | dict | set | frozenset | collections.deque):
+        parts = list(dict.values(value)) if isinstance(value, dict) else list(value)
+        return [found for part in parts for found in _tensors(part, depth + 1)]
+    own = getattr(value, "__dict__", None) if depth < 4 and not isinstance(value, type | types.ModuleType | nn.Module) else None
+    return [found for part in list(own.values()) for found in _tensors(part, depth + 1)] if isinstance(own, dict) else []
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Slots:
-    """The attributes of an object of a class with `__slots__`."""
+class _Named:
+    """The attributes of an object that are in no dict."""
 
     owner: Any
 
 
-def _codes(code: types.CodeType) -> list[types.CodeType]:
-    """A function's code, and that of the functions in it."""
-    inner = [entry for constant in code.co_consts if isinstance(constant, types.CodeType) for entry in _codes(constant)]
-    return [code, *inner]
+def _may_differ(before: Any, after: Any) -> bool:
+    """Whether it is worth looking closely."""
+    if isinstance(before, dict):
+        return len(before) != len(after) or any(after.get(key, MISSING) is not value for key, value in before.items())
+    if isinstance(before, list):
+        return len(before) != len(after) or not all(map(operator.is_, before, after))
+    return True
 
 
-def _content(holder: Any) -> Any:
+def _content(kind: Kind, holder: Any) -> Any:
     """A shallow copy of what it holds."""
-    if isinstance(holder, types.CellType):
-        return holder.cell_contents if holder != types.CellType() else MISSING
-    if isinstance(holder, _Slots):
-        return {name: getattr(holder.owner, name) for name in slots_of(holder.owner)}
-    if is_array(holder):
-        return holder.copy()
-    if isinstance(holder, type):
+    match kind:
+        case Kind.CELL:
+            return holder.cell_contents if holder != types.CellType() else MISSING
+        case Kind.NAMED:
+            return _named(holder)
+        case Kind.ARRAY:
+            return copy.copy(holder)
+        case Kind.CLASS:
+            return dict(vars(holder))
+        case Kind.POSITION:
+            return (position(holder),)
+        case Kind.CACHE:
+            return holder.cache_info().misses
+        case Kind.CONTEXT:
+            return holder.get(MISSING)
+        case Kind.SET:
+            return set(holder)
+        case Kind.LIST:
+            return list(holder)
+        case _:  # a dict, of which a subclass may make another object at each look-up
+            return dict(dict.items(holder))
+
+
+def _named(holder: Any) -> dict[str, Any]:
+    if isinstance(holder, threading.local):
         return dict(vars(holder))
-    position = _position(holder)
-    if position is not None:
-        return position
-    if isinstance(holder, dict):  # of which a subclass may make another object at each look-up
-        return dict(dict.items(holder))
-    return list(holder) if isinstance(holder, list | collections.deque) else set(holder)
-
-
-def _position(value: Any) -> Any:
-    """Where an iterator or a generator of random numbers is; None for everything else."""
-    if isinstance(value, random.Random):
-        return value.getstate()
-    if isinstance(value, types.GeneratorType):
-        frame = value.gi_frame
-        if frame is None:
-            return "ended"
-        values = [(name, entry if isinstance(entry, IMMUTABLE) else id(entry)) for name, entry in frame.f_locals.items()]
-        return frame.f_lasti, tuple(values)
-    if hasattr(type(value), "__next__") and not hasattr(value, "__dict__"):
-        return repr(value), operator.length_hint(value, -1)
-    return None
+    names = slots_of(type(holder)) if not isinstance(holder, types.FunctionType) else ("__code__", "__defaults__", "__kwdefaults__")
+    return {name: getattr(holder, name) for name in names if hasattr(holder, name)}
 
 
 def _put(holder: Any, content: Any, present: Any) -> None:
-    """Puts a content in the place of the present one; never empties a dict, which other threads may read."""
+    """Puts a content in the place of the present one. What others have put there meanwhile stays."""
     if isinstance(holder, types.CellType):
         if content is not MISSING:
             holder.cell_contents = content
-        return
-    if isinstance(holder, _Slots):
-        for name, value in content.items():
-            setattr(holder.owner, name, value)
-        return
-    if is_array(holder):
-        holder[...] = content
-        return
-    if isinstance(holder, random.Random):
-        holder.setstate(content)
-        return
-    if isinstance(holder, type):
+    elif isinstance(holder, _Named | type):
+        owner = holder.owner if isinstance(holder, _Named) else holder
         for name in present.keys() - content.keys():
-            delattr(holder, name)
+            delattr(owner, name)
         for name, value in content.items():
-            setattr(holder, name, value)
-        return
-    if _position(holder) is not None:  # there is no way back
-        return
-    if isinstance(holder, dict):
+            setattr(owner, name, value)
+    elif isinstance(holder, contextvars.ContextVar):
+        if content is not MISSING:
+            holder.set(content)
+    elif isinstance(holder, functools._lru_cache_wrapper):
+        holder.cache_clear()
+    elif is_array(holder):
+        holder[slice(None) if isinstance(holder, bytearray | array.array) else ...] = content
+    elif isinstance(holder, dict):
         _put_entries(holder, content, present)
-    elif isinstance(holder, list):
-        holder[:] = content
+    elif isinstance(holder, list | collections.deque):
+        _put_items(holder, content, present)
+    elif isinstance(holder, set):
+        holder.difference_update(present - content)
+        holder.update(content - present)
     else:
-        holder.clear()
-        (holder.extend if isinstance(holder, collections.deque) else holder.update)(content)
+        put_position(holder, content[0])
 
 
 def _put_entries(holder: dict[Any, Any], content: dict[Any, Any], present: dict[Any, Any]) -> None:
     """Puts back what is another object. Everything else stays, as another thread may use the dict meanwhile."""
     kind: Any = collections.OrderedDict if isinstance(holder, collections.OrderedDict) else dict  # whatever a subclass does with entries
-    for key, value in content.items():
-        if dict.get(holder, key, MISSING) is not value:
-            kind.__setitem__(holder, key, value)
-    for key in present.keys() - content.keys():
-        if dict.__contains__(holder, key):
+    for key in {**content, **present}:
+        if dict.get(holder, key, MISSING) is not present.get(key, MISSING):  # another thread has written again
+            continue
+        if key not in content:
             kind.__delitem__(holder, key)
+        elif present.get(key, MISSING) is not content[key]:
+            kind.__setitem__(holder, key, content[key])
+
+
+def _put_items(holder: list[Any] | collections.deque[Any], content: list[Any], present: list[Any]) -> None:
+    """Takes out what was added at the end, which another thread may do, too, or puts everything back."""
+    if not _is_longer(content, present):
+        holder.clear()
+        holder.extend(content)
+        return
+    added = {id(entry): entry for entry in present[len(content) :]}
+    for index in reversed(range(len(content), len(holder))):
+        if id(holder[index]) in added:
+            del holder[index]
 
 
 def _differences(path: str, before: Any, after: Any) -> list[Write]:
@@ -312,6 +287,8 @@ def is_same(before: Any, after: Any, parts: Mapping[int, Any], settled: bool = F
         return True
     if isinstance(before, nn.Module):
         return parts.get(id(before), before) is after
+    if isinstance(before, bytearray | array.array):
+        return type(before) is type(after) and before == after
     if is_array(before):
         return is_array(after) and before.dtype == after.dtype and before.shape == after.shape and before.tobytes() == after.tobytes()
     if isinstance(before, Tensor):
@@ -335,9 +312,10 @@ def is_same(before: Any, after: Any, parts: Mapping[int, Any], settled: bool = F
 
 @contextlib.contextmanager
 def undone(roots: Mapping[str, Any], executed: Executed) -> Generator[Snapshot]:
-    """Undoes what the block writes to objects that can be reached from `roots`. `executed`: the code that runs in it."""
+    """Undoes what the block writes to objects that can be reached from `roots` or from code that is recorded as `executed`."""
     before = Snapshot(roots, executed)
     try:
-        yield before
+        with executed.announcing(before.enter):
+            yield before
     finally:
         before.restore()

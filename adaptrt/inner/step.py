@@ -111,11 +111,15 @@ class Step:
         """Returns the loss's gradient by parameter name. Parameters that the loss does not use have no entry."""
         if not loss.requires_grad:
             raise NothingToAdapt(
-                "the support loss does not depend on the adapted parameters: check `params=` and that the model does not detach its output"
+                "the support loss does not depend on the adapted parameters: check `params=`, and that the model neither detaches its output "
+                "nor rounds it to integers"
             )
         grads = self._gradient(loss, params)
         if not grads:
-            raise NothingToAdapt(f"the support loss does not depend on any adapted parameter ({', '.join(params)}): check `params=`")
+            raise NothingToAdapt(
+                f"the support loss does not depend on any adapted parameter ({', '.join(params)}): check `params=`, and that the model "
+                "reaches its parts by attributes; a function that was put in the place of forward may hold the model itself"
+            )
         return {name: grad.detach() for name, grad in grads.items()} if self.detach_gradient else grads
 
     def _gradient(self, loss: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:

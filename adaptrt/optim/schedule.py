@@ -103,7 +103,7 @@ def _table(name: str, value: object) -> Tensor:
         entries = cast("Sequence[object]", value) if isinstance(value, Sequence) else [None]
         if not all(map(_is_number, entries)):
             raise InvalidType(f"per_step: {name} must be a tensor or a sequence of finite numbers, got {value!r}.")
-        value = torch.tensor(entries, dtype=torch.float64)
+        value = torch.tensor(entries, dtype=torch.float64, device="cpu")
     if not value.is_floating_point():
         raise InvalidType(f"per_step: {name} must be a floating-point tensor, got {value.dtype}.")
     if not value.dim() or not len(value):

@@ -68,13 +68,18 @@ def _field(entry: Mapping[str, Any] | None, key: str, name: str, zero: Tensor) -
             f"The optimiser's state for parameter '{name}' has no '{key}', only {sorted(entry)}. It was made under other settings; "
             "build the optimiser anew, or restore them."
         )
-    value = torch.as_tensor(entry[key])
+    value = torch.as_tensor(entry[key], device=_device_of(entry[key]))
     if value.shape != zero.shape and not (key == "step" and value.numel() == 1):
         raise OptimizerMismatch(
             f"The optimiser's '{key}' for parameter '{name}' must have shape {list(zero.shape)}, got {list(value.shape)}. "
             "The state belongs to another model; load the matching checkpoint or clear opt.state."
         )
     return value.reshape(zero.shape).to(device=zero.device, dtype=zero.dtype)
+
+
+def _device_of(value: object) -> torch.device:
+    """Where a tensor is; the CPU for a number, whatever the default device is."""
+    return value.device if isinstance(value, Tensor) else torch.device("cpu")
 
 
 def _held_lbfgs(opt: torch.optim.Optimizer, params: Params, fresh: LBFGSState) -> LBFGSState:
@@ -93,7 +98,7 @@ def _held_lbfgs(opt: torch.optim.Optimizer, params: Params, fresh: LBFGSState) -
             f"The state of LBFGS must have {size} elements, got {len(entry['prev_flat_grad'])}. Load the matching checkpoint or clear "
             "opt.state."
         )
-    places = dict(zip(map(id, held), torch.split(torch.arange(size), [p.numel() for p in held]), strict=True))
+    places = dict(zip(map(id, held), torch.split(torch.arange(size, device="cpu"), [p.numel() for p in held]), strict=True))
     order = torch.cat([places[id(p)] for p in params.values()])
 
     def rows(vectors: Sequence[Tensor], zeros: Tensor) -> Tensor:
@@ -101,7 +106,7 @@ def _held_lbfgs(opt: torch.optim.Optimizer, params: Params, fresh: LBFGSState) -
         return torch.cat([zeros[len(found) :], torch.stack(found)]) if found else zeros
 
     return LBFGSState(
-        n_iter=torch.as_tensor(entry["n_iter"]).to(fresh.n_iter),
+        n_iter=torch.as_tensor(entry["n_iter"], device=_device_of(entry["n_iter"])).to(fresh.n_iter),
         prev_flat_grad=entry["prev_flat_grad"].detach()[order].to(fresh.prev_flat_grad),
         prev_step=(entry["d"] * entry["t"]).detach()[order].to(fresh.prev_step),
         old_dirs=rows(entry["old_dirs"], fresh.old_dirs),

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from adaptrt import tree
+from adaptrt.backend.entry_points import entry_point
 from adaptrt.errors import CannotBePickled, CannotBeSet, InvalidType, LongChain
 from adaptrt.inner.step import Fixed, as_call
 from adaptrt.runtime.state import State
@@ -108,6 +109,7 @@ class Adapted:
         """T, or None without a task axis."""
         return self.state.num_tasks
 
+    @entry_point
     def __call__(self, *args: Any, generator: torch.Generator | None = None, **kwargs: Any) -> Any:
         """Returns the adapted model's output for these arguments; differentiable outside `no_grad`.
 

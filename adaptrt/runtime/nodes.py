@@ -17,6 +17,7 @@ from torch.autograd import Function
 from adaptrt import tree
 from adaptrt.adjoint.base import Adaptation, Gradients, Query, Task, Wrt
 from adaptrt.backend.engine import graph_is_kept, refuse_freed
+from adaptrt.backend.entry_points import entry_point
 from adaptrt.errors import NotDifferentiable
 from adaptrt.inner.step import Batch, Carry, Fixed
 from adaptrt.runtime.calls import Validate
@@ -163,6 +164,7 @@ class _Final(Function):
         return tuple(value.view_as(value) for value in values[:num_gradients])
 
     @staticmethod
+    @entry_point
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         del ctx, cotangents
         raise NotDifferentiable(
@@ -203,6 +205,7 @@ class _Adapt(Function):
         return *outputs, losses
 
     @staticmethod
+    @entry_point
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         call: Call = ctx.call
         if ctx.computed:
@@ -231,6 +234,7 @@ class _MetaLoss(Function):
         return losses.mean() if losses.dim() else losses
 
     @staticmethod
+    @entry_point
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         found = ctx.found
         if found is None:
@@ -239,11 +243,18 @@ class _MetaLoss(Function):
             refuse_freed(ctx.computed)
         if not graph_is_kept():
             ctx.found = None
-            if cotangent.device.type == "cpu" and cotangent.item() == 1.0:  # as in loss.backward()
+            if cotangent.device.type == "cpu" and _is_one(cotangent):  # as in loss.backward()
                 return None, *found
         with torch.no_grad():
             found = [value * cotangent for value in found]
         return None, *_final(found, ctx.inputs)
+
+
+def _is_one(cotangent: Tensor) -> bool:
+    try:
+        return cotangent.item() == 1.0
+    except RuntimeError:  # it stands for several, which were asked for at once
+        return False
 
 
 class _Predict(Function):
@@ -260,6 +271,7 @@ class _Predict(Function):
         return tuple(leaves)
 
     @staticmethod
+    @entry_point
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
         args = tree.unflatten(ctx.structure, ctx.saved_tensors)
         with torch.no_grad():

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from adaptrt import tree
 from adaptrt.backend import Tiered
+from adaptrt.backend.guards import refuse_transforms
 from adaptrt.backend.launch import RUNNING
 from adaptrt.backend.tiered import call_ended
 from adaptrt.errors import ModelChanged, ShapeChanged
@@ -125,9 +126,9 @@ class Planner:
         def require() -> None:
             if self._reader.mode() != expected:
                 raise ModelChanged(
-                    "a train or eval mode, or a Python value that the model or the loss reads, was changed between a call and its first "
-                    "backward(), or by another thread during a call, so that the program for it cannot be captured; call backward() before "
-                    "the change"
+                    "a train or eval mode, a default of PyTorch's, or a Python value that the model or the loss reads, was changed between "
+                    "a call and its first backward(), or by another thread during a call, so that the program for it cannot be captured; "
+                    "call backward() before the change"
                 )
 
         return require
@@ -143,8 +144,10 @@ class Planner:
         """Returns the context in which a call runs. Its end is told to a background compiler, which waits for calls that capture.
 
         Raises:
+          WithinTransform: this thread is within a transformation of `torch.func`.
           CannotRecord: calls are launches, and none can be made here and now.
         """
+        refuse_transforms()
         if self._launcher is not None:
             self._launcher.refuse()
         return contextlib.closing(_TIERED_CALL) if self._is_tiered else _NOTHING

@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from adaptrt import tree
-from adaptrt.backend.guards import in_forward_mode, refuse_tangents
+from adaptrt.backend.guards import in_forward_mode, may_be_compared, refuse_tangents
 from adaptrt.errors import NonFiniteInput
 from adaptrt.graph.gradient_mode import GradientMode
+from adaptrt.graph.in_memory import refuse_tracing
 from adaptrt.graph.noise import restored_on_error
 from adaptrt.inner import check
 from adaptrt.inner.reader import Reader
@@ -71,7 +72,7 @@ class ModelPredictor:
 
     def _plan(self, carry: Carry, fixed: Fixed, inputs: Tree, num_tasks: int | None, warm: bool) -> PredictionPlan:
         """Checks the inputs and returns their plan; a prediction that is like the last one in all that matters takes its plan."""
-        usual = not warm and type(inputs) is tuple and all([isinstance(value, Tensor) for value in inputs])
+        usual = not warm and type(inputs) is tuple and all([may_be_compared(value) for value in inputs])
         leaves = [*carry.params.values(), *carry.buffers.values(), *fixed.params.values(), *inputs] if usual else []
         kind = torch.is_inference_mode_enabled(), torch.is_grad_enabled(), len(leaves), num_tasks is None
         mode = self._reader.mode()
@@ -79,6 +80,7 @@ class ModelPredictor:
         if plan is not None:
             return plan
         check.as_batch("input", (inputs,), self._settings.device)
+        refuse_tracing()
         if num_tasks is not None:
             check.leading_axis("input", inputs, 0, num_tasks, "tasks")
         plan = self._planner.prediction(inputs, carry, fixed, num_tasks, warm)

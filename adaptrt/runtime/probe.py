@@ -11,13 +11,15 @@ from torch import Tensor
 from adaptrt import tree
 from adaptrt.functional import watch_calls
 from adaptrt.graph.capture import capture
-from adaptrt.graph.gradient_mode import GradientMode, questions
+from adaptrt.graph.gradient_mode import GradientMode
 from adaptrt.graph.indices import IndexBound, index_bounds
 from adaptrt.graph.ir import Graph
 from adaptrt.graph.noise import Noise
 from adaptrt.graph.passes.lift_noise import record_noise
 from adaptrt.graph.signature import Role
 from adaptrt.inner import diagnose
+from adaptrt.inner.questions import TensorQuestions
+from adaptrt.inner.refused import refuse_code, refuse_questions
 from adaptrt.inner.side_effects import attribute_writes, computes_the_same, refuse
 from adaptrt.inner.snapshot import Snapshot, Write, is_same, undone
 from adaptrt.inner.step import Batch, Carry, Fixed, Step
@@ -74,7 +76,7 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> tu
       What the pass has shown, and the graph of model and loss.
     """
     live = {key: False for key in carry.buffers}
-    executed = Executed()
+    executed, questions = Executed(), TensorQuestions()
     while True:
         noise: list[Noise] = []
         before = dict(live)
@@ -84,15 +86,15 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> tu
             params, fixed, batch = tree.map_leaves(_differentiable, (carry.params, fixed, batch))
             buffers = {key: _differentiable(value) if before[key] else value for key, value in carry.buffers.items()}
             mode = step.mode if name == "query" else GradientMode.GRAD
-            with record_noise() as drawn, diagnose.running(name, batch), record_code(executed), mode.within():
+            with record_noise() as drawn, diagnose.running(name, batch), record_code(executed), questions, mode.within():
                 loss, updated = step.evaluate(params, buffers, fixed, batch)
             noise[:] = drawn  # a capture may run it twice
             live.update({key: value.requires_grad for key, value in updated.items()})
             if name != "support":
                 return loss, updated
-            with diagnose.pulling_back(loss):
+            with diagnose.pulling_back(loss), record_code(executed):
                 grads = step.gradient(loss, params)
-            with diagnose.updating(), record_code(executed):
+            with diagnose.updating(), record_code(executed), questions:
                 result = step.update(grads, carry.opt_state, params, fixed.hyper)
             return loss, updated, result
 
@@ -102,22 +104,22 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> tu
         capturing = functools.partial(capture, names=_NAMES, fused_attention=step.detach_gradient)
         seen = _watched(step, executed, lambda capturing=capturing, forward=forward: capturing(forward, carry, fixed, batch, roles=_ROLES))
         drawn = tuple(noise)
-        if seen.writes:
-            _require_no_state(seen.writes, run, (carry, fixed, batch), step, executed)
+        _require_no_state(seen.writes, run, (carry, fixed, batch), step, executed)
+        _require_no_answer(questions, run, (carry, fixed, batch), step, executed)
         # A buffer that is live may make others live, which read it; running statistics stay as they are.
         if live == before:
             graph = seen.graph
             loss, bounds = graph.signature.outputs[0].spec, tuple(index_bounds(graph))
-            return Probe(drawn, bounds, tuple(live.values()), loss, executed, seen.leaves_traces, seen.asks_mode), graph
+            return Probe(drawn, bounds, tuple(live.values()), loss, executed, seen.leaves_traces, bool(executed.questions)), graph
 
 
 def probe_prediction(step: Step, carry: Carry, fixed: Fixed, inputs: Tree) -> Prediction:
     """Runs the model without the loss. Arguments and errors are as for `probe`."""
     noise: list[Noise] = []
-    executed = Executed()
+    executed, questions = Executed(), TensorQuestions()
 
     def forward(carry: Carry, fixed: Fixed, inputs: Tree) -> Tree:
-        with record_noise() as drawn, diagnose.running("input", Batch(inputs, None)), record_code(executed), step.mode.within():
+        with record_noise() as drawn, diagnose.running("input", Batch(inputs, None)), record_code(executed), questions, step.mode.within():
             output, _ = step.apply(carry.params, carry.buffers, fixed, inputs)
         noise[:] = drawn
         return output
@@ -125,35 +127,37 @@ def probe_prediction(step: Step, carry: Carry, fixed: Fixed, inputs: Tree) -> Pr
     names = ("carry", "fixed", "batch.inputs")
     seen = _watched(step, executed, lambda: capture(forward, carry, fixed, inputs, roles=_ROLES, names=names))
     drawn = tuple(noise)
-    if seen.writes:
-        _require_no_state(seen.writes, forward, (carry, fixed, inputs), step, executed)
-    return Prediction(drawn, tuple(index_bounds(seen.graph)), executed, seen.leaves_traces, seen.asks_mode)
+    _require_no_state(seen.writes, forward, (carry, fixed, inputs), step, executed)
+    _require_no_answer(questions, forward, (carry, fixed, inputs), step, executed)
+    return Prediction(drawn, tuple(index_bounds(seen.graph)), executed, seen.leaves_traces, bool(executed.questions))
 
 
 class _Seen(NamedTuple):
-    """A graph, what its capture wrote, whether to objects outside of the model, too, and whether it asked for the gradient mode."""
+    """A graph, what its capture wrote, and whether to objects outside of the model, too."""
 
     graph: Graph
     writes: list[Write]
     leaves_traces: bool
-    asks_mode: bool
 
 
 def _watched(step: Step, executed: Executed, run: Callable[[], Graph]) -> _Seen:
     """Captures, watches what the user's code does, and undoes what it has written."""
-    with undone(_roots(step), executed) as world, watch_calls() as calls, questions() as asked:
+    with undone(_roots(step), executed) as world, watch_calls() as calls:
         graph = run()
         outside = world.writes()
-    writes = [*outside, *(write for base, twin in calls.made for write in attribute_writes(base, twin))]
-    return _Seen(graph, writes, bool(outside), bool(asked))
+    refuse_code(executed, step.mode)
+    writes = [*outside, *(write for base, twin in calls.made for write in attribute_writes(base, twin, executed))]
+    return _Seen(graph, writes, bool(outside))
 
 
 def _require_no_state(writes: Sequence[Write], run: Callable[..., Tree], args: tuple[Tree, ...], step: Step, executed: Executed) -> None:
-    """Runs two passes in succession, the second on other inputs, and raises if it does anything else than the first.
+    """If a pass has written anything, or asked a clock, runs two, the second on other inputs, and raises if it differs from the first.
 
     Raises:
-      NotTraceable: names what was written.
+      NotTraceable: names what was written, or what was asked.
     """
+    if not writes and not executed.sources:
+        return
     unsettled: list[Write] = []
 
     def twice(first: tuple[Tree, ...], second: tuple[Tree, ...]) -> Tree:
@@ -162,15 +166,45 @@ def _require_no_state(writes: Sequence[Write], run: Callable[..., Tree], args: t
             num_calls = len(calls.made)
             world = Snapshot(_roots(step), executed)
             results = results, run(*second)
-            later = [*world.writes(), *(write for base, twin in calls.made[num_calls:] for write in attribute_writes(base, twin))]
+            later = [*world.writes(), *(write for base, twin in calls.made[num_calls:] for write in attribute_writes(base, twin, executed))]
             unsettled.extend(write for write in later if not is_same(write.before, write.after, {}, settled=True))
         return results
 
+    if not _are_the_same(twice, args, step, executed) or unsettled:
+        refuse(unsettled or writes, executed, again=bool(unsettled))
+
+
+def _are_the_same(twice: Callable[[Tree, Tree], Tree], args: tuple[Tree, ...], step: Step, executed: Executed) -> bool:
+    """Whether two passes, each of inputs of its own, compute the same function."""
     with undone(_roots(step), executed):
         graph = capture(twice, args, args, fused_attention=step.detach_gradient)
-    num_inputs, num_outputs = len(tree.leaves(args)), graph.result.num_leaves // 2
-    if unsettled or not computes_the_same(graph, num_inputs, num_outputs):
-        refuse(unsettled or writes, executed, again=bool(unsettled))
+    return computes_the_same(graph, len(tree.leaves(args)), graph.result.num_leaves // 2)
+
+
+def _require_no_answer(
+    questions: TensorQuestions, run: Callable[..., Tree], args: tuple[Tree, ...], step: Step, executed: Executed
+) -> None:
+    """If code has asked tensors about autograd, runs it again with the opposite answers, and raises if it then computes anything else.
+
+    Raises:
+      NotTraceable: names the line.
+    """
+    if not questions.lines:
+        return
+
+    def twice(first: tuple[Tree, ...], second: tuple[Tree, ...]) -> Tree:
+        results = run(*first)
+        questions.negates = True
+        return results, run(*second)
+
+    try:
+        is_same = _are_the_same(twice, args, step, executed)
+    except (RuntimeError, TypeError, ValueError, AttributeError):  # the other branch cannot be run
+        is_same = False
+    finally:
+        questions.negates = False
+    if not is_same:
+        refuse_questions(questions.lines)
 
 
 def _roots(step: Step) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from adaptrt import tree
 from adaptrt.backend import Backend
 from adaptrt.backend.base import Building, Form, Runner, without_values
-from adaptrt.backend.guards import Known
-from adaptrt.errors import LabelOutOfRange, NonFiniteInput, ShapeChanged
+from adaptrt.backend.guards import Known, holds_mapped, in_forward_mode, refuse_tangents
+from adaptrt.errors import InvalidType, LabelOutOfRange, NonFiniteInput, ShapeChanged
 from adaptrt.graph.in_memory import in_memory
 from adaptrt.graph.ir import Constant, Graph, autocast_off
 from adaptrt.inner.constants import constant_reader
@@ -22,6 +22,8 @@ from adaptrt.tree import Spec, Tree
 
 _OUT_OF_RANGE = ("out of bounds", "out of range")
 """What kernels say of an index that does not exist, the compiled ones included."""
+_OTHER_DTYPE = "expected scalar type"
+"""What they say of operands whose dtypes differ, where fake tensors accept them."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -120,8 +122,14 @@ class Program:
     def run_leaves(self, values: list[Tensor]) -> Sequence[Tensor]:
         """Does the same from the arguments' tensors in order to the results' tensors in order. It may empty the list."""
         if self.constants:
-            values = [*values, *[read() for read in self.constants]]
+            constants = [read() for read in self.constants]
+            if in_forward_mode():
+                refuse_tangents(constants)
+            values = [*values, *constants]
         if values not in self.known:
+            if holds_mapped(values):  # gradients for several cotangents at once, which only PyTorch's own kernels take
+                with torch.no_grad(), autocast_off():
+                    return self.graph.module(*values)
             values = self._checked(values)
         try:
             if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
@@ -130,10 +138,15 @@ class Program:
             else:
                 results = self.run(values)
         except (IndexError, RuntimeError) as error:
-            if any(text in str(error) for text in _OUT_OF_RANGE):
+            if any(text in str(error) for text in _OUT_OF_RANGE) and "storage" not in str(error):
                 raise LabelOutOfRange(
-                    f"a kernel was given an index that does not exist ({error}). The model or the loss computes it, from data or from a "
-                    "buffer such as a step counter; keep it within the table or the axis that it indexes"
+                    f"a kernel was given an index that does not exist ({error}). The model or the loss computes it, from data such as "
+                    "the targets of ctc_loss or from a buffer such as a step counter; keep it within the table or the axis that it indexes"
+                ) from error
+            if _OTHER_DTYPE in str(error):
+                raise InvalidType(
+                    f"a kernel refuses the dtypes that it was given ({error}). Let the model's buffers have the dtype of its parameters, "
+                    "as model.float() or model.double() does"
                 ) from error
             raise
         if self.checks_data and not math.isfinite(results[-1].item()):

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from adaptrt import tree
 from adaptrt.adjoint.base import Differentiated, Problem
-from adaptrt.backend.guards import in_forward_mode, refuse_tangents
-from adaptrt.errors import InvalidArgument, InvalidType, OptimizerMismatch
+from adaptrt.backend.guards import in_forward_mode, may_be_compared, refuse_tangents
+from adaptrt.errors import InvalidArgument, InvalidBatch, InvalidType, OptimizerMismatch
 from adaptrt.graph.gradient_mode import GradientMode
+from adaptrt.graph.in_memory import refuse_tracing
 from adaptrt.inner import check
 from adaptrt.inner.reader import Reader, Start
 from adaptrt.inner.step import Batch
@@ -117,10 +118,11 @@ class Router:
         batch, num_tasks = self._support(support)
         asked = None if query is None else self._query(query[0], num_tasks)
         self._reader.require_same_selection()
+        refuse_tracing()
         begin = self._start(start, num_tasks)
         if self._settings.dtype is not None:  # the model may have been converted since
             check.precision({**begin.carry.params, **begin.fixed.params, **begin.fixed.loss_params}, self._settings.dtype)
-        plan = self._planner.support(batch, begin, num_tasks, warm)
+        plan = self._plan(batch, begin, num_tasks, warm)
         query_plan = None if asked is None else self._planner.query(plan, asked, begin, num_tasks, warm)
         mode = GradientMode.current() if query_plan is not None and query_plan.probe.asks_mode else GradientMode.GRAD
         if asked is not None and mode is not GradientMode.GRAD:
@@ -131,6 +133,16 @@ class Router:
                 check.class_axis("query", asked, query_plan.probe.bounds, 1)
         problem, inputs = self._problem(plan, begin, batch, asked, mode)
         return Routed(Route(plan, query_plan, problem, num_tasks), begin, batch, asked, inputs)
+
+    def _plan(self, batch: Batch, begin: Start, num_tasks: int | None, warm: bool) -> SupportPlan:
+        """As the planner's `support`; where that finds that the model cannot be run, the message says what was changed in the model."""
+        try:
+            return self._planner.support(batch, begin, num_tasks, warm)
+        except InvalidBatch as error:
+            changed = self._reader.changed_specs()
+            if not changed:
+                raise
+            raise InvalidBatch(f"{error}\n  {changed}") from error
 
     def _support(self, support: Any) -> tuple[Batch, int | None]:
         """Returns the checked support batch, and the number of tasks in it."""
@@ -197,4 +209,4 @@ class Router:
 
 
 def _is_pair(batch: Any) -> bool:
-    return type(batch) is tuple and len(batch) == 2 and isinstance(batch[0], Tensor) and isinstance(batch[1], Tensor)
+    return type(batch) is tuple and len(batch) == 2 and may_be_compared(batch[0]) and may_be_compared(batch[1])

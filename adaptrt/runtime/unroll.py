@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from adaptrt.adjoint import Adjoint
 from adaptrt.adjoint.base import Query, Task
 from adaptrt.backend import Backend, CudaGraph, Eager, Inductor, Tiered
+from adaptrt.backend.entry_points import entry_point
 from adaptrt.backend.inductor import warn_if_missing
 from adaptrt.backend.tiered import TieredRunner, call_ended
 from adaptrt.errors import CannotBePickled, CannotBeSet, InvalidArgument, InvalidType, NonFiniteInput
@@ -38,6 +39,7 @@ from adaptrt.runtime.settings import Settings
 from adaptrt.runtime.state import State
 
 
+@entry_point
 def compile_unroll(
     model: nn.Module,
     opt: Optimizer | torch.optim.Optimizer,
@@ -213,6 +215,7 @@ class CompiledUnroll:
         """Where the model was when the unroll was made, and where data has to be."""
         return self._settings.device
 
+    @entry_point
     def adapt(self, support: Any, *, start: Adapted | None = None, generator: torch.Generator | None = None) -> Adapted:
         """Adapts the model to a support batch.
 
@@ -231,6 +234,7 @@ class CompiledUnroll:
         with self._planner.call():
             return self._adapt(support, start, generator, warm=False)
 
+    @entry_point
     def __call__(self, support: Any, query: Any, *, start: Adapted | None = None, generator: torch.Generator | None = None) -> Tensor:
         """The meta-loss: the loss of the adapted model on the query batch, a scalar; the mean over tasks with `vmap()`.
 
@@ -255,6 +259,7 @@ class CompiledUnroll:
             raise InvalidArgument("vmap() was called on an unroll that has a task axis already")
         return CompiledUnroll(self._settings, task_axis=True)
 
+    @entry_point
     def warmup(self, support: Any, query: Any = None, *, start: bool = False) -> CompiledUnroll:
         """Compiles for data of these shapes ahead of time; returns the unroll itself.
 

@@ -17,21 +17,29 @@ class Case(NamedTuple):
 
 
 class Entry(NamedTuple):
-    """A model of a package, which `make` imports and builds."""
+    """A model of a package.
+
+    Attributes:
+      package: the name that is imported.
+      name: the model, in words.
+      make: imports and builds it.
+      expected: the outcome that is known; "right" unless the limits of adaptrt or of PyTorch say otherwise.
+    """
 
     package: str
     name: str
     make: Callable[[], Case]
+    expected: str
 
 
 ZOO: list[Entry] = []
 
 
-def entry(package: str, name: str) -> Callable[[Callable[[], Case]], Callable[[], Case]]:
+def entry(package: str, name: str, expected: str = "right") -> Callable[[Callable[[], Case]], Callable[[], Case]]:
     """Puts what builds a model into the zoo."""
 
     def put(make: Callable[[], Case]) -> Callable[[], Case]:
-        ZOO.append(Entry(package, name, make))
+        ZOO.append(Entry(package, name, make, expected))
         return make
 
     return put

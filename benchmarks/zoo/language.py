@@ -90,7 +90,7 @@ def electra() -> Case:
     return text(ElectraForSequenceClassification(ElectraConfig(**TEXT, **DRY, embedding_size=16, num_labels=3)), classes)
 
 
-@entry("transformers", "DeBERTa v2, classifier")
+@entry("transformers", "DeBERTa v2, classifier", expected="refused")
 def deberta() -> Case:
     from transformers import DebertaV2Config, DebertaV2ForSequenceClassification
 
@@ -157,7 +157,7 @@ def llama() -> Case:
     return causal("Llama")
 
 
-@entry("transformers", "Llama, dynamic RoPE, beyond its length")
+@entry("transformers", "Llama, dynamic RoPE, beyond its length", expected="refused")
 def llama_dynamic() -> Case:
     return causal("Llama", max_position_embeddings=4, rope_parameters={"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0})
 
@@ -175,12 +175,12 @@ def mistral() -> Case:
     return causal("Mistral", sliding_window=4)
 
 
-@entry("transformers", "Mixtral")
+@entry("transformers", "Mixtral", expected="plain PyTorch fails")
 def mixtral() -> Case:
     return causal("Mixtral", num_local_experts=2, num_experts_per_tok=1)
 
 
-@entry("transformers", "Mixtral, eager experts")
+@entry("transformers", "Mixtral, eager experts", expected="refused")
 def mixtral_eager() -> Case:
     return causal("Mixtral", num_local_experts=2, num_experts_per_tok=1, experts_implementation="eager")
 
@@ -239,7 +239,7 @@ def wav2vec2_eval() -> Case:
     return case
 
 
-@entry("transformers", "Wav2Vec2, train mode (SpecAugment and LayerDrop)")
+@entry("transformers", "Wav2Vec2, train mode (SpecAugment and LayerDrop)", expected="refused")
 def wav2vec2_train() -> Case:
     return wav2vec2(layerdrop=0.1, mask_time_length=2)
 

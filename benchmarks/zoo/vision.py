@@ -63,7 +63,7 @@ def resnet18() -> Case:
     return images(torchvision.models.resnet18(num_classes=3))
 
 
-@entry("torchvision", "MobileNetV3 small")
+@entry("torchvision", "MobileNetV3 small", expected="plain PyTorch fails")
 def mobilenet() -> Case:
     import torchvision
 
@@ -100,7 +100,7 @@ def torchvision_vit() -> Case:
     return images(VisionTransformer(32, 16, num_layers=2, num_heads=2, hidden_dim=16, mlp_dim=32, num_classes=3))
 
 
-@entry("torchvision", "DeformConv2d")
+@entry("torchvision", "DeformConv2d", expected="plain PyTorch fails")
 def deform() -> Case:
     from torchvision.ops import DeformConv2d
 
@@ -127,7 +127,7 @@ def mel() -> Case:
     return waveform(nn.Sequential(front, nn.Flatten(), nn.Linear(8 * 13, 3)), 400, 3)
 
 
-@entry("torchaudio", "Conformer")
+@entry("torchaudio", "Conformer", expected="refused")
 def conformer() -> Case:
     from torchaudio.models import Conformer
 
@@ -151,14 +151,14 @@ def nodes(model: nn.Module) -> Case:
     )
 
 
-@entry("torch_geometric", "GCN")
+@entry("torch_geometric", "GCN", expected="refused")
 def gcn() -> Case:
     from torch_geometric.nn import GCN
 
     return nodes(GCN(4, 8, 2, 3))
 
 
-@entry("torch_geometric", "GAT")
+@entry("torch_geometric", "GAT", expected="refused")
 def gat() -> Case:
     from torch_geometric.nn import GAT
 
@@ -193,7 +193,7 @@ def gat_without_loops() -> Case:
     return nodes(GAT(4, 8, 2, 3, add_self_loops=False))
 
 
-@entry("torch_geometric", "GCNConv, cached=True, add_self_loops=False")
+@entry("torch_geometric", "GCNConv, cached=True, add_self_loops=False", expected="refused")
 def gcn_cached() -> Case:
     from torch_geometric.nn import GCNConv
 
@@ -245,7 +245,7 @@ def hardnet() -> Case:
     )
 
 
-@entry("snntorch", "Leaky neurons, init_hidden=True")
+@entry("snntorch", "Leaky neurons, init_hidden=True", expected="plain PyTorch fails")
 def spiking() -> Case:
     import snntorch
 
@@ -254,7 +254,7 @@ def spiking() -> Case:
     return images(model, 4)
 
 
-@entry("snntorch", "Leaky neurons, the state passed on")
+@entry("snntorch", "Leaky neurons, the state passed on", expected="plain PyTorch fails")
 def spiking_loop() -> Case:
     import snntorch
 

@@ -27,6 +27,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adaptrt.backend.base import COMPILING, Backend, Building, Form, Runner, rehearsing
 from adaptrt.backend.eager import Eager
+from adaptrt.backend.inductor import processor
+from adaptrt.backend.inductor.assumptions import assumptions_in_the_code, number_of_threads
+from adaptrt.backend.inductor.available import cannot_build, comes_from_outside, refuse_without_assertions
+from adaptrt.backend.inductor.cached_files import cached_files
 from adaptrt.backend.inductor.exchange import COLLECTING, COMPILER, RANDOM_STATE, SIZE_ASSERTS, active, in_use
 from adaptrt.backend.inductor.few_libraries import few_libraries
 from adaptrt.backend.inductor.index_strides import quick_strides
@@ -39,8 +43,10 @@ from adaptrt.backend.inductor.rewrites.one_channel_last import one_channel_last
 from adaptrt.backend.inductor.rewrites.products_by_onednn import products_by_onednn
 from adaptrt.backend.inductor.small_matmuls import small_matmuls_in_place_of_loops
 from adaptrt.backend.inductor.sources import tag
+from adaptrt.backend.inductor.tables import shorten_tables
 from adaptrt.graph.collector import collecting, garbage_collection_paused
 from adaptrt.graph.exchange import exchanged, give_up, nothing_exchanged
+from adaptrt.graph.forgetting import forgetting
 from adaptrt.graph.ir import Graph, autocast_off
 from adaptrt.graph.passes.base import Pass, apply, copy_module
 from adaptrt.graph.passes.decompose import decompose
@@ -101,10 +107,16 @@ class Inductor(Backend):
     """Compiles by Inductor, with the settings that the process has in `torch._inductor.config`.
 
     Compiled programs are kept in Inductor's cache on disk, from which another process gets them in a fraction of the time.
+
+    Raises:
+      InvalidArgument: as `refuse_without_assertions` raises it.
     """
 
     name = "inductor"
     fuses = True
+
+    def __post_init__(self) -> None:
+        refuse_without_assertions()
 
     def builds_ahead(self, device: torch.device) -> bool:
         return device.type == "cpu"
@@ -119,9 +131,12 @@ class Inductor(Backend):
         if not COMPILER.holds:
             return Eager().compile(graph)
         if not rehearsing():
-            return _runner(*_compile(graph, None))
+            return Eager().compile(graph) if (found := _compiled_or_not(graph, None)) is None else _runner(*found)
         waits: list[Callable[[], None]] = []
-        compiled, lowered = _compile(graph, waits)
+        found = _compiled_or_not(graph, waits)
+        if found is None:
+            return Eager().compile(graph)
+        forms = _forms(*found)
 
         process = os.getpid()
 
@@ -132,10 +147,10 @@ class Inductor(Backend):
                 for wait in waits:
                     wait()
             except Exception:  # fails again, unless the reason was the processor's instructions, or what is exchanged
-                return _runner(*_compile(graph, None))
-            return _runner(compiled, lowered)
+                again = _compiled_or_not(graph, None)
+                return _in_forms(Eager().compile(graph), forms) if again is None else _runner(*again)
+            return _runner(*found)
 
-        forms = _forms(compiled, lowered)
         return finish() if forms is None else Building(forms, finish)
 
 
@@ -156,7 +171,20 @@ _LARGEST_BLOCK = (1 << 25) - (1 << 13)
 """Bytes. GNU's C library does not raise its thresholds for blocks of 32 MiB and more."""
 
 
+def _compiled_or_not(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any, Graph] | None:
+    """As `_compile`; None, and a warning, if programs cannot be built or kept on this machine at present."""
+    try:
+        return _compile(graph, waits)
+    except Exception as error:
+        if not cannot_build(error):
+            raise
+        return None
+    finally:
+        shorten_tables()
+
+
 @leaving_nothing
+@forgetting
 def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any, Graph]:
     """Returns what Inductor makes of a graph, and the graph that Inductor was given. `waits` is as for `few_libraries`."""
     if all(entry.spec.device.type == "cpu" for entry in graph.signature.inputs):
@@ -188,8 +216,9 @@ def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any,
         def compile_once() -> Any:
             if waits is not None:
                 waits.clear()  # of an attempt that failed
-            # What the key on disk does not know, and code depends on: besides our sources the instructions that were picked for it.
-            key = f"{sources}, {num_results} results, {pick_vec_isa()}, exchanged: {', '.join(in_use())}"
+            # What the key on disk does not know, and code depends on: besides our sources the processor and what was picked of it.
+            machine = f"{pick_vec_isa()} of {processor.instruction_sets()}"
+            key = f"{sources}, {num_results} results, {machine}, assertions {__debug__}, exchanged: {', '.join(in_use())}"
             with cache_config.patch(cache_key_tag=key):
                 return compile_fx.compile_fx_inner(_keep_strides(copy_module(graph), num_results), inputs)
 
@@ -202,6 +231,8 @@ def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any,
                 with _exchanges(waits), garbage_collection_paused():
                     compiled = trusting_the_processor(compile_once)
             except Exception as error:
+                if comes_from_outside(error):
+                    raise
                 with nothing_exchanged():
                     compiled = compile_once()  # raises again where what is exchanged was not the reason
                 give_up(f"what this library exchanges in PyTorch's compiler made it fail ({type(error).__name__}: {error})")
@@ -214,8 +245,10 @@ def _exchanges(waits: list[Callable[[], None]] | None) -> Generator[None]:
     with contextlib.ExitStack() as stack:
         for context in (
             few_libraries(waits),
+            cached_files(),
             quick_strides(),
             small_matmuls_in_place_of_loops(),
+            assumptions_in_the_code(),
             exchanged(SIZE_ASSERTS, lambda original: _no_assertions),  # `Program` has looked at inputs
             exchanged(COLLECTING, collecting),  # what is not in the cache is made by this function
             # It would put generators back where they were, and other threads would draw the same numbers again. Compiling draws none, and
@@ -259,14 +292,28 @@ def _forms(compiled: Any, graph: Graph) -> list[Form] | None:
     ]
 
 
+def _in_forms(run: Runner, forms: Sequence[Form] | None) -> Runner:
+    """Returns a runner whose results have the strides that were announced."""
+    if forms is None:
+        return run
+
+    def run_in_forms(values: list[Tensor]) -> list[Tensor]:
+        return [
+            value if value.stride() == form.strides else value.new_empty_strided(form.shape, form.strides).copy_(value)
+            for value, form in zip(run(values), forms, strict=True)
+        ]
+
+    return run_in_forms
+
+
 _MAX_ELEMENTS_OF_ONE_THREAD = 1 << 13
 
 
-def _threads(graph: Graph) -> dict[str, int]:
-    """Settings that make a program run on one thread if its operations are over before a second thread has started."""
+def _threads(graph: Graph) -> dict[str, Any]:
+    """Settings of how many threads a program is for: one, if its operations are over before a second thread has started."""
     operations = [node for node in graph.module.graph.nodes if node.op == "call_function" and node.target != computed_once]
     nodes = [node for node in operations if isinstance(node.meta.get("val"), Tensor)]
-    return {"cpp.threads": 1} if sum(map(_num_elements, nodes)) <= _MAX_ELEMENTS_OF_ONE_THREAD * len(nodes) else {}
+    return {"cpp.threads": 1} if sum(map(_num_elements, nodes)) <= _MAX_ELEMENTS_OF_ONE_THREAD * len(nodes) else number_of_threads()
 
 
 def _num_elements(node: torch.fx.Node) -> int:

@@ -8,9 +8,12 @@ it: fake tensors, dispatch modes and lazily compiled graph modules (`torch._subc
 from __future__ import annotations
 
 from adaptrt.backend.engine import FREED, RETAINED
-from adaptrt.backend.guards import GUARDS, TANGENTS
+from adaptrt.backend.entry_points import ENTRY_POINTS
+from adaptrt.backend.guards import GUARDS, TANGENTS, TRANSFORMS
+from adaptrt.graph.defaults import DEFAULT_DEVICE
 from adaptrt.graph.exchange import FX_TRACING, FX_TRACING_OF_OLD, Entry, Target
-from adaptrt.graph.plain import CHECKPOINTS
+from adaptrt.graph.forgetting import FAKE_RESULTS, GENERATED_SOURCES
+from adaptrt.graph.plain import CHECKPOINTS, SAVING_HOOKS
 from adaptrt.graph.pytrees import PYTREES
 
 _INDUCTOR = "torch._inductor"
@@ -44,11 +47,53 @@ FEW_LIBRARIES = Entry(
         Target(f"{_INDUCTOR}.async_compile", "AsyncCompile.wait", ("self", "scope")),
     ),
     needed=(
-        Target(f"{_INDUCTOR}.async_compile", "AsyncCompile.submit", ("task",)),
         Target(f"{_INDUCTOR}.async_compile", "get_compile_threads", ()),
         Target(f"{_INDUCTOR}.async_compile", "kernel_code_log"),
         Target(f"{_INDUCTOR}.codecache", "LambdaFuture", keywords=("result_fn",)),
-        Target(f"{_INDUCTOR}.codecache", "CppPythonBindingsCodeCache.load_async", keywords=("main_code", "submit_fn")),
+        Target(f"{_INDUCTOR}.cpp_builder", "CppTorchDeviceOptions", keywords=("vec_isa", "device_type", "include_pytorch", "shared")),
+        *[
+            Target(f"{_INDUCTOR}.cpp_builder", f"CppTorchDeviceOptions.get_{part}", ("self",))
+            for part in ("compiler", "definitions", "cflags", "include_dirs", "passthrough_args", "ldflags", "libraries", "libraries_dirs")
+        ],
+        Target(f"{_INDUCTOR}.cpp_builder", "get_compiler_version_info", ("compiler",)),
+        Target(f"{_INDUCTOR}.cpp_builder", "is_gcc", ()),
+        Target(f"{_INDUCTOR}.cpu_vec_isa", "VecISA.build_arch_flags", ("self",)),
+        Target(f"{_INDUCTOR}.config", "save_config_portable", keywords=("ignore_private_configs",)),
+        Target(f"{_INDUCTOR}.config", "cpp_cache_precompile_headers"),
+        Target(f"{_INDUCTOR}.exc", "CppCompileError"),
+        Target(f"{_INDUCTOR}.runtime.cache_dir_utils", "cache_dir", ()),
+        Target(f"{_INDUCTOR}.runtime.cache_dir_utils", "default_cache_dir", ()),
+        Target("torch._C._dynamo.guards", "_torchinductor_pyobject_tensor_data_ptr"),
+    ),
+)
+
+INTACT_FILES = Entry(
+    "intact files",
+    "Files in Inductor's cache on disk are compared with what was written, and made again where they differ (`cached_files.py`).",
+    "a program may fail to load if its file was damaged, until the cache is removed",
+    exchanged=(
+        Target(f"{_INDUCTOR}.codecache", "PyCodeCache.write", ("source_code", "extra")),
+        Target(f"{_INDUCTOR}.output_code", "CompiledFxGraph.write_to_disk", ("self",)),
+        Target(f"{_INDUCTOR}.codecache", "FxGraphCache._get_tmp_dir_for_key", ("key",)),
+    ),
+    needed=(
+        Target(f"{_INDUCTOR}.codecache", "sha256_hash", ("data",)),
+        Target(f"{_INDUCTOR}.codecache", "write_atomic", keywords=("path_", "content")),
+    ),
+)
+
+FORGOTTEN_PROGRAMS = Entry(
+    "forgotten programs",
+    "Inductor's tables of what it has loaded do not keep programs (`cached_files.py`).",
+    "programs for shapes that were dropped stay in memory",
+    exchanged=(
+        Target(f"{_INDUCTOR}.codecache", "PyCodeCache.load_by_key_path", keywords=("key", "path")),
+        Target("torch.compiler._cache", "CacheArtifactManager.record_artifact", ("artifact_type", "key", "content")),
+    ),
+    needed=(
+        Target(f"{_INDUCTOR}.codecache", "PyCodeCache.modules"),
+        Target(f"{_INDUCTOR}.codecache", "PyCodeCache.modules_no_attr"),
+        Target(f"{_INDUCTOR}.codecache", "PyCodeCache.linemaps"),
     ),
 )
 
@@ -73,6 +118,13 @@ SMALL_MATMULS = Entry(
         Target(f"{_INDUCTOR}.codegen.cpp_utils", "DTYPE_TO_CPP"),
         Target(f"{_INDUCTOR}.utils", "parallel_num_threads", ()),
     ),
+)
+
+ASSUMPTIONS = Entry(
+    "assumptions of generated code",
+    "A kernel takes no more threads than its caller may use, and names the instructions of its processor (`assumptions.py`).",
+    "it takes as many threads as it was compiled for, and processors with different instructions must not share a cache on disk",
+    exchanged=(Target(f"{_INDUCTOR}.codegen.cpp", "KernelGroup.codegen_group", ("self", "name")),),
 )
 
 SIZE_ASSERTS = Entry(
@@ -122,8 +174,11 @@ RECORDED = Entry(
 TABLE: tuple[Entry, ...] = (
     COMPILER,
     FEW_LIBRARIES,
+    INTACT_FILES,
+    FORGOTTEN_PROGRAMS,
     INDEX_STRIDES,
     SMALL_MATMULS,
+    ASSUMPTIONS,
     SIZE_ASSERTS,
     COLLECTING,
     RANDOM_STATE,
@@ -132,11 +187,17 @@ TABLE: tuple[Entry, ...] = (
     GUARDS,
     RETAINED,
     CHECKPOINTS,
+    SAVING_HOOKS,
     FREED,
     PYTREES,
     TANGENTS,
+    DEFAULT_DEVICE,
+    TRANSFORMS,
+    ENTRY_POINTS,
     FX_TRACING,
     FX_TRACING_OF_OLD,
+    FAKE_RESULTS,
+    GENERATED_SOURCES,
 )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from adaptrt.backend.inductor.available import comes_from_outside
 from adaptrt.backend.inductor.exchange import INSTRUCTIONS
 from adaptrt.graph.exchange import exchanged
 
@@ -24,7 +25,9 @@ def trusting_the_processor(compile_once: Callable[[], Any]) -> Any:
     try:
         with exchanged(INSTRUCTIONS, lambda original: _passes):
             return compile_once()
-    except Exception:
+    except Exception as error:
+        if comes_from_outside(error):
+            raise
         forget_instructions()
         result = compile_once()  # raises again where the instructions were not the reason
         _trusts_the_processor = False

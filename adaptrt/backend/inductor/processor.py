@@ -1,4 +1,4 @@
-"""Which kind of processor this is, and which rewrites are for some kinds only.
+"""Which kind of processor this is, which instructions it has, and which rewrites are for some kinds only.
 
 A rewrite that helps one processor can hurt another. What a program computes must not depend on how busy the machine was, so nothing is
 timed here: decisions are made by the processor's name and instruction sets. The measurements behind them are `benchmarks/rewrites.py`'s.
@@ -16,6 +16,12 @@ import torch
 def capabilities() -> Mapping[str, Any]:
     """The name, the instruction sets and the sizes of caches, as PyTorch knows them; empty where its version does not say."""
     return torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+
+
+@functools.cache
+def instruction_sets() -> str:
+    """All instruction sets that the processor has, in alphabetical order; empty where PyTorch does not say."""
+    return " ".join(sorted(name for name, has in capabilities().items() if has is True))
 
 
 @functools.cache

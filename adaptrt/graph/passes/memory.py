@@ -7,7 +7,7 @@ Fake tensors have no memory, but each knows whether it is a view of another.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, fx
@@ -19,15 +19,28 @@ from adaptrt.graph.operations import is_mutable
 
 def memories(node: fx.Node) -> list[int]:
     """Identifies the memory of each of a node's tensors. A view has the memory of what it is a view of, as fake tensors do."""
-    return [value.untyped_storage()._cdata for value in tree_leaves(node.meta["val"]) if isinstance(value, Tensor)]
+    return [memory_of(value) for value in tree_leaves(node.meta["val"]) if isinstance(value, Tensor)]
+
+
+def memory_of(value: Tensor) -> int:
+    """Identifies the memory of a tensor."""
+    return value.untyped_storage()._cdata
 
 
 def written(node: fx.Node) -> list[int]:
     """Identifies the memories to which a mutable operation writes."""
-    target: Any = node.target
-    given = dict(zip((argument.name for argument in target._schema.arguments), node.args, strict=False)) | node.kwargs
-    written = [given.get(argument.name) for argument in target._schema.arguments if argument.alias_info and argument.alias_info.is_write]
-    return [memory for of in tree_leaves(written) if isinstance(of, fx.Node) for memory in memories(of)]
+    return [memory for of in _written_by(node.target, node.args, node.kwargs) if isinstance(of, fx.Node) for memory in memories(of)]
+
+
+def written_by(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Tensor]:
+    """Returns the tensors among its arguments to which a mutable operation writes."""
+    return [value for value in _written_by(target, args, kwargs) if isinstance(value, Tensor)]
+
+
+def _written_by(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[Any]:
+    arguments = target._schema.arguments
+    given: dict[str, Any] = {**dict(zip((argument.name for argument in arguments), args, strict=False)), **kwargs}
+    return tree_leaves([given.get(argument.name) for argument in arguments if argument.alias_info and argument.alias_info.is_write])
 
 
 def refuse_lost_writes(graph: fx.Graph, copies: Sequence[tuple[fx.Node, fx.Node]]) -> None:

@@ -23,9 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from adaptrt.errors import NotTraceable
-from adaptrt.graph.operations import is_composite, is_mutable
+from adaptrt.graph.operations import is_composite, is_mutable, is_view, name_of
 from adaptrt.graph.passes.known_values import known_values, on_real_tensors
-from adaptrt.graph.passes.memory import refuse_lost_writes
+from adaptrt.graph.passes.memory import memory_of, refuse_lost_writes, written_by
 
 aten = torch.ops.aten
 _DEVICE = torch.ops.prim.device.default  # PyTorch calls this to ask a fake tensor for its device
@@ -39,6 +39,20 @@ _INDEXED = {
     aten._unsafe_index_put.default,
 }
 """Operations whose second argument is a list of indices, among which there may be masks."""
+
+_INPUT = (
+    "the model writes to one of its inputs in place ({}), to data or a parameter (shape {}), which an adaptation never changes; let it "
+    "work on a copy, for example x.clone(). What steps have to carry on is a buffer of the model (register_buffer)"
+)
+_CONSTANT = (
+    "the model or the loss writes in place ({}) to a tensor (shape {}) that it holds as a plain attribute, in a closure or under a global "
+    "name. Make it a buffer of the model (register_buffer), which is carried from step to step, or let it work on a copy, x.clone()"
+)
+_ARRAY = (
+    "the model or the loss writes in place ({}) to a tensor (shape {}) that shares its memory with an array of NumPy's, which a program "
+    "would not change; let it work on a copy, torch.tensor(array)"
+)
+"""Why a tensor may not be written to, and what to do."""
 
 Rules = Mapping[Any, Callable[..., Any]]
 
@@ -82,6 +96,7 @@ class Recorder(TorchDispatchMode):
         self.constants: list[Tensor] = []
         self._rules = rules or {}
         self._literals: dict[fx.Node, Tensor] = {}
+        self._owners: dict[int, str] = {}  # of memory that may not be written to
         # By the address of a tensor. The tensor is kept so that no other gets its address; the weak reference keeps `swap_tensors` from
         # exchanging it.
         self._known: dict[int, tuple[fx.Node, Tensor, weakref.ref[Tensor]]] = {}
@@ -92,6 +107,8 @@ class Recorder(TorchDispatchMode):
         with self.graph.inserting_after(self._last_placeholder):
             self._last_placeholder = self.graph.placeholder(name)
         self.know(self._last_placeholder, value)
+        if isinstance(value, FakeTensor):
+            self._owners[memory_of(value)] = _INPUT
 
     def know(self, node: fx.Node, value: Tensor) -> None:
         """Registers `value` as the tensor that `node` computes."""
@@ -130,6 +147,11 @@ class Recorder(TorchDispatchMode):
         if is_composite(func):
             with self:
                 return func.decompose(*args, **kwargs)
+        if is_mutable(func):
+            self._require_own(func, args, kwargs)
+        if func is aten.masked_select.default and (places := self._places(args[1], args[0])) is not None:
+            with self:
+                return aten.index.Tensor(aten.expand(args[0], _broadcast(*args)), places)
         if func in _INDEXED:
             args = (args[0], self._with_known_masks(args[1]), *args[2:])
         if func is aten.lift_fresh.default:  # later writes to the new tensor must not change the constant
@@ -150,12 +172,32 @@ class Recorder(TorchDispatchMode):
         node = self.graph.create_node("call_function", func, node_args, node_kwargs, func.overloadpacket.__name__)
         if isinstance(result, Tensor):
             self.know(node, result)
+            self._note_owner(func, args, result)
             return result
         node.meta["val"] = extract_val(cast(Any, result))
         for index, part in enumerate(cast(Sequence[Any], result) if several else ()):
             if isinstance(part, Tensor):
                 self.know(self.graph.call_function(operator.getitem, (node, index)), part)
         return cast(Any, result)
+
+    def _require_own(self, func: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+        """Refuses a write to memory of the user's before it is carried out, so that this memory and its tensor stay what they are.
+
+        Raises:
+          NotTraceable: the operation would write to an input or a constant, or to a new tensor that shares its memory with an array.
+        """
+        for value in written_by(func, args, kwargs):
+            owner = _CONSTANT if not isinstance(value, FakeTensor) else self._owners.get(memory_of(value))
+            if owner is not None:
+                raise NotTraceable(owner.format(name_of(func), list(value.shape)))
+
+    def _note_owner(self, func: Any, args: tuple[Any, ...], result: Tensor) -> None:
+        """Notes that a new tensor shares its memory with a constant, of which it is a view, or in an eager pass with an array."""
+        first = args[0] if args and isinstance(args[0], Tensor) and not isinstance(args[0], FakeTensor) else None
+        if first is not None and func is aten.lift_fresh_copy.default and not first.untyped_storage().resizable():
+            self._owners[memory_of(result)] = _ARRAY
+        elif first is not None and is_view(func):
+            self._owners[memory_of(result)] = _CONSTANT
 
     def _of_known_values(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Returns the result of an operation that reads values, if these are the same in every call; otherwise NotImplemented."""
@@ -172,10 +214,17 @@ class Recorder(TorchDispatchMode):
         """Returns the indices with the places that a mask selects in place of the mask, if these are the same in every call."""
         found: list[Tensor | None] = []
         for index in indices:
-            is_mask = index is not None and index.dtype in (torch.bool, torch.uint8)
-            value_of = known_values(self.graph, [self._node_of(index)], self._literals) if is_mask else None
-            found += [index] if value_of is None else self._lifted(on_real_tensors(_places, value_of(self._node_of(index))))
+            places = self._places(index) if index is not None and index.dtype in (torch.bool, torch.uint8) else None
+            found += [index] if places is None else places
         return found
+
+    def _places(self, mask: Tensor, of: Tensor | None = None) -> list[Tensor] | None:
+        """Returns the places that a mask selects, broadcast to the shape of `of`; None if they are not the same in every call."""
+        value_of = known_values(self.graph, [self._node_of(mask)], self._literals)
+        if value_of is None:
+            return None
+        shape = mask.shape if of is None else _broadcast(mask, of)
+        return self._lifted(on_real_tensors(_true_places, value_of(self._node_of(mask)), shape))
 
     def _lifted(self, value: Any) -> Any:
         """Returns fake tensors in place of real ones, which become constants."""
@@ -189,5 +238,9 @@ def _has_node(arguments: Any) -> bool:
     return bool(found)
 
 
-def _places(mask: Tensor) -> list[Tensor]:
-    return list(mask.nonzero().unbind(1))
+def _broadcast(one: Tensor, other: Tensor) -> torch.Size:
+    return cast(Any, torch).broadcast_shapes(one.shape, other.shape)
+
+
+def _true_places(mask: Tensor, shape: torch.Size) -> list[Tensor]:
+    return list(mask.expand(shape).nonzero().unbind(1))

@@ -1,0 +1,330 @@
+"""Opens Python objects: what can be reached from a value, in parts that can be read and written one by one.
+
+This is the one place that knows how modules, functions, classes, containers and other objects hold values. `python_state.py` walks through
+the parts that code reads, and `snapshot.py` through all of them.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextvars
+import enum
+import functools
+import operator
+import random
+import threading
+import types
+import warnings
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from torch import Tensor, nn
+
+from adaptrt.inner.bytecode import facts
+from adaptrt.inner.user_code import (
+    IMMUTABLE,
+    is_array,
+    is_holder,
+    is_of_user,
+    is_read_by_library,
+    is_users_class,
+    is_users_module,
+    slots_of,
+)
+
+HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+TABLES = ("_parameters", "_buffers", "_modules")
+_INTERNALS = frozenset(vars(nn.Module())) - {*HOOKS, *TABLES, "training"}
+"""Attributes of modules that are PyTorch's own."""
+
+PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range})
+"""Classes of values that hold nothing else."""
+
+
+class _Missing:
+    def __repr__(self) -> str:
+        return "nothing"
+
+
+MISSING = _Missing()
+"""In the place of a value where there is none."""
+
+
+def short(value: Any) -> str:
+    """A value in a few words."""
+    if isinstance(value, Tensor):
+        return f"a tensor of shape {list(value.shape)}"
+    if isinstance(value, list | dict | set | collections.deque) and not all(isinstance(entry, IMMUTABLE) for entry in value):
+        return f"a {type(value).__name__} of {len(value)}"
+    text = repr(value) if isinstance(value, (*IMMUTABLE, _Missing, list, dict, set, tuple)) else f"a {type(value).__name__}"
+    return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+class Kind(enum.Enum):
+    """How a holder holds its entries."""
+
+    ATTRIBUTES = "the dict of an object's attributes"
+    MODULE = "that of a module"
+    CLASS = "the attributes of a class"
+    NAMED = "attributes that are in no dict"
+    DICT = "a dict"
+    LIST = "a list or a deque"
+    TUPLE = "a tuple, which does not change"
+    SET = "a set"
+    FIXED = "parts that do not change"
+    CELL = "a variable of a closure"
+    SCOPE = "the global names of a module"
+    ARRAY = "numbers in a block of memory"
+    CONTEXT = "a context variable"
+    POSITION = "an iterator or a generator of random numbers"
+    CACHE = "what functools.lru_cache keeps"
+
+
+class Opening(NamedTuple):
+    """A part of an object.
+
+    Attributes:
+      kind: how it holds what it has.
+      path: of the object, in words, for messages.
+      holder: what is written to.
+      entries: keys and values.
+      is_whole: whether all entries count as read, whatever code names.
+      owner: the module or the function, if it is one.
+    """
+
+    kind: Kind
+    path: str
+    holder: Any
+    entries: Iterable[tuple[Any, Any]] = ()
+    is_whole: bool = False
+    owner: Any = None
+
+    def path_of(self, key: Any) -> str:
+        """Where an entry is, in words."""
+        if self.kind in (Kind.FIXED, Kind.CELL, Kind.CONTEXT):
+            return self.path
+        return f"{self.path}[{key!r}]" if self.kind in (Kind.DICT, Kind.LIST, Kind.TUPLE, Kind.SET, Kind.ARRAY) else f"{self.path}.{key}"
+
+
+class Walk:
+    """Visits all parts that can be reached, those nearest to the roots first, and each object once.
+
+    Args:
+      visit: called for each part; returns the entries behind which the walk goes on.
+    """
+
+    def __init__(self, visit: Callable[[Opening], Iterable[tuple[Any, Any]]]) -> None:
+        self._visit = visit
+        self._seen: dict[int, Any] = {}  # the objects, too, so that no other one gets the identity of one that is known
+
+    def go(self, roots: Iterable[tuple[str, Any]] = (), openings: Iterable[Opening] = ()) -> None:
+        """Goes on from values, with their names for messages, and then from parts."""
+        left = collections.deque(roots)
+        self._empty(left)
+        for opening in openings:
+            self._open(opening, left)
+            self._empty(left)
+
+    def _empty(self, left: collections.deque[tuple[str, Any]]) -> None:
+        while left:
+            path, value = left.popleft()
+            if id(value) not in self._seen:
+                self._seen[id(value)] = value
+                for opening in opened(path, value):
+                    self._open(opening, left)
+
+    def _open(self, opening: Opening, left: collections.deque[tuple[str, Any]]) -> None:
+        left.extend([(opening.path_of(key), entry) for key, entry in self._visit(opening) if type(entry) not in PLAIN])
+
+
+def opened(path: str, value: Any) -> list[Opening]:
+    """The parts of a value; none if it is compared as a whole."""
+    if isinstance(value, type):
+        return _class(value)
+    if isinstance(value, nn.Module):
+        children = [(name, child) for name, child in value._modules.items() if child is not None]
+        own = vars(value)
+        entries = [(name, entry) for name, entry in list(own.items()) if name not in _INTERNALS]
+        return [
+            Opening(Kind.MODULE, path, own, entries, owner=value),
+            *[_parts(f"{path}.{name}", [child]) for name, child in children],
+            *_of_class(value),
+        ]
+    if isinstance(value, types.FunctionType):
+        return _function(path, value)
+    if isinstance(value, types.MethodType):
+        return [_parts(path, [value.__self__, value.__func__])]
+    if isinstance(value, types.BuiltinMethodType | types.MethodWrapperType):
+        return [_parts(path, [value.__self__])]
+    if isinstance(value, staticmethod | classmethod):
+        return [_parts(path, [value.__func__])]
+    if isinstance(value, property):
+        return [_parts(path, [value.fget, value.fset, value.fdel])]
+    if isinstance(value, functools.cached_property | functools.partialmethod):
+        return [_parts(path, [value.func, *getattr(value, "args", ()), *getattr(value, "keywords", {}).values()])]
+    if isinstance(value, functools._lru_cache_wrapper):
+        return [Opening(Kind.CACHE, path, value), _parts(path, [value.__wrapped__])]
+    if isinstance(value, functools.partial):
+        own = Opening(Kind.ATTRIBUTES, path, vars(value), list(vars(value).items()))
+        return [_parts(path, [value.func, *value.args]), Opening(Kind.DICT, path, value.keywords, list(value.keywords.items())), own]
+    if isinstance(value, Tensor):
+        return [Opening(Kind.ATTRIBUTES, path, vars(value), list(vars(value).items()))] if vars(value) else []
+    return [*_content(path, value), *_object(path, value)]
+
+
+def _content(path: str, value: Any) -> list[Opening]:
+    """What a container of the standard library, or one derived from it, has in it."""
+    if isinstance(value, dict):  # of which a subclass may make another object at each look-up
+        return [Opening(Kind.DICT, path, value, list(dict.items(value)))]
+    if isinstance(value, list | collections.deque):
+        return [Opening(Kind.LIST, path, value, list(enumerate(list(value))))]
+    if isinstance(value, tuple):
+        return [Opening(Kind.TUPLE, path, value, list(enumerate(value)))]
+    if isinstance(value, set | frozenset):
+        return [Opening(Kind.SET if isinstance(value, set) else Kind.TUPLE, path, value, list(enumerate(list(value))))]
+    if isinstance(value, types.MappingProxyType):
+        return [_parts(path, list(value.values()))]
+    if isinstance(value, contextvars.ContextVar):
+        return [Opening(Kind.CONTEXT, path, value, [(MISSING, value.get(MISSING))])]
+    if is_array(value):
+        has_objects = getattr(getattr(value, "dtype", None), "hasobject", False)
+        return [Opening(Kind.ARRAY, path, value, list(enumerate(value.ravel().tolist())) if has_objects else ())]
+    return [Opening(Kind.POSITION, path, value)] if position(value) is not None else []
+
+
+def _object(path: str, value: Any) -> list[Opening]:
+    """The attributes of an object of a class of the user's, and its class."""
+    kind = type(value)
+    if isinstance(value, threading.local):  # each thread has a dict of its own
+        return [Opening(Kind.NAMED, path, value, list(vars(value).items())), *_of_class(value)]
+    if isinstance(value, types.ModuleType) or not (is_users_class(kind) or is_holder(kind)):
+        return []
+    found: list[Opening] = []
+    own = getattr(value, "__dict__", None)
+    if isinstance(own, dict):
+        found.append(Opening(Kind.ATTRIBUTES, path, own, list(own.items()), is_read_by_library(kind)))
+    slots = [(name, getattr(value, name, MISSING)) for name in slots_of(kind)]
+    found.append(Opening(Kind.NAMED, path, value, [*slots, ("__class__", kind)], is_read_by_library(kind)))
+    return [*found, *_of_class(value)]
+
+
+def _of_class(value: Any) -> list[Opening]:
+    return [_parts(type(value).__name__, [type(value)])]
+
+
+def _class(kind: type) -> list[Opening]:
+    bases = _parts(kind.__name__, kind.__bases__)
+    if not is_users_class(kind):
+        return [bases]
+    return [Opening(Kind.CLASS, kind.__name__, kind, list(vars(kind).items())), bases]
+
+
+def _function(path: str, function: types.FunctionType) -> list[Opening]:
+    """What a function holds. Of a wrapper that is not the user's it is what it wraps."""
+    attributes = Opening(Kind.ATTRIBUTES, path, vars(function), list(vars(function).items()))
+    cells = [(name, cell) for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True) if cell != _EMPTY]
+    if not is_of_user(function.__code__, function.__globals__):
+        wrapped = [value for _, cell in cells for value in _with_state(cell.cell_contents)]
+        return [*([attributes] if wrapped or attributes.entries else []), _parts(path, wrapped)]
+    own = [(name, getattr(function, name)) for name in ("__code__", "__defaults__", "__kwdefaults__")]
+    closure = [
+        Opening(Kind.CELL, f"{function.__name__}.<closure>.{name}", cell, [(name, cell.cell_contents)], owner=function)
+        for name, cell in cells
+    ]
+    return [attributes, Opening(Kind.NAMED, path, function, own, owner=function), *closure]
+
+
+def _with_state(value: Any, depth: int = 0) -> list[Any]:
+    """What may hold state of the user's among what a function that is not the user's has been given."""
+    if isinstance(value, types.FunctionType):
+        if is_of_user(value.__code__, value.__globals__):
+            return [value]
+        inner = [cell.cell_contents for cell in value.__closure__ or () if cell != _EMPTY]
+        return [value] if depth < _DEEP and any(_with_state(part, depth + 1) for part in inner) else []
+    if isinstance(value, types.MethodType | functools.partial | functools._lru_cache_wrapper | nn.Module) or is_users_class(type(value)):
+        return [value]
+    if depth < _DEEP and isinstance(value, tuple | list | dict):
+        parts = list(dict.values(value)) if isinstance(value, dict) else list(value)
+        return [found for part in parts for found in _with_state(part, depth + 1)]
+    return []
+
+
+_DEEP = 8
+
+
+_EMPTY = types.CellType()
+
+
+def scopes(code: types.CodeType, scope: dict[str, Any]) -> list[Opening]:
+    """The global names that code uses, and those of the user's modules that it names, too."""
+    known = facts(code)
+    names = known.names if known.reads_computed else frozenset(code.co_names)
+    if known.globals_by_name:
+        names |= {name for name, value in list(scope.items()) if not isinstance(value, types.ModuleType | types.FunctionType | type)}
+    found: dict[int, Opening] = {}
+
+    def add(scope: dict[str, Any], path: str) -> None:
+        if id(scope) in found:
+            return
+        entries = [(name, scope[name]) for name in sorted(names & scope.keys())]
+        found[id(scope)] = Opening(Kind.SCOPE, path, scope, entries)
+        for _, value in entries:
+            if isinstance(value, types.ModuleType) and is_users_module(value):
+                add(vars(value), value.__name__)
+
+    add(scope, str(scope.get("__name__", "?")))
+    return list(found.values())
+
+
+def _parts(path: str, values: Iterable[Any]) -> Opening:
+    return Opening(Kind.FIXED, path, None, [(None, value) for value in values])
+
+
+def position(value: Any) -> Any:
+    """Where an iterator or a generator of random numbers is; None for everything else."""
+    if isinstance(value, random.Random):
+        return None if isinstance(value, random.SystemRandom) else value.getstate()
+    if type(value).__module__.startswith("numpy.random") and hasattr(value, "bit_generator"):
+        return value.bit_generator.state
+    if type(value).__module__.startswith("numpy.random") and hasattr(value, "get_state"):
+        return value.get_state(legacy=False)
+    if isinstance(value, types.GeneratorType):
+        frame = value.gi_frame
+        if frame is None:
+            return "ended"
+        return frame.f_lasti, tuple([(name, _mark(entry)) for name, entry in frame.f_locals.items()])
+    if hasattr(type(value), "__next__") and not hasattr(value, "__dict__"):
+        return repr(value), operator.length_hint(value, -1), _inside_iterator(value)
+    return None
+
+
+def put_position(value: Any, state: Any) -> None:
+    """Puts a generator of random numbers back to where it was; for iterators there is no way back."""
+    if isinstance(value, random.Random):
+        value.setstate(state)
+    elif hasattr(value, "bit_generator"):
+        value.bit_generator.state = state
+    elif hasattr(value, "set_state"):
+        value.set_state(state)
+
+
+def _inside_iterator(value: Any) -> Any:
+    """Where the iterators are that one of the standard library's goes through, as far as Python tells (until 3.13 for `itertools`)."""
+    if type(value).__module__ not in ("itertools", "builtins"):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            made_of = value.__reduce__()[1:]
+        except (TypeError, AttributeError):
+            return None
+    return tuple([_mark(entry) for part in made_of for entry in (part if isinstance(part, tuple) else (part,))])
+
+
+def _mark(entry: Any) -> Any:
+    """Something that is equal as long as a value stays what it is."""
+    if isinstance(entry, IMMUTABLE):
+        return entry
+    if isinstance(entry, list):
+        return id(entry), len(entry)
+    return position(entry) or id(entry)

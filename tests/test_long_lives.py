@@ -1,0 +1,104 @@
+"""A process that sees ever new shapes and makes ever new unrolls keeps no more of them than it was told to."""
+
+from __future__ import annotations
+
+import contextvars
+import gc
+import linecache
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from adaptrt import CompiledUnroll, Unrolled, compile_unroll, optim
+from adaptrt.backend.inductor import library, tables
+from adaptrt.graph import forgetting
+from tests.zygote import mean_of_squares
+
+
+@pytest.fixture
+def few(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Little is kept, so that few programs are enough to see that it is not more."""
+    monkeypatch.setattr(forgetting, "MAX_FAKE_RESULTS", 50)
+    monkeypatch.setattr(forgetting, "MAX_SOURCES", 5)
+    monkeypatch.setattr(tables, "MAX_ENTRIES", 2)
+
+
+def make(backend: str) -> CompiledUnroll:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 1))
+    return compile_unroll(model, optim.sgd(lr=0.1), 2, loss=mean_of_squares, adjoint=Unrolled(), backend=backend, cache_size=2)
+
+
+def meta_gradients(unroll: CompiledUnroll, sizes: Iterator[int] | range) -> None:
+    for size in sizes:
+        unroll((torch.randn(size, 2), torch.randn(size, 1)), (torch.randn(2, 2), torch.randn(2, 1))).backward()
+
+
+def leftovers() -> dict[str, int]:
+    """How much there is of everything that PyTorch keeps for ever."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx import GraphModule, graph_module
+
+    gc.collect()
+    return {
+        "fake results": len(FakeTensorMode.cache),
+        "generated sources": len(graph_module._loader.eval_cache),
+        "their lines": sum(name.startswith("<eval_with_key>") for name in linecache.cache),
+        "context variables": len(contextvars.copy_context()),
+        "modules": len(sys.modules),
+        "graph modules": sum(issubclass(type(value), GraphModule) for value in gc.get_objects()),
+    }
+
+
+def mapped() -> set[str]:
+    """The libraries of kernels that are in this process."""
+    return {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("library.so")}
+
+
+@pytest.mark.usefixtures("few")
+def test_new_shapes() -> None:
+    unroll = make("eager")
+    meta_gradients(unroll, range(1, 6))
+    before = leftovers()
+    meta_gradients(unroll, range(6, 14))
+    after = leftovers()
+    assert after["fake results"] <= max(before["fake results"], forgetting.MAX_FAKE_RESULTS)
+    del before["fake results"], after["fake results"]
+    assert after == before
+
+
+@pytest.mark.usefixtures("few")
+def test_new_unrolls() -> None:
+    meta_gradients(make("eager"), range(3, 4))
+    before = leftovers()
+    for _ in range(8):
+        meta_gradients(make("eager"), range(3, 4))
+    after = leftovers()
+    assert all(after[name] <= before[name] for name in before if name != "fake results"), (before, after)
+
+
+@pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what is mapped is only known on Linux")
+@pytest.mark.usefixtures("few", "empty_cache")
+def test_new_shapes_that_are_compiled() -> None:
+    from torch._dynamo.utils import compilation_time_metrics
+    from torch._inductor.codecache import PyCodeCache
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    unroll = make("inductor")
+    meta_gradients(unroll, range(1, 3))
+    before, libraries = leftovers(), len(mapped())
+    loaded = [len(PyCodeCache.modules), len(PyCodeCache.modules_no_attr), len(PyCodeCache.linemaps)]
+    meta_gradients(unroll, range(3, 7))
+    after = leftovers()
+    assert 0 < len(mapped()) <= libraries
+    assert all(after[name] <= before[name] for name in before if name != "fake results"), (before, after)
+    assert [len(PyCodeCache.modules), len(PyCodeCache.modules_no_attr), len(PyCodeCache.linemaps)] == loaded
+    assert sum(type(value) is ShapeEnv for value in gc.get_objects()) <= 3
+    assert max(map(len, compilation_time_metrics.values())) <= tables.MAX_ENTRIES + 1
+    del unroll
+    gc.collect()
+    assert len(library._open) == 0  # pyright: ignore[reportPrivateUsage]
+    assert len(mapped()) == 1  # the one that calls kernels
