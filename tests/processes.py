@@ -116,6 +116,66 @@ def in_child(fn, seconds=100):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 """
 
+INTERRUPTED = """
+class Stop(BaseException):
+    '''Raised by a signal handler.'''
+
+def handler(number, frame):
+    raise Stop
+
+signal.signal(signal.SIGUSR1, handler)
+
+def interrupted(fn, at, counts):
+    '''Calls `fn`, and the handler where the interpreter may call it: at the beginning of the function call number `at`.'''
+    num_calls = 0
+
+    def trace(frame, event, arg):
+        nonlocal num_calls
+        if event == "call" and counts(frame.f_code):
+            num_calls += 1
+            if num_calls == at:
+                sys.settrace(None)
+                signal.getsignal(signal.SIGUSR1)(signal.SIGUSR1, frame)
+
+    sys.settrace(trace)
+    try:
+        fn()
+    except Stop:
+        pass
+    finally:
+        sys.settrace(None)
+    return num_calls
+
+def enters_or_leaves(code):
+    return code.co_name in ("__enter__", "__exit__", "undo", "close", "release", "hold", "_undo_all_but")
+
+def anything(code):
+    return True
+
+def use(size):
+    '''All that is captured for data of a new size.'''
+    support = data(size)
+    with torch.no_grad():
+        unroll.adapt(support)
+    torch.autograd.grad(unroll(support, support), list(model.parameters()))
+
+def at_random_moments(fn, counts, number):
+    import random
+    draws = random.Random(0)
+    total = interrupted(lambda: fn(50), -1, counts)
+    assert total > 100
+    before = state()
+    for index in range(number):
+        at = draws.randrange(1, total + 1)
+        interrupted(lambda: fn(100 + index), at, counts)
+        assert state() == before, (index, at, state(), before)
+        fn(100 + index)
+        if index % 10 == 0:
+            check(model, unroll, 200 + index)
+    check(model, unroll, 99)
+"""
+"""For scripts: calls a function, and a handler of a signal somewhere in it."""
+
 
 def run_script(script: str, timeout_s: float = 150, **environment: str) -> str:
     """Runs the prelude and `script`; returns what they printed.

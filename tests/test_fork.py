@@ -59,11 +59,12 @@ def test_another_thread_captures(backend: str) -> None:
 def test_the_capturing_thread_forks_itself() -> None:
     """The child goes on with the capture, under the lock that it holds."""
     script = """
-    children = []
+    children = queue.SimpleQueue()
 
     def forks():
-        children.append(os.fork())
-        if not children[0]:
+        child = os.fork()
+        children.put(child)
+        if not child:
             signal.alarm(100)
 
     model, unroll = make("eager", forks)
@@ -75,9 +76,10 @@ def test_the_capturing_thread_forks_itself() -> None:
         import traceback
         traceback.print_exc()
         code = 1
-    if not children[0]:
+    child = children.get()
+    if not child:
         os._exit(code)
-    assert code == 0 and os.waitstatus_to_exitcode(os.waitpid(children[0], 0)[1]) == 0
+    assert code == 0 and os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
     """
     run_script(script)
 

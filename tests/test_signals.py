@@ -8,68 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.processes import run_script, start
+from tests.processes import INTERRUPTED, run_script, start
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there are no such signals here")
-
-INTERRUPTED = """
-class Stop(BaseException):
-    '''Raised by a signal handler.'''
-
-def handler(number, frame):
-    raise Stop
-
-signal.signal(signal.SIGUSR1, handler)
-
-def interrupted(fn, at, counts):
-    '''Calls `fn`, and the handler where the interpreter may call it: at the beginning of the function call number `at`.'''
-    num_calls = 0
-
-    def trace(frame, event, arg):
-        nonlocal num_calls
-        if event == "call" and counts(frame.f_code):
-            num_calls += 1
-            if num_calls == at:
-                sys.settrace(None)
-                signal.getsignal(signal.SIGUSR1)(signal.SIGUSR1, frame)
-
-    sys.settrace(trace)
-    try:
-        fn()
-    except Stop:
-        pass
-    finally:
-        sys.settrace(None)
-    return num_calls
-
-def enters_or_leaves(code):
-    return code.co_name in ("__enter__", "__exit__", "undo", "close", "release", "hold", "_undo_all_but")
-
-def anything(code):
-    return True
-
-def use(size):
-    '''All that is captured for data of a new size.'''
-    support = data(size)
-    with torch.no_grad():
-        unroll.adapt(support)
-    torch.autograd.grad(unroll(support, support), list(model.parameters()))
-
-def at_random_moments(fn, counts, number):
-    import random
-    draws = random.Random(0)
-    total = interrupted(lambda: fn(50), -1, counts)
-    assert total > 100
-    before = state()
-    for index in range(number):
-        at = draws.randrange(1, total + 1)
-        interrupted(lambda: fn(100 + index), at, counts)
-        assert state() == before, (index, at, state(), before)
-        fn(100 + index)
-        if index % 10 == 0:
-            check(model, unroll, 200 + index)
-    check(model, unroll, 99)
-"""
 
 
 @pytest.mark.parametrize("counts", ["enters_or_leaves", "anything"])

@@ -16,17 +16,15 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import threading
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
-from torch import Tensor, overrides
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
-from torch.fx import GraphModule, _symbolic_trace
+from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
-from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.hooks import RemovableHandle
 
@@ -36,7 +34,6 @@ from adaptrt.graph import draws
 from adaptrt.graph.collector import garbage_collection_paused
 from adaptrt.graph.constants import ON_CONSTANTS, refuse_on_constant
 from adaptrt.graph.eager_rules import EagerRules
-from adaptrt.graph.exchange import FX_TRACING, FX_TRACING_OF_OLD
 from adaptrt.graph.forgetting import forgetting
 from adaptrt.graph.formulas import FORMULAS
 from adaptrt.graph.ir import Graph, PassRecord, autocast_off
@@ -52,6 +49,7 @@ from adaptrt.graph.passes.standard import STANDARD
 from adaptrt.graph.plain import without_wrappers
 from adaptrt.graph.signature import Input, Output, Role, Signature
 from adaptrt.graph.switches import MATH_ATTENTION, TRACEABLE
+from adaptrt.graph.tracing_state import flags_of_modes, marked_as_tracing, modes
 from adaptrt.process import changed, leaving_nothing
 from adaptrt.tree import Spec, Tree
 
@@ -174,8 +172,8 @@ def _spread(entry: Role | Tree, example: Tree) -> list[Role]:
 def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[_Functions]:
     """The state in which functions are traced, whatever the caller's: gradients on, autocast off, kernels with a second derivative only."""
     with contextlib.ExitStack() as stack:
-        stack.enter_context(changed(_flags_of_modes()))
-        stack.enter_context(changed(_modes(), of_thread=True))
+        stack.enter_context(changed(flags_of_modes()))
+        stack.enter_context(changed(modes(), of_thread=True))
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         # Otherwise autograd traces the gradients of CUDA tensors in a thread of its own, which may itself wait for this capture to end.
@@ -187,65 +185,11 @@ def _tracing(mode: FakeTensorMode, fused_attention: bool) -> Generator[_Function
         stack.enter_context(TRACEABLE.held())
         if not fused_attention:
             stack.enter_context(MATH_ATTENTION.held())
-        stack.enter_context(_marked_as_tracing())
+        stack.enter_context(marked_as_tracing())
         stack.enter_context(without_wrappers())
         functions = stack.enter_context(_Functions())
         stack.enter_context(mode)
         yield functions
-
-
-def _flags_of_modes() -> Callable[[], None]:
-    """Returns a function that puts back what PyTorch remembers about dispatch modes for the whole process."""
-    scope: dict[str, Any] = cast(Any, _python_dispatch).__dict__
-    before = {name: value for name, value in scope.items() if name.startswith("_is_in_")}
-    put = scope.get("set_is_in_mode_without_ignore_compile_internals")
-
-    def undo() -> None:
-        scope.update(before)
-        if put is not None:
-            put(before["_is_in_any_mode_without_ignore_compile_internals"])
-
-    return undo
-
-
-def _modes() -> Callable[[], None]:
-    """Returns a function that puts the modes of this thread back to what they are now, if an exception has kept one from ending."""
-    dispatch, functions, gradients = torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack(), torch.is_grad_enabled()
-
-    def undo() -> None:
-        while torch._C._len_torch_dispatch_stack() > dispatch:
-            _python_dispatch._pop_mode()
-        while torch._C._len_torch_function_stack() > functions:
-            overrides._pop_mode()
-        torch.set_grad_enabled(gradients)
-
-    return undo
-
-
-@contextlib.contextmanager
-def _marked_as_tracing() -> Generator[None]:
-    """What `torch.compile` compiled for fake tensors would not be recorded; while this thread traces, it does not compile (`plain.py`)."""
-    trace: Any = _symbolic_trace
-    if FX_TRACING.holds:
-        before, flag, put = trace._get_is_fx_tracing(), True, trace._set_is_fx_tracing
-    elif FX_TRACING_OF_OLD.holds:
-        before, flag, put = trace._is_fx_tracing_flag, _InThisThread(), functools.partial(setattr, trace, "_is_fx_tracing_flag")
-    else:
-        yield
-        return
-    with changed(functools.partial(put, before)):
-        put(flag)
-        yield
-
-
-class _InThisThread:
-    """True in the thread that made it, and False in others."""
-
-    def __init__(self) -> None:
-        self._thread = threading.get_ident()
-
-    def __bool__(self) -> bool:
-        return threading.get_ident() == self._thread
 
 
 class _Functions(TorchFunctionMode):

@@ -40,10 +40,7 @@ _PYTHON: Any = random.random.__self__  # pyright: ignore
 _NOT_SEARCHED = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(os.path.dirname(__file__)) + os.sep, "<frozen")
 """Where code is that draws from neither: PyTorch's, ours, and Python's import."""
 
-_WRAPPERS = (types.MethodType, functools.partial)
-
-_WITHOUT_NAMES = (types.FrameType, types.CellType, *_WRAPPERS)
-"""What holds something whose name is found elsewhere: in the code of a frame, among free variables, or where the wrapper is kept."""
+_MAX_DEPTH = 6
 
 _READERS = frozenset({"getstate", "get_state", "get_bit_generator", "default_rng", "test"})
 """What draws nothing."""
@@ -141,22 +138,32 @@ class _Watch:
         return told
 
     def may_have_drawn(self) -> bool:
-        """Whether code that ran can get at one of NumPy's functions, or at their generator, without the module `numpy.random`."""
+        """Whether code that ran can get at one of NumPy's functions, or at their generator, without the module `numpy.random`.
+
+        What holds one of them is looked at, and what holds that, until there is a name: of an attribute, or a global one.
+        """
         owner = getattr(self._draws.get("rand"), "__self__", None)
-        kept: dict[int, Any] = {id(value): value for value in (*self._draws.values(), owner) if value is not None}
-        wrapped: list[Any] = [value for value in gc.get_referrers(*kept.values()) if isinstance(value, _WRAPPERS)]
-        kept |= {id(value): value for value in wrapped}
-        if self._enclosed & kept.keys() or any("_rand" in code.co_names for code in self._ran):
-            return True
-        own = kept, self._draws, _scope_of(_numpy()), _scope_of(sys.modules["numpy.random.mtrand"])
-        for holder in gc.get_referrers(*kept.values()):
-            if isinstance(holder, _WITHOUT_NAMES) or any(holder is known for known in own):
-                continue
-            entries = cast("dict[str, Any]", holder if isinstance(holder, dict) else getattr(holder, "__dict__", {}))
-            names = {name for name, value in entries.items() if id(value) in kept}
-            if not names or self._names_one_of(entries, names):
-                return True
-        return False
+        level: list[Any] = [value for value in (*self._draws.values(), owner) if value is not None]
+        kept: dict[int, Any] = {}
+        own: list[Any] = [kept, self._draws, _scope_of(_numpy()), _scope_of(sys.modules["numpy.random.mtrand"])]
+        own.append(own)
+        for _ in range(_MAX_DEPTH):
+            kept |= {id(value): value for value in level}
+            own.append(level)
+            found: list[Any] = gc.get_referrers(*level)
+            holders = [holder for holder in found if id(holder) not in kept and not any(holder is known for known in own)]
+            own += [found, holders]
+            level = []
+            for holder in holders:
+                entries = cast("dict[str, Any]", holder if isinstance(holder, dict) else getattr(holder, "__dict__", {}))
+                names = {name for name, value in entries.items() if id(value) in kept}
+                if names and self._names_one_of(entries, names):
+                    return True
+                if not names and not isinstance(holder, types.FrameType | types.CellType):
+                    level.append(holder)
+            if not level:
+                break
+        return bool(level) or not self._enclosed.isdisjoint(kept) or any("_rand" in code.co_names for code in self._ran)
 
     def _names_one_of(self, entries: dict[str, Any], names: set[str]) -> bool:
         """Whether code that ran spells out one of the names; for those of a Python module, whether it does and knows the module."""

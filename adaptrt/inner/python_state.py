@@ -213,7 +213,7 @@ class PythonState:
         self._next = 1
         self._places: list[Place] = []
         # The values of each number, too, so that no other object gets the identity of one that is known.
-        self._numbers: collections.OrderedDict[Hashable, tuple[int, list[Any]]] = collections.OrderedDict()
+        self._numbers: dict[Hashable, tuple[int, list[Any]]] = {}
         # Read at once, as other threads may meet other values meanwhile.
         self._present: tuple[Callable[[], bool], int] = (lambda: True), 0
         self._has_warned = False
@@ -241,7 +241,7 @@ class PythonState:
     def _remember(self, key: Hashable, number: int) -> None:
         self._numbers[key] = number, [place.value for place in self._places]
         if len(self._numbers) > _MAX_NUMBERS:
-            self._numbers.popitem(last=False)
+            del self._numbers[next(iter(self._numbers))]
 
     def _key(self) -> Hashable:
         return tuple([place.key for place in self._places if place.makes_programs])

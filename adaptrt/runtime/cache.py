@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
@@ -17,7 +16,8 @@ class Cache(Generic[Entry]):
 
     def __init__(self, size: int) -> None:
         self._size = size
-        self._entries: OrderedDict[Hashable, Entry] = OrderedDict()
+        # Not an OrderedDict, which is left in disorder where a signal handler raises while it compares keys.
+        self._entries: dict[Hashable, Entry] = {}
         self._order = lock()
 
     def get(self, key: Hashable) -> Entry | None:
@@ -26,12 +26,15 @@ class Cache(Generic[Entry]):
         if entry is not None and len(self._entries) > 1:
             with self._order:
                 if key in self._entries:
-                    self._entries.move_to_end(key)
+                    self._entries[key] = self._entries.pop(key)
         return entry
 
     def get_or_make(self, key: Hashable, make: Callable[[], Entry]) -> Entry:
         """Returns the entry under `key`; if there is none, makes it, under the compilation lock."""
         entry = self.get(key)
+        if entry is None:
+            with self._order:  # another thread may have been moving it
+                entry = self._entries.get(key)
         if entry is not None:
             return entry
         with COMPILING:
@@ -41,7 +44,7 @@ class Cache(Generic[Entry]):
                 with self._order:
                     self._entries[key] = entry
                     while len(self._entries) > self._size:
-                        self._entries.popitem(last=False)
+                        del self._entries[next(iter(self._entries))]
         return entry
 
     def entries(self) -> list[Entry]:
