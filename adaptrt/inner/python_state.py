@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from adaptrt.inner import places
 from adaptrt.inner.places import Place, unchanged_check
 from adaptrt.inner.reachable import HOOKS, PLAIN, TABLES, Kind, Opening, Walk, scopes, short
-from adaptrt.inner.user_code import Executed, outside
+from adaptrt.inner.user_code import Executed, is_of_user, outside
 
 _MAX_ENTRIES = 256
 """Entries of a container that are watched one by one. A larger one is watched as a whole."""
@@ -48,10 +48,12 @@ class _Search:
     Args:
       roots: what the user has passed in.
       executed: the code that ran.
+      methods: names under which classes have functions that ran; those of this search are added. What is put there later has not run yet.
     """
 
-    def __init__(self, roots: Mapping[str, Any], executed: Executed) -> None:
+    def __init__(self, roots: Mapping[str, Any], executed: Executed, methods: set[str]) -> None:
         self.places: list[Place] = []
+        self._methods = methods
         self._names = set(executed.names)
         self._ran = {id(code) for code, _ in executed.codes.values()}
         self._is_computed = executed.reads_computed
@@ -67,8 +69,9 @@ class _Search:
             self.places.append(Place("the environment", data, places.CONTENTS, places.contents_of(data)))
 
     def _visit(self, opening: Opening) -> _Found:
-        if isinstance(opening.owner, types.FunctionType) and id(opening.owner.__code__) not in self._ran:
-            return ()  # a function that does not run reads nothing
+        owner, is_attributes = opening.owner, opening.kind is Kind.ATTRIBUTES
+        if isinstance(owner, types.FunctionType) and not (self._runs(owner) or (is_attributes and opening.entries)):
+            return ()  # a function that does not run reads nothing; others may read its attributes
         match opening.kind:
             case Kind.MODULE:
                 return self._module(opening)
@@ -99,6 +102,9 @@ class _Search:
                 return opening.entries
             case _:
                 return ()
+
+    def _runs(self, function: types.FunctionType) -> bool:
+        return id(function.__code__) in self._ran or not is_of_user(function.__code__, function.__globals__)
 
     def _found(self, opening: Opening, code: str, key: Any, value: Any) -> tuple[Any, Any]:
         self.places.append(Place(opening.path_of(key), opening.holder, code, value, key))
@@ -158,19 +164,19 @@ class _Search:
         ]
 
     def _class(self, opening: Opening) -> _Found:
-        """Data and functions among the attributes of a class."""
+        """Data among the attributes of a class, and functions that ran or are behind a wrapper."""
         own = vars(opening.holder)
         opening = opening._replace(holder=own)
         self._count_of_attributes(opening.path, own)
-        return [
-            self._found(opening, places.ENTRY, name, value)
-            for name, value in opening.entries
-            if (self._is_read(name) and not name.startswith("__")) or self._has_run(value) or name == "forward"
-        ]
+        return [self._found(opening, places.ENTRY, name, value) for name, value in opening.entries if self._is_read_of_class(name, value)]
 
-    def _has_run(self, value: Any) -> bool:
+    def _is_read_of_class(self, name: str, value: Any) -> bool:
         function = getattr(value, "__func__", getattr(value, "fget", value))
-        return isinstance(function, types.FunctionType) and id(function.__code__) in self._ran
+        if isinstance(function, types.FunctionType) and is_of_user(function.__code__, function.__globals__):
+            if self._runs(function):
+                self._methods.add(name)
+            return name in self._methods
+        return self._is_read(name) and not name.startswith("__")
 
     def _scope(self, opening: Opening) -> _Found:
         """Global names, each of which several code objects may use."""
@@ -208,6 +214,7 @@ class PythonState:
     def __init__(self, roots: Mapping[str, Any]) -> None:
         self._roots = dict(roots)
         self._executed = Executed()
+        self._methods: set[str] = set()
         self._lock = threading.Lock()
         self._next = 1
         self._places: list[Place] = []
@@ -230,7 +237,7 @@ class PythonState:
         """Takes note of code that has run on the present values."""
         with self._lock:
             if self._executed.merge(executed):
-                self._places = _Search(self._roots, self._executed).places
+                self._places = _Search(self._roots, self._executed, self._methods).places
                 self._numbers.clear()
                 number = self._present[1]
                 self._remember(self._key(), number)
@@ -247,7 +254,7 @@ class PythonState:
 
     def _renew(self) -> int:
         before = self._places
-        self._places = _Search(self._roots, self._executed).places
+        self._places = _Search(self._roots, self._executed, self._methods).places
         key = self._key()
         if key in self._numbers:
             number = self._numbers[key][0]

@@ -221,7 +221,7 @@ def _class(kind: type) -> list[Opening]:
 
 def _function(path: str, function: types.FunctionType) -> list[Opening]:
     """What a function holds. Of a wrapper that is not the user's it is what it wraps."""
-    attributes = Opening(Kind.ATTRIBUTES, path, vars(function), list(vars(function).items()))
+    attributes = Opening(Kind.ATTRIBUTES, path, vars(function), list(vars(function).items()), owner=function)
     cells = [(name, cell) for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True) if cell != _EMPTY]
     if not is_of_user(function.__code__, function.__globals__):
         wrapped = [value for _, cell in cells for value in _with_state(cell.cell_contents)]
