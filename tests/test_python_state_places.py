@@ -28,6 +28,8 @@ from test_python_state import Net, assert_follows, batch, unrolled
 from torch import Tensor, nn
 
 from adaptrt.errors import NotTraceable
+from adaptrt.inner import python_state, snapshot
+from adaptrt.inner.user_code import Executed, record_code
 
 Change = Callable[[], object]
 
@@ -384,6 +386,81 @@ def test_a_loss_follows_what_it_reads(place: str) -> None:
     context.run(change)
     context.run(assert_follows, unroll, model, loss)
     assert not torch.equal(context.run(unroll.adapt, batch()).params["linear.weight"], before)
+
+
+# --- large containers
+
+
+def entries(number: int) -> list[Any]:
+    return [2.0, {"scale": 1.0}, *map(float, range(number))]
+
+
+LARGE: dict[str, tuple[Callable[[], Any], Callable[[Any], float], Callable[[Any], object]]] = {
+    "an entry of a list": (lambda: entries(3000), lambda kept: kept[0], lambda kept: operator.setitem(kept, 0, 3.0)),
+    "an equal entry of another type": (
+        lambda: [1.0, *range(3000)],
+        lambda kept: float(isinstance(kept[0], int)) + 1,
+        lambda kept: operator.setitem(kept, 0, 1),
+    ),
+    "what is in an entry of a list": (lambda: entries(3000), lambda kept: kept[1]["scale"], lambda kept: kept[1].update(scale=3.0)),
+    "an entry more": (lambda: entries(3000), lambda kept: len(kept), lambda kept: kept.append(1.0)),
+    "an entry of a dict": (
+        lambda: dict(enumerate(entries(3000))),
+        lambda kept: kept[0],
+        lambda kept: kept.update({0: 3.0}),
+    ),
+    "a key of a dict": (
+        lambda: dict.fromkeys(range(3000), 1.0),
+        lambda kept: float(max(kept)),
+        lambda kept: (kept.pop(2999), kept.update({5000: 1.0})),
+    ),
+    "an entry of a deque": (lambda: collections.deque(entries(3000)), lambda kept: kept[0], lambda kept: operator.setitem(kept, 0, 3.0)),
+    "an entry of a set": (lambda: set(range(3000)), lambda kept: float(max(kept)), lambda kept: kept.add(5000)),
+    "an entry of a list that says it is empty": (
+        lambda: type("Silent", (list,), {"__len__": lambda self: 0, "__iter__": lambda self: iter(())})([2.0]),
+        lambda kept: kept[0],
+        lambda kept: operator.setitem(kept, 0, 3.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LARGE)
+def test_a_large_container_has_one_place(what: str) -> None:
+    make, read, change = LARGE[what]
+    kept = make()
+    model, loss = plain(), scaled(lambda: read(kept))
+    unroll = unrolled(model, loss)
+    assert_follows(unroll, model, loss)
+    before = unroll.adapt(batch()).params["linear.weight"]
+    change(kept)
+    assert_follows(unroll, model, loss)
+    assert not torch.equal(unroll.adapt(batch()).params["linear.weight"], before)
+    search = python_state._Search({"loss": loss}, executed_by(lambda: loss(torch.zeros(2, 3), torch.zeros(2).long())), set())
+    assert len(search.places) < 30
+
+
+def executed_by(call: Callable[[], object]) -> Executed:
+    executed = Executed()
+    with record_code(executed):
+        call()
+    return executed
+
+
+def test_very_many_values_are_named_by_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(python_state, "_MANY_PLACES", 100)
+    kept = [[float(index)] for index in range(100)]
+    loss = scaled(lambda: 1 + sum(entry[0] for entry in kept))
+    with pytest.warns(UserWarning, match=r"Python values are read .* most of them in .*<closure>\.(kept|read)") as caught:
+        unrolled(plain(), loss).adapt(batch())
+    assert caught[0].filename == __file__
+
+
+def test_very_many_objects_are_told_by_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot, "_MANY", 100)
+    model = plain()
+    model.kept = [[float(index)] for index in range(100)]
+    with pytest.warns(UserWarning, match="Python objects can be reached"):
+        unrolled(model).adapt(batch())
 
 
 # --- code that is replaced

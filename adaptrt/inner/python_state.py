@@ -17,7 +17,6 @@ read here: `side_effects.py` judges code that asks them.
 from __future__ import annotations
 
 import collections
-import operator
 import os
 import re
 import threading
@@ -30,7 +29,7 @@ from torch import Tensor, nn
 
 from adaptrt.inner import places
 from adaptrt.inner.places import Place, unchanged_check
-from adaptrt.inner.reachable import HOOKS, PLAIN, TABLES, Kind, Opening, Walk, scopes, short
+from adaptrt.inner.reachable import HOOKS, PLAIN, TABLES, Kind, Opening, Walk, getter_names, scopes, short
 from adaptrt.inner.user_code import Executed, is_of_user, outside
 
 _MAX_ENTRIES = 256
@@ -98,7 +97,7 @@ class _Search:
                 return opening.entries
             case Kind.FIXED:
                 for _, value in opening.entries:
-                    self._note_names(value)
+                    self._names |= getter_names(value)
                 return opening.entries
             case _:
                 return ()
@@ -108,13 +107,8 @@ class _Search:
 
     def _found(self, opening: Opening, code: str, key: Any, value: Any) -> tuple[Any, Any]:
         self.places.append(Place(opening.path_of(key), opening.holder, code, value, key))
-        self._note_names(value)
+        self._names |= getter_names(value)
         return key, value
-
-    def _note_names(self, value: Any) -> None:
-        if isinstance(value, operator.attrgetter | operator.methodcaller):
-            made_of: Any = value.__reduce__()
-            self._names |= {name for part in made_of[1] if isinstance(part, str) for name in part.split(".")}
 
     def _is_read(self, name: Any) -> bool:
         return name in self._names or (self._is_computed and isinstance(name, str) and not name.startswith("__"))
@@ -192,7 +186,7 @@ class _Search:
             self.places.append(Place(f"the contents of {opening.path}", holder, places.CONTENTS, places.contents_of(holder)))
             others = [(key, value) for key, value in entries if type(value) not in PLAIN]
             for _, value in others:
-                self._note_names(value)
+                self._names |= getter_names(value)
             return others
         self.places.append(Place(f"the length of {opening.path}", holder, places.SIZE if entries else places.EMPTY, len(entries)))
         return [self._found(opening, places.ENTRY if opening.kind is Kind.DICT else places.ITEM, key, value) for key, value in entries]
