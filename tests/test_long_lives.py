@@ -55,7 +55,7 @@ def leftovers() -> dict[str, int]:
 
 def mapped() -> set[str]:
     """The libraries of kernels that are in this process."""
-    return {line.split()[-1] for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith("library.so")}
+    return {line.split(maxsplit=5)[-1] for line in Path("/proc/self/maps").read_text().splitlines() if "/library.so" in line}
 
 
 @pytest.mark.usefixtures("few")
@@ -87,13 +87,14 @@ def test_new_shapes_that_are_compiled() -> None:
     from torch._inductor.codecache import PyCodeCache
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
+    others = mapped()
     unroll = make("inductor")
     meta_gradients(unroll, range(1, 3))
-    before, libraries = leftovers(), len(mapped())
+    before, libraries = leftovers(), len(mapped() - others)
     loaded = [len(PyCodeCache.modules), len(PyCodeCache.modules_no_attr), len(PyCodeCache.linemaps)]
     meta_gradients(unroll, range(3, 7))
     after = leftovers()
-    assert 0 < len(mapped()) <= libraries
+    assert 0 < len(mapped() - others) <= libraries
     assert all(after[name] <= before[name] for name in before if name != "fake results"), (before, after)
     assert [len(PyCodeCache.modules), len(PyCodeCache.modules_no_attr), len(PyCodeCache.linemaps)] == loaded
     assert sum(type(value) is ShapeEnv for value in gc.get_objects()) <= 3
@@ -101,4 +102,4 @@ def test_new_shapes_that_are_compiled() -> None:
     del unroll
     gc.collect()
     assert len(library._open) == 0  # pyright: ignore[reportPrivateUsage]
-    assert len(mapped()) == 1  # the one that calls kernels
+    assert len(mapped() - others) <= 1  # the one that calls kernels

@@ -28,6 +28,7 @@ OF_GRAPHS = {
         "adaptrt.backend.base",
         "adaptrt.backend.eager",
         "adaptrt.backend.engine",
+        "adaptrt.backend.entry_points",
         "adaptrt.backend.guards",
         "adaptrt.graph.pytrees",
         "adaptrt.graph.plain",

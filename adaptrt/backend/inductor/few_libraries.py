@@ -110,6 +110,9 @@ def _forget_threads() -> None:
             getattr(codecache, name).cache.clear()
     if async_compile is not None:
         async_compile.AsyncCompile.pool.cache_clear()
+    bundler = getattr(sys.modules.get("torch._inductor.triton_bundler"), "TritonBundler", None)
+    if hasattr(bundler, "end_compile"):  # of a compilation that went on in another thread
+        bundler.end_compile()
 
 
 def _deal(sizes: Sequence[int], num_shares: int) -> list[list[int]]:
