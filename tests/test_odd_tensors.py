@@ -292,7 +292,7 @@ def with_dual_attribute(model: Scaled, unroll: Any) -> None:
     unroll.adapt(batch())
 
 
-def with_dual_buffer(model: Scaled, unroll: Any) -> None:
+def with_dual_buffer(model: Any, unroll: Any) -> None:
     model.scale = dual(model.scale)
     unroll.adapt(batch())
 

@@ -25,7 +25,7 @@ from adaptrt.backend.inductor import processor
 from adaptrt.errors import ModelChanged
 from adaptrt.graph.capture import capture
 from tests import naive
-from tests.tolerances import META_GRADIENT, ROUNDING, assert_close, assert_near
+from tests.tolerances import KERNEL, META_GRADIENT, ROUNDING, assert_close, assert_near
 
 ROOT = Path(__file__).parent.parent
 
@@ -186,6 +186,23 @@ def sgd_graphs(model: nn.Module) -> dict[str, Any]:
     unroll = sgd(model)
     require_right(unroll, model)
     return unroll.graphs()
+
+
+def test_what_is_on_disk_is_for_one_default_dtype(empty_cache: None) -> None:
+    x = torch.ones(3, dtype=torch.float16)
+
+    def numbers(x: Tensor) -> Tensor:
+        return torch.arange(3, device="cpu") * 1.5 + torch.arange(3, device="cpu").sqrt() + x
+
+    before = torch.get_default_dtype()
+    try:
+        for dtype in (torch.float64, torch.float32):
+            torch.set_default_dtype(dtype)
+            (found,) = Inductor().compile(capture(numbers, x))([x])
+            assert found.dtype is dtype
+            assert_close(found, numbers(x), ROUNDING if dtype is torch.float64 else KERNEL)
+    finally:
+        torch.set_default_dtype(before)
 
 
 def test_a_default_that_changes_between_a_call_and_its_backward_is_an_error() -> None:

@@ -6,6 +6,7 @@ import dataclasses
 import enum
 import functools
 import itertools
+import operator
 import re
 import threading
 import types
@@ -316,10 +317,31 @@ def counts_in_a_constant(self: Net, x: Tensor) -> Tensor:
     return self.linear(x) * torch.tensor(float(self.count), dtype=torch.float64)
 
 
+def counts_and_compares(self: Net, x: Tensor) -> Tensor:
+    self.count += 1
+    return self.linear(x) * (2 if self.count > 3 else 1)
+
+
+def counts_and_compares_by_a_computed_name(self: Net, x: Tensor) -> Tensor:
+    self.count += 1
+    return self.linear(x) * (2 if getattr(self, "count"[:5]) > 3 else 1)
+
+
+def counts_and_compares_by_a_getter(self: Net, x: Tensor) -> Tensor:
+    self.count += 1
+    return self.linear(x) * (2 if GET_COUNT(self) > 3 else 1)
+
+
+GET_COUNT = operator.attrgetter("count")
+
+
 WRITES: dict[str, tuple[Callable[[], Callable[[Net, Tensor], Tensor]], str]] = {
     "a counter": (lambda: counts, r"model\.count \(1 before, 2 after\).*test_python_state\.py:\d+"),
     "a counter in a constant": (lambda: counts_in_a_constant, r"model\.count"),
     "a counter with a limit": (lambda: counts_up_to_a_limit, r"model\.count"),
+    "a counter that is compared": (lambda: counts_and_compares, r"model\.count"),
+    "a counter that is read by a computed name": (lambda: counts_and_compares_by_a_computed_name, r"model\.count"),
+    "a counter that is read by a getter": (lambda: counts_and_compares_by_a_getter, r"model\.count"),
     "an average in an attribute": (lambda: averages, r"model\.kept"),
     "a list": (lambda: appends, r"model\.seen"),
     "a dict": (lambda: counts_in_a_dict, r"model\.table"),
@@ -381,6 +403,12 @@ def keeps_for_others(self: Net, x: Tensor) -> Tensor:
     self.kept = output.softmax(-1)
     self.count = x.shape[0]
     return output
+
+
+def counts_what_nobody_reads(self: Net, x: Tensor) -> Tensor:
+    self.count += 1
+    self.settings.is_never_read += 2
+    return self.linear(x)
 
 
 def builds_a_mask_once(self: Net, x: Tensor) -> Tensor:
@@ -447,7 +475,16 @@ def test_dicts_that_make_their_values_stay_as_they_are() -> None:
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 @pytest.mark.parametrize(
     "forward",
-    [keeps_beside_a_constant, keeps_for_others, builds_a_mask_once, keeps_by_length, keeps_in_a_global, uses_lru_cache, collects_features],
+    [
+        keeps_beside_a_constant,
+        counts_what_nobody_reads,
+        keeps_for_others,
+        builds_a_mask_once,
+        keeps_by_length,
+        keeps_in_a_global,
+        uses_lru_cache,
+        collects_features,
+    ],
 )
 def test_caches_and_records_keep_working(forward: Callable[[Net, Tensor], Tensor], backend: str) -> None:
     model = Net(forward)

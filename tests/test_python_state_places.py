@@ -28,6 +28,8 @@ from test_python_state import Net, assert_follows, batch, unrolled
 from torch import Tensor, nn
 
 from adaptrt.errors import NotTraceable
+from adaptrt.inner import python_state, snapshot
+from adaptrt.inner.user_code import Executed, record_code
 
 Change = Callable[[], object]
 
@@ -386,6 +388,81 @@ def test_a_loss_follows_what_it_reads(place: str) -> None:
     assert not torch.equal(context.run(unroll.adapt, batch()).params["linear.weight"], before)
 
 
+# --- large containers
+
+
+def entries(number: int) -> list[Any]:
+    return [2.0, {"scale": 1.0}, *map(float, range(number))]
+
+
+LARGE: dict[str, tuple[Callable[[], Any], Callable[[Any], float], Callable[[Any], object]]] = {
+    "an entry of a list": (lambda: entries(3000), lambda kept: kept[0], lambda kept: operator.setitem(kept, 0, 3.0)),
+    "an equal entry of another type": (
+        lambda: [1.0, *range(3000)],
+        lambda kept: float(isinstance(kept[0], int)) + 1,
+        lambda kept: operator.setitem(kept, 0, 1),
+    ),
+    "what is in an entry of a list": (lambda: entries(3000), lambda kept: kept[1]["scale"], lambda kept: kept[1].update(scale=3.0)),
+    "an entry more": (lambda: entries(3000), lambda kept: len(kept), lambda kept: kept.append(1.0)),
+    "an entry of a dict": (
+        lambda: dict(enumerate(entries(3000))),
+        lambda kept: kept[0],
+        lambda kept: kept.update({0: 3.0}),
+    ),
+    "a key of a dict": (
+        lambda: dict.fromkeys(range(3000), 1.0),
+        lambda kept: float(max(kept)),
+        lambda kept: (kept.pop(2999), kept.update({5000: 1.0})),
+    ),
+    "an entry of a deque": (lambda: collections.deque(entries(3000)), lambda kept: kept[0], lambda kept: operator.setitem(kept, 0, 3.0)),
+    "an entry of a set": (lambda: set(range(3000)), lambda kept: float(max(kept)), lambda kept: kept.add(5000)),
+    "an entry of a list that says it is empty": (
+        lambda: type("Silent", (list,), {"__len__": lambda self: 0, "__iter__": lambda self: iter(())})([2.0]),
+        lambda kept: kept[0],
+        lambda kept: operator.setitem(kept, 0, 3.0),
+    ),
+}
+
+
+@pytest.mark.parametrize("what", LARGE)
+def test_a_large_container_has_one_place(what: str) -> None:
+    make, read, change = LARGE[what]
+    kept = make()
+    model, loss = plain(), scaled(lambda: read(kept))
+    unroll = unrolled(model, loss)
+    assert_follows(unroll, model, loss)
+    before = unroll.adapt(batch()).params["linear.weight"]
+    change(kept)
+    assert_follows(unroll, model, loss)
+    assert not torch.equal(unroll.adapt(batch()).params["linear.weight"], before)
+    search = python_state._Search({"loss": loss}, executed_by(lambda: loss(torch.zeros(2, 3), torch.zeros(2).long())), set())
+    assert len(search.places) < 30
+
+
+def executed_by(call: Callable[[], object]) -> Executed:
+    executed = Executed()
+    with record_code(executed):
+        call()
+    return executed
+
+
+def test_very_many_values_are_named_by_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(python_state, "_MANY_PLACES", 100)
+    kept = [[float(index)] for index in range(100)]
+    loss = scaled(lambda: 1 + sum(entry[0] for entry in kept))
+    with pytest.warns(UserWarning, match=r"Python values are read .* most of them in .*<closure>\.(kept|read)") as caught:
+        unrolled(plain(), loss).adapt(batch())
+    assert caught[0].filename == __file__
+
+
+def test_very_many_objects_are_told_by_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(snapshot, "_MANY", 100)
+    model = plain()
+    model.kept = [[float(index)] for index in range(100)]
+    with pytest.warns(UserWarning, match="Python objects can be reached"):
+        unrolled(model).adapt(batch())
+
+
 # --- code that is replaced
 
 
@@ -417,7 +494,11 @@ class Layer(nn.Module):
         return 2.0
 
 
-class Derived(Layer):
+class Mixin:
+    """May get methods that hide those of the other base of a class."""
+
+
+class Derived(Mixin, Layer):
     """Has all methods of another class."""
 
 
@@ -431,6 +512,7 @@ REPLACED: dict[str, tuple[object, str, Any]] = {
     "forward of a class of PyTorch's": (nn.Linear, "forward", lambda self, x: F.linear(x, self.weight, 2 * self.bias)),
     "a method": (Layer, "helper", lambda self: 3.0),
     "a method of a derived class": (Derived, "helper", lambda self: 3.0),
+    "a method of a base that had none": (Mixin, "helper", lambda self: 3.0),
     "a method of a class": (Layer, "of_class", classmethod(lambda cls: 3.0)),
     "a static method": (Layer, "static", staticmethod(lambda: 3.0)),
     "a property": (Layer, "number", property(lambda self: 3.0)),
@@ -446,7 +528,7 @@ def test_code_that_is_replaced_is_followed(what: str, monkeypatch: pytest.Monkey
     unroll = unrolled(model)
     assert_follows(unroll, model)
     before = unroll.adapt(batch()).params["linear.weight"]
-    monkeypatch.setattr(*REPLACED[what])
+    monkeypatch.setattr(*REPLACED[what], raising=False)
     assert_follows(unroll, model)
     assert not torch.equal(unroll.adapt(batch()).params["linear.weight"], before)
 

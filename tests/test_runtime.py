@@ -9,6 +9,7 @@ import subprocess
 import sys
 import textwrap
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
@@ -894,7 +895,7 @@ def python(code: str, **env: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_without_a_compiler_there_is_one_warning_and_the_eager_backend() -> None:
+def test_without_a_compiler_there_is_one_warning_and_the_eager_backend(tmp_path: Path) -> None:
     done = python(
         """
         import warnings
@@ -916,6 +917,7 @@ def test_without_a_compiler_there_is_one_warning_and_the_eager_backend() -> None
         """,
         PATH="/nonexistent",
         CXX="/nonexistent",
+        TORCHINDUCTOR_CACHE_DIR=str(tmp_path),  # nothing was built there
     )
     assert done.returncode == 0, done.stderr
     first, message, filename = done.stdout.splitlines()

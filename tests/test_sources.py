@@ -32,6 +32,8 @@ OF_GRAPHS = {
         "adaptrt.graph.pytrees",
         "adaptrt.graph.plain",
         "adaptrt.graph.forgetting",
+        "adaptrt.graph.defaults",
+        "adaptrt.process",
     ),
     # Exchanged or not: that is part of the key itself.
     *("adaptrt.graph.exchange", "adaptrt.graph.collector", "adaptrt.errors"),

@@ -64,11 +64,6 @@ def refuse_tangents(tensors: Sequence[Tensor]) -> None:
         )
 
 
-def may_be_compared(value: Any) -> bool:
-    """Whether a value is a tensor that may be given to what `alike` returns. PyTorch's guards end the process if they get a nested one."""
-    return isinstance(value, Tensor) and not value.is_nested
-
-
 def refuse_transforms() -> None:
     """Raises within a transformation of `torch.func`, which cannot look into programs.
 
@@ -97,6 +92,8 @@ def alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
     They are if each has the class, dispatch keys, dtype, device, layout, sizes, strides and `requires_grad` of its example, and if
     arguments that are one object here are one object there, too. Dispatch keys say, for example, whether a view is a negated one. What the
     function accepts within inference mode it refuses outside, and the other way round.
+
+    It must not be given nested tensors: PyTorch's guards end the process then.
     """
     if any(tensor.layout is not torch.strided for tensor in tensors):
         return lambda *others: False

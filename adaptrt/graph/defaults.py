@@ -11,7 +11,8 @@ code as for any other, and switches that only choose between kernels for one ope
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 
@@ -29,13 +30,18 @@ def _one() -> int:
     return 1
 
 
-_num_function_modes = getattr(torch._C, "_len_torch_function_stack", _one)
-"""A default device is a mode of the thread's, on this stack."""
+def _default_device() -> torch.device | None:
+    device = torch.get_default_device()
+    return None if device.type == "cpu" else device  # which it is where nothing is set
 
 
-def settings() -> Hashable:
-    """Returns the settings of the calling thread, in less than half a microsecond where no default device is set."""
-    device = torch.get_default_device() if _num_function_modes() else None
-    if device is not None and device.type == "cpu":
-        device = None  # which it is where nothing is set
-    return torch.are_deterministic_algorithms_enabled(), torch.get_default_dtype(), device
+SETTINGS = "(deterministic(), dtype(), device() if num_modes() else None)"
+"""The settings of the calling thread as an expression, for code that is generated and must be quick."""
+
+NAMES: Mapping[str, Callable[[], Any]] = {
+    "deterministic": torch.are_deterministic_algorithms_enabled,
+    "dtype": torch.get_default_dtype,
+    "device": _default_device,
+    "num_modes": getattr(torch._C, "_len_torch_function_stack", _one),  # a default device is a mode of the thread's
+}
+"""What `SETTINGS` calls."""

@@ -43,6 +43,7 @@ class Facts:
     Attributes:
       names: what it names: global names, attributes, and strings that may be names.
       own_names: those of them that are global names or attributes, and variables of functions around it.
+      reads: those of them that it reads other than to add a constant to them, and strings that may be names.
       reads_computed: whether it may read attributes under other names.
       sets: attributes that it sets.
       sets_computed: whether it may set attributes under other names.
@@ -55,6 +56,7 @@ class Facts:
 
     names: frozenset[str]
     own_names: frozenset[str]
+    reads: frozenset[str]
     reads_computed: bool
     sets: frozenset[str]
     sets_computed: bool
@@ -74,9 +76,11 @@ def facts(code: types.CodeType) -> Facts:
     set_by_call, sets_others = _literal_names(steps, "setattr")
     deleted, deletes_others = _literal_names(steps, "delattr")
     into, into_others = _written_containers(steps)
+    strings = frozenset([text for value in code.co_consts for text in _strings(value)])
     return Facts(
-        names=used | {text for value in code.co_consts for text in _strings(value)},
+        names=used | strings,
         own_names=used | set(code.co_freevars) | set(code.co_cellvars),
+        reads=strings | {_of(step) for index, step in enumerate(steps) if _is_read(steps, index)},
         reads_computed=reads_others or bool(_READS_COMPUTED & used),
         sets=frozenset([_of(step) for step in steps if step.opname in ("STORE_ATTR", "DELETE_ATTR")]) | set_by_call | deleted,
         sets_computed=sets_others or deletes_others or bool(_SETS_COMPUTED & used),
@@ -94,6 +98,20 @@ def line_of(code: types.CodeType, name: str) -> int | None:
         if step.opname in ("STORE_ATTR", "STORE_GLOBAL", "STORE_DEREF") and step.argval == name:
             return (step.positions.lineno if step.positions else None) or code.co_firstlineno
     return None
+
+
+_NO_READS = ("STORE_ATTR", "STORE_GLOBAL", "STORE_DEREF", "STORE_NAME", "LOAD_CLOSURE", "MAKE_CELL")
+
+
+def _is_read(steps: Sequence[dis.Instruction], index: int) -> bool:
+    """Whether an instruction reads what it names, and not only to put it back with a constant added, as `self.calls += 1` does."""
+    step = steps[index]
+    if not isinstance(step.argval, str) or step.opname in _NO_READS or step.opname.startswith(("LOAD_FAST", "STORE_FAST", "LOAD_CONST")):
+        return False
+    after = [later for later in steps[index + 1 : index + 5] if later.opname != "SWAP"][:3]
+    is_added = [later.opname for later in after[:2]] in (["LOAD_CONST", "BINARY_OP"], ["LOAD_SMALL_INT", "BINARY_OP"])
+    is_put_back = len(after) == 3 and after[2].opname.startswith("STORE_") and after[2].argval == step.argval
+    return not (is_added and is_put_back and after[1].argrepr == "+=" and not any(later.is_jump_target for later in after))
 
 
 def _strings(value: Any) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from adaptrt.inner.reachable import MISSING
+from adaptrt.inner.reachable import MISSING, items_of
 from adaptrt.inner.user_code import IMMUTABLE, has_hidden_state, is_holder, is_users_class
 
 ENTRY = "{h}.get({i}) is {v}"
@@ -123,8 +123,7 @@ def contents_of(holder: Any) -> list[Any]:
     """The entries of a container, whatever a derived class makes of them, in an order that stays as long as it does not change."""
     if isinstance(holder, dict):
         return [*dict.__iter__(holder), *dict.values(holder)]
-    kinds: tuple[Any, ...] = (list, collections.deque, set)
-    return list(next(kind for kind in kinds if isinstance(holder, kind)).__iter__(holder))
+    return items_of(holder)
 
 
 def same_contents(holder: Any, entries: list[Any]) -> bool:

@@ -17,7 +17,6 @@ read here: `side_effects.py` judges code that asks them.
 from __future__ import annotations
 
 import collections
-import operator
 import os
 import re
 import threading
@@ -30,8 +29,8 @@ from torch import Tensor, nn
 
 from adaptrt.inner import places
 from adaptrt.inner.places import Place, unchanged_check
-from adaptrt.inner.reachable import HOOKS, PLAIN, TABLES, Kind, Opening, Walk, scopes, short
-from adaptrt.inner.user_code import Executed, outside
+from adaptrt.inner.reachable import HOOKS, PLAIN, TABLES, Kind, Opening, Walk, getter_names, scopes, short
+from adaptrt.inner.user_code import Executed, is_of_user, outside
 from adaptrt.process import lock
 
 _MAX_ENTRIES = 256
@@ -49,10 +48,12 @@ class _Search:
     Args:
       roots: what the user has passed in.
       executed: the code that ran.
+      methods: names under which classes have functions that ran; those of this search are added. What is put there later has not run yet.
     """
 
-    def __init__(self, roots: Mapping[str, Any], executed: Executed) -> None:
+    def __init__(self, roots: Mapping[str, Any], executed: Executed, methods: set[str]) -> None:
         self.places: list[Place] = []
+        self._methods = methods
         self._names = set(executed.names)
         self._ran = {id(code) for code, _ in executed.codes.values()}
         self._is_computed = executed.reads_computed
@@ -68,8 +69,9 @@ class _Search:
             self.places.append(Place("the environment", data, places.CONTENTS, places.contents_of(data)))
 
     def _visit(self, opening: Opening) -> _Found:
-        if isinstance(opening.owner, types.FunctionType) and id(opening.owner.__code__) not in self._ran:
-            return ()  # a function that does not run reads nothing
+        owner, is_attributes = opening.owner, opening.kind is Kind.ATTRIBUTES
+        if isinstance(owner, types.FunctionType) and not (self._runs(owner) or (is_attributes and opening.entries)):
+            return ()  # a function that does not run reads nothing; others may read its attributes
         match opening.kind:
             case Kind.MODULE:
                 return self._module(opening)
@@ -96,20 +98,18 @@ class _Search:
                 return opening.entries
             case Kind.FIXED:
                 for _, value in opening.entries:
-                    self._note_names(value)
+                    self._names |= getter_names(value)
                 return opening.entries
             case _:
                 return ()
 
+    def _runs(self, function: types.FunctionType) -> bool:
+        return id(function.__code__) in self._ran or not is_of_user(function.__code__, function.__globals__)
+
     def _found(self, opening: Opening, code: str, key: Any, value: Any) -> tuple[Any, Any]:
         self.places.append(Place(opening.path_of(key), opening.holder, code, value, key))
-        self._note_names(value)
+        self._names |= getter_names(value)
         return key, value
-
-    def _note_names(self, value: Any) -> None:
-        if isinstance(value, operator.attrgetter | operator.methodcaller):
-            made_of: Any = value.__reduce__()
-            self._names |= {name for part in made_of[1] if isinstance(part, str) for name in part.split(".")}
 
     def _is_read(self, name: Any) -> bool:
         return name in self._names or (self._is_computed and isinstance(name, str) and not name.startswith("__"))
@@ -159,19 +159,19 @@ class _Search:
         ]
 
     def _class(self, opening: Opening) -> _Found:
-        """Data and functions among the attributes of a class."""
+        """Data among the attributes of a class, and functions that ran or are behind a wrapper."""
         own = vars(opening.holder)
         opening = opening._replace(holder=own)
         self._count_of_attributes(opening.path, own)
-        return [
-            self._found(opening, places.ENTRY, name, value)
-            for name, value in opening.entries
-            if (self._is_read(name) and not name.startswith("__")) or self._has_run(value) or name == "forward"
-        ]
+        return [self._found(opening, places.ENTRY, name, value) for name, value in opening.entries if self._is_read_of_class(name, value)]
 
-    def _has_run(self, value: Any) -> bool:
+    def _is_read_of_class(self, name: str, value: Any) -> bool:
         function = getattr(value, "__func__", getattr(value, "fget", value))
-        return isinstance(function, types.FunctionType) and id(function.__code__) in self._ran
+        if isinstance(function, types.FunctionType) and is_of_user(function.__code__, function.__globals__):
+            if self._runs(function):
+                self._methods.add(name)
+            return name in self._methods
+        return self._is_read(name) and not name.startswith("__")
 
     def _scope(self, opening: Opening) -> _Found:
         """Global names, each of which several code objects may use."""
@@ -187,7 +187,7 @@ class _Search:
             self.places.append(Place(f"the contents of {opening.path}", holder, places.CONTENTS, places.contents_of(holder)))
             others = [(key, value) for key, value in entries if type(value) not in PLAIN]
             for _, value in others:
-                self._note_names(value)
+                self._names |= getter_names(value)
             return others
         self.places.append(Place(f"the length of {opening.path}", holder, places.SIZE if entries else places.EMPTY, len(entries)))
         return [self._found(opening, places.ENTRY if opening.kind is Kind.DICT else places.ITEM, key, value) for key, value in entries]
@@ -209,6 +209,7 @@ class PythonState:
     def __init__(self, roots: Mapping[str, Any]) -> None:
         self._roots = dict(roots)
         self._executed = Executed()
+        self._methods: set[str] = set()
         self._lock = lock()
         self._next = 1
         self._places: list[Place] = []
@@ -231,7 +232,7 @@ class PythonState:
         """Takes note of code that has run on the present values."""
         with self._lock:
             if self._executed.merge(executed):
-                self._places = _Search(self._roots, self._executed).places
+                self._places = _Search(self._roots, self._executed, self._methods).places
                 self._numbers.clear()
                 number = self._present[1]
                 self._remember(self._key(), number)
@@ -248,7 +249,7 @@ class PythonState:
 
     def _renew(self) -> int:
         before = self._places
-        self._places = _Search(self._roots, self._executed).places
+        self._places = _Search(self._roots, self._executed, self._methods).places
         key = self._key()
         if key in self._numbers:
             number = self._numbers[key][0]

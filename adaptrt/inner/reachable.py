@@ -176,12 +176,9 @@ def _content(path: str, value: Any) -> list[Opening]:
     """What a container of the standard library, or one derived from it, has in it."""
     if isinstance(value, dict):  # of which a subclass may make another object at each look-up
         return [Opening(Kind.DICT, path, value, list(dict.items(value)))]
-    if isinstance(value, list | collections.deque):
-        return [Opening(Kind.LIST, path, value, list(enumerate(list(value))))]
-    if isinstance(value, tuple):
-        return [Opening(Kind.TUPLE, path, value, list(enumerate(value)))]
-    if isinstance(value, set | frozenset):
-        return [Opening(Kind.SET if isinstance(value, set) else Kind.TUPLE, path, value, list(enumerate(list(value))))]
+    for kind, of in _SEQUENCES:
+        if isinstance(value, of):
+            return [Opening(kind, path, value, list(enumerate(items_of(value))))]
     if isinstance(value, types.MappingProxyType):
         return [_parts(path, list(value.values()))]
     if isinstance(value, contextvars.ContextVar):
@@ -190,6 +187,20 @@ def _content(path: str, value: Any) -> list[Opening]:
         has_objects = getattr(getattr(value, "dtype", None), "hasobject", False)
         return [Opening(Kind.ARRAY, path, value, list(enumerate(value.ravel().tolist())) if has_objects else ())]
     return [Opening(Kind.POSITION, path, value)] if position(value) is not None else []
+
+
+_SEQUENCES: tuple[tuple[Kind, Any], ...] = (
+    (Kind.LIST, list),
+    (Kind.LIST, collections.deque),
+    (Kind.TUPLE, tuple),
+    (Kind.SET, set),
+    (Kind.TUPLE, frozenset),
+)
+
+
+def items_of(value: Any) -> list[Any]:
+    """The items of a container that is no dict, whatever a derived class makes of them."""
+    return list(next(of for _, of in _SEQUENCES if isinstance(value, of)).__iter__(value))
 
 
 def _object(path: str, value: Any) -> list[Opening]:
@@ -221,7 +232,7 @@ def _class(kind: type) -> list[Opening]:
 
 def _function(path: str, function: types.FunctionType) -> list[Opening]:
     """What a function holds. Of a wrapper that is not the user's it is what it wraps."""
-    attributes = Opening(Kind.ATTRIBUTES, path, vars(function), list(vars(function).items()))
+    attributes = Opening(Kind.ATTRIBUTES, path, vars(function), list(vars(function).items()), owner=function)
     cells = [(name, cell) for name, cell in zip(function.__code__.co_freevars, function.__closure__ or (), strict=True) if cell != _EMPTY]
     if not is_of_user(function.__code__, function.__globals__):
         wrapped = [value for _, cell in cells for value in _with_state(cell.cell_contents)]
@@ -278,6 +289,14 @@ def scopes(code: types.CodeType, scope: dict[str, Any]) -> list[Opening]:
 
 def _parts(path: str, values: Iterable[Any]) -> Opening:
     return Opening(Kind.FIXED, path, None, [(None, value) for value in values])
+
+
+def getter_names(value: Any) -> set[str]:
+    """The attributes that a function of `operator.attrgetter` reads, or the method that one of `methodcaller` calls."""
+    if not isinstance(value, operator.attrgetter | operator.methodcaller):
+        return set()
+    made_of: Any = value.__reduce__()
+    return {name for part in made_of[1] if isinstance(part, str) for name in part.split(".")}
 
 
 def position(value: Any) -> Any:

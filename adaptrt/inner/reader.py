@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from adaptrt import tree
 from adaptrt.errors import DeviceMismatch, InvalidType, ModelChanged, NothingToAdapt, OptimizerMismatch
 from adaptrt.functional import canonical_names
-from adaptrt.graph.defaults import settings
+from adaptrt.graph.defaults import NAMES, SETTINGS
 from adaptrt.graph.in_memory import refuse_tracing
 from adaptrt.inner import check
 from adaptrt.inner.model_tree import ModelTree
@@ -234,8 +234,8 @@ def _all_by(*groups: Mapping[str, _Place]) -> Callable[[], Sequence[dict[str, Te
 
 def _modes_by(modules: Sequence[nn.Module]) -> Callable[[], Hashable]:
     constants: dict[str, Any] = {f"m{index}": module for index, module in enumerate(modules)}
-    constants["settings"] = settings
-    return eval(f"lambda: (settings(), {', '.join(f'm{index}.training' for index in range(len(modules)))})", constants)
+    constants |= NAMES
+    return eval(f"lambda: ({SETTINGS}, {', '.join(f'm{index}.training' for index in range(len(modules)))})", constants)
 
 
 def _read(places: Mapping[str, _Place]) -> dict[str, Tensor]:

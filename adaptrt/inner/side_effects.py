@@ -132,6 +132,14 @@ def _numbered_by_value(constants: Sequence[Tensor]) -> list[int]:
     return [first.setdefault(key(value), index) for index, value in enumerate(constants)]
 
 
+def is_unread_counter(write: Write, executed: Executed) -> bool:
+    """Whether a number was counted up that nothing reads."""
+    name = write.path.rpartition(".")[2]
+    return (
+        type(write.before) is type(write.after) and type(write.after) in (int, float) and name.isidentifier() and executed.only_counts(name)
+    )
+
+
 def refuse(writes: Sequence[Write], executed: Executed, *, again: bool) -> None:
     """Raises for what a pass has written and later passes depend on, or for the clock that it has asked.
 

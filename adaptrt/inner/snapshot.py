@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from adaptrt.graph.capture import is_of_trace
 from adaptrt.inner.bytecode import MUTATORS
-from adaptrt.inner.reachable import MISSING, PLAIN, TABLES, Kind, Opening, Walk, position, put_position, scopes, short
+from adaptrt.inner.reachable import MISSING, PLAIN, TABLES, Kind, Opening, Walk, getter_names, position, put_position, scopes, short
 from adaptrt.inner.user_code import IMMUTABLE, Executed, is_array, outside, slots_of
 
 _MANY = 200_000
@@ -94,6 +94,7 @@ class Snapshot:
                 self._paths.setdefault(id(value), []).extend([opening.path_of(key), *([opening.path] if opening.is_whole else [])])
             elif isinstance(value, types.BuiltinMethodType) and value.__name__ in MUTATORS:
                 self._written.add(id(value.__self__))
+            self._executed.getters |= getter_names(value)
         if kind not in (Kind.FIXED, Kind.TUPLE):
             self._holders.setdefault((kind, id(holder)), (kind, opening.path, holder, _content(kind, holder)))
         return entries

@@ -27,6 +27,7 @@ from adaptrt.inner.bytecode import Facts, facts
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _LAYERS = os.path.join(_TORCH, "nn") + os.sep
+_NO_LAYERS = ("module.py", "_named_member_accessor.py", "stateless.py")  # what calls layers, and exchanges their tensors
 _OURS = os.path.dirname(os.path.dirname(__file__)) + os.sep
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib") + os.sep
 _PACKAGES = tuple({sysconfig.get_path(name) + os.sep for name in ("purelib", "platlib")})
@@ -68,6 +69,7 @@ class Executed:
     Attributes:
       codes: the user's code objects, each with its global names. One code object may run in several modules.
       names: what all of the code names, and the code of layers.
+      getters: names of attributes that an `operator.attrgetter` within reach may read.
       sources: clocks and the like that the user's code asked, by their names.
       questions: names of the functions by which the user's code, or that of a library, asks for the gradient mode, whatever it calls them.
       seeding: where it seeds a generator of PyTorch's, or sets it to another state. After the block the generator has its state again.
@@ -76,6 +78,7 @@ class Executed:
     def __init__(self) -> None:
         self.codes: dict[tuple[int, int], tuple[types.CodeType, dict[str, Any]]] = {}
         self.names: set[str] = set()
+        self.getters: set[str] = set()
         self.sources: set[str] = set()
         self.questions: set[str] = set()
         self.seeding: list[str] = []
@@ -121,7 +124,7 @@ class Executed:
                 for listener in self._announce:
                     listener(code, scope)
             self.codes[id(code), id(scope)] = code, scope
-        elif not code.co_filename.startswith(_LAYERS) or code.co_filename.endswith("module.py"):
+        elif not code.co_filename.startswith(_LAYERS) or code.co_filename.endswith(_NO_LAYERS):
             return
         else:
             self._layers[id(code)] = code
@@ -136,6 +139,11 @@ class Executed:
     def reads_computed(self) -> bool:
         """Whether some of it may read attributes under computed names."""
         return any(known.reads_computed for known in self.facts())
+
+    def only_counts(self, name: str) -> bool:
+        """Whether none of it reads an attribute or a variable of this name, but to add a constant to it."""
+        known = [*self.facts(), *map(facts, self._layers.values())]
+        return name not in self.getters and not any(name in of.reads or of.reads_computed or of.globals_by_name for of in known)
 
     def may_set(self, name: str) -> bool:
         """Whether some of it may set an attribute of this name. A `functools.cached_property` sets the one that it is called by."""
@@ -173,6 +181,7 @@ class Executed:
         new = bool(other.codes.keys() - self.codes.keys()) or not other.names <= self.names
         self.codes |= other.codes
         self.names |= other.names
+        self.getters |= other.getters
         self.sources |= other.sources
         self._sets |= other._sets
         self._layers |= other._layers

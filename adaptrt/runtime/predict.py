@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adaptrt import tree
-from adaptrt.backend.guards import in_forward_mode, may_be_compared, refuse_tangents
+from adaptrt.backend.guards import in_forward_mode, refuse_tangents
 from adaptrt.errors import NonFiniteInput
 from adaptrt.graph.gradient_mode import GradientMode
 from adaptrt.graph.in_memory import refuse_tracing
@@ -72,7 +72,7 @@ class ModelPredictor:
 
     def _plan(self, carry: Carry, fixed: Fixed, inputs: Tree, num_tasks: int | None, warm: bool) -> PredictionPlan:
         """Checks the inputs and returns their plan; a prediction that is like the last one in all that matters takes its plan."""
-        usual = not warm and type(inputs) is tuple and all([may_be_compared(value) for value in inputs])
+        usual = not warm and type(inputs) is tuple and all([isinstance(value, Tensor) and not value.is_nested for value in inputs])
         leaves = [*carry.params.values(), *carry.buffers.values(), *fixed.params.values(), *inputs] if usual else []
         kind = torch.is_inference_mode_enabled(), torch.is_grad_enabled(), len(leaves), num_tasks is None
         mode = self._reader.mode()

@@ -20,7 +20,7 @@ from adaptrt.graph.signature import Role
 from adaptrt.inner import diagnose
 from adaptrt.inner.questions import TensorQuestions
 from adaptrt.inner.refused import refuse_code, refuse_questions
-from adaptrt.inner.side_effects import attribute_writes, computes_the_same, refuse
+from adaptrt.inner.side_effects import attribute_writes, computes_the_same, is_unread_counter, refuse
 from adaptrt.inner.snapshot import Snapshot, Write, is_same, undone
 from adaptrt.inner.step import Batch, Carry, Fixed, Step
 from adaptrt.inner.user_code import Executed, record_code
@@ -167,6 +167,7 @@ def _require_no_state(writes: Sequence[Write], run: Callable[..., Tree], args: t
             world = Snapshot(_roots(step), executed)
             results = results, run(*second)
             later = [*world.writes(), *(write for base, twin in calls.made[num_calls:] for write in attribute_writes(base, twin, executed))]
+            later = [write for write in later if not is_unread_counter(write, executed)]
             unsettled.extend(write for write in later if not is_same(write.before, write.after, {}, settled=True))
         return results
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adaptrt import tree
 from adaptrt.adjoint.base import Differentiated, Problem
-from adaptrt.backend.guards import in_forward_mode, may_be_compared, refuse_tangents
+from adaptrt.backend.guards import in_forward_mode, refuse_tangents
 from adaptrt.errors import InvalidArgument, InvalidBatch, InvalidType, OptimizerMismatch
 from adaptrt.graph.gradient_mode import GradientMode
 from adaptrt.graph.in_memory import refuse_tracing
@@ -209,4 +209,6 @@ class Router:
 
 
 def _is_pair(batch: Any) -> bool:
-    return type(batch) is tuple and len(batch) == 2 and may_be_compared(batch[0]) and may_be_compared(batch[1])
+    if not (type(batch) is tuple and len(batch) == 2 and isinstance(batch[0], Tensor) and isinstance(batch[1], Tensor)):
+        return False
+    return not batch[0].is_nested and not batch[1].is_nested

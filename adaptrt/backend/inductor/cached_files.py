@@ -53,12 +53,14 @@ def _put_right(path: str, source: str) -> None:
 
     try:
         found = Path(path).read_text()  # in the encoding in which Inductor writes, and reads again
-    except ValueError:
-        found = None
-    if found is not None and found.strip() == source.strip():  # which is what Inductor's name for the file depends on
+    except FileNotFoundError:  # the cache is being removed
+        write_atomic(path, source, make_dirs=True)
         return
-    warn_of_damage(Path(path))
-    write_atomic(path, source)
+    except ValueError:
+        found = ""
+    if found.strip() != source.strip():  # which is what Inductor's name for the file depends on
+        warn_of_damage(Path(path))
+        write_atomic(path, source)
 
 
 def _folder_of(original: Callable[[str], str]) -> Callable[[str], str]:

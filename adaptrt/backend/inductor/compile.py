@@ -141,15 +141,14 @@ class Inductor(Backend):
         process = os.getpid()
 
         def finish() -> Runner:
-            if os.getpid() != process:  # the threads that build did not survive the fork
-                return _runner(*_compile(graph, None))
-            try:
-                for wait in waits:
-                    wait()
-            except Exception:  # fails again, unless the reason was the processor's instructions, or what is exchanged
-                again = _compiled_or_not(graph, None)
-                return _in_forms(Eager().compile(graph), forms) if again is None else _runner(*again)
-            return _runner(*found)
+            if os.getpid() == process:  # otherwise the threads that build did not survive the fork
+                # What fails here fails again below, unless the reason was the processor's instructions, or what is exchanged.
+                with contextlib.suppress(Exception):
+                    for wait in waits:
+                        wait()
+                    return _runner(*found)
+            again = _compiled_or_not(graph, None)
+            return _in_forms(Eager().compile(graph), forms) if again is None else _runner(*again)
 
         return finish() if forms is None else Building(forms, finish)
 
@@ -216,9 +215,11 @@ def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any,
         def compile_once() -> Any:
             if waits is not None:
                 waits.clear()  # of an attempt that failed
-            # What the key on disk does not know, and code depends on: besides our sources the processor and what was picked of it.
+            # What the key on disk does not know, and code depends on: besides our sources the processor and what was picked of it, and
+            # the dtype of numbers, which PyTorch 2.11 leaves out.
             machine = f"{pick_vec_isa()} of {processor.instruction_sets()}"
-            key = f"{sources}, {num_results} results, {machine}, assertions {__debug__}, exchanged: {', '.join(in_use())}"
+            python = f"{torch.get_default_dtype()}, assertions {__debug__}"
+            key = f"{sources}, {num_results} results, {machine}, {python}, exchanged: {', '.join(in_use())}"
             with cache_config.patch(cache_key_tag=key):
                 return compile_fx.compile_fx_inner(_keep_strides(copy_module(graph), num_results), inputs)
 

@@ -78,7 +78,7 @@ INTACT_FILES = Entry(
     ),
     needed=(
         Target(f"{_INDUCTOR}.codecache", "sha256_hash", ("data",)),
-        Target(f"{_INDUCTOR}.codecache", "write_atomic", keywords=("path_", "content")),
+        Target(f"{_INDUCTOR}.codecache", "write_atomic", keywords=("path_", "content", "make_dirs")),
     ),
 )
 
