@@ -11,11 +11,14 @@ Two events may come at any moment and would leave them changed.
   has called where nothing may raise, which ends the process. So handlers wait for the end of a capture or compilation unless user's code
   runs at that moment (`_Signals`), and what was left undone nevertheless is undone there (`leaving_nothing`).
 
-Known limits: locks of other libraries, PyTorch's among them, stay as the fork found them.
+Known limits: locks of other libraries, PyTorch's among them, stay as the fork found them. Putting a handler back is an ordinary call of
+`signal.signal`: `signal.siginterrupt` has to be called again afterwards, and a handler that C code has put in the place of one that is
+written in Python is lost.
 """
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import os
@@ -204,11 +207,10 @@ def _renew() -> None:
     thread = threading.get_ident()
     others = [change for change in _open if change.thread != thread]
     _open[:] = [change for change in _open if change.thread == thread]
-    for change in reversed(others):
-        if not change.of_thread:
-            change.undo()
-    for fn in _in_child:
-        fn()
+    undo = [change.undo for change in reversed(others) if not change.of_thread]
+    for fn in (*undo, *_in_child):
+        with contextlib.suppress(Exception):  # the others have to be called all the same
+            fn()
 
 
 if hasattr(os, "register_at_fork"):

@@ -34,6 +34,7 @@ OF_GRAPHS = {
         "adaptrt.graph.plain",
         "adaptrt.graph.forgetting",
         "adaptrt.graph.defaults",
+        "adaptrt.graph.surroundings",
         "adaptrt.process",
     ),
     # Exchanged or not: that is part of the key itself.

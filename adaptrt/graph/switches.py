@@ -5,9 +5,10 @@ the transformer layer's inference kernel. They belong to the process, so that a 
 switch has one owner here, a `Switch`, which counts the blocks of each thread that hold it, whatever they are for. The first block in
 changes the switch, and the last block out gives it back, in whatever order the blocks end.
 
-What the user sets meanwhile wins. While a switch is held, the functions by which users read and set it are others for all threads that do
-not hold it themselves (`Access`). Such a thread reads what the user has set, and what it sets is the value that the switch gets afterwards.
-A value that was set in another way stands afterwards, too, if it differs from the one at which the switch is held.
+What the user sets meanwhile wins. While a function is captured (`Switches.held`), the functions by which users read and set a switch are
+others for all threads that do not hold it themselves (`Access`). Such a thread reads what the user has set, and what it sets is the value
+that the switch gets afterwards. A value that was set in another way stands afterwards, too, if it differs from the one at which the switch
+is held.
 
 What remains process-wide while a function is captured:
 
@@ -20,7 +21,8 @@ Everything else that a capture sets belongs to its thread: gradient and inferenc
 the modes that record operations. The functions of PyTorch's that are exchanged while a program is compiled are exchanged for one thread,
 too (`graph/exchange.py`).
 
-Known limits: a switch looks untouched if the user sets it to the value at which it is held, and not by a function of `Access`.
+Known limits: a switch looks untouched if the user sets it to the value at which it is held, and not by a function of `Access`, or during
+one of the short blocks that `higher` enters for each call of a module.
 """
 
 # pyright: reportPrivateUsage=false
@@ -65,11 +67,12 @@ class Switch(Generic[Value]):
       accesses: how users read and set it.
     """
 
-    __slots__ = ("__weakref__", "_before", "_exchanges", "_holders", "_put", "_read", "_wanted")
+    __slots__ = ("__weakref__", "_before", "_blocks", "_exchanges", "_holders", "_put", "_read", "_wanted")
 
     def __init__(self, read: Callable[[], Value], put: Callable[[Value], object], wanted: Value, accesses: Sequence[Access] = ()) -> None:
         self._read, self._put, self._wanted = read, put, wanted
         self._holders: dict[int, int] = {}
+        self._blocks: dict[object, int] = {}
         self._before = wanted
         self._exchanges: list[tuple[Any, str, Any, Any]] = []
         for owner, reader, setter in accesses:
@@ -98,31 +101,42 @@ class Switch(Generic[Value]):
             self._before = found
         if found != self._wanted:
             self._put(self._wanted)
-        if is_first:
-            for owner, name, _, other in self._exchanges:
-                setattr(owner, name, other)
 
     def release(self, thread: int, left: int) -> None:
         """Leaves all blocks of a thread but `left` ones. Nothing changes if it is called again, or had not entered more."""
         before = self._before
-        if left:
+        if left > 0:
             self._holders[thread] = left
             return
         self._holders.pop(thread, None)
         if self._holders:
             return
-        for owner, name, original, other in self._exchanges:
-            if getattr(owner, name) is other:
-                setattr(owner, name, original)
         if before != self._wanted and self._read() == self._wanted:
             self._put(before)
         self._before = self._wanted
+
+    def exchange(self, block: object) -> None:
+        """Gives threads that do not hold it other functions by which they read and set it, until all such blocks are over."""
+        self._blocks[block] = threading.get_ident()
+        for owner, name, _, other in self._exchanges:
+            setattr(owner, name, other)
+
+    def exchange_no_more(self, block: object) -> None:
+        """Ends a block of `exchange`, if there is one."""
+        self._blocks.pop(block, None)
+        if not self._blocks:
+            for owner, name, original, other in self._exchanges:
+                if getattr(owner, name) is other:
+                    setattr(owner, name, original)
 
     def forget_other_threads(self) -> None:
         """In a forked child: the blocks of all threads but this one are over."""
         for thread in list(self._holders):
             if thread != threading.get_ident():
                 self.release(thread, 0)
+        for block, thread in list(self._blocks.items()):
+            if thread != threading.get_ident():
+                self.exchange_no_more(block)
 
     @contextlib.contextmanager
     def lifted(self) -> Generator[None]:
@@ -179,20 +193,27 @@ class Switches:
         thread = threading.get_ident()
         with _LOCK:
             for switch in self._switches:
-                switch.release(thread, max(0, switch.holds(thread) - 1))
+                switch.release(thread, switch.holds(thread) - 1)
 
     @contextlib.contextmanager
     def held(self) -> Generator[None]:
-        """A block that holds them and is written down as a change of the process (`adaptrt/process.py`)."""
-        thread = threading.get_ident()
+        """A long block that holds them, during which other threads read and set them as if it did not.
+
+        It is written down as a change of the process (`adaptrt/process.py`).
+        """
+        thread, block = threading.get_ident(), object()
         before = [(switch, switch.holds(thread)) for switch in self._switches]
 
         def undo() -> None:
             with _LOCK:
                 for switch, count in before:
+                    switch.exchange_no_more(block)
                     switch.release(thread, count)
 
         with changed(undo, of_thread=True), self:
+            with _LOCK:
+                for switch in self._switches:
+                    switch.exchange(block)
             yield
 
 
