@@ -111,7 +111,7 @@ def _forget_threads() -> None:
     if async_compile is not None:
         async_compile.AsyncCompile.pool.cache_clear()
     bundler = getattr(sys.modules.get("torch._inductor.triton_bundler"), "TritonBundler", None)
-    if hasattr(bundler, "end_compile"):  # of a compilation that went on in another thread
+    if bundler is not None and hasattr(bundler, "end_compile"):  # of a compilation that went on in another thread
         bundler.end_compile()
 
 
