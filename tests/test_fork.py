@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -148,20 +149,20 @@ def test_a_background_compiler_is_at_work() -> None:
 
 
 @pytest.mark.slow
-def test_kernels_are_being_built() -> None:
+def test_kernels_are_being_built(tmp_path: Path) -> None:
     """The threads that run g++ do not exist in the child, which builds again what it needs."""
     script = """
-    from torch._inductor import cpp_builder
+    from adaptrt.backend.inductor import cpp
 
-    build, building, leaves, parent = cpp_builder.CppBuilder.build, threading.Event(), threading.Event(), os.getpid()
+    run, building, leaves, parent = cpp._run, threading.Event(), threading.Event(), os.getpid()
 
-    def slow(self):
+    def slow(*args):
         if os.getpid() == parent:
             building.set()
             assert leaves.wait(100)
-        return build(self)
+        return run(*args)
 
-    cpp_builder.CppBuilder.build = slow
+    cpp._run = slow
     model, unroll = make("inductor")
     thread = threading.Thread(target=check, args=(model, unroll, 4))
     thread.start()
@@ -179,7 +180,7 @@ def test_kernels_are_being_built() -> None:
     timer.join()
     check(model, unroll, 5)
     """
-    run_script(script)
+    run_script(script, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
 
 
 def _dedent(script: str) -> str:

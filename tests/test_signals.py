@@ -117,26 +117,24 @@ assert not base.rehearsing()
 
 
 @pytest.mark.slow
-def test_compilations() -> None:
+def test_compilations(tmp_path: Path) -> None:
     """A signal comes while kernels are being built: the wait ends at once, the next call is right, and so is one of other data."""
     script = """
-from torch._inductor import cpp_builder
+from adaptrt.backend.inductor import cpp
 
-build, building, leaves = cpp_builder.CppBuilder.build, threading.Event(), threading.Event()
+run, building, leaves = cpp._run, threading.Event(), threading.Event()
 
-def slow(self):
+def slow(*args):
     building.set()
     assert leaves.wait(100)
-    return build(self)
+    return run(*args)
 
 def stops():
     assert building.wait(100)
     time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGINT)
-    signalled.set()
-
-cpp_builder.CppBuilder.build = slow
-signalled = threading.Event()
+    
+cpp._run = slow
 model, unroll = make("inductor")
 thread = threading.Thread(target=stops)
 thread.start()
@@ -153,7 +151,7 @@ before = state()
 check(model, unroll, 4)
 assert state() == before
 """
-    run_script(script)
+    run_script(script, TORCHINDUCTOR_CACHE_DIR=str(tmp_path))
 
 
 @pytest.mark.slow
@@ -164,7 +162,7 @@ check(model, unroll, 4)
 """
     process = start(script, {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path)})
     deadline = time.monotonic() + 100
-    while not any(tmp_path.rglob("*.main.cpp")) and process.poll() is None and time.monotonic() < deadline:
+    while not any(tmp_path.rglob("source.cpp")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.02)
     process.kill()
     process.communicate()

@@ -110,6 +110,9 @@ def _forget_threads() -> None:
             getattr(codecache, name).cache.clear()
     if async_compile is not None:
         async_compile.AsyncCompile.pool.cache_clear()
+    bundler = sys.modules.get("torch._inductor.triton_bundler")
+    if bundler is not None and hasattr(bundler.TritonBundler, "end_compile"):
+        bundler.TritonBundler.end_compile()  # of a compilation that is under way in another thread; the next would not begin
 
 
 def _deal(sizes: Sequence[int], num_shares: int) -> list[list[int]]:
