@@ -133,7 +133,7 @@ def stops():
     assert building.wait(100)
     time.sleep(0.5)
     os.kill(os.getpid(), signal.SIGINT)
-    
+
 cpp._run = slow
 model, unroll = make("inductor")
 thread = threading.Thread(target=stops)
