@@ -92,7 +92,7 @@ class NotDifferentiable(AdaptrtError, RuntimeError):
 
 
 class WithinTransform(AdaptrtError, RuntimeError):
-    """An unroll, or a result of one, was called within a transformation of `torch.func`, such as `vmap` or `grad`."""
+    """An unroll, or a result of one, was called within a transformation of `torch.func` or within what records operations."""
 
 
 class CannotRecord(AdaptrtError, RuntimeError):

@@ -28,11 +28,13 @@ OF_GRAPHS = {
         "adaptrt.backend.base",
         "adaptrt.backend.eager",
         "adaptrt.backend.engine",
+        "adaptrt.backend.entry_points",
         "adaptrt.backend.guards",
         "adaptrt.graph.pytrees",
         "adaptrt.graph.plain",
         "adaptrt.graph.forgetting",
         "adaptrt.graph.defaults",
+        "adaptrt.graph.surroundings",
         "adaptrt.process",
     ),
     # Exchanged or not: that is part of the key itself.

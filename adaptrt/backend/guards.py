@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptrt.errors import NotDifferentiable, WithinTransform
+from adaptrt.errors import NotDifferentiable
 from adaptrt.graph.exchange import Entry, Target
 
 MAX_KNOWN = 4
@@ -31,15 +31,6 @@ TANGENTS = Entry(
     needed=(Target("torch.autograd.forward_ad", "_current_level"),),
 )
 
-TRANSFORMS = Entry(
-    "transformations",
-    "Calls within a transformation of torch.func are refused by name. Gradients for several cotangents at once run operation by operation.",
-    "PyTorch raises an error of its own, where it notices",
-    needed=tuple([Target("torch._C._functorch", name) for name in ("maybe_current_level", "is_batchedtensor", "is_legacy_batchedtensor")]),
-)
-
-_private: Any = torch._C
-_current_level: Callable[[], int | None] = _private._functorch.maybe_current_level if TRANSFORMS.holds else lambda: None
 _forward_mode: Any = torch.autograd.forward_ad
 _shown_if: Any = getattr(_forward_mode, "_set_fwd_grad_enabled", contextlib.nullcontext)
 
@@ -62,28 +53,6 @@ def refuse_tangents(tensors: Sequence[Tensor]) -> None:
             "an unroll was given a tensor with a tangent (forward-mode differentiation), which its programs would lose; compute gradients "
             "by backward() or torch.autograd.grad"
         )
-
-
-def refuse_transforms() -> None:
-    """Raises within a transformation of `torch.func`, which cannot look into programs.
-
-    Raises:
-      WithinTransform: this thread is within one.
-    """
-    if _current_level() is not None:
-        raise WithinTransform(
-            "an unroll, or the result of one, was called within a transformation of torch.func (vmap, grad, vjp, jvp, jacrev, ...), which "
-            "cannot look into programs. For tasks call unroll.vmap() on stacked data; for gradients let tensors require grad, and call "
-            "backward() or torch.autograd.grad; for Jacobians, torch.autograd.functional.jacobian"
-        )
-
-
-def holds_mapped(values: Sequence[Tensor]) -> bool:
-    """Whether one of these stands for several tensors, as where several gradients are asked for at once (`is_grads_batched=True`)."""
-    if not TRANSFORMS.holds:
-        return False
-    functions: Any = _private._functorch
-    return any(functions.is_batchedtensor(value) or functions.is_legacy_batchedtensor(value) for value in values)
 
 
 def alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:

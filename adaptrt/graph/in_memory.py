@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptrt.errors import InvalidType, NotTraceable
+from adaptrt.errors import InvalidType
 from adaptrt.tree import Spec
 
 _ELSEWHERE = {
@@ -61,26 +61,3 @@ def changes_operations(kind: type[Tensor]) -> bool:
 _NONE: Any = getattr(torch.nn.Parameter, "__torch_function__", None)
 """A class with this one has none."""
 _ORDINARY: Any = getattr(getattr(Tensor, "__torch_function__", None), "__func__", None)
-
-
-_FUNCTORCH: Any = getattr(getattr(torch._C, "_functorch", None), "peek_interpreter_stack", None)
-_MODE_OF: Any = getattr(torch._C, "_get_dispatch_mode", None)
-_MODES: Any = getattr(torch._C, "_TorchDispatchModeKey", None)
-_SIMULATED = {"FAKE": "FakeTensorMode", "PROXY": "make_fx", "FUNCTIONAL": "functionalisation"}
-
-
-def refuse_tracing() -> None:
-    """Raises within what runs Python code to record or transform its operations: programs are compiled, and none of theirs would be seen.
-
-    Raises:
-      NotTraceable: the call is within `torch.func`'s transforms, `make_fx`, or `FakeTensorMode`.
-    """
-    found = "a transform of torch.func" if _FUNCTORCH is not None and _FUNCTORCH() is not None else None
-    for key, name in _SIMULATED.items():
-        if found is None and _MODE_OF is not None and hasattr(_MODES, key) and _MODE_OF(getattr(_MODES, key)) is not None:
-            found = name
-    if found is not None:
-        raise NotTraceable(
-            f"an unroll was called within {found}, which cannot see what its programs compute; call it outside, use backward() or "
-            "torch.autograd.grad for gradients, and unroll.vmap() for several tasks"
-        )

@@ -1,6 +1,7 @@
 """Refuses comparisons of outputs with targets that PyTorch carries out and nobody means, while a model and its loss are traced.
 
-Known limits: a target is recognised as long as only its dtype was changed. A loss that reshapes it decides itself how it broadcasts.
+Known limits: a target is recognised as long as only its dtype was changed. A loss that reshapes it decides itself how it broadcasts. What a
+loss in TorchScript compares is not seen.
 """
 
 from __future__ import annotations

@@ -199,10 +199,10 @@ def pulling_back(loss: Tensor) -> AbstractContextManager[None]:
 
 
 def _no_gradient(error: str, results: Sequence[Tensor]) -> NotDifferentiable:
-    known = next((advice for text, advice in _GRADIENT_ADVICE.items() if text in error), None)
-    if known is not None:
-        return NotDifferentiable(f"the gradient of the loss cannot be computed: {error}\n  {known}")
     names = ", ".join(sorted(_custom_functions(results)[0]))
+    known = next((advice for text, advice in _GRADIENT_ADVICE.items() if text in error), None)
+    if known is not None and not (names and known is _IN_PLACE):
+        return NotDifferentiable(f"the gradient of the loss cannot be computed: {error}\n  {known}")
     met = f" The loss was computed by custom autograd functions: {names}." if names else ""
     return NotDifferentiable(
         f"the gradient of the loss cannot be traced: {error}\n {met} Write their backward, and what the model computes in place, with "
@@ -210,12 +210,14 @@ def _no_gradient(error: str, results: Sequence[Tensor]) -> NotDifferentiable:
     )
 
 
+_IN_PLACE = "A value that the gradient needs was changed in place. Write y = y + 1 in place of y += 1."
+
 # By what PyTorch says where there is no first derivative, without which FirstOrder() cannot do either.
 _GRADIENT_ADVICE = {
     "implement either the backward or vjp": "Give the custom autograd function a backward, or detach its input.",
     "no autograd formula was registered": "Give the custom operator a derivative by torch.library.register_autograd, or detach its input.",
     "is not implemented": "The operation has no derivative, which every adjoint needs. Replace it, or detach its input.",
-    "modified by an inplace operation": "A value that the gradient needs was changed in place. Write y = y + 1 in place of y += 1.",
+    "modified by an inplace operation": _IN_PLACE,
 }
 
 

@@ -13,7 +13,7 @@ from adaptrt import tree
 from adaptrt.errors import DeviceMismatch, InvalidType, ModelChanged, NothingToAdapt, OptimizerMismatch
 from adaptrt.functional import canonical_names
 from adaptrt.graph.defaults import NAMES, SETTINGS
-from adaptrt.graph.in_memory import refuse_tracing
+from adaptrt.graph.surroundings import refuse_recorders
 from adaptrt.inner import check
 from adaptrt.inner.model_tree import ModelTree
 from adaptrt.inner.python_state import PythonState
@@ -189,7 +189,7 @@ class Reader:
         if number is None:
             if len(self._numbers) >= _MAX_NUMBERS:
                 self._numbers = {}
-            refuse_tracing()  # the tensor would be of that mode for ever
+            refuse_recorders()  # the tensor would be of that mode for ever
             # In double precision, as Python numbers are; kept for later calls, so not an inference tensor.
             with torch.inference_mode(False):
                 number = self._numbers[hyper] = torch.tensor(hyper, dtype=torch.float64, device=self._device)

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from adaptrt.graph.capture import is_of_trace
 from adaptrt.inner.bytecode import MUTATORS
-from adaptrt.inner.reachable import MISSING, PLAIN, TABLES, Kind, Opening, Walk, getter_names, position, put_position, scopes, short
+from adaptrt.inner.positions import position, put_position
+from adaptrt.inner.reachable import MISSING, PLAIN, TABLES, Kind, Opening, Walk, getter_names, scopes, short
 from adaptrt.inner.user_code import IMMUTABLE, Executed, is_array, outside, slots_of
 
 _MANY = 200_000

@@ -111,8 +111,8 @@ class Step:
         """Returns the loss's gradient by parameter name. Parameters that the loss does not use have no entry."""
         if not loss.requires_grad:
             raise NothingToAdapt(
-                "the support loss does not depend on the adapted parameters: check `params=`, and that the model neither detaches its output "
-                "nor rounds it to integers"
+                "the support loss does not depend on the adapted parameters: check `params=`, and that the model neither detaches its "
+                "output nor rounds it to integers"
             )
         grads = self._gradient(loss, params)
         if not grads:

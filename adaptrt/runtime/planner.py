@@ -11,12 +11,12 @@ from torch import Tensor
 
 from adaptrt import tree
 from adaptrt.backend import Tiered
-from adaptrt.backend.guards import refuse_transforms
 from adaptrt.backend.launch import RUNNING
 from adaptrt.backend.tiered import call_ended
 from adaptrt.errors import ModelChanged, ShapeChanged
 from adaptrt.graph.gradient_mode import GradientMode
 from adaptrt.graph.noise import Noise, draw
+from adaptrt.graph.surroundings import refuse_transforms
 from adaptrt.inner.reader import Reader, Start
 from adaptrt.inner.step import Batch, Carry, Fixed
 from adaptrt.runtime.cache import Cache

@@ -11,8 +11,8 @@ from adaptrt import tree
 from adaptrt.backend.guards import in_forward_mode, refuse_tangents
 from adaptrt.errors import NonFiniteInput
 from adaptrt.graph.gradient_mode import GradientMode
-from adaptrt.graph.in_memory import refuse_tracing
 from adaptrt.graph.noise import restored_on_error
+from adaptrt.graph.surroundings import refuse_recorders
 from adaptrt.inner import check
 from adaptrt.inner.reader import Reader
 from adaptrt.inner.step import Batch, Carry, Fixed
@@ -80,7 +80,7 @@ class ModelPredictor:
         if plan is not None:
             return plan
         check.as_batch("input", (inputs,), self._settings.device)
-        refuse_tracing()
+        refuse_recorders()
         if num_tasks is not None:
             check.leading_axis("input", inputs, 0, num_tasks, "tasks")
         plan = self._planner.prediction(inputs, carry, fixed, num_tasks, warm)

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from adaptrt import tree
 from adaptrt.backend import Backend
 from adaptrt.backend.base import Building, Form, Runner, without_values
-from adaptrt.backend.guards import Known, holds_mapped, in_forward_mode, refuse_tangents
+from adaptrt.backend.guards import Known, in_forward_mode, refuse_tangents
 from adaptrt.errors import InvalidType, LabelOutOfRange, NonFiniteInput, ShapeChanged
 from adaptrt.graph.in_memory import in_memory
 from adaptrt.graph.ir import Constant, Graph, autocast_off
+from adaptrt.graph.surroundings import holds_mapped
 from adaptrt.inner.constants import constant_reader
 from adaptrt.tree import Spec, Tree
 

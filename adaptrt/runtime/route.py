@@ -13,7 +13,7 @@ from adaptrt.adjoint.base import Differentiated, Problem
 from adaptrt.backend.guards import in_forward_mode, refuse_tangents
 from adaptrt.errors import InvalidArgument, InvalidBatch, InvalidType, OptimizerMismatch
 from adaptrt.graph.gradient_mode import GradientMode
-from adaptrt.graph.in_memory import refuse_tracing
+from adaptrt.graph.surroundings import refuse_recorders
 from adaptrt.inner import check
 from adaptrt.inner.reader import Reader, Start
 from adaptrt.inner.step import Batch
@@ -118,7 +118,7 @@ class Router:
         batch, num_tasks = self._support(support)
         asked = None if query is None else self._query(query[0], num_tasks)
         self._reader.require_same_selection()
-        refuse_tracing()
+        refuse_recorders()
         begin = self._start(start, num_tasks)
         if self._settings.dtype is not None:  # the model may have been converted since
             check.precision({**begin.carry.params, **begin.fixed.params, **begin.fixed.loss_params}, self._settings.dtype)

@@ -23,9 +23,9 @@ _ASSERTS = "before PyTorch 2.14 the compiler generates wrong code under `python 
 
 def warn_if_missing(device: torch.device) -> bool:
     """Whether programs for `device` cannot be compiled on this machine. A warning says so, once a process."""
-    reason, advice = _missing(device.type), "Install one"
-    if not assertions_count():
-        reason, advice = _ASSERTS, "Run Python without -O and PYTHONOPTIMIZE"
+    reason, advice = _ASSERTS, "Run Python without -O and PYTHONOPTIMIZE"
+    if assertions_count():
+        reason, advice = _missing(device.type), "Install one"
     if reason is not None and device.type not in _WARNED:
         _WARNED.add(device.type)
         warnings.warn(
@@ -50,7 +50,7 @@ def assertions_count() -> bool:
     """Whether PyTorch's compiler does what it was written to do.
 
     Up to 2.13 its scheduler aligns the loops of two operations within an assertion, and a way to compute indices is given up for another
-    when an assertion fails. In 2.14 all of that are statements that Python always executes.
+    when an assertion fails. In 2.14 these are ordinary statements, which Python always executes.
     """
     return __debug__ or torch.__version__ >= (2, 14)  # pyright: ignore[reportOperatorIssue]
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 from adaptrt.backend.engine import FREED, RETAINED
 from adaptrt.backend.entry_points import ENTRY_POINTS
-from adaptrt.backend.guards import GUARDS, TANGENTS, TRANSFORMS
+from adaptrt.backend.guards import GUARDS, TANGENTS
 from adaptrt.graph.defaults import DEFAULT_DEVICE
 from adaptrt.graph.exchange import FX_TRACING, FX_TRACING_OF_OLD, Entry, Target
 from adaptrt.graph.forgetting import FAKE_RESULTS, GENERATED_SOURCES
 from adaptrt.graph.plain import CHECKPOINTS, SAVING_HOOKS
 from adaptrt.graph.pytrees import PYTREES
+from adaptrt.graph.surroundings import TRANSFORMS
 
 _INDUCTOR = "torch._inductor"
 

@@ -187,16 +187,19 @@ class Recorder(TorchDispatchMode):
           NotTraceable: the operation would write to an input or a constant, or to a new tensor that shares its memory with an array.
         """
         for value in written_by(func, args, kwargs):
-            owner = _CONSTANT if not isinstance(value, FakeTensor) else self._owners.get(memory_of(value))
+            is_strided = value.layout is torch.strided
+            owner = _CONSTANT if not isinstance(value, FakeTensor) else self._owners.get(memory_of(value)) if is_strided else None
             if owner is not None:
                 raise NotTraceable(owner.format(name_of(func), list(value.shape)))
 
     def _note_owner(self, func: Any, args: tuple[Any, ...], result: Tensor) -> None:
         """Notes that a new tensor shares its memory with a constant, of which it is a view, or in an eager pass with an array."""
         first = args[0] if args and isinstance(args[0], Tensor) and not isinstance(args[0], FakeTensor) else None
-        if first is not None and func is aten.lift_fresh_copy.default and not first.untyped_storage().resizable():
+        if first is None or first.layout is not torch.strided or result.layout is not torch.strided:
+            return
+        if func is aten.lift_fresh_copy.default and not first.untyped_storage().resizable():
             self._owners[memory_of(result)] = _ARRAY
-        elif first is not None and is_view(func):
+        elif is_view(func):
             self._owners[memory_of(result)] = _CONSTANT
 
     def _of_known_values(self, func: Any, args: Any, kwargs: Any) -> Any:
