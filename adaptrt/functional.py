@@ -174,7 +174,7 @@ def shadow(module: nn.Module) -> nn.Module:
 
 def _uncompiled(value: Any) -> Any:
     """Returns what a function was made from by `torch.compile` or `torch.compiler.disable`, or the function itself."""
-    while isinstance(value, types.FunctionType) and value.__globals__["__name__"].startswith("torch._dynamo."):
+    while isinstance(value, types.FunctionType) and str(value.__globals__.get("__name__")).startswith("torch._dynamo."):
         inner = vars(value).get("_torchdynamo_orig_callable", vars(value).get("__wrapped__"))
         if inner is None:
             break
@@ -195,7 +195,7 @@ def remapped(value: Any, parts: Mapping[int, nn.Module]) -> Any:
     if isinstance(value, types.FunctionType):
         method = _uncompiled(value)
         return remapped(method, parts) if method is not value and refers(method, parts) else value
-    if type(value) is functools.partial:
+    if type(value) is functools.partial and refers(value, parts):
         return functools.partial(remapped(value.func, parts), *remapped(value.args, parts), **remapped(value.keywords, parts))
     if isinstance(value, tuple):
         held = [remapped(entry, parts) for entry in value]

@@ -22,6 +22,9 @@ _READS: set[Any] = {Tensor.tolist, Tensor.numpy, Tensor.__array__, Tensor.__dlpa
 ON_CONSTANTS: set[Any] = {*_READS, Tensor.requires_grad_, Tensor.requires_grad.__set__}  # pyright: ignore
 """Functions that a tensor of the user's may not be given to."""
 
+_WRAPPED = (torch._C.DispatchKey.FuncTorchBatched, torch._C.DispatchKey.FuncTorchGradWrapper)
+"""What transformations of `torch.func` within a model wrap is none of the user's tensors."""
+
 
 def refuse_on_constant(func: Any, value: Tensor) -> None:
     """Refuses a function in `ON_CONSTANTS` of a tensor of the user's, before it is called.
@@ -30,6 +33,9 @@ def refuse_on_constant(func: Any, value: Tensor) -> None:
       DataDependentOutputException: it reads the values.
       UnsupportedParameter: it makes the tensor require grad.
     """
+    keys = torch._C._dispatch_keys(value)
+    if any(keys.has(key) for key in _WRAPPED):
+        return
     if func in _READS:
         raise DataDependentOutputException(torch.ops.aten._local_scalar_dense.default)
     if not value.requires_grad:

@@ -119,4 +119,5 @@ def _named(roots: Mapping[str, nn.Module]) -> list[tuple[str, Tensor]]:
             *model.named_parameters(prefix=root, remove_duplicate=False),
             *model.named_buffers(prefix=root, remove_duplicate=False),
         )
+        if not isinstance(named[1], nn.parameter.UninitializedParameter | nn.parameter.UninitializedBuffer)
     ]
