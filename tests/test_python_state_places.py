@@ -275,6 +275,23 @@ def of_a_distribution() -> tuple[Any, Change]:
     return scaled(lambda: kept.mean), lambda: setattr(kept, "loc", torch.tensor(3.0))  # type: ignore[arg-type]
 
 
+def of_an_outer_optimiser() -> tuple[Any, Change]:
+    outer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    return scaled(lambda: outer.param_groups[0]["lr"]), lambda: outer.param_groups[0].update(lr=3.0)
+
+
+def of_a_scheduler() -> tuple[Any, Change]:
+    outer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = torch.optim.lr_scheduler.ConstantLR(outer, factor=0.5, total_iters=1)
+    return scaled(lambda: float(schedule.get_last_lr()[0])), lambda: (outer.step(), schedule.step())
+
+
+def of_a_library() -> tuple[Any, Change]:
+    log = logging.getLogger("adaptrt.tests.level")
+    log.setLevel(20)
+    return scaled(lambda: log.level / 10), lambda: log.setLevel(30)
+
+
 def of_a_long_chain() -> tuple[Any, Change]:
     last = kept = types.SimpleNamespace(next=None, scale=2.0)
     for _ in range(20):
@@ -366,6 +383,9 @@ READ: dict[str, Callable[[], tuple[Any, Change]]] = {
     "a variable of a thread": of_a_thread,
     "the environment": by_the_environment,
     "a distribution": of_a_distribution,
+    "a rate of an outer optimiser": of_an_outer_optimiser,
+    "a scheduler": of_a_scheduler,
+    "an attribute of an object of a library": of_a_library,
     "a long chain of objects": of_a_long_chain,
     "another teacher": of_another_teacher,
     "a teacher with another parameter": of_a_teacher_with_another_parameter,

@@ -76,6 +76,8 @@ class _Search:
                 return self._module(opening)
             case Kind.ATTRIBUTES:
                 return self._attributes(opening)
+            case Kind.LIBRARY:
+                return [self._found(opening, places.ENTRY, name, value) for name, value in opening.entries if name in self._names]
             case Kind.CLASS:
                 return self._class(opening)
             case Kind.NAMED:

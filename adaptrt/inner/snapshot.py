@@ -87,6 +87,8 @@ class Snapshot:
 
     def _visit(self, opening: Opening) -> list[tuple[Any, Any]]:
         kind, holder = opening.kind, opening.holder
+        if kind is Kind.LIBRARY:
+            return []
         entries = [
             (key, value) for key, value in opening.entries if type(value) not in PLAIN and not (kind is Kind.MODULE and key in TABLES)
         ]
@@ -126,7 +128,8 @@ class Snapshot:
             may_set = self._executed.may_set
         else:
             return before, after
-        changed = [key for key in {**before, **after} if before.get(key, MISSING) is not after.get(key, MISSING) and may_set(str(key))]
+        changed = [key for key in {**before, **after} if before.get(key, MISSING) is not after.get(key, MISSING)]
+        changed = [key for key in changed if may_set(str(key)) or any(map(is_of_trace, _tensors(after.get(key, MISSING))))]
         return tuple({key: content[key] for key in changed if key in content} for content in (before, after))  # type: ignore[return-value]
 
     def _own_entries(self, holder: Any, path: str, before: Any, after: Any, may_own_values: bool) -> tuple[Any, Any]:
