@@ -214,6 +214,20 @@ def of_an_object_in_an_array() -> tuple[Any, Change]:
     return scaled(lambda: kept[0].scale), lambda: setattr(kept[0], "scale", 3.0)
 
 
+def of_a_view() -> tuple[Any, Change]:
+    weights = {"scale": 2.0}
+    view = types.MappingProxyType(weights)
+    return scaled(lambda: view["scale"]), lambda: weights.update(scale=3.0)
+
+
+def by_another_module() -> tuple[Any, Change]:
+    scope: dict[str, Any] = {"math": types.SimpleNamespace(pi=2.0)}
+    first, second = types.ModuleType("torch.first"), types.ModuleType("torch.second")
+    scope["math"], first.pi, second.pi = first, 2.0, 3.0  # type: ignore[attr-defined]
+    exec("def scale(): return math.pi", scope)
+    return scaled(scope["scale"]), lambda: scope.update(math=second)
+
+
 def of_another_value(first: Any, second: Any, read: Callable[[Any], float] = float) -> Callable[[], tuple[Any, Change]]:
     def make() -> tuple[Any, Change]:
         kept = {"value": first() if callable(first) else first}
@@ -371,7 +385,8 @@ READ: dict[str, Callable[[], tuple[Any, Change]]] = {
     "a bytearray": numbers_in(lambda: bytearray([1, 2])),
     "an object in an array": of_an_object_in_an_array,
     "a UserDict": numbers_in(lambda: collections.UserDict({1: 2.0})),
-    "a dict in a mappingproxy": computed(lambda kept, index: types.MappingProxyType(vars(kept))["scale_1"]),
+    "a dict in a mappingproxy": of_a_view,
+    "another module under a global name": by_another_module,
     "a number that says it is equal": of_another_value(Kinds.Float(2.0), Kinds.Float(3.0)),
     "an array in the place of another": of_another_value(numpy.array(2.0), numpy.array(3.0)),
     "code that was executed": by_executed_source,
@@ -479,7 +494,7 @@ def test_very_many_objects_are_told_by_a_warning(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(snapshot, "_MANY", 100)
     model = plain()
     model.kept = [[float(index)] for index in range(100)]
-    with pytest.warns(UserWarning, match="Python objects can be reached"):
+    with pytest.warns(UserWarning, match="more than 100 Python objects can be reached"):
         unrolled(model).adapt(batch())
 
 

@@ -86,6 +86,9 @@ class _Search:
                 return self._scope(opening)
             case Kind.DICT | Kind.LIST | Kind.SET:
                 return self._container(opening)
+            case Kind.VIEW:
+                self.places.append(Place(f"the length of {opening.path}", opening.holder, places.SIZE, len(opening.holder)))
+                return [self._found(opening, places.ENTRY, key, value) for key, value in opening.entries]
             case Kind.TUPLE:
                 return [self._found(opening, places.NEVER_CHANGES, key, value) for key, value in opening.entries]
             case Kind.CELL:
@@ -178,7 +181,7 @@ class _Search:
         """Global names, each of which several code objects may use."""
         new = [(name, value) for name, value in opening.entries if (id(opening.holder), name) not in self._known]
         self._known |= {(id(opening.holder), name) for name, _ in new}
-        return [self._found(opening, places.ENTRY, name, value) for name, value in new if not isinstance(value, types.ModuleType)]
+        return [self._found(opening, places.ENTRY, name, value) for name, value in new]
 
     def _container(self, opening: Opening) -> _Found:
         """A container that is large, or a class of its own, has one place, which compares all entries."""

@@ -69,6 +69,7 @@ class Kind(enum.Enum):
     CLASS = "the attributes of a class"
     NAMED = "attributes that are in no dict"
     DICT = "a dict"
+    VIEW = "a view of a dict, through which nothing can be written"
     LIST = "a list or a deque"
     TUPLE = "a tuple, which does not change"
     SET = "a set"
@@ -104,7 +105,11 @@ class Opening(NamedTuple):
         """Where an entry is, in words."""
         if self.kind in (Kind.FIXED, Kind.CELL, Kind.CONTEXT):
             return self.path
-        return f"{self.path}[{key!r}]" if self.kind in (Kind.DICT, Kind.LIST, Kind.TUPLE, Kind.SET, Kind.ARRAY) else f"{self.path}.{key}"
+        return (
+            f"{self.path}[{key!r}]"
+            if self.kind in (Kind.DICT, Kind.VIEW, Kind.LIST, Kind.TUPLE, Kind.SET, Kind.ARRAY)
+            else f"{self.path}.{key}"
+        )
 
 
 class Walk:
@@ -181,7 +186,7 @@ def _content(path: str, value: Any) -> list[Opening]:
         if isinstance(value, of):
             return [Opening(kind, path, value, list(enumerate(items_of(value))))]
     if isinstance(value, types.MappingProxyType):
-        return [_parts(path, list(value.values()))]
+        return [Opening(Kind.VIEW, path, value, list(value.items()))]
     if isinstance(value, contextvars.ContextVar):
         return [Opening(Kind.CONTEXT, path, value, [(MISSING, value.get(MISSING))])]
     if is_array(value):
@@ -263,8 +268,6 @@ def _with_state(value: Any, depth: int = 0) -> list[Any]:
 
 
 _DEEP = 8
-
-
 _EMPTY = types.CellType()
 
 
