@@ -214,6 +214,20 @@ def of_an_object_in_an_array() -> tuple[Any, Change]:
     return scaled(lambda: kept[0].scale), lambda: setattr(kept[0], "scale", 3.0)
 
 
+def of_a_view() -> tuple[Any, Change]:
+    weights = {"scale": 2.0}
+    view = types.MappingProxyType(weights)
+    return scaled(lambda: view["scale"]), lambda: weights.update(scale=3.0)
+
+
+def by_another_module() -> tuple[Any, Change]:
+    scope: dict[str, Any] = {"math": types.SimpleNamespace(pi=2.0)}
+    first, second = types.ModuleType("torch.first"), types.ModuleType("torch.second")
+    scope["math"], first.pi, second.pi = first, 2.0, 3.0  # type: ignore[attr-defined]
+    exec("def scale(): return math.pi", scope)
+    return scaled(scope["scale"]), lambda: scope.update(math=second)
+
+
 def of_another_value(first: Any, second: Any, read: Callable[[Any], float] = float) -> Callable[[], tuple[Any, Change]]:
     def make() -> tuple[Any, Change]:
         kept = {"value": first() if callable(first) else first}
@@ -273,6 +287,23 @@ def by_the_environment() -> tuple[Any, Change]:
 def of_a_distribution() -> tuple[Any, Change]:
     kept = torch.distributions.Normal(torch.tensor(2.0), torch.tensor(1.0))
     return scaled(lambda: kept.mean), lambda: setattr(kept, "loc", torch.tensor(3.0))  # type: ignore[arg-type]
+
+
+def of_an_outer_optimiser() -> tuple[Any, Change]:
+    outer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    return scaled(lambda: outer.param_groups[0]["lr"]), lambda: outer.param_groups[0].update(lr=3.0)
+
+
+def of_a_scheduler() -> tuple[Any, Change]:
+    outer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=2.0)
+    schedule = torch.optim.lr_scheduler.ConstantLR(outer, factor=0.5, total_iters=1)
+    return scaled(lambda: float(schedule.get_last_lr()[0])), lambda: (outer.step(), schedule.step())
+
+
+def of_a_library() -> tuple[Any, Change]:
+    log = logging.getLogger("adaptrt.tests.level")
+    log.setLevel(20)
+    return scaled(lambda: log.level / 10), lambda: log.setLevel(30)
 
 
 def of_a_long_chain() -> tuple[Any, Change]:
@@ -354,7 +385,8 @@ READ: dict[str, Callable[[], tuple[Any, Change]]] = {
     "a bytearray": numbers_in(lambda: bytearray([1, 2])),
     "an object in an array": of_an_object_in_an_array,
     "a UserDict": numbers_in(lambda: collections.UserDict({1: 2.0})),
-    "a dict in a mappingproxy": computed(lambda kept, index: types.MappingProxyType(vars(kept))["scale_1"]),
+    "a dict in a mappingproxy": of_a_view,
+    "another module under a global name": by_another_module,
     "a number that says it is equal": of_another_value(Kinds.Float(2.0), Kinds.Float(3.0)),
     "an array in the place of another": of_another_value(numpy.array(2.0), numpy.array(3.0)),
     "code that was executed": by_executed_source,
@@ -366,6 +398,9 @@ READ: dict[str, Callable[[], tuple[Any, Change]]] = {
     "a variable of a thread": of_a_thread,
     "the environment": by_the_environment,
     "a distribution": of_a_distribution,
+    "a rate of an outer optimiser": of_an_outer_optimiser,
+    "a scheduler": of_a_scheduler,
+    "an attribute of an object of a library": of_a_library,
     "a long chain of objects": of_a_long_chain,
     "another teacher": of_another_teacher,
     "a teacher with another parameter": of_a_teacher_with_another_parameter,
@@ -459,7 +494,7 @@ def test_very_many_objects_are_told_by_a_warning(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(snapshot, "_MANY", 100)
     model = plain()
     model.kept = [[float(index)] for index in range(100)]
-    with pytest.warns(UserWarning, match="Python objects can be reached"):
+    with pytest.warns(UserWarning, match="more than 100 Python objects can be reached"):
         unrolled(model).adapt(batch())
 
 

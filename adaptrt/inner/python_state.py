@@ -77,6 +77,8 @@ class _Search:
                 return self._module(opening)
             case Kind.ATTRIBUTES:
                 return self._attributes(opening)
+            case Kind.LIBRARY:
+                return [self._found(opening, places.ENTRY, name, value) for name, value in opening.entries if name in self._names]
             case Kind.CLASS:
                 return self._class(opening)
             case Kind.NAMED:
@@ -85,6 +87,9 @@ class _Search:
                 return self._scope(opening)
             case Kind.DICT | Kind.LIST | Kind.SET:
                 return self._container(opening)
+            case Kind.VIEW:
+                self.places.append(Place(f"the length of {opening.path}", opening.holder, places.SIZE, len(opening.holder)))
+                return [self._found(opening, places.ENTRY, key, value) for key, value in opening.entries]
             case Kind.TUPLE:
                 return [self._found(opening, places.NEVER_CHANGES, key, value) for key, value in opening.entries]
             case Kind.CELL:
@@ -177,7 +182,7 @@ class _Search:
         """Global names, each of which several code objects may use."""
         new = [(name, value) for name, value in opening.entries if (id(opening.holder), name) not in self._known]
         self._known |= {(id(opening.holder), name) for name, _ in new}
-        return [self._found(opening, places.ENTRY, name, value) for name, value in new if not isinstance(value, types.ModuleType)]
+        return [self._found(opening, places.ENTRY, name, value) for name, value in new]
 
     def _container(self, opening: Opening) -> _Found:
         """A container that is large, or a class of its own, has one place, which compares all entries."""

@@ -25,6 +25,7 @@ from adaptrt.inner.user_code import (
     is_array,
     is_holder,
     is_of_user,
+    is_ours,
     is_read_by_library,
     is_users_class,
     is_users_module,
@@ -64,9 +65,11 @@ class Kind(enum.Enum):
 
     ATTRIBUTES = "the dict of an object's attributes"
     MODULE = "that of a module"
+    LIBRARY = "that of an object of a library's, of which only what code names is looked at"
     CLASS = "the attributes of a class"
     NAMED = "attributes that are in no dict"
     DICT = "a dict"
+    VIEW = "a view of a dict, through which nothing can be written"
     LIST = "a list or a deque"
     TUPLE = "a tuple, which does not change"
     SET = "a set"
@@ -102,7 +105,11 @@ class Opening(NamedTuple):
         """Where an entry is, in words."""
         if self.kind in (Kind.FIXED, Kind.CELL, Kind.CONTEXT):
             return self.path
-        return f"{self.path}[{key!r}]" if self.kind in (Kind.DICT, Kind.LIST, Kind.TUPLE, Kind.SET, Kind.ARRAY) else f"{self.path}.{key}"
+        return (
+            f"{self.path}[{key!r}]"
+            if self.kind in (Kind.DICT, Kind.VIEW, Kind.LIST, Kind.TUPLE, Kind.SET, Kind.ARRAY)
+            else f"{self.path}.{key}"
+        )
 
 
 class Walk:
@@ -179,7 +186,7 @@ def _content(path: str, value: Any) -> list[Opening]:
         if isinstance(value, of):
             return [Opening(kind, path, value, list(enumerate(items_of(value))))]
     if isinstance(value, types.MappingProxyType):
-        return [_parts(path, list(value.values()))]
+        return [Opening(Kind.VIEW, path, value, list(value.items()))]
     if isinstance(value, contextvars.ContextVar):
         return [Opening(Kind.CONTEXT, path, value, [(MISSING, value.get(MISSING))])]
     if is_array(value):
@@ -203,16 +210,17 @@ def items_of(value: Any) -> list[Any]:
 
 
 def _object(path: str, value: Any) -> list[Opening]:
-    """The attributes of an object of a class of the user's, and its class."""
+    """The attributes of an object, and of one of the user's its class."""
     kind = type(value)
+    if isinstance(value, types.ModuleType) or is_ours(kind):
+        return []
     if isinstance(value, threading.local):  # each thread has a dict of its own
         return [Opening(Kind.NAMED, path, value, list(vars(value).items())), *_of_class(value)]
-    if isinstance(value, types.ModuleType) or not (is_users_class(kind) or is_holder(kind)):
-        return []
-    found: list[Opening] = []
     own = getattr(value, "__dict__", None)
-    if isinstance(own, dict):
-        found.append(Opening(Kind.ATTRIBUTES, path, own, list(own.items()), is_read_by_library(kind)))
+    attributes = list(own.items()) if isinstance(own, dict) else []
+    if not is_users_class(kind) and not is_holder(kind):
+        return [Opening(Kind.LIBRARY, path, own, attributes)] if attributes else []
+    found = [Opening(Kind.ATTRIBUTES, path, own, attributes, is_read_by_library(kind))] if isinstance(own, dict) else []
     slots = [(name, getattr(value, name, MISSING)) for name in slots_of(kind)]
     found.append(Opening(Kind.NAMED, path, value, [*slots, ("__class__", kind)], is_read_by_library(kind)))
     return [*found, *_of_class(value)]
@@ -260,8 +268,6 @@ def _with_state(value: Any, depth: int = 0) -> list[Any]:
 
 
 _DEEP = 8
-
-
 _EMPTY = types.CellType()
 
 

@@ -34,7 +34,7 @@ from adaptrt.inner.reachable import MISSING, PLAIN, TABLES, Kind, Opening, Walk,
 from adaptrt.inner.user_code import IMMUTABLE, Executed, is_array, outside, slots_of
 
 _MANY = 200_000
-"""Objects from which on looking at them takes seconds for each program."""
+"""Objects that are looked at, which takes a second or two for each program; beyond it a warning says so."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -66,8 +66,8 @@ class Snapshot:
         self._walk.go(roots.items(), [opening for code, scope in executed.codes.values() for opening in scopes(code, scope)])
         if len(self._holders) > _MANY:
             warnings.warn(
-                f"{len(self._holders)} Python objects can be reached from the model, the loss and the optimiser, and are looked at for "
-                "each program that is made. Keep large tables of objects in tensors, or out of reach of the functions",
+                f"more than {_MANY} Python objects can be reached from the model, the loss and the optimiser. Only those nearest to them "
+                "are looked at, so that what a pass writes to the others is not noticed. Keep large tables of objects out of reach",
                 stacklevel=outside(),
             )
 
@@ -87,6 +87,8 @@ class Snapshot:
 
     def _visit(self, opening: Opening) -> list[tuple[Any, Any]]:
         kind, holder = opening.kind, opening.holder
+        if kind is Kind.LIBRARY or len(self._holders) > _MANY:
+            return []
         entries = [
             (key, value) for key, value in opening.entries if type(value) not in PLAIN and not (kind is Kind.MODULE and key in TABLES)
         ]
@@ -96,7 +98,7 @@ class Snapshot:
             elif isinstance(value, types.BuiltinMethodType) and value.__name__ in MUTATORS:
                 self._written.add(id(value.__self__))
             self._executed.getters |= getter_names(value)
-        if kind not in (Kind.FIXED, Kind.TUPLE):
+        if kind not in (Kind.FIXED, Kind.TUPLE, Kind.VIEW):
             self._holders.setdefault((kind, id(holder)), (kind, opening.path, holder, _content(kind, holder)))
         return entries
 
@@ -126,7 +128,8 @@ class Snapshot:
             may_set = self._executed.may_set
         else:
             return before, after
-        changed = [key for key in {**before, **after} if before.get(key, MISSING) is not after.get(key, MISSING) and may_set(str(key))]
+        changed = [key for key in {**before, **after} if before.get(key, MISSING) is not after.get(key, MISSING)]
+        changed = [key for key in changed if may_set(str(key)) or any(map(is_of_trace, _tensors(after.get(key, MISSING))))]
         return tuple({key: content[key] for key in changed if key in content} for content in (before, after))  # type: ignore[return-value]
 
     def _own_entries(self, holder: Any, path: str, before: Any, after: Any, may_own_values: bool) -> tuple[Any, Any]:

@@ -38,7 +38,7 @@ _SEEDING = frozenset({"manual_seed", "seed", "set_state", "graphsafe_set_state",
 """Methods of a generator."""
 
 _NAMESPACES = frozenset({"SimpleNamespace", "Namespace"})
-_HOLDERS = frozenset({"UserDict", "UserList", "UserString", "ChainMap", "Distribution", "Transform"})
+_HOLDERS = frozenset({"UserDict", "UserList", "UserString", "ChainMap", "Distribution", "Transform", "LRScheduler"})
 """Classes of the standard library and of PyTorch that hold what the user puts in, with those that are derived from them."""
 
 IMMUTABLE = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, torch.dtype, torch.device, torch.Size, enum.Enum)
@@ -257,6 +257,11 @@ def is_holder(kind: type) -> bool:
 def is_read_by_library(kind: type) -> bool:
     """Whether it is such a class, and code that is not recorded reads what its objects hold."""
     return any(base.__name__ in _HOLDERS and _package(base.__module__) in _NOT_THE_USERS for base in kind.__mro__)
+
+
+def is_ours(kind: type) -> bool:
+    """Whether it is a class of this package's."""
+    return _package(kind.__module__) == "adaptrt"
 
 
 def is_users_module(module: types.ModuleType) -> bool:
