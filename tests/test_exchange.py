@@ -241,7 +241,7 @@ def test_without_guards_no_call_is_taken_for_another(monkeypatch: pytest.MonkeyP
 
 
 def test_a_capture_where_nothing_tells_that_a_thread_traces(monkeypatch: pytest.MonkeyPatch) -> None:
-    from adaptrt.graph import capture as module
+    from adaptrt.graph import tracing_state as module
 
     nowhere = (Target("torch.fx._symbolic_trace", "_gone"),)
     monkeypatch.setattr(module, "FX_TRACING", Entry("x", "", "", needed=nowhere))
