@@ -36,7 +36,6 @@ SCRIPT = """
         model = nn.Sequential(nn.Linear(2, 25), nn.Tanh(), nn.Linear(25, 3))
         unroll = adaptrt.compile_unroll(model, torch.optim.SGD(model.parameters(), lr=0.4), k=3, loss=F.cross_entropy)
         support, query = (torch.randn(15, 2), torch.arange(15) % 3), (torch.randn(6, 2), torch.arange(6) % 3)
-        unroll.adapt(support)
         found = torch.autograd.grad(unroll(support, query), list(model.parameters()))
     loop = naive.Loop(model, F.cross_entropy, naive.sgd, {"lr": 0.4}, 3)
     start = naive.Start(dict(model.named_parameters()), {}, {}, {})
