@@ -8,14 +8,14 @@ To tell the two apart, a pass that has written anything is traced again, twice i
 what the first has left. If both compute the same function of their inputs, and the second leaves everything as it found it but for tensors
 that are set anew, then no program depends on it: it is a cache, or a record that nobody reads. Otherwise it is refused by name.
 
-What was written to objects outside of the model is undone after every trace, as it may hold tensors of the trace.
+A number that is only counted up, and that no code that ran reads, is no state either. Code that asks a clock or the operating system for
+random numbers is judged in the same way, whether it writes anything or not.
 
-Other threads may write to the same objects meanwhile. So an attribute or a global name counts as written only if code that ran may set it.
+What was written to objects outside of the model is undone after every trace, as it may hold tensors of the trace (`snapshot.py`).
 
-Known limits: what other threads put into a list, a dict or a set that can be reached from the model counts as written by the pass. Objects
-with slots, attributes of other modules and of functions, and arrays are not looked at. State behind C code, such as an open file, is not
-seen, except for `functools.lru_cache`, which is emptied, and iterators of which the position can be told. What an iterator has given cannot
-be taken back.
+Known limits: state behind C code, such as an open file, is not seen, except for `functools.lru_cache`, which is emptied, and iterators of
+which the position can be told. What an iterator has given cannot be taken back. What two passes in succession see alike, such as today's
+date, passes for a constant.
 """
 
 from __future__ import annotations
