@@ -1,24 +1,14 @@
-"""What a process must bear that adaptrt does not own: signals, forks, kills and other threads, for as long as one likes.
-
-    python -m benchmarks.torture [--minutes 10] [--only NAME ...] [--name HARDWARE_DATE]
-
-Each check runs in a process of its own for its share of the minutes. It ends with one line, or with an error, which is a failure. A table
-of all is printed at the end, and the exit status is the number of failures. With `--name` the table is written to
-`benchmarks/results/torture_NAME.md`. To add a check, add a `Check` to `CHECKS`.
-"""
+"""Signals, forks, kills and other threads."""
 
 from __future__ import annotations
 
-import argparse
 import random
 import shutil
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from typing import NamedTuple
 
-from benchmarks.suite.report import RESULTS, machine, table
+from benchmarks.torture.check import Check
 from tests.processes import INTERRUPTED, run_script, start
 
 _LOOP = """
@@ -172,20 +162,6 @@ print(f"p50, p99, p99.9, maximum in us: alone {show(alone)}, beside a compiling 
 """
 
 
-class Check(NamedTuple):
-    """One thing that may happen.
-
-    Attributes:
-      name: for `--only`.
-      what: happens, in words.
-      run: lets it happen for so many seconds; returns what was found, in one line, or raises.
-    """
-
-    name: str
-    what: str
-    run: Callable[[float], str]
-
-
 CHECKS = (
     Check("signals-capture", "handlers raise anywhere in captures", _script(_INTERRUPTIONS, BACKEND="'eager'", work="use")),
     Check("signals-compile", "handlers raise anywhere in compilations", _script(_INTERRUPTIONS, BACKEND="'inductor'", work="use")),
@@ -199,35 +175,3 @@ CHECKS = (
     Check("draws", "other threads draw at random while one captures", _script(_DRAWS)),
     Check("latency", "calls while another thread compiles", _script(_LATENCY)),
 )
-
-
-def main() -> int:
-    """Runs the checks; returns how many failed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=10.0)
-    parser.add_argument("--only", nargs="+", choices=[check.name for check in CHECKS])
-    parser.add_argument("--name")
-    args = parser.parse_args()
-    checks = [check for check in CHECKS if args.only is None or check.name in args.only]
-    rows: list[list[str]] = []
-    num_failed = 0
-    for check in checks:
-        print(f"{check.name} ...", flush=True)
-        try:
-            found = check.run(60 * args.minutes / len(checks))
-        except Exception as error:
-            num_failed += 1
-            print(error)
-            found = f"FAILED: {type(error).__name__}: {str(error).strip().splitlines()[-1] if str(error).strip() else ''}"
-        rows.append([check.name, check.what, found])
-    text = table(["check", "what happens", "found"], rows)
-    print(text)
-    if args.name:
-        command = " ".join(["python -m benchmarks.torture", *sys.argv[1:]])
-        path = RESULTS / f"torture_{args.name}.md"
-        path.write_text(f"# Signals, forks, kills and other threads\n\n`{command}`\n\n{machine()}\n\n{text}\n")
-    return num_failed
-
-
-if __name__ == "__main__":
-    sys.exit(main())
