@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptrt.higher.fast_weights import FastWeights
+from adaptrt.higher.methods import flags_refused
 
 
 class Patched(nn.Module):
@@ -111,6 +112,26 @@ class Patched(nn.Module):
         path, _, name = target.rpartition(".")
         found = self.get_submodule(path)._parameters.get(name)
         return super().get_parameter(target) if found is None else found
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Adds a parameter, which is none of the fast weights. In the place of a fast weight it is what an assignment is."""
+        fast = self._adaptrt_fast
+        if fast is None or name not in dict(fast.places.of_module[self._adaptrt_number]):
+            super().register_parameter(name, param)
+            self._adaptrt_changed()
+            return
+        if name not in self._parameters:  # it was deleted, and comes back
+            super().register_parameter(name, param)
+        setattr(self, name, param)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Does what it does for any module, if all weights are leaves of the graph.
+
+        Raises:
+          NotALeaf: one of them was computed, and is to be frozen.
+        """
+        with flags_refused():
+            return super().requires_grad_(requires_grad)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         super().add_module(name, module)
