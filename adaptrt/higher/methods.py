@@ -30,21 +30,30 @@ from adaptrt.higher.fast_weights import FastWeights
 _OF_PYTORCH = "torch.nn.modules."
 
 
-def methods_for(kind: type, base: type) -> dict[str, Any]:
+def methods_for(kind: Any, base: Any) -> dict[str, Any]:
     """Returns what the class of a handle's module gets in place of the methods of its original.
 
     Args:
       kind: the original's class.
-      base: the class of the handle's module that comes before it. What `base` has is left out.
+      base: the class of the handle's module that comes before it. What `base` has is left out, but `forward`, which shows the signature of
+        the original's. Generation by libraries depends on it: they pass a mask only where `forward` takes one.
     """
+    forward = functools.update_wrapper(_copy(base.forward), kind.forward)
     if kind.__module__.startswith(_OF_PYTORCH):
-        return {}
+        return {"forward": forward}
     names = {name for owner in kind.__mro__ if not owner.__module__.startswith(_OF_PYTORCH) for name in vars(owner)}
-    return {
+    methods = {
         name: _wrapped(next(vars(owner)[name] for owner in kind.__mro__ if name in vars(owner)))
         for name in names
         if not (name.startswith("__") or hasattr(base, name))
     }
+    return {"forward": forward, **methods}
+
+
+def _copy(function: Any) -> Any:
+    made = types.FunctionType(function.__code__, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    made.__kwdefaults__ = function.__kwdefaults__
+    return made
 
 
 def wrap_own_methods(part: nn.Module) -> None:
