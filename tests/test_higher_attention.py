@@ -255,7 +255,7 @@ def test_the_kernels_are_the_users_where_no_second_derivative_can_be_asked_for(w
 def test_methods_look_like_those_of_the_model() -> None:
     """Libraries look at the signatures of methods."""
     net, handle = build(), ours.monkeypatch(build())
-    for name in ("encode", "generate", "among", "among_twice", "own"):
+    for name in ("encode", "generate", "among", "among_twice", "own", "forward"):
         assert inspect.signature(getattr(handle, name)) == inspect.signature(getattr(net, name))
         assert getattr(handle, name).__doc__ == getattr(net, name).__doc__
     assert handle.encode.__self__ is handle and handle.encode.__name__ == "encode" and callable(type(handle).among)

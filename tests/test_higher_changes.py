@@ -6,6 +6,7 @@ neither is possible, the error has a name.
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adaptrt.errors import AdaptrtError, ModelChanged, NotALeaf
+from adaptrt.errors import AdaptrtError, CannotBePickled, ModelChanged, NotALeaf
 from tests.higher_cases import adapted_by_hand, adapted_by_handle, assert_same, batch, make, ours
 
 pytestmark = pytest.mark.usefixtures("double")
@@ -98,6 +99,17 @@ def test_adapters_of_the_original_are_switched_between_steps() -> None:
     mine, wanted = adapted_by_handle(built("a", "b"), switched), adapted_by_hand(built("a", "b"), switched)
     assert_same(mine, wanted)
     assert all(bool(grad.any()) for grad in mine[1:])
+
+
+@pytest.mark.parametrize("which", [lambda handle: handle, lambda handle: handle.first])
+def test_a_handle_that_is_to_be_pickled_is_refused(which: Callable[[Any], Any]) -> None:
+    """What the message advises works."""
+    handle, _ = stepped(built("a"))
+    with pytest.raises(CannotBePickled, match=r"save its state_dict\(\)"):
+        pickle.dumps(which(handle))
+    other = built("a")
+    other.load_state_dict(pickle.loads(pickle.dumps(handle.state_dict())))
+    assert_same([other(batch(1)[0])], [handle(batch(1)[0])], 1e-14)
 
 
 # --- what is added

@@ -6,6 +6,7 @@ Each model has a loss that goes through such methods.
 from __future__ import annotations
 
 import contextlib
+import inspect
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -80,8 +81,8 @@ class Base(nn.Module):
     def get_head(self) -> nn.Module:
         return self.head
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.decode(self.encode(x))
+    def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
+        return scale * self.decode(self.encode(x))
 
 
 class Wrapper(nn.Module):
@@ -113,6 +114,11 @@ class Wrapper(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.base_model(x)
 
+    def prepared(self, x: Tensor) -> Tensor:
+        """Passes what `forward` takes, as generation by transformers passes a mask."""
+        taken = inspect.signature(self.base_model.forward).parameters
+        return self.base_model(x, **{"scale": 0.5} if "scale" in taken else {})
+
     def generate(self, x: Tensor, steps: int) -> Tensor:
         for _ in range(steps):
             x = torch.cat([x[:, :1], self(x)], dim=1)
@@ -139,6 +145,7 @@ USES: dict[str, Callable[[Any, Tensor], Tensor]] = {
     "a context manager": _disabled,
     "a method that calls self": lambda model, x: model.generate(x, 3).square().mean(),
     "both": _generated_while_disabled,
+    "a method that looks at a signature": lambda model, x: model.prepared(x).square().mean(),
     "a generator": lambda model, x: torch.stack([y.square().mean() for y in model.rollout(x, 3)]).sum(),
     "a method of an inner model": lambda model, x: model.decode(model.encode(x)).square().mean(),
     "a part": lambda model, x: model.base_model.get_head()(model.base_model.layers[0](x)).square().mean(),

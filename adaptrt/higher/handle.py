@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptrt.errors import CannotBePickled
 from adaptrt.higher.fast_weights import FastWeights
 from adaptrt.higher.methods import flags_refused
 
@@ -91,6 +92,12 @@ class Patched(nn.Module):
         made = memo[id(self)] = object.__new__(type(self))
         made.__setstate__(copy.deepcopy(vars(self), memo))
         return made
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CannotBePickled(
+            "a patched module cannot be pickled, because its fast weights are part of a graph; save its state_dict(), and load that into the "
+            "original"
+        )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Does what it does for any module. With `assign=True` all assigned tensors together are one update of the fast weights.

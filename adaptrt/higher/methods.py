@@ -28,6 +28,7 @@ from adaptrt.errors import NotALeaf
 from adaptrt.higher.fast_weights import FastWeights
 
 _OF_PYTORCH = "torch.nn.modules."
+_FUNCTIONS = (types.FunctionType, staticmethod, classmethod, functools.partialmethod)
 
 
 def methods_for(kind: Any, base: Any) -> dict[str, Any]:
@@ -41,13 +42,25 @@ def methods_for(kind: Any, base: Any) -> dict[str, Any]:
     forward = functools.update_wrapper(_copy(base.forward), kind.forward)
     if kind.__module__.startswith(_OF_PYTORCH):
         return {"forward": forward}
-    names = {name for owner in kind.__mro__ if not owner.__module__.startswith(_OF_PYTORCH) for name in vars(owner)}
-    methods = {
-        name: _wrapped(next(vars(owner)[name] for owner in kind.__mro__ if name in vars(owner)))
-        for name in names
-        if not (name.startswith("__") or hasattr(base, name))
-    }
-    return {"forward": forward, **methods}
+    own: set[str] = set()
+    entries: dict[str, Any] = {}
+    for owner in reversed(kind.__mro__):  # so that what overrides comes later
+        entries.update(vars(owner))
+        if not owner.__module__.startswith(_OF_PYTORCH):
+            own.update(vars(owner))
+    found: dict[str, Any] = {"forward": forward}
+    for name in own - _names_of(base):
+        value = entries[name]
+        if type(value) is property:
+            found[name] = _wrapped(value)
+        elif isinstance(value, _FUNCTIONS) and not name.startswith("__"):
+            found[name] = _Later(name, value)
+    return found
+
+
+@functools.cache
+def _names_of(base: type) -> frozenset[str]:
+    return frozenset(dir(base))
 
 
 def _copy(function: Any) -> Any:
@@ -88,16 +101,35 @@ def _refuse_flags(error: RuntimeError) -> None:
         ) from error
 
 
+class _Later:
+    """An entry of a class that is wrapped when it is first asked for.
+
+    Classes of libraries have hundreds of entries, and programs make a handle for each task.
+
+    Args:
+      name: its name.
+      value: it as it stands in the original's class.
+    """
+
+    __slots__ = ("_name", "_value")
+
+    def __init__(self, name: str, value: Any) -> None:
+        self._name, self._value = name, value
+
+    def __get__(self, part: Any, owner: type) -> Any:
+        made = _wrapped(self._value)
+        for kind in owner.__mro__:
+            if vars(kind).get(self._name) is self:
+                setattr(kind, self._name, made)
+        return made.__get__(part, owner)
+
+
 def _wrapped(value: Any) -> Any:
-    """Returns an entry of a class whose functions run within the block. What has no function is returned as it is."""
-    if isinstance(value, types.FunctionType):
-        return _method(value)
+    """Returns a property, a function or another kind of method that runs within the block."""
     if type(value) is property:
         get = None if value.fget is None else _method(value.fget)
         return property(get, value.fset, value.fdel, value.__doc__)
-    if isinstance(value, staticmethod | classmethod | functools.partialmethod):
-        return _Bound(value)
-    return value
+    return _method(value) if isinstance(value, types.FunctionType) else _Bound(value)
 
 
 def _method(function: Any) -> Any:
