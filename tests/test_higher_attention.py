@@ -92,6 +92,8 @@ class Model(Mixin, nn.Module):
     def among(x: Tensor) -> Tensor:
         return attend(x)
 
+    kind_of_layer = staticmethod(nn.Linear)
+
     @classmethod
     def among_twice(cls, x: Tensor) -> Tensor:
         return cls.among(attend(x))
@@ -259,3 +261,4 @@ def test_methods_look_like_those_of_the_model() -> None:
         assert inspect.signature(getattr(handle, name)) == inspect.signature(getattr(net, name))
         assert getattr(handle, name).__doc__ == getattr(net, name).__doc__
     assert handle.encode.__self__ is handle and handle.encode.__name__ == "encode" and callable(type(handle).among)
+    assert handle.kind_of_layer is nn.Linear

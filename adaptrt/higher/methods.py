@@ -94,7 +94,7 @@ def flags_refused() -> Iterator[None]:
 def _refuse_flags(error: RuntimeError) -> None:
     if not isinstance(error, NotALeaf) and "requires_grad flags of leaf variables" in str(error):
         raise NotALeaf(
-            "requires_grad of a fast weight cannot be set, because it was computed from the model's weights, by an inner step or by "
+            "requires_grad of a computed tensor was to be set. The weights of a patched module are computed, by inner steps or by "
             "copy_initial_weights=False. Add adapters and parameters, and freeze or unfreeze weights, on the original, and patch it then; "
             "this patched module may be left half changed. To hold one weight fixed from here on, assign it detached: "
             "fmodel.layer.weight = fmodel.layer.weight.detach()"
@@ -154,7 +154,9 @@ class _Bound:
     def __get__(self, part: Any, owner: type | None = None) -> Any:
         bound = self._inner.__get__(part, owner)
         fast = None if part is None else vars(part).get("_adaptrt_fast")
-        return bound if fast is None else functools.update_wrapper(functools.partial(_run, fast, bound), bound)
+        if fast is None or not isinstance(bound, types.FunctionType | types.MethodType | functools.partial):  # such as a class
+            return bound
+        return functools.update_wrapper(functools.partial(_run, fast, bound), bound)
 
 
 def _run(fast: FastWeights, function: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Any:
