@@ -95,7 +95,7 @@ class Patched(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise CannotBePickled(
-            "a patched module cannot be pickled, since its fast weights are part of a graph; save its state_dict(), which the original loads"
+            "a patched module cannot be pickled: its fast weights are part of a graph; save its state_dict(), which the original loads"
         )
 
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
