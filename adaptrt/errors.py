@@ -75,6 +75,10 @@ class AlreadyImported(AdaptrtError, ImportError):
     """The archived package `higher` is imported already, so `import higher` cannot come to mean `adaptrt.higher` any more."""
 
 
+class NotALeaf(AdaptrtError, RuntimeError):
+    """On a handle of `adaptrt.higher`, `requires_grad` of a weight was to be set that was computed from other weights."""
+
+
 class NotTraceable(AdaptrtError, RuntimeError):
     """The model cannot be turned into a graph. The message names the line of the user's code."""
 

@@ -104,3 +104,41 @@ def assert_same(mine: Sequence[Any], wanted: Sequence[Any], tolerance: float = 1
     for got, expected in zip(mine, wanted, strict=True):
         scale = max(1.0, float(expected.detach().abs().max())) if expected.numel() else 1.0
         torch.testing.assert_close(got, expected, rtol=0.0, atol=tolerance * scale)
+
+
+class _Loss(nn.Module):
+    """A module whose forward is a loss that is computed by other methods of a model."""
+
+    def __init__(self, model: nn.Module, use: Callable[[Any, Tensor], Tensor]) -> None:
+        super().__init__()
+        self.model = model
+        self.use = use
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.use(self.model, x)
+
+
+def adapted_by_handle(net: nn.Module, use: Callable[[Any, Tensor], Tensor], lr: float = 0.3, steps: int = 3) -> list[Tensor]:
+    """Steps a handle of `net` on the loss `use(handle, x)`, and returns the loss of another batch and its meta-gradients."""
+    opt = torch.optim.SGD(net.parameters(), lr=lr)
+    with ours.innerloop_ctx(net, opt, copy_initial_weights=False) as (handle, diffopt):
+        for step in range(steps):
+            diffopt.step(use(handle, batch(step)[0]))
+        loss = use(handle, batch(9)[0])
+        return [loss, *torch.autograd.grad(loss, list(net.parameters()), allow_unused=True, materialize_grads=True)]
+
+
+def adapted_by_hand(net: nn.Module, use: Callable[[Any, Tensor], Tensor], lr: float = 0.3, steps: int = 3) -> list[Tensor]:
+    """Returns the same by a loop that runs `torch.func.functional_call` on a module whose forward is this loss."""
+    module = _Loss(net, use)
+    weights = {name: p.clone() for name, p in net.named_parameters()}  # as a handle begins, with weights that are computed
+
+    def loss_at(x: Tensor) -> Tensor:
+        return torch.func.functional_call(module, {f"model.{name}": value for name, value in weights.items()}, (x,))
+
+    for step in range(steps):
+        values = list(weights.values())
+        grads = torch.autograd.grad(loss_at(batch(step)[0]), values, create_graph=True, allow_unused=True)
+        weights = {name: p if g is None else p - lr * g for (name, p), g in zip(weights.items(), grads, strict=True)}
+    wanted = loss_at(batch(9)[0])
+    return [wanted, *torch.autograd.grad(wanted, list(net.parameters()), allow_unused=True, materialize_grads=True)]

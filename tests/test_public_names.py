@@ -18,8 +18,8 @@ NAMES = {
     "schedule scheduled",
     "adaptrt.errors": "AdaptrtError AlreadyImported CannotBePickled CannotBeSet CannotRecord CompilerUnavailable "
     "DataDependentControlFlow DeviceMismatch InvalidArgument InvalidBatch InvalidGraph InvalidLoss InvalidType LabelOutOfRange LongChain "
-    "ModelChanged NonFiniteInput NotDifferentiable NotTraceable NothingToAdapt OptimizerMismatch OutOfDeviceMemory RecordingFailed "
-    "ShapeChanged UnknownPyTorch UnsupportedOptimizer UnsupportedParameter UnsupportedRandomness WithinTransform",
+    "ModelChanged NonFiniteInput NotALeaf NotDifferentiable NotTraceable NothingToAdapt OptimizerMismatch OutOfDeviceMemory "
+    "RecordingFailed ShapeChanged UnknownPyTorch UnsupportedOptimizer UnsupportedParameter UnsupportedRandomness WithinTransform",
     "adaptrt.adjoint": "Adjoint FirstOrder Replay Stash Unrolled",
     "adaptrt.backend": "Backend CudaGraph Eager Inductor Tiered",
     "adaptrt.higher": "create_diff_optim get_diff_optim innerloop_ctx install monkeypatch optim patch register_optim uninstall utils",

@@ -14,7 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from adaptrt.errors import CannotBePickled
 from adaptrt.higher.fast_weights import FastWeights
+from adaptrt.higher.methods import flags_refused
 
 
 class Patched(nn.Module):
@@ -91,6 +93,11 @@ class Patched(nn.Module):
         made.__setstate__(copy.deepcopy(vars(self), memo))
         return made
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise CannotBePickled(
+            "a patched module cannot be pickled: its fast weights are part of a graph; save its state_dict(), which the original loads"
+        )
+
     def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
         """Does what it does for any module. With `assign=True` all assigned tensors together are one update of the fast weights.
 
@@ -111,6 +118,26 @@ class Patched(nn.Module):
         path, _, name = target.rpartition(".")
         found = self.get_submodule(path)._parameters.get(name)
         return super().get_parameter(target) if found is None else found
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Adds a parameter, which is none of the fast weights. In the place of a fast weight it is what an assignment is."""
+        fast = self._adaptrt_fast
+        if fast is None or name not in dict(fast.places.of_module[self._adaptrt_number]):
+            super().register_parameter(name, param)
+            self._adaptrt_changed()
+            return
+        if name not in self._parameters:  # it was deleted, and comes back
+            super().register_parameter(name, param)
+        setattr(self, name, param)
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Does what it does for any module, if all weights are leaves of the graph.
+
+        Raises:
+          NotALeaf: one of them was computed, and is to be frozen.
+        """
+        with flags_refused():
+            return super().requires_grad_(requires_grad)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         super().add_module(name, module)

@@ -19,6 +19,7 @@ Known limits:
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -31,6 +32,7 @@ from adaptrt.higher import utils as _utils  # noqa: F401
 from adaptrt.higher.fast_weights import FastWeights
 from adaptrt.higher.handle import FunctionalModule, Patched
 from adaptrt.higher.handle_names import names_for
+from adaptrt.higher.methods import methods_for, wrap_own_methods
 from adaptrt.higher.special_parts import check_parts, expect_no_gradient, prepare_part
 from adaptrt.higher.utils import _get_param_mapping, _places_of_params, copied, get_func_params
 
@@ -63,11 +65,13 @@ def make_functional(module: nn.Module, encapsulator: Callable[[Any, nn.Module], 
     check_parts(list(module.modules()))
     handle = shadow(module)
     fast = FastWeights(module, handle)
+    methods_of = functools.cache(methods_for)  # once for each class
     for number, part in enumerate(list(handle.modules())):
         prepare_part(part)
+        wrap_own_methods(part)
         base = FunctionalModule if part is handle else Patched
         kind: Any = type(part)
-        names = names_for(part, part is handle)
+        names = {**methods_of(kind, base), **names_for(part, part is handle)}
         vars(part).update(_adaptrt_fast=fast, _adaptrt_number=number)
         part.__class__ = type(f"Functional{kind.__name__}", (base, kind), {"__module__": kind.__module__, **names})
     if encapsulator is not None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adaptrt.errors import ModelChanged
+
 
 class Places:
     """The modules of a handle, and which fast weights each of them has as its parameters.
@@ -48,7 +50,7 @@ class Places:
         """Makes `values` the parameters that the handle's modules show.
 
         Raises:
-          ValueError: a module of the handle does not have one of its parameters any more.
+          ModelChanged: a module of the handle does not have one of its parameters any more.
         """
         for number in self.owners:
             part = self.modules[number]()
@@ -56,7 +58,7 @@ class Places:
                 continue
             for name, _ in self.of_module[number]:
                 if name not in part._parameters:
-                    raise ValueError(
+                    raise ModelChanged(
                         f"'{name}' is no parameter of the patched module's {self.classes[number].__name__} any more. Delete parameters and "
                         "register or remove parametrizations, on the original before it is patched"
                     )
