@@ -646,6 +646,7 @@ def test_a_record_beside_a_literal_is_allowed() -> None:
     assert_follows(unrolled(model), model)
 
 
+@pytest.mark.filterwarnings("ignore:more than 200000 Python objects")  # a closure holds the global names of this module
 def test_what_other_threads_do_meanwhile_stays() -> None:
     """The model is traced; another thread sets its mode and an attribute, and a global name of the module of its code."""
     scope: dict[str, Any] = globals()
