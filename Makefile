@@ -12,11 +12,11 @@ BENCH_ARGS ?=
 MODELS_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test covering models bench bench-quick check format clean
+.PHONY: help demo test test-slow covering models bench bench-quick check format clean
 
 help:
 	@echo "make demo    meta-train and adapt on real handwriting, about 2 minutes (DEMO_ARGS='--minutes 1' for less)"
-	@echo "make test    run all tests (PYTEST_ARGS='-k name' for some)"
+	@echo "make test    run the tests that take seconds each (PYTEST_ARGS='-k name' for some); test-slow: the others"
 	@echo "make covering a few numbers of every kind under python -OO and -W error, half a minute"
 	@echo "make models  adapt small models of well-known packages, which it installs (2 GB), and compare (MODELS_ARGS='--only peft' for some)"
 	@echo "make bench   adaptrt and its peers on all workloads (BENCH_ARGS='-k sine' for some); bench-quick: 3 minutes"
@@ -28,7 +28,11 @@ demo: $(VENV)/.demo
 	$(BIN)/adaptrt demo $(DEMO_ARGS)
 
 test: $(VENV)/.test
-	$(PYTEST) $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS) -m 'not slow'
+
+# Compilations of large programs, and processes that are forked, signalled and killed.
+test-slow: $(VENV)/.test
+	$(PYTEST) $(PYTEST_ARGS) -m slow
 
 # Tests say nothing under `python -O`, which removes their assertions; this script raises.
 covering: $(VENV)/.test

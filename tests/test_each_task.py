@@ -67,6 +67,7 @@ def everything(model: nn.Module, unroll: CompiledUnroll, *leading: int) -> dict[
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adjoint", ADJOINTS)
 def test_the_same_as_together(adjoint: str, one_by_one_from: Callable[[int], None]) -> None:
     model, found = conv_dropout(), list[dict[str, Tensor]]()
@@ -80,6 +81,7 @@ def test_the_same_as_together(adjoint: str, one_by_one_from: Callable[[int], Non
     assert_near(found[0], found[1])
 
 
+@pytest.mark.slow
 def test_on_inductor(one_by_one_from: Callable[[int], None]) -> None:
     one_by_one_from(0)
     model = conv_dropout()
@@ -126,6 +128,7 @@ def test_only_large_tasks() -> None:
     assert one_by_one(least) and not one_by_one(least - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adjoint", [Unrolled(), Stash(), Replay(every=2), FirstOrder()], ids=repr)
 def test_gradients_of_what_tasks_share(adjoint: Adjoint, one_by_one_from: Callable[[int], None]) -> None:
     """Summed over tasks: of weights that do not adapt, of a learned rate, and of the start where it is one for all."""

@@ -155,6 +155,7 @@ def test_compiled_is_what_the_tape_computes(kind: type[Own], adjoint: Adjoint) -
     assert not opt.state and all(p.grad is None for p in net.parameters())
 
 
+@pytest.mark.slow
 def test_compiled_by_inductor() -> None:
     net = make_net()
     opt = grouped(net, AdamLike)

@@ -61,6 +61,7 @@ def test_another_graph_is_not_taken_for_it() -> None:
     assert hits() == before
 
 
+@pytest.mark.slow
 def test_code_for_other_instructions_is_not_taken_for_it(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch._inductor import cpu_vec_isa
 
@@ -155,6 +156,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="how other C libraries keep memory is not known")
 def test_freed_memory_stays() -> None:
     changes = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")

@@ -60,6 +60,7 @@ def python(flags: tuple[str, ...], code: str, cache: Path, **env: str) -> list[s
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_numbers_are_right_and_what_an_optimised_process_leaves_on_disk_harms_nobody(tmp_path: Path) -> None:
     error, backend = python(("-O",), SCRIPT, tmp_path)
     assert float(error) < 1e-10

@@ -172,6 +172,7 @@ def test_tasks_are_adapted_as_alone(name: str) -> None:
         torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-13)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adafactor", "lbfgs", "rprop"])
 def test_on_inductor(name: str) -> None:
     case, model = CASES[name], make_model()

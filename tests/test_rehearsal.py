@@ -71,6 +71,7 @@ def everything(model: nn.Module, unroll: adaptrt.CompiledUnroll, num_tasks: int 
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("adjoint, num_tasks", [(Replay(every=2), None), (Stash(), None), (Unrolled(), None), (Stash(), 2)], ids=str)
 def test_what_a_rehearsal_computes_is_never_seen(adjoint: Adjoint, num_tasks: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auto, "MIN_FLOPS_OF_A_TASK", 1)  # tasks one by one

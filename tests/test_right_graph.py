@@ -195,6 +195,7 @@ def test_they_are_right(name: str, tasks: bool) -> None:
         check_case(CASES[name], adjoint, "eager", tasks)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["in-place operations on noise", "selection by a constant mask", "p[i]", "p[i] = v"])
 def test_they_are_right_compiled(name: str) -> None:
     check_case(CASES[name], Replay(), "inductor", False)

@@ -99,6 +99,7 @@ def test_auto_keeps_what_fits() -> None:
         assert adjoint == expected and "MB" in reason
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_stash_and_replay_agree(backend: str) -> None:
     model, found = conv_dropout(), list[list[Tensor]]()
@@ -114,6 +115,7 @@ def test_stash_and_replay_agree(backend: str) -> None:
         assert_close(a, b, HIGH_DERIVATIVE)
 
 
+@pytest.mark.slow
 def test_auto_looks_closer_before_it_finds_it_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     """Decomposed for Inductor, a step keeps less than its operations would; the estimate is of that."""
     monkeypatch.setattr(auto, "MAX_UNROLLED_OPERATIONS", 0)
@@ -127,6 +129,7 @@ def test_auto_looks_closer_before_it_finds_it_too_much(monkeypatch: pytest.Monke
     assert 0.5 * kept <= 1e6 * float(stated[1]) <= 2 * kept
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["eager", "inductor"])
 def test_statistics_that_stay_as_they_are(backend: str) -> None:
     """In eval mode the buffers before and after a step are one value; each is a result of its own."""
@@ -140,6 +143,7 @@ def test_statistics_that_stay_as_they_are(backend: str) -> None:
         assert_close(a, b, GRADIENT)
 
 
+@pytest.mark.slow
 def test_inductors_rules_find_what_they_use_in_a_fresh_process() -> None:
     """That of max-pooling uses a module of Inductor's that it does not import."""
     code = """
