@@ -11,8 +11,8 @@ Two events may come at any moment and would leave them changed.
   has called where nothing may raise, which ends the process. So handlers wait for the end of a capture or compilation unless user's code
   runs at that moment (`_Signals`), and what was left undone nevertheless is undone there (`leaving_nothing`).
 
-Known limits: locks of other libraries, PyTorch's among them, stay as the fork found them. A signal that has waited for a second raises where
-it comes up, which is in PyTorch's code.
+Known limits: locks of other libraries, PyTorch's among them, stay as the fork found them. A handler that has waited for a second is called
+wherever the main thread is, which may be in PyTorch's code.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ import threading
 import time
 import traceback
 import types
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -87,6 +88,20 @@ class changed:
         if self in _open:
             self.undo()
             _open.remove(self)
+
+
+@contextlib.contextmanager
+def warnings_put_back() -> Generator[None]:
+    """As `warnings.catch_warnings`, in a forked child, too."""
+    block = warnings.catch_warnings()
+
+    def undo() -> None:
+        with contextlib.suppress(RuntimeError):  # it has not been entered yet
+            block.__exit__(None, None, None)
+
+    with changed(undo):
+        block.__enter__()
+        yield
 
 
 def leaving_nothing(fn: Callable[Params, Result]) -> Callable[Params, Result]:

@@ -164,12 +164,14 @@ def test_kernels_are_being_built(tmp_path: Path) -> None:
 
     cpp._run = slow
     model, unroll = make("inductor")
+    filters = warnings.filters[:]
     thread = threading.Thread(target=check, args=(model, unroll, 4))
     thread.start()
     assert building.wait(100)
 
     def child():
         leaves.set()
+        assert warnings.filters == filters
         check(model, unroll, 5)
         check(model, unroll, 4)
 
