@@ -225,7 +225,7 @@ class _Signals:
                 if hasattr(signal, "pthread_kill"):
                     signal.pthread_kill(threading.main_thread().ident or 0, number)
                 else:
-                    _thread.interrupt_main(number)
+                    _thread.interrupt_main(signal.Signals(number))
 
 
 class _NotAllowed(Exception):

@@ -65,6 +65,7 @@ assert happened == ["SIGTERM", "stopped"], happened
 def test_a_signal_does_not_wait_for_ever() -> None:
     """It is sent once more after a while; and code that waits through the standard library is the caller's."""
     run("""
+process._AGAIN_S = 0.2
 signal.signal(signal.SIGALRM, handler)
 never = of_library("def fn():\\n    signal.raise_signal(signal.SIGALRM)\\n    while True:\\n        pass")
 stops(never)
@@ -87,7 +88,7 @@ happened.clear()
 signal.signal(signal.SIGTERM, note)
 once = of_library("def fn():\\n    signal.raise_signal(signal.SIGTERM)")
 once()
-process.leaving_nothing(lambda: time.sleep(1))()
+process.leaving_nothing(lambda: time.sleep(0.5))()
 assert happened == ["SIGTERM"], happened
 """)
 

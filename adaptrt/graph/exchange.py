@@ -19,7 +19,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -185,7 +185,7 @@ def exchanged_attribute(owner: Any, name: str, other: Callable[..., Any]) -> Gen
     Subclasses that call a class method of the owner's get the original.
     """
     original: Callable[..., Any] = getattr(owner, name)
-    before = vars(owner).get(name, _INHERITED)
+    before: Any = owner.__dict__.get(name, _INHERITED)
     thread: int | None = threading.get_ident()
 
     @functools.wraps(original)
@@ -209,19 +209,19 @@ def exchanged_attribute(owner: Any, name: str, other: Callable[..., Any]) -> Gen
 _INHERITED = object()
 
 
-def _as_was(found: Any, owner: type, either: Callable[..., Any]) -> Any:
+def _as_was(found: object, owner: type, either: Callable[..., Any]) -> Any:
     """What to put in a class for `either` to be called as `found` was: as a class method of the owner, as a static method, or as it is."""
     if isinstance(found, staticmethod):
         return staticmethod(either)
     if not isinstance(found, classmethod):
         return either
-    method: classmethod[Any, Any, Any] = found
+    method = cast("classmethod[Any, Any, Any]", found)
 
     @functools.wraps(method.__func__)
     def call(cls: type, *args: Any, **kwargs: Any) -> Any:
         return (either if cls is owner else method.__get__(None, cls))(*args, **kwargs)
 
-    return classmethod(call)
+    return cast(Any, classmethod)(call)
 
 
 FX_TRACING = Entry(
