@@ -11,15 +11,16 @@ Two events may come at any moment and would leave them changed.
   has called where nothing may raise, which ends the process. So handlers wait for the end of a capture or compilation unless user's code
   runs at that moment (`_Signals`), and what was left undone nevertheless is undone there (`leaving_nothing`).
 
-Known limits: locks of other libraries, PyTorch's among them, stay as the fork found them. Putting a handler back is an ordinary call of
-`signal.signal`: `signal.siginterrupt` has to be called again afterwards, and a handler that C code has put in the place of one that is
-written in Python is lost.
+Known limits: locks of other libraries, PyTorch's among them, stay as the fork found them. A handler that has waited for a second is called
+wherever the main thread is, which may be in PyTorch's code.
 """
 
 from __future__ import annotations
 
+import _thread
 import contextlib
 import contextvars
+import ctypes
 import functools
 import os
 import signal
@@ -27,9 +28,11 @@ import sys
 import sysconfig
 import threading
 import time
+import traceback
 import types
+import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from typing import Any, ParamSpec, TypeVar
 
 import torch
@@ -87,6 +90,20 @@ class changed:
             _open.remove(self)
 
 
+@contextlib.contextmanager
+def warnings_put_back() -> Generator[None]:
+    """As `warnings.catch_warnings`, in a forked child, too."""
+    block = warnings.catch_warnings()
+
+    def undo() -> None:
+        with contextlib.suppress(RuntimeError):  # it has not been entered yet
+            block.__exit__(None, None, None)
+
+    with changed(undo):
+        block.__enter__()
+        yield
+
+
 def leaving_nothing(fn: Callable[Params, Result]) -> Callable[Params, Result]:
     """Decorates a function: when it ends, all changes are undone that this thread has made since it began.
 
@@ -104,21 +121,24 @@ def leaving_nothing(fn: Callable[Params, Result]) -> Callable[Params, Result]:
             return contextvars.copy_context().run(fn, *args, **kwargs)
         finally:
             try:
-                _undo_all_but(before)
-            except BaseException:
-                _undo_all_but(before)
-                raise
-            if signals is not None:
-                signals.handle_pending()
+                try:
+                    _undo_all_but(before)
+                except BaseException:
+                    _undo_all_but(before)
+                    raise
+            finally:
+                if signals is not None:
+                    signals.handle_pending()
 
     return run
 
 
 def _undo_all_but(before: set[changed]) -> None:
     thread = threading.get_ident()
-    for change in reversed(_open.copy()):
-        if change.thread == thread and change not in before:
-            change.close()
+    with contextlib.ExitStack() as stack:  # which goes on with the others where one raises
+        for change in _open.copy():
+            if change.thread == thread and change not in before:
+                stack.callback(change.close)
 
 
 _deferring: _Signals | None = None
@@ -127,13 +147,15 @@ _deferring: _Signals | None = None
 class _Signals:
     """Stands in for the handlers of signals that are written in Python, while functions run that `leaving_nothing` has decorated.
 
-    A handler is called at once if the signal comes while user's code runs, or while the main thread waits for a compiler, or if it comes
-    again after a while, as when somebody presses Ctrl-C once more. Otherwise it is called when the innermost of these functions ends.
+    A handler is called at once if the signal comes while user's code runs, or while the main thread waits for a compiler. Otherwise it is
+    called when the innermost of these functions ends, or after `_AGAIN_S`, when a thread sends the signal once more.
     """
 
     def __init__(self) -> None:
         self._handlers: dict[int, Any] = {}
         self._pending: dict[int, float] = {}  # for each signal when it came
+        self._sent_again: set[int] = set()
+        self._lock = lock()
 
     def install(self) -> None:
         """Stands in from now on, if it does not yet. To be called in the main thread."""
@@ -146,37 +168,109 @@ class _Signals:
             handler = signal.getsignal(number)
             if callable(handler):
                 self._handlers[number] = handler
-                signal.signal(number, self)
+                try:
+                    _set_handler(number, self)
+                except _NotAllowed:
+                    return
 
     def restore(self) -> None:
         """Puts the handlers back."""
         global _deferring
+        with self._lock:
+            _deferring = None
         for number, handler in self._handlers.items():
             if signal.getsignal(number) is self:
-                signal.signal(number, handler)
-        _deferring = None
+                _set_handler(number, handler)
 
     def handle_pending(self) -> None:
-        """Calls the handlers of the signals that have come in the meantime."""
+        """Calls the handlers of the signals that have come in the meantime, of all of them even if one raises."""
         while self._pending:
             number = next(iter(self._pending))
-            del self._pending[number]
-            self._handlers[number](number, sys._getframe())
+            self._forget(number)
+            try:
+                self._handlers[number](number, sys._getframe())
+            finally:
+                self.handle_pending()
 
     def __call__(self, number: int, frame: types.FrameType | None) -> Any:
         """As a handler of signals."""
+        with self._lock:
+            if number in self._sent_again:
+                self._sent_again.remove(number)
+                if number not in self._pending:
+                    return None  # it was handled while it was sent
+        now = time.monotonic()
         if _deferring is self and not _may_raise(frame):
-            since_s = time.monotonic() - self._pending.setdefault(number, time.monotonic())
-            if since_s < _AGAIN_S:
+            if number not in self._pending:
+                self._pending[number] = now
+                with contextlib.suppress(RuntimeError):  # there can be no more threads
+                    # Not one of `threading`, whose locks the interrupted code may hold.
+                    _thread.start_new_thread(self._send_again, (number, now))
+            if now - self._pending.get(number, now) < _AGAIN_S:
                 return None
-        self._pending.pop(number, None)
+        self._forget(number)
         return self._handlers[number](number, frame)
 
+    def _forget(self, number: int) -> None:
+        with self._lock:
+            self._pending.pop(number, None)
+
+    def _send_again(self, number: int, since: float) -> None:
+        """Sends a signal to the main thread that has waited since then for `_AGAIN_S`, if it still waits."""
+        while (rest_s := since + _AGAIN_S - time.monotonic()) > 0:
+            time.sleep(rest_s)
+        with self._lock:
+            if _deferring is self and self._pending.get(number) == since and signal.getsignal(number) is self:
+                self._sent_again.add(number)
+                if hasattr(signal, "pthread_kill"):
+                    signal.pthread_kill(threading.main_thread().ident or 0, number)
+                else:
+                    _thread.interrupt_main(signal.Signals(number))
+
+
+class _NotAllowed(Exception):
+    """Only the thread that has started the process may set handlers, which need not be the first that has imported `threading`."""
+
+
+def _set_handler(number: int, handler: Any) -> None:
+    """Sets the handler that is written in Python. What C code and `signal.siginterrupt` have told the system about the signal stays.
+
+    Raises:
+      _NotAllowed: not in this thread.
+    """
+    kept = ctypes.create_string_buffer(_ACTION_SIZE)
+    is_kept = _sigaction is not None and _sigaction(number, None, kept) == 0
+    try:
+        signal.signal(number, handler)
+    except ValueError as error:
+        *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+        if frame.f_code.co_filename != signal.__file__:
+            raise  # a handler has raised it
+        raise _NotAllowed from None
+    if _sigaction is not None and is_kept:
+        _sigaction(number, kept, None)
+
+
+def _find_sigaction() -> Callable[[int, Any, Any], int] | None:
+    """The function of the C library, where there is one. It is called without releasing the interpreter's lock."""
+    if sys.platform not in ("linux", "darwin"):
+        return None
+    try:
+        found = ctypes.PyDLL(None).sigaction
+    except (OSError, AttributeError):
+        return None
+    found.argtypes = [ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p]
+    return found
+
+
+_sigaction = _find_sigaction()
+_ACTION_SIZE = 256
+"""Bytes. No system's `struct sigaction` is larger; what is in it is not looked at."""
 
 _AGAIN_S = 1.0
 
 _SIGNALS = signal.valid_signals()
-_LIBRARIES = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep, "<frozen")
+_LIBRARIES = (os.path.dirname(torch.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
 _STANDARD_LIBRARY = sysconfig.get_path("stdlib") + os.sep
 
 
@@ -190,13 +284,17 @@ _waiting: set[types.CodeType] = set()
 
 
 def _may_raise(frame: types.FrameType | None) -> bool:
-    """Whether code runs that leaves everything in order if it is left by an exception: user's code, or code that waits."""
-    if frame is None:
-        return True
-    code = frame.f_code
-    if code.co_filename.startswith(_LIBRARIES):
-        return code in _waiting
-    return not code.co_filename.startswith(_STANDARD_LIBRARY) or "-packages" in code.co_filename
+    """Whether code runs that leaves everything in order if it is left by an exception: user's code, or code that waits.
+
+    Code of the standard library counts as its caller's.
+    """
+    while frame is not None and _is_of_standard_library(frame.f_code.co_filename):
+        frame = frame.f_back
+    return frame is None or not frame.f_code.co_filename.startswith(_LIBRARIES) or frame.f_code in _waiting
+
+
+def _is_of_standard_library(file: str) -> bool:
+    return file.startswith("<frozen") or (file.startswith(_STANDARD_LIBRARY) and "-packages" not in file)
 
 
 def _renew() -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 PRELUDE = """
-import os, queue, signal, sys, threading, time
+import os, queue, signal, sys, threading, time, warnings
 import torch, torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
@@ -82,8 +82,9 @@ def state():
         "functions": [getattr(torch._C, name) for name in names] + [torch.is_grad_enabled, torch.is_inference_mode_enabled],
         "modes": [torch._C._len_torch_dispatch_stack(), torch._C._len_torch_function_stack(), torch.is_grad_enabled()],
         "tracing": [bool(_symbolic_trace.is_fx_symbolic_tracing()), _python_dispatch._is_in_torch_dispatch_mode],
-        "checkpoint": [checkpoint.CheckpointFunction.apply],
+        "checkpoint": [vars(checkpoint.CheckpointFunction).get("apply")],
         "hooks": [len(module._global_forward_hooks), len(module._global_forward_pre_hooks)],
+        "warnings": warnings.filters[:],
         "profile": [sys.getprofile()],
         "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)],
         "inductor": inductor(),
@@ -94,7 +95,8 @@ def inductor():
     if "torch._inductor.async_compile" not in sys.modules:
         return None
     from adaptrt.backend.inductor.exchange import TABLE
-    return [getattr(*target.owner()) for entry in TABLE for target in entry.exchanged]
+    owners = [target.owner() for entry in TABLE for target in entry.exchanged]
+    return [vars(owner).get(name) for owner, name in owners]
 
 
 def in_child(fn, seconds=100):

@@ -23,7 +23,7 @@ from adaptrt.backend.base import Building, rehearsal
 from adaptrt.backend.inductor import small_matmuls
 from adaptrt.backend.inductor.exchange import COMPILER, FEW_LIBRARIES, TABLE, active, in_use
 from adaptrt.errors import UnknownPyTorch
-from adaptrt.graph import exchange
+from adaptrt.graph import exchange, tracing_state
 from adaptrt.graph.capture import capture
 from adaptrt.graph.exchange import FX_TRACING, FX_TRACING_OF_OLD, Entry, Target, exchanged
 
@@ -120,6 +120,45 @@ def test_exchanged_for_one_block_and_one_thread(monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(KeyError), exchanged(entry, lambda original: lambda: "other"):
         raise KeyError
     assert owner.name() == "original"
+
+
+class Parent:
+    @classmethod
+    def made(cls, text: str) -> str:
+        return f"{cls.__name__}: {text}"
+
+    @staticmethod
+    def plain(text: str) -> str:
+        return text
+
+
+class Owner(Parent):
+    @classmethod
+    def own(cls, text: str) -> str:
+        return f"{cls.__name__}: {text}"
+
+
+class Child(Owner):
+    pass
+
+
+@pytest.mark.parametrize("name", ["made", "own", "plain"])
+def test_exchanged_methods_of_classes(name: str) -> None:
+    """Afterwards each is what it was and where it was; subclasses get their own class at all times."""
+    before, calls = dict(vars(Owner)), [lambda: getattr(Owner, name)("x"), lambda: getattr(Owner(), name)("x")]
+    of_child = getattr(Child, name)("x")
+    wanted = [call() for call in calls]
+    with exchange.exchanged_attribute(Owner, name, lambda text: f"other {text}"):
+        assert list(inspect.signature(getattr(Owner, name)).parameters) == ["text"]
+        assert [call() for call in calls] == ["other x"] * 2
+        assert name == "plain" or getattr(Child, name)("x") == of_child
+        found: list[str] = []
+        thread = threading.Thread(target=lambda: found.extend(call() for call in calls))
+        thread.start()
+        thread.join()
+        assert found == wanted
+    assert dict(vars(Owner)) == before and getattr(Child, name)("x") == of_child
+    assert [call() for call in calls] == wanted
 
 
 # --- another PyTorch
@@ -249,6 +288,17 @@ def test_a_capture_where_nothing_tells_that_a_thread_traces(monkeypatch: pytest.
     with pytest.warns(UnknownPyTorch, match="may be captured wrongly"):
         graph = capture(torch.sin, torch.zeros(2))
     assert graph.num_nodes == 1
+
+
+def test_flags_of_modes_are_put_back_where_one_has_another_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils import _python_dispatch
+
+    monkeypatch.delattr(_python_dispatch, "_is_in_any_mode_without_ignore_compile_internals")
+    undo = tracing_state.flags_of_modes()
+    monkeypatch.setattr(_python_dispatch, "_is_in_torch_dispatch_mode", True)
+    undo()
+    assert not vars(_python_dispatch)["_is_in_torch_dispatch_mode"]
+    assert tracing_state.FLAGS_OF_MODES.fault() is not None
 
 
 def test_signatures_are_those_of_functions_that_are_exchanged() -> None:

@@ -110,6 +110,36 @@ def test_workers_of_a_data_loader() -> None:
     run_script(HELD + _dedent(script))
 
 
+def test_warning_filters_of_a_thread_that_compiles() -> None:
+    script = """
+    from adaptrt.backend.inductor import compile
+    from adaptrt.graph.capture import capture
+
+    inside, leaves = threading.Event(), threading.Event()
+
+    def stops(compile_once):
+        inside.set()
+        assert leaves.wait(100)
+        raise SystemExit  # nothing needs to be compiled
+
+    compile.trusting_the_processor = stops
+    graph = capture(torch.sin, torch.zeros(2))
+    before = warnings.filters[:]
+    thread = threading.Thread(target=compile._compile, args=(graph, None))
+    thread.start()
+    assert inside.wait(100)
+
+    def child():
+        assert warnings.filters == before
+
+    code = in_child(child)
+    leaves.set()
+    thread.join()
+    assert code == 0 and warnings.filters == before
+    """
+    run_script(_dedent(script))
+
+
 @pytest.mark.slow
 def test_a_background_compiler_is_at_work() -> None:
     """What was still to be compiled when the process was forked is compiled in the child, by a thread of its own."""

@@ -13,22 +13,28 @@ from tests.processes import INTERRUPTED, run_script, start
 pytestmark = pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="there are no such signals here")
 
 
-@pytest.mark.parametrize("counts", ["enters_or_leaves", "anything"])
-def test_captures(counts: str) -> None:
-    script = f"""
-model, unroll = make("eager")
-check(model, unroll, 3)
-at_random_moments(use, {counts}, 5)
-"""
-    run_script(INTERRUPTED + script)
-
-
-def test_calls() -> None:
+def test_at_any_moment() -> None:
+    """Of captures and of calls, and while programs are rehearsed: those that ran without values afterwards would give any number."""
     script = """
+from adaptrt.backend import base
+from adaptrt.runtime import calls
+
 model, unroll = make("eager")
 check(model, unroll, 3)
+at_random_moments(use, enters_or_leaves, 5)
+at_random_moments(use, anything, 5)
 use(4)
 at_random_moments(lambda size: [use(4) for _ in range(3)], anything, 40)
+
+def fails():
+    base._rehearsal.is_on = True
+    raise Stop
+
+try:
+    calls._rehearse(lambda: fails(), ())
+except Stop:
+    pass
+assert not base.rehearsing()
 """
     run_script(INTERRUPTED + script)
 
@@ -95,25 +101,6 @@ assert (signal.getsignal(signal.SIGUSR1), signal.getsignal(signal.SIGINT)) == be
 check(model, unroll, 4)
 """
     run_script(script)
-
-
-def test_a_rehearsal_is_not_left_on() -> None:
-    """Programs that ran without values after an interrupted rehearsal would give any number."""
-    script = """
-from adaptrt.backend import base
-from adaptrt.runtime import calls
-
-def fails():
-    base._rehearsal.is_on = True
-    raise Stop
-
-try:
-    calls._rehearse(lambda: fails(), ())
-except Stop:
-    pass
-assert not base.rehearsing()
-"""
-    run_script(INTERRUPTED + script)
 
 
 @pytest.mark.slow

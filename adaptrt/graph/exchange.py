@@ -19,7 +19,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Callable, Generator
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -180,8 +180,12 @@ def exchanged(entry: Entry, *makers: Callable[[Any], Callable[..., Any]]) -> Gen
 
 @contextlib.contextmanager
 def exchanged_attribute(owner: Any, name: str, other: Callable[..., Any]) -> Generator[None]:
-    """Within the block this thread gets `other` for a function, public or not. To be entered under the lock `COMPILING`."""
+    """Within the block this thread gets `other` for a function, public or not. To be entered under the lock `COMPILING`.
+
+    Subclasses that call a class method of the owner's get the original.
+    """
     original: Callable[..., Any] = getattr(owner, name)
+    before: Any = owner.__dict__.get(name, _INHERITED)
     thread: int | None = threading.get_ident()
 
     @functools.wraps(original)
@@ -190,12 +194,34 @@ def exchanged_attribute(owner: Any, name: str, other: Callable[..., Any]) -> Gen
 
     def undo() -> None:
         nonlocal thread
-        setattr(owner, name, original)
+        if before is not _INHERITED:
+            setattr(owner, name, before)
+        elif name in vars(owner):
+            delattr(owner, name)
         thread = None  # whoever has imported `either` in the meantime keeps it
 
+    found = inspect.getattr_static(owner, name) if isinstance(owner, type) else None
     with changed(undo):
-        setattr(owner, name, either)
+        setattr(owner, name, _as_was(found, owner, either))
         yield
+
+
+_INHERITED = object()
+
+
+def _as_was(found: object, owner: type, either: Callable[..., Any]) -> Any:
+    """What to put in a class for `either` to be called as `found` was: as a class method of the owner, as a static method, or as it is."""
+    if isinstance(found, staticmethod):
+        return staticmethod(either)
+    if not isinstance(found, classmethod):
+        return either
+    method = cast("classmethod[Any, Any, Any]", found)
+
+    @functools.wraps(method.__func__)
+    def call(cls: type, *args: Any, **kwargs: Any) -> Any:
+        return (either if cls is owner else method.__get__(None, cls))(*args, **kwargs)
+
+    return cast(Any, classmethod)(call)
 
 
 FX_TRACING = Entry(
@@ -216,4 +242,14 @@ FX_TRACING_OF_OLD = dataclasses.replace(
     needed=(Target("torch.fx._symbolic_trace", "_is_fx_tracing_flag"),),
     versions="2.11 to 2.13",
     warns=True,
+)
+
+FLAGS_OF_MODES = Entry(
+    "flags of dispatch modes",
+    "What the process remembers about dispatch modes is put back after a signal or a fork in a capture (`tracing_state.py`).",
+    "after a signal or a fork at such a moment torch.compile may compile nothing any more",
+    needed=(
+        Target("torch.utils._python_dispatch", "set_is_in_mode_without_ignore_compile_internals"),
+        Target("torch.utils._python_dispatch", "_is_in_any_mode_without_ignore_compile_internals"),
+    ),
 )

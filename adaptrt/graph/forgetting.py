@@ -2,14 +2,13 @@
 
 Tracing leaves something behind in the process: what an operation does to fake tensors of some shape, the source of every generated module,
 and a context variable for every setting that was changed for a while. PyTorch keeps all of it for ever. A process that sees data of
-thousands of shapes would keep hundreds of kilobytes of each.
+thousands of shapes would keep hundreds of kilobytes of each. Context variables are dealt with in `adaptrt/process.py` (`leaving_nothing`).
 """
 
 # pyright: reportPrivateUsage=false
 
 from __future__ import annotations
 
-import contextvars
 import functools
 import linecache
 from collections import deque
@@ -53,8 +52,7 @@ def forgetting(fn: Callable[Parameters, Result]) -> Callable[Parameters, Result]
     def traces(*args: Parameters.args, **kwargs: Parameters.kwargs) -> Result:
         first = _next_source()
         try:
-            # Context variables that it sets are those of a copy, which nobody needs afterwards.
-            return contextvars.copy_context().run(fn, *args, **kwargs)
+            return fn(*args, **kwargs)
         finally:
             _forget(first)
 

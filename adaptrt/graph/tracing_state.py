@@ -15,20 +15,24 @@ from torch import overrides
 from torch.fx import _symbolic_trace
 from torch.utils import _python_dispatch
 
-from adaptrt.graph.exchange import FX_TRACING, FX_TRACING_OF_OLD
+from adaptrt.graph.exchange import FLAGS_OF_MODES, FX_TRACING, FX_TRACING_OF_OLD
 from adaptrt.process import changed
 
 
 def flags_of_modes() -> Callable[[], None]:
-    """Returns a function that puts back what PyTorch remembers about dispatch modes for the whole process."""
+    """Returns a function that puts back what PyTorch remembers about dispatch modes for the whole process.
+
+    Known limit: each mode remembers these flags when it begins and puts them back when it ends, so modes of two threads that overlap may
+    leave them wrong. So may a capture and a mode of another thread that begins or ends meanwhile. PyTorch does not say which modes other
+    threads are in.
+    """
     scope: dict[str, Any] = cast(Any, _python_dispatch).__dict__
     before = {name: value for name, value in scope.items() if name.startswith("_is_in_")}
-    put = scope.get("set_is_in_mode_without_ignore_compile_internals")
 
     def undo() -> None:
         scope.update(before)
-        if put is not None:
-            put(before["_is_in_any_mode_without_ignore_compile_internals"])
+        if FLAGS_OF_MODES.holds:
+            scope["set_is_in_mode_without_ignore_compile_internals"](before["_is_in_any_mode_without_ignore_compile_internals"])
 
     return undo
 

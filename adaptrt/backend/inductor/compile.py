@@ -55,7 +55,7 @@ from adaptrt.graph.passes.merge_duplicates import merge_duplicates
 from adaptrt.graph.passes.own_outputs import own_outputs
 from adaptrt.graph.passes.remove_identities import remove_identities
 from adaptrt.graph.passes.retrace import fake_inputs
-from adaptrt.process import leaving_nothing
+from adaptrt.process import leaving_nothing, warnings_put_back
 
 _KEPT = torch.ops.aten.embedding_dense_backward.default
 """Left to ATen. Decomposed, the gradient of an embedding is a scatter into a buffer, and the CPU code of 2.13 fuses with it what reads that
@@ -188,7 +188,7 @@ def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any,
     """Returns what Inductor makes of a graph, and the graph that Inductor was given. `waits` is as for `few_libraries`."""
     if all(entry.spec.device.type == "cpu" for entry in graph.signature.inputs):
         let_freed_memory_stay()
-    with COMPILING, warnings.catch_warnings():
+    with COMPILING, warnings_put_back():
         warnings.filterwarnings("ignore", category=DeprecationWarning)
         # PyTorch 2.11 says so of every softmax over fewer than eight numbers; nobody can do anything about it.
         warnings.filterwarnings("ignore", message=r"\s*Online softmax is disabled")

@@ -23,6 +23,7 @@ import torch
 
 from adaptrt.backend.inductor.sources import tag
 from adaptrt.backend.inductor.store import Store
+from adaptrt.process import waits
 
 _PREFIX = "torch/csrc/inductor/cpp_prefix.h"
 """What every kernel includes. It takes seconds to read, and is compiled once."""
@@ -142,6 +143,7 @@ _NOT_THE_SOURCE = (
 )
 
 
+@waits
 def _run(command: Sequence[str], folder: Path) -> None:
     from torch._inductor.exc import CppCompileError
 

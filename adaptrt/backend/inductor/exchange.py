@@ -11,7 +11,7 @@ from adaptrt.backend.engine import FREED, RETAINED
 from adaptrt.backend.entry_points import ENTRY_POINTS
 from adaptrt.backend.guards import GUARDS, TANGENTS
 from adaptrt.graph.defaults import DEFAULT_DEVICE
-from adaptrt.graph.exchange import FX_TRACING, FX_TRACING_OF_OLD, Entry, Target
+from adaptrt.graph.exchange import FLAGS_OF_MODES, FX_TRACING, FX_TRACING_OF_OLD, Entry, Target
 from adaptrt.graph.forgetting import FAKE_RESULTS, GENERATED_SOURCES
 from adaptrt.graph.plain import CHECKPOINTS, SAVING_HOOKS
 from adaptrt.graph.pytrees import PYTREES
@@ -197,6 +197,7 @@ TABLE: tuple[Entry, ...] = (
     ENTRY_POINTS,
     FX_TRACING,
     FX_TRACING_OF_OLD,
+    FLAGS_OF_MODES,
     FAKE_RESULTS,
     GENERATED_SOURCES,
 )
