@@ -9,6 +9,7 @@ thousands of shapes would keep hundreds of kilobytes of each.
 
 from __future__ import annotations
 
+import contextlib
 import contextvars
 import functools
 import linecache
@@ -56,16 +57,19 @@ def forgetting(fn: Callable[Parameters, Result]) -> Callable[Parameters, Result]
             # Context variables that it sets are those of a copy, which nobody needs afterwards.
             return contextvars.copy_context().run(fn, *args, **kwargs)
         finally:
-            _forget(first)
+            with contextlib.suppress(Exception):  # another PyTorch may have anything under these names, and then memory grows
+                _forget(first)
 
     return traces
 
 
 def _next_source() -> int:
+    if not GENERATED_SOURCES.holds:
+        return 0
     from torch.fx import graph_module
 
     loader: Any = graph_module._loader
-    return loader.next_id if GENERATED_SOURCES.holds else 0
+    return loader.next_id
 
 
 def _forget(first_source: int) -> None:
