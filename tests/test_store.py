@@ -113,6 +113,8 @@ def test_what_keys_depend_on(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "libc_ver", lambda: ("glibc", "2.17"))
     keys.append(cpp.key_of("source"))
     assert len(set(keys)) == 3
+    with config.patch({"cpp.threads": 7}):
+        assert cpp.key_of("source") == keys[-1], "the source says how many"
 
 
 # --- libraries that the system cannot load

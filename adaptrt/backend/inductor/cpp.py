@@ -47,15 +47,17 @@ def _surroundings() -> str:
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     isa: Any = pick_vec_isa()
-    settings = {
-        name: value for name, value in config.save_config_portable(ignore_private_configs=False).items() if name.startswith(_SETTINGS)
-    }
+    all_settings = config.save_config_portable(ignore_private_configs=False)
+    settings = {name: value for name, value in all_settings.items() if name.startswith(_SETTINGS) and name not in _OF_SOURCES}
     python = sysconfig.get_config_var("SOABI")
     return f"{tag()} {torch.__version__} {torch.version.git_version} {python} {isa} {isa.build_arch_flags()} {settings} {_machine()}"
 
 
 _SETTINGS = ("cpp.", "aot_inductor.")
 """Those that the flags of the C++ compiler depend on."""
+
+_OF_SOURCES = ("cpp.threads", "cpp.max_horizontal_fusion_size")
+"""Those that differ from program to program and only matter for what Inductor writes."""
 
 
 def _machine() -> str:
