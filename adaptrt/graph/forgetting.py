@@ -9,6 +9,7 @@ thousands of shapes would keep hundreds of kilobytes of each. Context variables 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import linecache
 from collections import deque
@@ -54,16 +55,19 @@ def forgetting(fn: Callable[Parameters, Result]) -> Callable[Parameters, Result]
         try:
             return fn(*args, **kwargs)
         finally:
-            _forget(first)
+            with contextlib.suppress(Exception):  # another PyTorch may have anything under these names, and then memory grows
+                _forget(first)
 
     return traces
 
 
 def _next_source() -> int:
+    if not GENERATED_SOURCES.holds:
+        return 0
     from torch.fx import graph_module
 
     loader: Any = graph_module._loader
-    return loader.next_id if GENERATED_SOURCES.holds else 0
+    return loader.next_id
 
 
 def _forget(first_source: int) -> None:

@@ -11,6 +11,7 @@ import os
 import shutil
 import sysconfig
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -57,9 +58,9 @@ def assertions_count() -> bool:
 
 def cannot_build(error: BaseException) -> bool:
     """Whether compiling a program failed because this machine cannot build or keep it. A warning says so, once for each reason."""
-    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+    from torch._inductor.exc import CppCompileError
 
-    reason = _cause(error, (OSError, ImportError, InvalidCxxCompiler, CppCompileError))
+    reason = _cause(error, lambda cause: isinstance(cause, (ImportError, CppCompileError)) or _is_of_the_system(cause))
     if reason is None:
         return False
     kind = f"{type(reason).__name__} {getattr(reason, 'errno', '')}"
@@ -78,14 +79,22 @@ def cannot_build(error: BaseException) -> bool:
 
 def comes_from_outside(error: BaseException) -> bool:
     """Whether an error is the system's, so that compiling in another way would fail as well: a full disk, or a compiler that was killed."""
+    return _cause(error, _is_of_the_system) is not None
+
+
+def _is_of_the_system(error: BaseException) -> bool:
     from torch._inductor.exc import InvalidCxxCompiler
 
-    return _cause(error, (OSError, InvalidCxxCompiler)) is not None
+    # Python and PyTorch have no classes for these.
+    texts = ("can't start new thread", "can't allocate memory", "bad_alloc")
+    return isinstance(error, (OSError, MemoryError, InvalidCxxCompiler)) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
 
 
-def _cause(error: BaseException | None, kinds: tuple[type[BaseException], ...]) -> BaseException | None:
-    """The error, or what it was raised for, that is of one of these kinds."""
-    while error is not None and not isinstance(error, kinds):
+def _cause(error: BaseException | None, is_meant: Callable[[BaseException], bool]) -> BaseException | None:
+    """The error, or what it was raised for, that is meant."""
+    while error is not None and not is_meant(error):
         error = getattr(error, "inner_exception", None) or error.__cause__
     return error
 

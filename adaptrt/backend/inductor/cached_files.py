@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import weakref
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,21 @@ def cached_files() -> Generator[None]:
     """Within the block, files that Inductor finds are looked at, and what it loads is not kept by its tables."""
     with exchanged(INTACT_FILES, _write, _write_to_disk, _folder_of), exchanged(FORGOTTEN_PROGRAMS, _load, lambda original: _not_kept):
         yield
+
+
+def free_with(compiled: Any) -> None:
+    """Frees the kernels of a compiled graph when it is dropped.
+
+    The generated module and its functions refer to each other, so that only Python's garbage collection would free them. It may be off.
+    """
+    call = getattr(compiled, "current_callable", None)
+    module: dict[str, Any] = getattr(getattr(call, "__func__", call), "__globals__", {})
+    name = module.get("__name__", "")
+    if name.startswith(_GENERATED) and name not in sys.modules:  # otherwise somebody else has it, too
+        weakref.finalize(compiled, module.clear).atexit = False
+
+
+_GENERATED = "torch._inductor.runtime.compile_tasks."
 
 
 def _write(original: Callable[..., tuple[str, str]]) -> Callable[..., tuple[str, str]]:

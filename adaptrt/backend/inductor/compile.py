@@ -30,7 +30,7 @@ from adaptrt.backend.eager import Eager
 from adaptrt.backend.inductor import processor
 from adaptrt.backend.inductor.assumptions import assumptions_in_the_code, number_of_threads
 from adaptrt.backend.inductor.available import cannot_build, comes_from_outside, refuse_without_assertions
-from adaptrt.backend.inductor.cached_files import cached_files
+from adaptrt.backend.inductor.cached_files import cached_files, free_with
 from adaptrt.backend.inductor.exchange import COLLECTING, COMPILER, RANDOM_STATE, SIZE_ASSERTS, active, in_use
 from adaptrt.backend.inductor.few_libraries import few_libraries
 from adaptrt.backend.inductor.index_strides import quick_strides
@@ -237,6 +237,7 @@ def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any,
                 with nothing_exchanged():
                     compiled = compile_once()  # raises again where what is exchanged was not the reason
                 give_up(f"what this library exchanges in PyTorch's compiler made it fail ({type(error).__name__}: {error})")
+    free_with(compiled)
     return compiled, graph
 
 

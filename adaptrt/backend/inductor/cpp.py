@@ -8,13 +8,16 @@ command is a list from the start, and the compiler runs in the folder of what it
 
 from __future__ import annotations
 
+import atexit
+import contextlib
 import hashlib
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sysconfig
-from collections.abc import Iterable, Sequence
+from collections.abc import Generator, Iterable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -22,8 +25,8 @@ from typing import Any
 import torch
 
 from adaptrt.backend.inductor.sources import tag
-from adaptrt.backend.inductor.store import Store
-from adaptrt.process import waits
+from adaptrt.backend.inductor.store import Store, only_ours
+from adaptrt.process import after_fork, waits
 
 _PREFIX = "torch/csrc/inductor/cpp_prefix.h"
 """What every kernel includes. It takes seconds to read, and is compiled once."""
@@ -44,14 +47,27 @@ def _surroundings() -> str:
     from torch._inductor.cpu_vec_isa import pick_vec_isa
 
     isa: Any = pick_vec_isa()
-    settings = {name: value for name, value in config.save_config_portable(ignore_private_configs=False).items() if name.startswith("cpp.")}
+    all_settings = config.save_config_portable(ignore_private_configs=False)
+    settings = {name: value for name, value in all_settings.items() if name.startswith(_SETTINGS) and name not in _OF_SOURCES}
     python = sysconfig.get_config_var("SOABI")
-    return f"{tag()} {torch.__version__} {torch.version.git_version} {python} {isa} {isa.build_arch_flags()} {settings} {_processor()}"
+    return f"{tag()} {torch.__version__} {torch.version.git_version} {python} {isa} {isa.build_arch_flags()} {settings} {_machine()}"
+
+
+_SETTINGS = ("cpp.", "aot_inductor.")
+"""Those that the flags of the C++ compiler depend on."""
+
+_OF_SOURCES = ("cpp.threads", "cpp.max_horizontal_fusion_size")
+"""Those that differ from program to program and only matter for what Inductor writes."""
+
+
+def _machine() -> str:
+    """A folder may be shared with other machines, and code for a newer C library does not run with an older one."""
+    return f"{_processor()} {platform.libc_ver()}"
 
 
 @cache
 def _processor() -> str:
-    """The code is for the processor that it is compiled on (`-march=native`), and a folder may be shared with other machines."""
+    """The code is for the processor that it is compiled on (`-march=native`)."""
     kinds = ("model name", "flags", "Features", "CPU part")
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").split("\n\n")[0].splitlines()
@@ -106,7 +122,7 @@ class Compiler:
 
     def _header(self) -> Path | None:
         """The compiled header. None if it cannot be made: then each source reads the header's text."""
-        from torch._inductor.runtime.cache_dir_utils import default_cache_dir
+        from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
         if not self._precompiles:
             return None
@@ -116,13 +132,21 @@ class Compiler:
             (folder / "prefix.h").write_text(f"#include <{_PREFIX}>\n", encoding="utf-8")
             _run([self._program, "-x", "c++-header", "prefix.h", *flags, "-o", "prefix.h.gch"], folder)
 
+        name = hashlib.sha256(f"{self._version} {torch.__version__} {flags} {_machine()}".encode()).hexdigest()[:40]
+        name = f"header-{name}"
+        # It is large, and the same for all folders of programs. But the default folder lies where others may have put something.
+        shared = Path(default_cache_dir()) / "adaptrt"
         try:
-            # It is large, and the same for all folders of programs.
-            store = Store(Path(default_cache_dir()) / "adaptrt")
-            key = hashlib.sha256(f"{self._version} {torch.__version__} {flags} {_processor()}".encode()).hexdigest()[:40]
-            return store.get_or_build(f"header-{key}", build) / "prefix.h"
+            shared.mkdir(parents=True, exist_ok=True)
+            if only_ours(shared):
+                entry = Store(shared).get_or_build(name, build)
+                if only_ours(entry, *entry.iterdir()):
+                    return entry / "prefix.h"
         except (OSError, RuntimeError):
-            return None
+            pass
+        with contextlib.suppress(OSError, RuntimeError):
+            return Store(Path(cache_dir()) / "adaptrt").get_or_build(name, build) / "prefix.h"
+        return None
 
 
 def _split(parts: Iterable[str]) -> list[str]:
@@ -149,13 +173,58 @@ def _run(command: Sequence[str], folder: Path) -> None:
 
     # Temporary files go where they are removed with everything else if the process is killed.
     environment = {**os.environ, "LC_ALL": "C", "TMPDIR": str(folder)}
-    found = subprocess.run(
-        command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
-    )
-    if not found.returncode:
+    with _ended_with_us(
+        subprocess.Popen(
+            command,
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            process_group=0,  # with which what it starts can be ended
+        )
+    ) as process:
+        output = process.communicate()[0].decode(errors="replace")
+    if not process.returncode:
         return
-    output = found.stdout.decode(errors="replace")
     reasons = [line for line in output.splitlines() if any(text in line for text in _NOT_THE_SOURCE)]
-    if found.returncode < 0 or reasons:
-        raise CannotBuild(f"{command[0]} ended with status {found.returncode} {reasons[0] if reasons else ''}".strip())
+    if process.returncode < 0 or reasons:
+        raise CannotBuild(f"{command[0]} ended with status {process.returncode} {reasons[0] if reasons else ''}".strip())
     raise CppCompileError(list(command), output)
+
+
+_running: set[subprocess.Popen[bytes]] = set()
+_ending = False
+
+
+@contextlib.contextmanager
+def _ended_with_us(process: subprocess.Popen[bytes]) -> Generator[subprocess.Popen[bytes]]:
+    """A block in which a compiler runs. It does not go on when this process ends."""
+    with process:
+        _running.add(process)
+        if _ending:
+            _end_all()
+        try:
+            yield process
+        except BaseException:
+            _end(process)
+            raise
+        finally:
+            _running.discard(process)
+
+
+@atexit.register
+def _end_all() -> None:
+    global _ending
+    _ending = True
+    for process in list(_running):
+        _end(process)
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    if process.returncode is None:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL) if hasattr(os, "killpg") else process.kill()
+
+
+after_fork(_running.clear)  # they are the parent's

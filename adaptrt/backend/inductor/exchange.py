@@ -172,6 +172,28 @@ RECORDED = Entry(
     ),
 )
 
+_SHAPES = "torch.fx.experimental.symbolic_shapes"
+
+COMPILER_TABLES = Entry(
+    "tables of the compiler",
+    "What the compiler remembers for ever is forgotten when it is much (`tables.py`).",
+    "the tables that are missing here are left alone, and memory may grow with every program",
+    needed=(
+        # Functions that remember their results. The key of each result holds the object whose method was called.
+        Target(_SHAPES, "ShapeEnv.simplify"),
+        Target(_SHAPES, "ShapeEnv.replace"),
+        Target(_SHAPES, "ShapeEnv.get_axioms"),
+        Target(_SHAPES, "ShapeEnv._maybe_evaluate_static"),
+        Target(_SHAPES, "ShapeEnv._inner_evaluate_expr"),
+        Target(f"{_INDUCTOR}.codegen.debug_utils", "DebugPrinterManager._get_debug_filtered_kernel_names"),
+        Target(f"{_INDUCTOR}.metrics", "cpp_outer_loop_fused_inner_counts"),
+        Target("torch._dynamo.utils", "compilation_time_metrics"),  # how long each part of each compilation took
+    ),
+)
+
+LATER_TABLES = (Target(f"{_INDUCTOR}.codecache", "FxGraphCachePickler._pickleable_type_cache"),)
+"""Like `COMPILER_TABLES`. PyTorch 2.11 does not have it. It is by class, and every generated module has a class of its own."""
+
 TABLE: tuple[Entry, ...] = (
     COMPILER,
     FEW_LIBRARIES,
@@ -185,6 +207,7 @@ TABLE: tuple[Entry, ...] = (
     RANDOM_STATE,
     INSTRUCTIONS,
     RECORDED,
+    COMPILER_TABLES,
     GUARDS,
     RETAINED,
     CHECKPOINTS,

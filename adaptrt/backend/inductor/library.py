@@ -164,25 +164,34 @@ def open_later(source: str) -> Callable[[], Library]:
     present = _open.get(key)
     if present is not None:
         return lambda: present
-    build = _builder(key, source, Task)
+    built = _begin(key, source)
 
     def finish() -> Library:
         library = _open.get(key)
         if library is None:
-            library = _open[key] = Library(build() / "library.so")
+            library = _open[key] = _opened(built(), key, source)
         return library
 
     return finish
 
 
-def _builder(key: str, source: str, task: type[Task] | None) -> Callable[[], Path]:
-    """Returns a function that waits for an entry in the folder of programs, which `task` builds meanwhile if it is missing."""
+def _begin(key: str, source: str) -> Callable[[], Path]:
+    """Returns a function that waits for an entry in the folder of programs. If it is missing, a thread builds it meanwhile."""
     store = _store()
-    if store.find(key) is not None:
-        return lambda: store.get_or_build(key, lambda folder: Compiler().build(source, folder))
+    entry = store.find(key)
+    if entry is not None:
+        return lambda: entry
     compiler = Compiler()  # here, where Inductor's settings are those of this program
-    job = functools.partial(store.get_or_build, key, functools.partial(compiler.build, source))
-    return job if task is None else task(job).result
+    return Task(functools.partial(store.get_or_build, key, functools.partial(compiler.build, source))).result
+
+
+def _opened(entry: Path, key: str, source: str) -> Library:
+    """Opens the library of an entry. If the system cannot load it, or it was removed in the meantime, it is built once more."""
+    try:
+        return Library(entry / "library.so")
+    except OSError as error:
+        _store().discard(key, f"cannot be loaded ({error})")
+    return Library(_begin(key, source)() / "library.so")
 
 
 def _store() -> Store:
@@ -202,12 +211,16 @@ def any_built() -> bool:
 def build_caller() -> None:
     """Begins to build the module that calls kernels, if it is not on disk or in memory."""
     if not _caller.cache_info().currsize:
-        _builder(key_of(_CALLER), _CALLER, Task)
+        _begin(_key_of_caller(), _CALLER)
+
+
+def _key_of_caller() -> str:
+    return f"caller-{key_of(_CALLER)}"  # it is no program
 
 
 @functools.cache
 def _caller() -> Any:
-    path = _builder(key_of(_CALLER), _CALLER, None)() / "library.so"
+    path = _begin(_key_of_caller(), _CALLER)() / "library.so"
     name = "adaptrt_caller"
     spec = importlib.util.spec_from_file_location(name, path, loader=importlib.machinery.ExtensionFileLoader(name, os.fspath(path)))
     assert spec is not None and spec.loader is not None

@@ -274,15 +274,17 @@ def _generate(recording: _Recording, num_inputs: int) -> Runner | None:
     ]
     # A library refuses to write to an inference tensor outside of inference mode.
     constants["ordinary"] = functools.partial(torch.inference_mode, False)
-    make = ["with ordinary():", *[f"  {line}" for line in make or ["pass"]]]
-    source = _function("make", "", [*make, f"return {workspace}"]) + _function("run", "values", run)
-    exec(compile(source, "<recorded program>", "exec"), constants)
-    return constants["run"]
+    body = ["with ordinary():", *[f"  {line}" for line in make or ["pass"]], f"return {workspace}"]
+    return _defined("run", "values", run, constants | {"make": _defined("make", "", body, constants)})
 
 
 def _tuple(names: Sequence[str]) -> str:
     return f"({', '.join(names)}{',' if names else ''})"
 
 
-def _function(name: str, argument: str, lines: Sequence[str]) -> str:
-    return f"def {name}({argument}):\n" + "".join(f"    {line}\n" for line in lines if line)
+def _defined(name: str, argument: str, lines: Sequence[str], constants: dict[str, Any]) -> Callable[..., Any]:
+    """The function with these lines. It is not one of its own globals: it has to be freed, with its kernels, as soon as it is dropped."""
+    code = f"def {name}({argument}):\n" + "".join(f"    {line}\n" for line in lines if line)
+    names = dict(constants)
+    exec(compile(code, "<recorded program>", "exec"), names)
+    return names.pop(name)

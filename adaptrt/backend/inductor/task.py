@@ -10,7 +10,7 @@ from adaptrt.process import waits
 
 
 class Task:
-    """A function that runs in a thread of its own.
+    """A function that runs in a thread of its own, or at once where the system has no more threads.
 
     In place of Inductor's pool of threads, which may never build again after a signal handler has raised while it was given work: then a
     lock of the pool's is held for ever. The lock here is taken by `with` statements only, which no handler can come into.
@@ -22,7 +22,12 @@ class Task:
         self._running.acquire()
         self._value: Any = None
         self._error: BaseException | None = None
-        threading.Thread(target=self._run, name="adaptrt builder").start()
+        # A daemon, for which a process that ends does not wait.
+        thread = threading.Thread(target=self._run, name="adaptrt builder", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the system has no more threads to give
+            self._run()
 
     def _run(self) -> None:
         try:
