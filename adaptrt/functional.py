@@ -183,13 +183,16 @@ def _uncompiled(value: Any) -> Any:
 
 
 def remapped(value: Any, parts: Mapping[int, nn.Module]) -> Any:
-    """Replaces the modules in `value` by those in `parts`, which are found by id.
+    """Replaces the modules in `value`, keys of dicts among them, by those in `parts`, which are found by id.
 
-    Containers and partial functions are copied, and methods are bound anew. What `torch.compile` made of a method, or excluded from
-    compiling, is replaced by the method.
+    A number that is the `id` of such a module becomes that of the module in its place: it is the address of a living object, so no other
+    number is like it. Containers and partial functions are copied, and methods are bound anew. What `torch.compile` made of a method, or
+    excluded from compiling, is replaced by the method.
     """
     if isinstance(value, nn.Module):
         return parts.get(id(value), value)
+    if type(value) is int:
+        return id(parts[value]) if value in parts else value
     if isinstance(value, types.MethodType) and id(value.__self__) in parts:
         return types.MethodType(value.__func__, parts[id(value.__self__)])
     if isinstance(value, types.FunctionType):
@@ -205,6 +208,10 @@ def remapped(value: Any, parts: Mapping[int, nn.Module]) -> Any:
         twin = value.copy() if type(value) in (dict, collections.OrderedDict) else copy.copy(value)
         for key, entry in twin.items():
             twin[key] = remapped(entry, parts)
+        if any(type(key) is not str and refers(key, parts) for key in twin):
+            entries = [(remapped(key, parts), entry) for key, entry in twin.items()]  # in their order
+            twin.clear()
+            twin.update(entries)
         return twin
     if isinstance(value, list | set | frozenset | collections.deque):
         held = [remapped(entry, parts) for entry in value]
@@ -224,6 +231,8 @@ def refers(value: Any, parts: Mapping[int, nn.Module]) -> bool:
     """Whether `remapped` would replace anything in `value`."""
     if isinstance(value, nn.Module):
         return id(value) in parts
+    if type(value) is int:
+        return value in parts
     if isinstance(value, types.MethodType):
         return id(value.__self__) in parts
     if isinstance(value, types.FunctionType):
@@ -232,7 +241,7 @@ def refers(value: Any, parts: Mapping[int, nn.Module]) -> bool:
     if type(value) is functools.partial:
         return refers((value.func, value.args, value.keywords), parts)
     if isinstance(value, dict):
-        return any(refers(entry, parts) for entry in value.values())
+        return any(refers(part, parts) for entry in value.items() for part in entry)
     if isinstance(value, list | tuple | set | frozenset | collections.deque):
         return any(refers(entry, parts) for entry in value)
     return False

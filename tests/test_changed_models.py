@@ -97,7 +97,13 @@ def changed(change: Callable[[Normed], Any]) -> Attempt:
     unroll = unrolled(model)
     unroll.adapt(double())
     change(model)
-    return Attempt(lambda: unroll.adapt(double()), ())
+    batch = double()
+    return Attempt(lambda: unroll.adapt(batch), (model, batch))
+
+
+def test_a_change_of_requires_grad_says_what_may_have_changed_it() -> None:
+    message = r"peft's set_adapter and disable_adapter change it, too.*make a new unroll, or say which parameters adapt by params="
+    check_refused(Case("frozen", lambda: changed(lambda m: m.first.weight.requires_grad_(False)), ModelChanged, message))
 
 
 @pytest.mark.parametrize("name", CHANGES)

@@ -155,7 +155,8 @@ class Reader:
         for name in sorted(now ^ self._adapted.keys()):
             raise ModelChanged(
                 f"requires_grad of parameter '{name}' was changed after compile_unroll, which decided that it "
-                f"{'adapts' if name in self._adapted else 'does not adapt'}; make a new unroll, or say which parameters adapt by params="
+                f"{'adapts' if name in self._adapted else 'does not adapt'} (peft's set_adapter and "
+                "disable_adapter change it, too); make a new unroll, or say which parameters adapt by params="
             )
         self._flags = flags
 

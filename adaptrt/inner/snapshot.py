@@ -27,6 +27,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adaptrt.functional import remapped
 from adaptrt.graph.capture import is_of_trace
 from adaptrt.inner.bytecode import MUTATORS
 from adaptrt.inner.positions import position, put_position
@@ -301,17 +302,20 @@ def is_same(before: Any, after: Any, parts: Mapping[int, Any], settled: bool = F
     if type(before) is not type(after):
         return False
     if isinstance(before, IMMUTABLE):
+        before = remapped(before, parts) if type(before) is int else before  # the identity of a module, perhaps
         return before == after or repr(before) == repr(after)
     if isinstance(before, weakref.ref):
         return settled or before() is after()
     if isinstance(before, types.MethodType):
         return before.__func__ is after.__func__ and is_same(before.__self__, after.__self__, parts, settled)
     if isinstance(before, dict):
-        return before.keys() == after.keys() and all(is_same(value, after[key], parts, settled) for key, value in before.items())
+        keys = {key: remapped(key, parts) if parts and type(key) is not str else key for key in before}
+        return set(keys.values()) == after.keys() and all(is_same(before[key], after[now], parts, settled) for key, now in keys.items())
     if isinstance(before, list | tuple | collections.deque):
         return len(before) == len(after) and all(is_same(old, new, parts, settled) for old, new in zip(before, after, strict=True))
     if isinstance(before, set | frozenset):
-        return {id(parts.get(id(entry), entry)) for entry in before} == set(map(id, after)) or (not parts and before == after)
+        same = {id(parts.get(id(entry), entry)) for entry in before} == set(map(id, after))
+        return same or {remapped(entry, parts) for entry in before} == after
     return settled and hasattr(before, "__dict__") and is_same(vars(before), vars(after), parts, settled)
 
 

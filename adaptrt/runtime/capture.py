@@ -15,6 +15,7 @@ from adaptrt.graph.ir import Graph
 from adaptrt.graph.passes.batch import batch
 from adaptrt.graph.signature import Role
 from adaptrt.inner.step import Carry, Fixed
+from adaptrt.inner.user_code import Executed, record_code
 from adaptrt.tree import Spec, Tree
 
 
@@ -44,6 +45,7 @@ class CaptureSettings:
       fused_attention: whether attention may keep kernels without a second derivative.
       for_fusion: whether the graph is for a backend to which small operations cost next to nothing.
       require_current: raises if what the model's Python code reads is not what the plan is for.
+      note_code: takes note of Python code that ran in a capture, so that what it reads counts as read, too.
       explain_failure: runs a capture, and turns its errors into errors in the user's terms.
     """
 
@@ -51,6 +53,7 @@ class CaptureSettings:
     fused_attention: bool
     for_fusion: bool
     require_current: Callable[[], None]
+    note_code: Callable[[Executed], None]
     explain_failure: Callable[[Callable[[], Graph]], Graph]
 
 
@@ -91,7 +94,12 @@ def capture_pullback(
         ]
         return [False] * (graph.result.num_leaves - len(flags)) + flags
 
-    return _capture(pull_back(fn, wrt, value), arguments, args, settings, are_summed)
+    # Some code runs only here: the `backward` of a custom autograd function in a prediction, or where a gradient is differentiated.
+    executed = Executed()
+    with record_code(executed):
+        graph = _capture(pull_back(fn, wrt, value), arguments, args, settings, are_summed)
+    settings.note_code(executed)
+    return graph
 
 
 def capture_joint(

@@ -173,9 +173,14 @@ class _Final(Function):
         )
 
 
-def _final(gradients: Sequence[Tensor], inputs: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Returns the gradients of `inputs`; under `create_graph=True`, connected to the inputs by a node that raises."""
-    return _Final.apply(len(gradients), *gradients, *inputs) if torch.is_grad_enabled() and gradients else gradients  # type: ignore[return-value]
+def _final(gradients: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Returns the gradients of `inputs`; under `create_graph=True`, connected by a node that raises to all that they depend on.
+
+    They depend on the cotangents, too: a weight of the meta-loss, for example, or what `torch.autograd.functional.jvp` differentiates.
+    """
+    if not gradients or not torch.is_grad_enabled():
+        return gradients
+    return _Final.apply(len(gradients), *gradients, *inputs, *cotangents)  # type: ignore[return-value]
 
 
 def _saveable(part: Tree) -> tuple[list[Tensor], tree.Structure]:
@@ -214,7 +219,7 @@ class _Adapt(Function):
         with torch.no_grad():
             carry = [value for value, flows in zip(cotangents, call.route.problem.carry, strict=False) if flows]
             found = _adapt_pullback(call, task, ctx.kept, carry, cotangents[-1])
-        return None, *_final((*found.start, *found.fixed, *found.support), ctx.inputs)
+        return None, *_final((*found.start, *found.fixed, *found.support), ctx.inputs, cotangents)
 
 
 class _MetaLoss(Function):
@@ -243,11 +248,11 @@ class _MetaLoss(Function):
             refuse_freed(ctx.computed)
         if not graph_is_kept():
             ctx.found = None
-            if cotangent.device.type == "cpu" and _is_one(cotangent):  # as in loss.backward()
+            if not torch.is_grad_enabled() and cotangent.device.type == "cpu" and _is_one(cotangent):  # as in loss.backward()
                 return None, *found
         with torch.no_grad():
             found = [value * cotangent for value in found]
-        return None, *_final(found, ctx.inputs)
+        return None, *_final(found, ctx.inputs, (cotangent,))
 
 
 def _is_one(cotangent: Tensor) -> bool:
@@ -277,4 +282,4 @@ class _Predict(Function):
         with torch.no_grad():
             wanted = [value for value, flag in zip(cotangents, ctx.wrt.result, strict=True) if flag]
             found = _predict_pullback(ctx.plan, ctx.wrt, args, wanted)
-        return None, None, None, None, *_final([value for group in found for value in group], ctx.inputs)
+        return None, None, None, None, *_final([value for group in found for value in group], ctx.inputs, cotangents)

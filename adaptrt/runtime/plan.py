@@ -44,6 +44,7 @@ class Arguments(NamedTuple):
       shapes: the data in words, with all its axes.
       tasks: the task axis.
       require_current: raises if modes or Python values are not those that the plan is for.
+      note_code: takes note of Python code that ran, and whose values the plan is for.
     """
 
     carry: Carry
@@ -52,12 +53,24 @@ class Arguments(NamedTuple):
     shapes: tuple[str, ...]
     tasks: TaskAxis
     require_current: Callable[[], None]
+    note_code: Callable[[Executed], None]
 
     @staticmethod
     def of(
-        carry: Carry, fixed: Fixed, data: Tree, tasks: TaskAxis, require_current: Callable[[], None], per_step: bool = False
+        carry: Carry,
+        fixed: Fixed,
+        data: Tree,
+        tasks: TaskAxis,
+        python: tuple[Callable[[], None], Callable[[Executed], None]],
+        per_step: bool = False,
     ) -> Arguments:
-        """Describes a call's tensors. `per_step`: whether the data has an axis of steps behind that of tasks."""
+        """Describes a call's tensors.
+
+        Args:
+          carry, fixed, data, tasks: the arguments, with all their axes.
+          python: `require_current` and `note_code`.
+          per_step: whether the data has an axis of steps behind that of tasks.
+        """
         one = _specs(data, tasks.num_tasks is not None)
         return Arguments(
             _specs(carry, tasks.start_has_it),
@@ -65,7 +78,7 @@ class Arguments(NamedTuple):
             _specs(one, True) if per_step else one,
             in_words(data),
             tasks,
-            require_current,
+            *python,
         )
 
 
@@ -157,7 +170,7 @@ def plan_support(settings: Settings, launcher: Launcher | None, step_of: Callabl
       arguments: what the plan is for.
     """
     step = step_of(settings.adjoint is not None and settings.adjoint.detach_gradient)
-    carry, fixed, batch, _, tasks, _ = arguments
+    carry, fixed, batch, _, tasks, *_ = arguments
     found, forward = probe(step, "support", carry, fixed, batch)
     flops = num_flops(forward)
     each_task = tasks.num_tasks is not None and settings.device.type == "cpu" and one_by_one(flops)
@@ -223,7 +236,7 @@ def _choose(
     settings: Settings, step: Step, noise: Sequence[Noise], arguments: Arguments, capturing: CaptureSettings
 ) -> tuple[Adjoint, str]:
     """Chooses an adjoint by the size of a step's graph and of what would be kept of it; returns it and the reason in words."""
-    carry, fixed, batch, _, tasks, _ = arguments
+    carry, fixed, batch, _, tasks, *_ = arguments
     args = (carry, fixed, batch, noise_specs(noise))
     graph = capturing.explain_failure(lambda: capture(step, *args))
     num_carry, num_fixed, num_batch = (len(tree.leaves(part)) for part in (carry, fixed, batch))
@@ -248,7 +261,12 @@ def _capturing(settings: Settings, step: Step, found: Probe | Prediction, argume
     """Says how a plan's functions are captured. `each_task`: tasks are done one after the other, by programs without a task axis."""
     tasks = TaskAxis(None, arguments.tasks.start_has_it) if each_task else arguments.tasks
     return CaptureSettings(
-        tasks, step.detach_gradient, settings.backend.fuses, arguments.require_current, _explained(step, found, arguments)
+        tasks,
+        step.detach_gradient,
+        settings.backend.fuses,
+        arguments.require_current,
+        arguments.note_code,
+        _explained(step, found, arguments),
     )
 
 

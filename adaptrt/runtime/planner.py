@@ -19,6 +19,7 @@ from adaptrt.graph.noise import Noise, draw
 from adaptrt.graph.surroundings import refuse_transforms
 from adaptrt.inner.reader import Reader, Start
 from adaptrt.inner.step import Batch, Carry, Fixed
+from adaptrt.inner.user_code import Executed
 from adaptrt.runtime.cache import Cache
 from adaptrt.runtime.capture import TaskAxis
 from adaptrt.runtime.plan import Arguments, PredictionPlan, QueryPlan, SupportPlan, in_words, plan_prediction, plan_query, plan_support
@@ -67,7 +68,7 @@ class Planner:
         def make() -> SupportPlan:
             self._require_warm("support", batch, [plan.shapes for plan in self.supports.entries()], warm, start.has_tasks)
             arguments = Arguments.of(
-                start.carry, start.fixed, batch, TaskAxis(num_tasks, start.has_tasks), self._still_current(), self._settings.per_step
+                start.carry, start.fixed, batch, TaskAxis(num_tasks, start.has_tasks), self._python(), self._settings.per_step
             )
             plan = plan_support(self._settings, self._launcher, self._reader.step, arguments)
             self._reader.python.add(plan.probe.executed)
@@ -91,7 +92,7 @@ class Planner:
         def make() -> QueryPlan:
             self._require_warm("query", batch, [known.shapes for known in plan.queries.entries()], warm, start.has_tasks)
             tasks = TaskAxis(num_tasks, start.has_tasks)
-            arguments = Arguments.of(start.carry, start.fixed, batch, tasks, self._still_current())
+            arguments = Arguments.of(start.carry, start.fixed, batch, tasks, self._python())
             query_plan = plan_query(self._settings, self._launcher, plan, arguments, mode)
             self._reader.python.add(query_plan.probe.executed)
             return query_plan
@@ -111,7 +112,7 @@ class Planner:
 
         def make() -> PredictionPlan:
             self._require_warm("input", inputs, [known.shapes for known in self.predictions.entries()], warm)
-            arguments = Arguments.of(carry, fixed, inputs, TaskAxis(num_tasks, num_tasks is not None), self._still_current())
+            arguments = Arguments.of(carry, fixed, inputs, TaskAxis(num_tasks, num_tasks is not None), self._python())
             step = dataclasses.replace(self._reader.step(detach_gradient=False), mode=mode)
             plan = plan_prediction(self._settings, self._launcher, step, arguments)
             self._reader.python.add(plan.executed)
@@ -119,8 +120,12 @@ class Planner:
 
         return self.predictions.get_or_make((self._reader.mode(), _key((inputs, carry, fixed)), num_tasks, mode), make)
 
-    def _still_current(self) -> Callable[[], None]:
-        """Returns a function that raises if modes or Python values have changed since: programs are captured when they are first needed."""
+    def _python(self) -> tuple[Callable[[], None], Callable[[Executed], None]]:
+        """Returns what captures do about the Python values that programs are for, which are captured when they are first needed.
+
+        Returns:
+          A function that raises if modes or Python values have changed since, and one that takes note of code that a capture has run.
+        """
         expected = self._reader.mode()
 
         def require() -> None:
@@ -131,7 +136,7 @@ class Planner:
                     "call backward() before the change"
                 )
 
-        return require
+        return require, self._reader.python.add
 
     def draw(self, noises: Sequence[Noise], generator: torch.Generator | None, num_tasks: int | None) -> tuple[Tensor, ...]:
         """Draws noise as `graph.noise.draw` does; where calls are launches, waits until no thread records one."""
