@@ -71,21 +71,21 @@ def refused() -> Generator[None]:
       UnsupportedRandomness: it has drawn from Python's or NumPy's global generator.
     """
     watch = _Watch()
-    alone, before = _is_alone(), states()
+    alone, before = is_alone(), states()
     with contextlib.ExitStack() as stack:
         if _numpy() is not None:
             stack.enter_context(watch.numpy())
         stack.enter_context(profiled(watch.note))
         yield
     by_somebody = [found != now for found, now in zip(before, states(), strict=True)]
-    if watch.has_drawn or (any(by_somebody) and alone and _is_alone()) or (by_somebody[1] and watch.may_have_drawn()):
+    if watch.has_drawn or (any(by_somebody) and alone and is_alone()) or (by_somebody[1] and watch.may_have_drawn()):
         raise UnsupportedRandomness(
             "the model or the loss draws from Python's or NumPy's random numbers while it runs; draw with torch instead "
             "(torch.rand(())), and use torch.where for the branch"
         )
 
 
-def _is_alone() -> bool:
+def is_alone() -> bool:
     """Whether no other thread runs Python."""
     return len(sys._current_frames()) == 1  # pyright: ignore[reportPrivateUsage]
 

@@ -5,6 +5,7 @@ Everything is estimated from above: where the bytecode does not tell, a function
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import dis
 import functools
@@ -30,6 +31,9 @@ _FUNCTIONS_THAT_MUTATE = frozenset(
     {"heappush", "heappop", "heapify", "heapreplace", "heappushpop", "insort", "insort_left", "insort_right"}
     | {"setitem", "delitem", "iadd", "ior", "iconcat", "copyto", "shuffle"}
 )
+
+_OF_CLASSES = frozenset(vars(builtins)) | {"deque", "OrderedDict", "defaultdict", "Counter", "UserDict", "UserList", "ChainMap"}
+"""Names before a method that may be those of its class, so that the container itself is an argument: `dict.update(table, key=1)`."""
 
 _LOADS = ("LOAD_ATTR", "LOAD_METHOD", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF")
 _FIRST_IN_PLACE = 13
@@ -83,12 +87,12 @@ def facts(code: types.CodeType) -> Facts:
         reads=strings | {_of(step) for index, step in enumerate(steps) if _is_read(steps, index)},
         reads_computed=reads_others or bool(_READS_COMPUTED & used),
         sets=frozenset([_of(step) for step in steps if step.opname in ("STORE_ATTR", "DELETE_ATTR")]) | set_by_call | deleted,
-        sets_computed=sets_others or deletes_others or bool(_SETS_COMPUTED & used),
+        sets_computed=_initialises_again(steps) or sets_others or deletes_others or bool(_SETS_COMPUTED & used),
         sets_globals=frozenset([_of(step) for step in steps if step.opname in ("STORE_GLOBAL", "DELETE_GLOBAL", "STORE_NAME")]),
         sets_variables=frozenset([_of(step) for step in steps if step.opname in ("STORE_DEREF", "DELETE_DEREF")]),
         globals_by_name=bool({"globals", "eval", "exec"} & used),
         writes_into=into,
-        writes_into_others=into_others or bool(_FUNCTIONS_THAT_MUTATE & used),
+        writes_into_others=into_others or bool(_FUNCTIONS_THAT_MUTATE & used) or bool((MUTATORS | {"out"}) & strings),
     )
 
 
@@ -173,12 +177,21 @@ def _written_containers(steps: Sequence[dis.Instruction]) -> tuple[frozenset[str
         elif step.opname == "STORE_SLICE":
             found.add(_below(steps, index, 2))
         elif step.opname in ("LOAD_ATTR", "LOAD_METHOD", "LOAD_SUPER_ATTR") and step.argval in MUTATORS:
-            found.add(_loaded(steps, index - 1))
+            name = _loaded(steps, index - 1)
+            found.add(None if name in _OF_CLASSES else name)
         elif step.opname == "BINARY_OP" and (step.arg or 0) >= _FIRST_IN_PLACE:
             later = next((after for after in steps[index + 1 :] if after.opname not in ("SWAP", "COPY")), None)
             is_named = later is not None and later.opname in ("STORE_ATTR", "STORE_GLOBAL", "STORE_DEREF", "STORE_NAME")
             found.add(_of(later) if later is not None and is_named else None)
     return frozenset([name for name in found if name is not None]), None in found
+
+
+def _initialises_again(steps: Sequence[dis.Instruction]) -> bool:
+    """Whether code calls the constructor of an object that it names, as no constructor does of a derived class."""
+    return any(
+        step.argval in ("__init__", "__setstate__") and step.opname in ("LOAD_ATTR", "LOAD_METHOD") and _loaded(steps, index - 1)
+        for index, step in enumerate(steps)
+    )
 
 
 def _below(steps: Sequence[dis.Instruction], index: int, num_above: int) -> str | None:

@@ -45,6 +45,7 @@ def attribute_writes(base: nn.Module, twin: nn.Module, executed: Executed) -> li
       executed: the code that ran. What it does not write is what another thread has meanwhile done to `base`.
     """
     names = {id(part): name for name, part in base.named_modules(prefix="model")}
+    is_alone = executed.is_alone()
     pairs = list(zip(base.modules(), _modules_of(base, twin), strict=False))
     parts = {id(part): copied for part, copied in pairs}
     found: list[Write] = []
@@ -57,7 +58,7 @@ def attribute_writes(base: nn.Module, twin: nn.Module, executed: Executed) -> li
                     one, other = old.get(key, MISSING), new.get(key, MISSING)
                     if (one is MISSING or other is MISSING or name == "_modules") and not is_same(one, other, parts):
                         found.append(Write(f"{names[id(part)]}.{key}", one, other))
-            elif not is_same(old, new, parts) and (executed.may_set(name) or executed.may_write_into([name])):
+            elif not is_same(old, new, parts) and (is_alone or executed.may_set(name) or executed.may_write_into([name])):
                 found.append(Write(f"{names[id(part)]}.{name}", old, new))
     return found
 

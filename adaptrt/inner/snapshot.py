@@ -1,8 +1,8 @@
 """The Python objects that can be reached from what the user has passed in: what a pass wrote to them, and putting it back.
 
-Other threads may write to the same objects meanwhile. So a change counts as the pass's only if code that ran may have made it: if it sets
-an attribute or a global name of this name, or changes a container that is reached by a name in it (`bytecode.py`). What nobody but other
-threads can have written is left alone.
+If no other thread runs Python, every change is the pass's. Otherwise other threads may write to the same objects meanwhile. Then a change
+counts as the pass's only if code that ran may have made it: if it sets an attribute or a global name of this name, or changes a container
+that is reached by a name in it (`bytecode.py`). What nobody but other threads can have written is left alone.
 
 Known limit: what other threads put into a container that the pass itself writes into meanwhile is taken out with what the pass wrote,
 unless it has tensors with values, or stands in a list into which the pass has put tensors.
@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from adaptrt.functional import remapped
 from adaptrt.graph.capture import is_of_trace
+from adaptrt.graph.draws import is_alone
 from adaptrt.inner.bytecode import MUTATORS
 from adaptrt.inner.positions import position, put_position
 from adaptrt.inner.reachable import MISSING, PLAIN, TABLES, Kind, Opening, Walk, getter_names, scopes, short
@@ -60,6 +61,7 @@ class Snapshot:
 
     def __init__(self, roots: Mapping[str, Any], executed: Executed) -> None:
         self._executed = executed
+        self._was_alone = is_alone()
         self._holders: dict[tuple[Kind, int], tuple[Kind, str, Any, Any]] = {}
         self._paths: dict[int, list[str]] = {}
         self._written: set[int] = set()  # containers that code can write into by a method that it has at hand
@@ -73,7 +75,7 @@ class Snapshot:
             )
 
     def enter(self, code: types.CodeType, scope: dict[str, Any]) -> None:
-        """Takes the global names of a function that is about to run for the first time."""
+        """Takes the global names of a function that is about to run for the first time, or of a module that was imported."""
         self._walk.go(openings=scopes(code, scope))
 
     def writes(self) -> list[Write]:
@@ -110,10 +112,12 @@ class Snapshot:
           may_own_values: whether tensors with values count, which a pass can have put somewhere, but not computed.
         """
         found: list[tuple[str, Any, Any, Any]] = []
+        is_all_own = self._was_alone and not self._executed.starts_threads and is_alone()
         for kind, path, holder, before in self._holders.values():
             after = _content(kind, holder)
             if _may_differ(before, after):
-                before, after = self._own(kind, holder, path, before, after, may_own_values)
+                if not is_all_own:
+                    before, after = self._own(kind, holder, path, before, after, may_own_values)
                 found.append((path, _Named(holder) if kind is Kind.NAMED else holder, before, after))
         return found
 

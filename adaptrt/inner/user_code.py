@@ -16,12 +16,13 @@ import re
 import sys
 import sysconfig
 import types
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from adaptrt.graph.draws import is_alone
 from adaptrt.graph.profile import profiled
 from adaptrt.inner.bytecode import Facts, facts
 
@@ -43,9 +44,6 @@ _HOLDERS = frozenset({"UserDict", "UserList", "UserString", "ChainMap", "Distrib
 
 IMMUTABLE = (bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range, torch.dtype, torch.device, torch.Size, enum.Enum)
 
-OPAQUE = (*IMMUTABLE, Tensor, type, types.ModuleType, types.BuiltinFunctionType)
-"""What is compared as a whole."""
-
 _SLOT = types.MemberDescriptorType
 _WORD_BYTES = tuple.__itemsize__
 _HEAP_TYPE = 1 << 9
@@ -58,6 +56,9 @@ _CLOCKS = frozenset(
 )
 """Functions in C that give another value each time: clocks, and the operating system's random numbers."""
 
+
+_STARTS = frozenset({"start_new_thread", "start_new", "start_joinable_thread"})
+"""Functions in C that start a thread."""
 
 _QUESTIONS = (torch.is_grad_enabled, torch.is_inference_mode_enabled)
 """Functions by which code asks for the gradient mode."""
@@ -72,6 +73,7 @@ class Executed:
       getters: names of attributes that an `operator.attrgetter` within reach may read.
       sources: clocks and the like that the user's code asked, by their names.
       questions: names of the functions by which the user's code, or that of a library, asks for the gradient mode, whatever it calls them.
+      starts_threads: whether it starts threads, which may then write at the same time.
       seeding: where it seeds a generator of PyTorch's, or sets it to another state. After the block the generator has its state again.
     """
 
@@ -82,6 +84,8 @@ class Executed:
         self.sources: set[str] = set()
         self.questions: set[str] = set()
         self.seeding: list[str] = []
+        self.starts_threads = False
+        self._was_alone = is_alone()
         self._seeded: list[tuple[torch.Generator, Tensor]] = []
         self._sets: set[str] = set()
         self._layers: dict[int, types.CodeType] = {}
@@ -92,6 +96,8 @@ class Executed:
         if called in _QUESTIONS:
             if frame.f_globals.get("__name__", "").partition(".")[0] not in ("torch", "adaptrt"):
                 self.questions.add(called.__name__)
+        elif called.__name__ in _STARTS:
+            self.starts_threads = True
         elif called.__name__ in _CLOCKS:
             source = _source(called)
             if source is not None and _is_for_user(frame):
@@ -102,6 +108,10 @@ class Executed:
             self.seeding.append(f"{frame.f_code.co_filename}:{frame.f_lineno}")
             self._seeded.append((called.__self__, called.__self__.get_state()))  # before it is called
 
+    def is_alone(self) -> bool:
+        """Whether no other thread has run Python since this was made, so that whatever has changed was changed by this one."""
+        return self._was_alone and not self.starts_threads and is_alone()
+
     def restore_generators(self) -> None:
         """Gives generators that were seeded the states that they had before."""
         while self._seeded:
@@ -110,7 +120,7 @@ class Executed:
 
     @contextlib.contextmanager
     def announcing(self, listener: Callable[[types.CodeType, dict[str, Any]], None]) -> Generator[None]:
-        """Within the block the listener is told of the user's code that is about to run for the first time."""
+        """Within the block the listener is told of the user's code that is about to run for the first time, and of imported modules."""
         self._announce.append(listener)
         try:
             yield
@@ -121,8 +131,7 @@ class Executed:
         """Notes code that is about to run."""
         if is_of_user(code, scope):
             if (id(code), id(scope)) not in self.codes:
-                for listener in self._announce:
-                    listener(code, scope)
+                self.announce(code, scope)
             self.codes[id(code), id(scope)] = code, scope
         elif not code.co_filename.startswith(_LAYERS) or code.co_filename.endswith(_NO_LAYERS):
             return
@@ -130,6 +139,11 @@ class Executed:
             self._layers[id(code)] = code
         self.names |= facts(code).names
         self._sets |= facts(code).sets
+
+    def announce(self, code: types.CodeType, scope: dict[str, Any]) -> None:
+        """Tells those who listen of code that is about to run, or of the body of a module that has run."""
+        for listener in self._announce:
+            listener(code, scope)
 
     def facts(self) -> list[Facts]:
         """What the user's code says."""
@@ -162,18 +176,18 @@ class Executed:
         """Whether some of it may set a variable of this name in a function around it."""
         return any(name in known.sets_variables for known in self.facts())
 
-    def may_write_into(self, paths: Iterable[str]) -> bool:
+    def may_write_into(self, paths: Sequence[str]) -> bool:
         """Whether some of it may change a container which is reached by these paths.
 
-        It may if a path has no name at all, if it writes into what a path names, or if it names the container and writes into something
-        that has come from elsewhere.
+        It may if a path ends in no name that code would use, such as that of a default, if it writes into what a path names, or if it names the container, or what holds
+        it among its entries, and writes into something that has come from elsewhere.
         """
-        parts = [re.findall(r"[^\W\d]\w*", path) for path in paths]
-        if not all(parts):
+        tails = [_names_in(path[_last_attribute(path) :]) for path in paths]
+        if not all(tails):
             return True
-        known, names, last = self.facts(), {name for part in parts for name in part}, {part[-1] for part in parts}
+        known, names, last = self.facts(), set[str]().union(*map(_names_in, paths)), set[str]().union(*tails)
         return any(names & of.writes_into for of in known) or (
-            any(of.writes_into_others for of in known) and any(last & of.own_names for of in known)
+            any(of.writes_into_others for of in known) and any(last & (of.names | of.own_names) for of in known)
         )
 
     def merge(self, other: Executed) -> bool:
@@ -183,9 +197,25 @@ class Executed:
         self.names |= other.names
         self.getters |= other.getters
         self.sources |= other.sources
+        self.starts_threads |= other.starts_threads
+        self._was_alone &= other._was_alone
         self._sets |= other._sets
         self._layers |= other._layers
         return new
+
+
+def _names_in(path: str) -> set[str]:
+    return {name for name in re.findall(r"[^\W\d]\w*", path) if not name.startswith("__")}
+
+
+def _last_attribute(path: str) -> int:
+    """Where the last attribute begins in a path like `model.config['sizes'][0]`, keys apart."""
+    depth, begin = 0, 0
+    for index, letter in enumerate(path):
+        depth += (letter == "[") - (letter == "]")
+        if letter == "." and not depth:
+            begin = index + 1
+    return begin
 
 
 @contextlib.contextmanager
@@ -196,9 +226,12 @@ def record_code(executed: Executed) -> Generator[None]:
     def note(frame: types.FrameType, event: str, arg: Any) -> None:
         if event == "call":
             key = id(frame.f_code), id(frame.f_globals)
-            if key not in seen:
+            if key not in seen and not _is_initialised_by(frame):
                 seen[key] = frame.f_code
                 executed.add(frame.f_code, frame.f_globals)
+        elif event == "return" and frame.f_code.co_name == "<module>" and _is_initialised_by(frame):
+            if is_of_user(frame.f_code, frame.f_globals):
+                executed.announce(frame.f_code, frame.f_globals)
         elif event == "c_call":
             executed.note_builtin(frame, arg)
 
@@ -207,6 +240,11 @@ def record_code(executed: Executed) -> Generator[None]:
             yield
     finally:
         executed.restore_generators()
+
+
+def _is_initialised_by(frame: types.FrameType) -> bool:
+    """Whether a function runs while its module is imported, which happens once: no later pass reads or writes what it does."""
+    return getattr(frame.f_globals.get("__spec__"), "_initializing", False)
 
 
 def _source(function: Any) -> str | None:
