@@ -115,9 +115,8 @@ def test_without_a_compiler_what_was_built_runs(folder: Path, zygote: Zygote) ->
     assert answer["libraries"] == 0 and len(answer["warnings"]) == 1 and "no c++ compiler" in answer["warnings"][0].lower()
 
 
-@pytest.mark.parametrize("name", ['it\'s a "cache" $HOME', "кэш 日本 ü"])
-def test_a_folder_of_any_name(name: str, tmp_path: Path, zygote: Zygote) -> None:
-    answer = run(zygote, tmp_path / name, [5])
+def test_a_folder_of_any_name(tmp_path: Path, zygote: Zygote) -> None:
+    answer = run(zygote, tmp_path / 'it\'s a "cache" $HOME' / "кэш 日本 ü", [5])
     assert answer["libraries"] > 0 and answer["warnings"] == []
 
 

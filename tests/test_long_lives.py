@@ -8,6 +8,7 @@ import linecache
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -111,3 +112,24 @@ def test_new_shapes_that_are_compiled() -> None:
     gc.collect()
     assert len(library._open) == 0  # pyright: ignore[reportPrivateUsage]
     assert len(mapped() - others) <= 1  # the one that calls kernels
+
+
+def test_a_pytorch_with_other_tables(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Private names that are missing, or are of another kind, leave tables alone and break nothing."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.fx import graph_module
+    from torch.fx.experimental.symbolic_shapes import ShapeEnv
+
+    from adaptrt.backend.inductor.tables import shorten_tables
+
+    monkeypatch.setattr(ShapeEnv, "get_axioms", lambda self: ())
+    monkeypatch.delattr(ShapeEnv, "simplify")
+    monkeypatch.setattr("torch._dynamo.utils.compilation_time_metrics", None)
+    shorten_tables()
+    for loader in (None, SimpleNamespace(next_id="0", eval_cache=None)):
+        monkeypatch.setattr(graph_module, "_loader", loader)
+        monkeypatch.setattr(FakeTensorMode, "cache", SimpleNamespace(clear=None))
+        assert forgetting.forgetting(lambda: 3)() == 3
+    monkeypatch.delattr(graph_module, "_loader")
+    monkeypatch.delattr(FakeTensorMode, "cache")
+    assert forgetting.forgetting(lambda: 3)() == 3

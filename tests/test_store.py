@@ -174,18 +174,20 @@ def test_a_forked_child_holds_no_lock(folder: Path, other_thread: Callable[[Call
 
     other_thread(hold)
     inside.wait(60)
-    read, write_end = os.pipe()
-    child = os.fork()
-    if not child:
-        with contextlib.suppress(BaseException):
-            os.write(write_end, b"open" if any(is_open(path)) else b"closed")
-        os._exit(0)
-    os.close(write_end)
-    assert os.read(read, 10) == b"closed"
-    os.close(read)
-    os.waitpid(child, 0)
-    assert any(is_open(path))
-    go_on.set()
+    try:
+        read, write_end = os.pipe()
+        child = os.fork()
+        if not child:
+            with contextlib.suppress(BaseException):
+                os.write(write_end, b"open" if any(is_open(path)) else b"closed")
+            os._exit(0)
+        os.close(write_end)
+        assert os.read(read, 10) == b"closed"
+        os.close(read)
+        os.waitpid(child, 0)
+        assert any(is_open(path))
+    finally:
+        go_on.set()
 
 
 def is_open(path: Path) -> Iterator[bool]:
