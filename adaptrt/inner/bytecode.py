@@ -47,6 +47,8 @@ class Facts:
     Attributes:
       names: what it names: global names, attributes, and strings that may be names.
       own_names: those of them that are global names or attributes, and variables of functions around it.
+      globals: global names that it reads.
+      imports: modules that it imports, each with the number of packages up from which it is looked for.
       reads: those of them that it reads other than to add a constant to them, and strings that may be names.
       reads_computed: whether it may read attributes under other names.
       sets: attributes that it sets.
@@ -60,6 +62,8 @@ class Facts:
 
     names: frozenset[str]
     own_names: frozenset[str]
+    globals: frozenset[str]
+    imports: frozenset[tuple[int, str]]
     reads: frozenset[str]
     reads_computed: bool
     sets: frozenset[str]
@@ -84,6 +88,8 @@ def facts(code: types.CodeType) -> Facts:
     return Facts(
         names=used | strings,
         own_names=used | set(code.co_freevars) | set(code.co_cellvars),
+        globals=frozenset([_of(step) for step in steps if step.opname in ("LOAD_GLOBAL", "LOAD_NAME")]),
+        imports=frozenset([(_level(steps, index), _of(step)) for index, step in enumerate(steps) if step.opname == "IMPORT_NAME"]),
         reads=strings | {_of(step) for index, step in enumerate(steps) if _is_read(steps, index)},
         reads_computed=reads_others or bool(_READS_COMPUTED & used),
         sets=frozenset([_of(step) for step in steps if step.opname in ("STORE_ATTR", "DELETE_ATTR")]) | set_by_call | deleted,
@@ -131,6 +137,11 @@ def _of(step: dis.Instruction) -> str:
 
 def _effect(step: dis.Instruction) -> int:
     return dis.stack_effect(step.opcode, step.arg if step.opcode >= dis.HAVE_ARGUMENT else None, jump=False)
+
+
+def _level(steps: Sequence[dis.Instruction], index: int) -> int:
+    level = steps[index - 2].argval if index > 1 else 0
+    return level if isinstance(level, int) else 0
 
 
 def _is_jump(step: dis.Instruction) -> bool:

@@ -27,7 +27,7 @@ class ModelTree:
         self._roots = dict(roots)
         self._specs = {path: Spec.of(value) for path, value in _named(roots)}
         self._first = canonical_names(_named(roots))
-        self._known: list[tuple[str, nn.Module, dict[str, nn.Module | None], dict[str, set[str]]]] = []
+        self._known: list[tuple[str, nn.Module, dict[str, nn.Module | None], dict[str, list[str]]]] = []
         self._unset: list[tuple[str, nn.Module, str, str]] = []
         self._tied: list[tuple[str, nn.Module, str, str, nn.Module, str]] = []
         constants: dict[str, Any] = {}
@@ -37,8 +37,8 @@ class ModelTree:
             for name, part in model.named_modules(prefix=root):
                 held = f"m{len(self._known)}"
                 constants[held] = part
-                self._known.append((name, part, dict(part._modules), {table: set(getattr(part, table)) for table in _TABLES}))
-                conditions += [f"len({held}.{table}) == {len(getattr(part, table))}" for table in _TABLES]
+                self._known.append((name, part, dict(part._modules), {table: [*getattr(part, table)] for table in _TABLES}))
+                conditions += [_has_keys(f"{held}.{table}", [*getattr(part, table)]) for table in _TABLES]
                 unset = [(table, key) for table in _TABLES for key, value in getattr(part, table).items() if value is None]
                 self._unset += [(name, part, table, key) for table, key in unset]
                 conditions += [f"{held}.{table}[{key!r}] is None" for table, key in unset if table != "_modules"]
@@ -101,13 +101,20 @@ class ModelTree:
                 if now is not value and child in part._modules:
                     return f"the layer '{path}.{child}' was replaced by {'None' if now is None else f'a {type(now).__name__}'}"
             for table, kind in (("_modules", "layer"), ("_parameters", "parameter"), ("_buffers", "buffer")):
-                now = set(getattr(part, table))
-                for name in sorted(now ^ names[table]):
+                now = [*getattr(part, table)]
+                for name in sorted({*now} ^ {*names[table]}):
                     return f"the {kind} '{path}.{name}' was {'added' if name in now else 'removed'}"
+                if now != names[table]:
+                    return f"the {kind}s of '{path}' were put in another order, {', '.join(now)},"
                 for name in names[table]:
                     if table != "_modules" and getattr(part, table)[name] is None and (path, table, name) not in unset:
                         return f"the {kind} '{path}.{name}' was set to None"
         return "the model was changed"
+
+
+def _has_keys(table: str, keys: list[str]) -> str:
+    """A condition that a table has these keys in this order. That of a single one is looked at by its entry."""
+    return f"[*{table}] == {keys!r}" if len(keys) > 1 else f"len({table}) == {len(keys)}"
 
 
 def _named(roots: Mapping[str, nn.Module]) -> list[tuple[str, Tensor]]:

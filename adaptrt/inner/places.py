@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import operator
 import types
 from collections.abc import Callable, Hashable, Sequence
@@ -12,15 +13,21 @@ from typing import Any
 from torch import nn
 
 from adaptrt.inner.reachable import MISSING, items_of
-from adaptrt.inner.user_code import IMMUTABLE, has_hidden_state, is_holder, is_users_class
+from adaptrt.inner.user_code import IMMUTABLE, has_hidden_state, is_holder, is_number_of_numpy, is_users_class
 
 ENTRY = "{h}.get({i}) is {v}"
 """An entry of a dict; read so that a dict with defaults does not make one."""
+ENTRY_OF_NONE = "{h}.get({i}, missing) is {v}"
+CONTEXT = "{h}.get({i}) is {v}"
+ABSENT = "{i} not in {h}"
+"""No entry, so that something else is read, such as an attribute of the class or a built-in function."""
 ITEM = "{h}[{i}] is {v}"
 CELL = "{h}.cell_contents is {v}"
 SIZE = "len({h}) == {v}"
 EMPTY = "not {h}"
 """The same as a size of 0, and faster; every module has two empty tables of hooks."""
+KEYS = "[*{h}] == {v}"
+"""The keys of a dict in their order."""
 EQUAL = "{h} == {v}"
 NUMBERS = "{h}.tobytes() == {v}"
 KIND_OF_ENTRY = "{h}.get({i}).__class__ is {v}"
@@ -28,7 +35,7 @@ CONTENTS = "same({h}, {v})"
 OF_CLASS = "{h}.__class__ is {v}"
 FORWARD = "{h}.forward is {v}"
 ATTRIBUTE = "getattr({h}, {i}, missing) is {v}"
-SIZE_OF_OWN = "len({h}.__dict__) == {v}"
+KEYS_OF_OWN = "[*{h}.__dict__] == {v}"
 NEVER_CHANGES = ""
 
 
@@ -52,16 +59,45 @@ class Place:
     index: Any = None
     makes_programs: bool = True
 
-    @property
-    def key(self) -> Hashable:
-        """Equal for values that give the same program."""
-        if self.code == CONTENTS:
-            return self.path, (frozenset if isinstance(self.holder, set) else tuple)(map(key_of, self.value))
-        return self.path, key_of(self.value)
+
+class Keys:
+    """Gives places keys that are equal for values that give the same program.
+
+    What has places of its own for what is in it counts by its type and by when it was first met, because two names of one object are
+    something else than two objects with equal values.
+    """
+
+    def __init__(self) -> None:
+        self._met: dict[int, int] = {}
+
+    def of_place(self, place: Place) -> Hashable:
+        """The key of a place, which is asked for in the order of a walk."""
+        if place.code in (CONTENTS, KEYS, KEYS_OF_OWN):
+            return place.path, (frozenset if isinstance(place.holder, set) else tuple)(map(self.of, place.value))
+        return place.path, self.of(place.value)
+
+    def of(self, value: Any) -> Hashable:
+        """The key of a value."""
+        kind: Any = type(value)
+        if kind is tuple or kind is frozenset:
+            return kind, kind(map(self.of, value))
+        if kind is slice:
+            return kind, self.of((value.start, value.stop, value.step))
+        if kind is functools.partial:
+            return kind, self.of((value.func, value.args, *value.keywords, *value.keywords.values(), *vars(value), *vars(value).values()))
+        if kind is types.MethodType:
+            return kind, self.of(value.__func__), self.of(value.__self__)
+        if kind is types.FunctionType:
+            return id(value.__code__), self._when_met(value)
+        found = _key_of(value)
+        return (found, self._when_met(value)) if found is kind else found
+
+    def _when_met(self, value: Any) -> int:
+        return self._met.setdefault(id(value), len(self._met))
 
 
-def key_of(value: Any) -> Hashable:
-    """Equal for values that give the same program. What has places of its own for what is in it counts by its type."""
+def _key_of(value: Any) -> Hashable:
+    """Equal for values that give the same program, and the type of what has places of its own for what is in it."""
     kind = type(value)
     if kind in _EXACT:
         return kind, float.hex(value) if kind is float else value
@@ -72,14 +108,12 @@ def key_of(value: Any) -> Hashable:
     if isinstance(value, IMMUTABLE):
         for plain, read in _READ_PLAIN:
             if isinstance(value, plain):
-                return kind, key_of(read(value))
+                return kind, _key_of(read(value))
         return kind, id(value) if kind.__hash__ is None else value
-    if isinstance(value, types.FunctionType):
-        return id(value.__code__)
-    if isinstance(value, types.MethodType) and isinstance(value.__func__, types.FunctionType):
-        return id(value.__func__.__code__), key_of(value.__self__)
     if isinstance(value, list | tuple | dict | set | frozenset | collections.deque):
         return kind
+    if is_number_of_numpy(kind):
+        return kind, value.dtype.str, value.tobytes()
     if is_users_class(kind) or is_holder(kind):
         return id(value) if has_hidden_state(kind) else kind
     return id(value)
@@ -106,10 +140,10 @@ def unchanged_check(places: Sequence[Place]) -> Callable[[], bool]:
         holder = holders.setdefault(id(place.holder), f"h{len(holders)}")
         constants[holder] = place.holder
         constants[f"v{index}"], constants[f"i{index}"] = place.value, place.index
-        lines.append(place.code.format(h=holder, i=f"i{index}", v=f"v{index}"))
+        code = ENTRY_OF_NONE if place.code == ENTRY and place.value is None else place.code
+        lines.append(code.format(h=holder, i=f"i{index}", v=f"v{index}"))
     condition = "\n      and ".join(["True", *lines])
-    caught = "(LookupError, AttributeError, ValueError, RuntimeError)"
-    source = f"def check():\n  try: return ({condition})\n  except {caught}: return False\n"
+    source = f"def check():\n  try: return ({condition})\n  except Exception: return False\n"
     exec(compile(source, "<watched values>", "exec"), constants)
     return constants["check"]
 

@@ -22,15 +22,15 @@ import re
 import threading
 import types
 import warnings
-from collections.abc import Callable, Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
 
 from adaptrt.inner import places
-from adaptrt.inner.places import Place, unchanged_check
-from adaptrt.inner.reachable import HOOKS, PLAIN, TABLES, Kind, Opening, Walk, getter_names, scopes, short
-from adaptrt.inner.user_code import Executed, is_of_user, outside
+from adaptrt.inner.places import Keys, Place, unchanged_check
+from adaptrt.inner.reachable import HOOKS, MISSING, PLAIN, TABLES, Kind, Opening, Walk, getter_names, of_module, scopes, short
+from adaptrt.inner.user_code import Executed, is_of_user, is_users_class, outside
 from adaptrt.process import lock
 
 _MAX_ENTRIES = 256
@@ -88,14 +88,14 @@ class _Search:
             case Kind.DICT | Kind.LIST | Kind.SET:
                 return self._container(opening)
             case Kind.VIEW:
-                self.places.append(Place(f"the length of {opening.path}", opening.holder, places.SIZE, len(opening.holder)))
+                self.places.append(_keys_of(opening.path, opening.holder))
                 return [self._found(opening, places.ENTRY, key, value) for key, value in opening.entries]
             case Kind.TUPLE:
                 return [self._found(opening, places.NEVER_CHANGES, key, value) for key, value in opening.entries]
             case Kind.CELL:
                 return [self._found(opening, places.CELL, key, value) for key, value in opening.entries]
             case Kind.CONTEXT:
-                return [self._found(opening, places.ENTRY, key, value) for key, value in opening.entries]
+                return [self._found(opening, places.CONTEXT, key, value) for key, value in opening.entries]
             case Kind.ARRAY:
                 is_bytes = isinstance(opening.holder, bytearray)
                 value = bytes(opening.holder) if is_bytes else opening.holder.tobytes()
@@ -119,14 +119,17 @@ class _Search:
     def _is_read(self, name: Any) -> bool:
         return name in self._names or (self._is_computed and isinstance(name, str) and not name.startswith("__"))
 
-    def _count_of_attributes(self, path: str, own: Any) -> None:
-        """One attribute more may hide another of the class."""
-        self.places.append(Place(f"the attributes of {path}", own, places.SIZE, len(own), makes_programs=False))
+    def _names_of_attributes(self, path: str, own: Any) -> None:
+        """Another attribute may hide one of the class."""
+        self.places.append(Place(f"the attributes of {path}", own, places.KEYS, [*own], makes_programs=False))
 
     def _module(self, opening: Opening) -> _Found:
         """Attributes of a module. Its mode, parameters and buffers are read elsewhere if it is a part of the model or the loss."""
-        self._count_of_attributes(opening.path, opening.holder)
         kind, is_followed = type(opening.owner), id(opening.owner) in self._is_followed
+        if is_users_class(kind):
+            self._names_of_attributes(opening.path, opening.holder)
+        elif "forward" not in opening.holder:
+            self.places.append(Place(f"{opening.path}.forward", opening.holder, places.ABSENT, MISSING, "forward"))
         self.places.append(Place(f"the class of {opening.path}", opening.owner, places.OF_CLASS, kind))
         if kind not in self._forwards:
             self._forwards.add(kind)
@@ -144,7 +147,7 @@ class _Search:
         return found
 
     def _attributes(self, opening: Opening) -> _Found:
-        self._count_of_attributes(opening.path, opening.holder)
+        self._names_of_attributes(opening.path, opening.holder)
         return [
             self._found(opening, places.ENTRY, name, value)
             for name, value in opening.entries
@@ -153,9 +156,8 @@ class _Search:
 
     def _named(self, opening: Opening) -> _Found:
         if isinstance(opening.holder, threading.local):
-            self.places.append(
-                Place(f"the attributes of {opening.path}", opening.holder, places.SIZE_OF_OWN, len(vars(opening.holder)), None, False)
-            )
+            own = [*vars(opening.holder)]
+            self.places.append(Place(f"the attributes of {opening.path}", opening.holder, places.KEYS_OF_OWN, own, None, False))
         always = opening.is_whole or isinstance(opening.holder, types.FunctionType)
         return [
             self._found(opening, places.OF_CLASS if name == "__class__" else places.ATTRIBUTE, name, value)
@@ -167,7 +169,7 @@ class _Search:
         """Data among the attributes of a class, and functions that ran or are behind a wrapper."""
         own = vars(opening.holder)
         opening = opening._replace(holder=own)
-        self._count_of_attributes(opening.path, own)
+        self._names_of_attributes(opening.path, own)
         return [self._found(opening, places.ENTRY, name, value) for name, value in opening.entries if self._is_read_of_class(name, value)]
 
     def _is_read_of_class(self, name: str, value: Any) -> bool:
@@ -179,10 +181,17 @@ class _Search:
         return self._is_read(name) and not name.startswith("__")
 
     def _scope(self, opening: Opening) -> _Found:
-        """Global names, each of which several code objects may use."""
+        """Global names, each of which several code objects may use. Modules among them are opened by the code that names them."""
+        if opening.owner is not None:
+            names = {name for name, value in opening.holder.items() if self._is_read_of_module(name, value)}
+            return self._scope(of_module(opening.holder, names))
         new = [(name, value) for name, value in opening.entries if (id(opening.holder), name) not in self._known]
         self._known |= {(id(opening.holder), name) for name, _ in new}
-        return [self._found(opening, places.ENTRY, name, value) for name, value in new]
+        found = [self._found(opening, places.ABSENT if value is MISSING else places.ENTRY, name, value) for name, value in new]
+        return [(name, value) for name, value in found if not isinstance(value, types.ModuleType)]
+
+    def _is_read_of_module(self, name: str, value: Any) -> bool:
+        return name in self._names or (self._is_read(name) and not isinstance(value, types.ModuleType | types.FunctionType | type))
 
     def _container(self, opening: Opening) -> _Found:
         """A container that is large, or a class of its own, has one place, which compares all entries."""
@@ -194,8 +203,18 @@ class _Search:
             for _, value in others:
                 self._names |= getter_names(value)
             return others
-        self.places.append(Place(f"the length of {opening.path}", holder, places.SIZE if entries else places.EMPTY, len(entries)))
+        if opening.kind is Kind.DICT:
+            self.places.append(_keys_of(opening.path, holder))
+        else:
+            self.places.append(Place(f"the length of {opening.path}", holder, places.SIZE if entries else places.EMPTY, len(entries)))
         return [self._found(opening, places.ENTRY if opening.kind is Kind.DICT else places.ITEM, key, value) for key, value in entries]
+
+
+def _keys_of(path: str, holder: Any) -> Place:
+    """The keys of a dict, in the order in which code goes through them. That of a single one is looked at by its entry."""
+    if len(holder) < 2:
+        return Place(f"the length of {path}", holder, places.SIZE if len(holder) else places.EMPTY, len(holder))
+    return Place(f"the keys of {path}", holder, places.KEYS, [*holder])
 
 
 _MAX_NUMBERS = 64
@@ -250,7 +269,7 @@ class PythonState:
             del self._numbers[next(iter(self._numbers))]
 
     def _key(self) -> Hashable:
-        return tuple([place.key for place in self._places if place.makes_programs])
+        return tuple([key for _, key in _keys(self._places)])
 
     def _renew(self) -> int:
         before = self._places
@@ -263,16 +282,13 @@ class PythonState:
             self._remember(key, number)
             if self._next > MAX_VALUES and not self._has_warned:
                 self._has_warned = True
-                self._warn({place.path: place for place in before})
+                self._warn(before)
         self._present = unchanged_check(self._places), number
         return number
 
-    def _warn(self, before: Mapping[str, Place]) -> None:
-        changed = [
-            f"{place.path} (now {short(place.value)})"
-            for place in self._places
-            if place.makes_programs and (place.path not in before or before[place.path].key != place.key)
-        ]
+    def _warn(self, before: Sequence[Place]) -> None:
+        known = {key for _, key in _keys(before)}
+        changed = [f"{place.path} (now {short(place.value)})" for place, key in _keys(self._places) if key not in known]
         warnings.warn(
             f"{self._next} different values of {', '.join(changed[:3]) or 'Python state'} were met, and programs are compiled for "
             "each. Make it a buffer or a plain tensor attribute, which programs take as an input",
@@ -282,10 +298,16 @@ class PythonState:
     def _warn_of_size(self) -> None:
         if len(self._places) > _MANY_PLACES and not self._has_warned_of_size:
             self._has_warned_of_size = True
-            paths = [place.path.removeprefix("the length of ") for place in self._places]
+            paths = [re.sub("^the (length|keys) of ", "", place.path) for place in self._places]
             ((most, _),) = collections.Counter([re.split(r"\[", path)[0] for path in paths]).most_common(1)
             warnings.warn(
                 f"{len(self._places)} Python values are read by the model, the loss or the optimiser, most of them in {most}, "
                 "and each call compares them all. Keep large tables of objects in tensors, or out of reach of code that runs",
                 stacklevel=outside(),
             )
+
+
+def _keys(found: Sequence[Place]) -> list[tuple[Place, Hashable]]:
+    """The places that make programs, with their keys."""
+    keys = Keys()
+    return [(place, keys.of_place(place)) for place in found if place.makes_programs]

@@ -11,9 +11,10 @@ import contextvars
 import enum
 import functools
 import operator
+import sys
 import threading
 import types
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Set
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -91,7 +92,7 @@ class Opening(NamedTuple):
       holder: what is written to.
       entries: keys and values.
       is_whole: whether all entries count as read, whatever code names.
-      owner: the module or the function, if it is one.
+      owner: the layer, the function or the module, if it is one. A module has no entries: whoever asks takes those that code names.
     """
 
     kind: Kind
@@ -147,6 +148,8 @@ def opened(path: str, value: Any) -> list[Opening]:
     """The parts of a value; none if it is compared as a whole."""
     if isinstance(value, type):
         return _class(value)
+    if isinstance(value, types.ModuleType):
+        return [Opening(Kind.SCOPE, value.__name__, vars(value), owner=value)] if is_users_module(value) else []
     if isinstance(value, nn.Module):
         children = [(name, child) for name, child in value._modules.items() if child is not None]
         own = vars(value)
@@ -212,7 +215,7 @@ def items_of(value: Any) -> list[Any]:
 def _object(path: str, value: Any) -> list[Opening]:
     """The attributes of an object, and of one of the user's its class."""
     kind = type(value)
-    if isinstance(value, types.ModuleType) or is_ours(kind):
+    if is_ours(kind):
         return []
     if isinstance(value, threading.local):  # each thread has a dict of its own
         return [Opening(Kind.NAMED, path, value, list(vars(value).items())), *_of_class(value)]
@@ -271,6 +274,25 @@ _DEEP = 8
 _EMPTY = types.CellType()
 
 
+def imported(code: types.CodeType, scope: dict[str, Any]) -> list[types.ModuleType]:
+    """The user's modules that code imports, as far as they have been imported already."""
+    known = facts(code)
+    paths = set(known.names) if known.names & {"import_module", "__import__", "modules"} else set[str]()
+    for level, name in known.imports:
+        package = str(scope.get("__package__") or scope.get("__name__", "")).split(".")
+        above = package[: max(len(package) - level + 1, 0)] if level else []
+        path = [*above, *(name.split(".") if name else [])]
+        paths |= {".".join(path[:end]) for end in range(1, len(path) + 1)}
+    found = [sys.modules.get(path) for path in sorted(paths)]
+    return [module for module in found if isinstance(module, types.ModuleType) and is_users_module(module)]
+
+
+def of_module(scope: dict[str, Any], names: Set[str]) -> Opening:
+    """Those of the global names of a module that code names."""
+    entries = [(name, scope[name]) for name in sorted(names & scope.keys())]
+    return Opening(Kind.SCOPE, str(scope.get("__name__", "?")), scope, entries)
+
+
 def scopes(code: types.CodeType, scope: dict[str, Any]) -> list[Opening]:
     """The global names that code uses, and those of the user's modules that it names, too."""
     known = facts(code)
@@ -288,8 +310,12 @@ def scopes(code: types.CodeType, scope: dict[str, Any]) -> list[Opening]:
             if isinstance(value, types.ModuleType) and is_users_module(value):
                 add(vars(value), value.__name__)
 
-    add(scope, str(scope.get("__name__", "?")))
-    return list(found.values())
+    path = str(scope.get("__name__", "?"))
+    add(scope, path)
+    for module in imported(code, scope):
+        add(vars(module), module.__name__)
+    absent = sorted(known.globals - scope.keys())  # built-in functions, most of them
+    return [*found.values(), Opening(Kind.SCOPE, path, scope, [(name, MISSING) for name in absent])]
 
 
 def _parts(path: str, values: Iterable[Any]) -> Opening:

@@ -18,6 +18,7 @@ import copy
 import dataclasses
 import functools
 import operator
+import sys
 import threading
 import types
 import warnings
@@ -27,12 +28,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from adaptrt.errors import NotTraceable
 from adaptrt.functional import remapped
 from adaptrt.graph.capture import is_of_trace
 from adaptrt.graph.draws import is_alone
-from adaptrt.inner.bytecode import MUTATORS
+from adaptrt.inner.bytecode import MUTATORS, facts
 from adaptrt.inner.positions import position, put_position
-from adaptrt.inner.reachable import MISSING, PLAIN, TABLES, Kind, Opening, Walk, getter_names, scopes, short
+from adaptrt.inner.reachable import MISSING, PLAIN, TABLES, Kind, Opening, Walk, getter_names, of_module, scopes, short
 from adaptrt.inner.user_code import IMMUTABLE, Executed, is_array, outside, slots_of
 
 _MANY = 200_000
@@ -65,6 +67,8 @@ class Snapshot:
         self._holders: dict[tuple[Kind, int], tuple[Kind, str, Any, Any]] = {}
         self._paths: dict[int, list[str]] = {}
         self._written: set[int] = set()  # containers that code can write into by a method that it has at hand
+        self._modules: list[dict[str, Any]] = []  # the global names of modules that are held elsewhere than in global names
+        self._without_values: list[dict[str, Any]] = []  # those of modules that made tensors of the trace when they were imported
         self._walk = Walk(self._visit)
         self._walk.go(roots.items(), [opening for code, scope in executed.codes.values() for opening in scopes(code, scope)])
         if len(self._holders) > _MANY:
@@ -74,16 +78,34 @@ class Snapshot:
                 stacklevel=outside(),
             )
 
-    def enter(self, code: types.CodeType, scope: dict[str, Any]) -> None:
+    def enter(self, code: types.CodeType | None, scope: dict[str, Any]) -> None:
         """Takes the global names of a function that is about to run for the first time, or of a module that was imported."""
-        self._walk.go(openings=scopes(code, scope))
+        if code is None:
+            if any(is_of_trace(found) for value in list(scope.values()) for found in _tensors(value)):
+                self._without_values.append(scope)
+            self._modules.append(scope)
+            self._walk.go(openings=[of_module(scope, self._executed.names)])
+        else:
+            held = [of_module(module, facts(code).names) for module in self._modules]
+            self._walk.go(openings=[*scopes(code, scope), *held])
 
     def writes(self) -> list[Write]:
-        """What has changed since."""
+        """What has changed since.
+
+        Raises:
+          NotTraceable: a module was imported that has made tensors, which are of the trace and have no values.
+        """
+        for scope in self._without_values:
+            raise NotTraceable(
+                f"a pass of the model, the loss or the optimiser is the first to import the module {scope.get('__name__')}, which makes "
+                "tensors when it is imported. Import it before, for example where the model is defined"
+            )
         return [write for path, _, before, after in self._changes(may_own_values=True) for write in _differences(path, before, after)]
 
     def restore(self) -> None:
         """Puts everything back. A tensor with values in a container stays, as another thread may have computed it."""
+        for scope in self._without_values:
+            sys.modules.pop(scope["__name__"], None)
         for _, holder, before, after in self._changes(may_own_values=False):
             if _differences("", before, after):
                 _put(holder, before, after)
@@ -101,6 +123,11 @@ class Snapshot:
             elif isinstance(value, types.BuiltinMethodType) and value.__name__ in MUTATORS:
                 self._written.add(id(value.__self__))
             self._executed.getters |= getter_names(value)
+        if kind is Kind.SCOPE:
+            if opening.owner is not None:
+                self._modules.append(holder)
+                entries = list(of_module(holder, self._executed.names).entries)
+            entries = [(key, value) for key, value in entries if not isinstance(value, types.ModuleType)]
         if kind not in (Kind.FIXED, Kind.TUPLE, Kind.VIEW):
             self._holders.setdefault((kind, id(holder)), (kind, opening.path, holder, _content(kind, holder)))
         return entries
@@ -118,6 +145,9 @@ class Snapshot:
             if _may_differ(before, after):
                 if not is_all_own:
                     before, after = self._own(kind, holder, path, before, after, may_own_values)
+                elif isinstance(before, dict):
+                    changed = [key for key in {**before, **after} if before.get(key, MISSING) is not after.get(key, MISSING)]
+                    before, after = ({key: content[key] for key in changed if key in content} for content in (before, after))
                 found.append((path, _Named(holder) if kind is Kind.NAMED else holder, before, after))
         return found
 
@@ -228,10 +258,12 @@ def _put(holder: Any, content: Any, present: Any) -> None:
             holder.cell_contents = content
     elif isinstance(holder, _Named | type):
         owner = holder.owner if isinstance(holder, _Named) else holder
+        # Not by what the class makes of it: it may refuse, as a frozen dataclass does.
+        kind: Any = next(kind for kind in (type, threading.local, object) if isinstance(owner, kind))
         for name in present.keys() - content.keys():
-            delattr(owner, name)
+            kind.__delattr__(owner, name)
         for name, value in content.items():
-            setattr(owner, name, value)
+            kind.__setattr__(owner, name, value)
     elif isinstance(holder, contextvars.ContextVar):
         if content is not MISSING:
             holder.set(content)

@@ -64,6 +64,9 @@ _QUESTIONS = (torch.is_grad_enabled, torch.is_inference_mode_enabled)
 """Functions by which code asks for the gradient mode."""
 
 
+_Listener = Callable[[types.CodeType | None, dict[str, Any]], None]
+
+
 class Executed:
     """The Python code that ran in a block, apart from PyTorch's own outside of `torch.nn`.
 
@@ -89,7 +92,7 @@ class Executed:
         self._seeded: list[tuple[torch.Generator, Tensor]] = []
         self._sets: set[str] = set()
         self._layers: dict[int, types.CodeType] = {}
-        self._announce: list[Callable[[types.CodeType, dict[str, Any]], None]] = []
+        self._announce: list[_Listener] = []
 
     def note_builtin(self, frame: types.FrameType, called: Any) -> None:
         """Takes note of a function written in C that code calls, if it matters."""
@@ -119,7 +122,7 @@ class Executed:
             generator.set_state(state)
 
     @contextlib.contextmanager
-    def announcing(self, listener: Callable[[types.CodeType, dict[str, Any]], None]) -> Generator[None]:
+    def announcing(self, listener: _Listener) -> Generator[None]:
         """Within the block the listener is told of the user's code that is about to run for the first time, and of imported modules."""
         self._announce.append(listener)
         try:
@@ -140,8 +143,8 @@ class Executed:
         self.names |= facts(code).names
         self._sets |= facts(code).sets
 
-    def announce(self, code: types.CodeType, scope: dict[str, Any]) -> None:
-        """Tells those who listen of code that is about to run, or of the body of a module that has run."""
+    def announce(self, code: types.CodeType | None, scope: dict[str, Any]) -> None:
+        """Tells those who listen of code that is about to run, or, without code, of a module that was imported."""
         for listener in self._announce:
             listener(code, scope)
 
@@ -231,7 +234,7 @@ def record_code(executed: Executed) -> Generator[None]:
                 executed.add(frame.f_code, frame.f_globals)
         elif event == "return" and frame.f_code.co_name == "<module>" and _is_initialised_by(frame):
             if is_of_user(frame.f_code, frame.f_globals):
-                executed.announce(frame.f_code, frame.f_globals)
+                executed.announce(None, frame.f_globals)
         elif event == "c_call":
             executed.note_builtin(frame, arg)
 
@@ -324,6 +327,11 @@ def is_array(value: Any) -> bool:
     return isinstance(value, array.array | bytearray) or any(
         base.__module__ == "numpy" and base.__name__ == "ndarray" for base in type(value).__mro__
     )
+
+
+def is_number_of_numpy(kind: type) -> bool:
+    """Whether it is a class of single numbers of NumPy's, which do not change."""
+    return any(base.__module__ == "numpy" and base.__name__ == "generic" for base in kind.__mro__) and kind.__name__ != "object_"
 
 
 def has_hidden_state(kind: type) -> bool:
