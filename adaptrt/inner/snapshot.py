@@ -18,6 +18,7 @@ import copy
 import dataclasses
 import functools
 import operator
+import os
 import sys
 import threading
 import types
@@ -33,7 +34,7 @@ from adaptrt.graph.capture import is_of_trace
 from adaptrt.graph.draws import is_alone
 from adaptrt.inner.bytecode import MUTATORS, facts
 from adaptrt.inner.positions import position, put_position
-from adaptrt.inner.reachable import MISSING, PLAIN, TABLES, Kind, Opening, Walk, getter_names, of_module, scopes, short
+from adaptrt.inner.reachable import MISSING, PLAIN, TABLES, Kind, Opening, Walk, getter_names, of_module, scopes, short, shown, slot
 from adaptrt.inner.user_code import IMMUTABLE, Executed, is_array, outside, slots_of
 
 _MANY = 200_000
@@ -86,6 +87,9 @@ class Snapshot:
             self._walk.go(openings=[of_module(scope, self._executed.names)])
         else:
             held = [of_module(module, facts(code).names) for module in self._modules]
+            if facts(code).names & {"environ", "environb", "putenv"}:
+                data = getattr(os.environ, "_data", {})
+                held.append(Opening(Kind.DICT, "os.environ", data, list(data.items())))
             self._walk.go(openings=[*scopes(code, scope), *held])
 
     def writes(self) -> list[Write]:
@@ -111,7 +115,7 @@ class Snapshot:
 
     def _visit(self, opening: Opening) -> list[tuple[Any, Any]]:
         kind, holder = opening.kind, opening.holder
-        if kind is Kind.LIBRARY or len(self._holders) > _MANY:
+        if len(self._holders) > _MANY or (kind is Kind.LIBRARY and type(opening.owner).__module__.startswith("logging")):
             return []
         entries = [
             (key, value) for key, value in opening.entries if type(value) not in PLAIN and not (kind is Kind.MODULE and key in TABLES)
@@ -122,6 +126,8 @@ class Snapshot:
             elif isinstance(value, types.BuiltinMethodType) and value.__name__ in MUTATORS:
                 self._written.add(id(value.__self__))
             self._executed.getters |= getter_names(value)
+        if kind is Kind.LIBRARY:  # what a queue, an event or a dict of weak references holds, and nothing further
+            entries = [(key, value) for key, value in entries if type(value) in (list, dict, set, collections.deque)]
         if kind is Kind.SCOPE:
             if opening.owner is not None:
                 self._modules.append(holder)
@@ -158,7 +164,7 @@ class Snapshot:
             return before, after if self._executed.may_set_variable(path.rpartition(".")[2]) else before
         if kind is Kind.SCOPE:
             may_set = functools.partial(self._executed.may_set_global, holder)
-        elif kind in (Kind.ATTRIBUTES, Kind.MODULE, Kind.CLASS, Kind.NAMED):
+        elif kind in (Kind.ATTRIBUTES, Kind.LIBRARY, Kind.MODULE, Kind.CLASS, Kind.NAMED):
             may_set = self._executed.may_set
         else:
             return before, after
@@ -247,7 +253,8 @@ def _named(holder: Any) -> dict[str, Any]:
     if isinstance(holder, threading.local):
         return dict(vars(holder))
     names = slots_of(type(holder)) if not isinstance(holder, types.FunctionType) else ("__code__", "__defaults__", "__kwdefaults__")
-    return {name: getattr(holder, name) for name in names if hasattr(holder, name)}
+    found = {name: slot(holder, name) for name in names}
+    return {name: value for name, value in found.items() if value is not MISSING}
 
 
 def _put(holder: Any, content: Any, present: Any) -> None:
@@ -311,8 +318,8 @@ def _differences(path: str, before: Any, after: Any) -> list[Write]:
         if len(before) == len(after) and all(after.get(key, MISSING) is value for key, value in before.items()):
             return []
         keys = [key for key in {**before, **after} if not is_same(before.get(key, MISSING), after.get(key, MISSING), {})]
-        name = "{}.{}" if all(isinstance(key, str) and key.isidentifier() for key in keys) else "{}[{!r}]"
-        return [Write(name.format(path, key), before.get(key, MISSING), after.get(key, MISSING)) for key in keys]
+        is_named = all(isinstance(key, str) and key.isidentifier() for key in keys)
+        return [Write(f"{path}.{key}" if is_named else f"{path}[{shown(key)}]", before.get(key, MISSING), after.get(key, MISSING)) for key in keys]
     return [] if is_same(before, after, {}) else [Write(path, before, after)]
 
 

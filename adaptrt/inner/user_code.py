@@ -76,6 +76,7 @@ class Executed:
       getters: names of attributes that an `operator.attrgetter` within reach may read.
       sources: clocks and the like that the user's code asked, by their names.
       questions: names of the functions by which the user's code, or that of a library, asks for the gradient mode, whatever it calls them.
+      counters: names of what it counts up, on which its passes do not depend.
       starts_threads: whether it starts threads, which may then write at the same time.
       seeding: where it seeds a generator of PyTorch's, or sets it to another state. After the block the generator has its state again.
     """
@@ -87,6 +88,7 @@ class Executed:
         self.sources: set[str] = set()
         self.questions: set[str] = set()
         self.seeding: list[str] = []
+        self.counters: set[str] = set()
         self.starts_threads = False
         self._was_alone = is_alone()
         self._seeded: list[tuple[torch.Generator, Tensor]] = []
@@ -200,6 +202,7 @@ class Executed:
         self.names |= other.names
         self.getters |= other.getters
         self.sources |= other.sources
+        self.counters |= other.counters
         self.starts_threads |= other.starts_threads
         self._was_alone &= other._was_alone
         self._sets |= other._sets
