@@ -67,9 +67,7 @@ READS: dict[str, Callable[[], Case]] = {
         lambda kept: setattr(kept.weights, "gain", 3.0),
         weights=Weights(),
     ),
-    "a format": with_kept(
-        lambda kept: float("{0.gain}".format(kept.weights)), lambda kept: setattr(kept.weights, "gain", 3.0), weights=Weights()
-    ),
+    "a format": with_kept(lambda kept: float(f"{kept.weights.gain}"), lambda kept: setattr(kept.weights, "gain", 3.0), weights=Weights()),
     "a view of a dict": of_a_view,
     "a metaclass": of_a_metaclass,
     "the shape of an array": with_kept(lambda kept: float(kept.values.shape[0]), reshaped, values=numpy.arange(6.0)),
@@ -101,7 +99,7 @@ def sets_an_event(kept: Any) -> float:
 
 def counts_by_a_weak_key(kept: Any) -> float:
     kept.table[kept.key] = kept.table.get(kept.key, 0.0) + 1
-    return kept.table[kept.key]
+    return float(kept.table[kept.key])
 
 
 def counts_behind_a_weak_reference(kept: Any) -> float:
@@ -170,7 +168,7 @@ class Frozen:
     def scale(self) -> float:
         if self.kept is None:
             object.__setattr__(self, "kept", self.base * 2)
-        return self.kept
+        return float(self.kept)
 
 
 class Deaf:
@@ -218,4 +216,3 @@ def test_an_object_that_does_not_answer_and_that_nobody_uses_is_left_alone(what:
     model = scaled(lambda kept: 2.0 if kept.unused is not None else 1.0)
     model.kept.unused = kept
     assert_follows(unrolled(model), model)
-

@@ -228,3 +228,18 @@ def _below(steps: Sequence[dis.Instruction], index: int, num_above: int) -> str 
 
 def _loaded(steps: Sequence[dis.Instruction], index: int) -> str | None:
     return _of(steps[index]) if index >= 0 and steps[index].opname in _LOADS else None
+
+
+def names_in(path: str) -> set[str]:
+    """The names in a path that code may use."""
+    return {name for name in re.findall(r"[^\W\d]\w*", path) if not name.startswith("__")}
+
+
+def last_names(path: str) -> set[str]:
+    """The last attribute in a path like `model.config['sizes'][0]`, and the keys after it."""
+    depth, begin = 0, 0
+    for index, letter in enumerate(path):
+        depth += (letter == "[") - (letter == "]")
+        if letter == "." and not depth:
+            begin = index + 1
+    return names_in(path[begin:])

@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from adaptrt.inner import places
 from adaptrt.inner.places import Keys, Place, unchanged_check
-from adaptrt.inner.reachable import HOOKS, MISSING, PLAIN, TABLES, Kind, Opening, Walk, getter_names, of_module, scopes, short
+from adaptrt.inner.reachable import HOOKS, MISSING, PLAIN, TABLES, Kind, Opening, Walk, getter_names, short
+from adaptrt.inner.scopes import of_module, scopes
 from adaptrt.inner.side_effects import require_unread
 from adaptrt.inner.user_code import Executed, is_of_user, is_users_class, outside
 from adaptrt.process import lock

@@ -11,16 +11,14 @@ import contextvars
 import enum
 import functools
 import operator
-import sys
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterable, Set
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from adaptrt.inner.bytecode import facts
 from adaptrt.inner.positions import position
 from adaptrt.inner.user_code import (
     IMMUTABLE,
@@ -315,50 +313,6 @@ def _with_state(value: Any, depth: int = 0) -> list[Any]:
 
 _DEEP = 8
 _EMPTY = types.CellType()
-
-
-def imported(code: types.CodeType, scope: dict[str, Any]) -> list[types.ModuleType]:
-    """The user's modules that code imports, as far as they have been imported already."""
-    known = facts(code)
-    paths = set(known.names) if known.names & {"import_module", "__import__", "modules"} else set[str]()
-    for level, name in known.imports:
-        package = str(scope.get("__package__") or scope.get("__name__", "")).split(".")
-        above = package[: max(len(package) - level + 1, 0)] if level else []
-        path = [*above, *(name.split(".") if name else [])]
-        paths |= {".".join(path[:end]) for end in range(1, len(path) + 1)}
-    found = [sys.modules.get(path) for path in sorted(paths)]
-    return [module for module in found if isinstance(module, types.ModuleType) and is_users_module(module)]
-
-
-def of_module(scope: dict[str, Any], names: Set[str]) -> Opening:
-    """Those of the global names of a module that code names."""
-    entries = [(name, scope[name]) for name in sorted(names & scope.keys())]
-    return Opening(Kind.SCOPE, str(scope.get("__name__", "?")), scope, entries)
-
-
-def scopes(code: types.CodeType, scope: dict[str, Any]) -> list[Opening]:
-    """The global names that code uses, and those of the user's modules that it names, too."""
-    known = facts(code)
-    names = known.names if known.reads_computed else frozenset(code.co_names)
-    if known.globals_by_name:
-        names |= {name for name, value in list(scope.items()) if not isinstance(value, types.ModuleType | types.FunctionType | type)}
-    found: dict[int, Opening] = {}
-
-    def add(scope: dict[str, Any], path: str) -> None:
-        if id(scope) in found:
-            return
-        entries = [(name, scope[name]) for name in sorted(names & scope.keys())]
-        found[id(scope)] = Opening(Kind.SCOPE, path, scope, entries)
-        for _, value in entries:
-            if isinstance(value, types.ModuleType) and is_users_module(value):
-                add(vars(value), value.__name__)
-
-    path = str(scope.get("__name__", "?"))
-    add(scope, path)
-    for module in imported(code, scope):
-        add(vars(module), module.__name__)
-    absent = sorted(known.globals - scope.keys())  # built-in functions, most of them
-    return [*found.values(), Opening(Kind.SCOPE, path, scope, [(name, MISSING) for name in absent])]
 
 
 def _parts(path: str, values: Iterable[Any]) -> Opening:

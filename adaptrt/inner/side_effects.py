@@ -152,9 +152,9 @@ def require_unread(counters: Iterable[str], executed: Executed) -> None:
     for name in sorted(counters):
         if not executed.only_counts(name):
             raise NotTraceable(
-                f"a pass of the model, the loss or the optimiser counts up '{name}', and another pass, in another mode for example, reads it. "
-                "A program would go on with the value of the first pass. Make it a buffer of the model (register_buffer), which is carried "
-                "from step to step, or adapt with adaptrt.higher, whose steps run the model's Python code"
+                f"a pass of the model, the loss or the optimiser counts up '{name}', and another pass, in another mode for "
+                "example, reads it. A program would go on with the value of the first pass. Make it a buffer of the model "
+                "(register_buffer), which is carried from step to step, or adapt with adaptrt.higher, whose steps run its Python code"
             )
 
 

@@ -12,7 +12,6 @@ import contextlib
 import datetime
 import enum
 import os
-import re
 import sys
 import sysconfig
 import types
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from adaptrt.graph.draws import is_alone
 from adaptrt.graph.profile import profiled
-from adaptrt.inner.bytecode import Facts, facts
+from adaptrt.inner.bytecode import Facts, facts, last_names, names_in
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _LAYERS = os.path.join(_TORCH, "nn") + os.sep
@@ -184,13 +183,13 @@ class Executed:
     def may_write_into(self, paths: Sequence[str]) -> bool:
         """Whether some of it may change a container which is reached by these paths.
 
-        It may if a path ends in no name that code would use, such as that of a default, if it writes into what a path names, or if it names the container, or what holds
-        it among its entries, and writes into something that has come from elsewhere.
+        It may if a path ends in no name that code would use, such as that of a default, or if it writes into what a path names. It also
+        may if it names the container, or what holds it among its entries, and writes into something that has come from elsewhere.
         """
-        tails = [_names_in(path[_last_attribute(path) :]) for path in paths]
+        tails = [last_names(path) for path in paths]
         if not all(tails):
             return True
-        known, names, last = self.facts(), set[str]().union(*map(_names_in, paths)), set[str]().union(*tails)
+        known, names, last = self.facts(), set[str]().union(*map(names_in, paths)), set[str]().union(*tails)
         return any(names & of.writes_into for of in known) or (
             any(of.writes_into_others for of in known) and any(last & (of.names | of.own_names) for of in known)
         )
@@ -208,20 +207,6 @@ class Executed:
         self._sets |= other._sets
         self._layers |= other._layers
         return new
-
-
-def _names_in(path: str) -> set[str]:
-    return {name for name in re.findall(r"[^\W\d]\w*", path) if not name.startswith("__")}
-
-
-def _last_attribute(path: str) -> int:
-    """Where the last attribute begins in a path like `model.config['sizes'][0]`, keys apart."""
-    depth, begin = 0, 0
-    for index, letter in enumerate(path):
-        depth += (letter == "[") - (letter == "]")
-        if letter == "." and not depth:
-            begin = index + 1
-    return begin
 
 
 @contextlib.contextmanager
