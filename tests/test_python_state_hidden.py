@@ -168,7 +168,7 @@ class Frozen:
     def scale(self) -> float:
         if self.kept is None:
             object.__setattr__(self, "kept", self.base * 2)
-        return float(self.kept)
+        return self.__getattribute__("kept")
 
 
 class Deaf:
