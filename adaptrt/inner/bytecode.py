@@ -10,11 +10,15 @@ import dataclasses
 import dis
 import functools
 import itertools
+import re
 import types
 from collections.abc import Sequence
 from typing import Any
 
-_READS_COMPUTED = frozenset({"__dict__", "vars", "attrgetter", "methodcaller", "__getattribute__", "__getattr__", "eval", "exec", "locals"})
+_READS_COMPUTED = frozenset(
+    {"__dict__", "vars", "attrgetter", "methodcaller", "__getattribute__", "__getattr__", "eval", "exec", "locals"}
+    | {"asdict", "astuple", "fields", "__dataclass_fields__", "getmembers"}
+)
 """Names in code that may read attributes under names which it does not spell out, besides `getattr`."""
 
 _SETS_COMPUTED = frozenset({"__setattr__", "__delattr__", "__dict__", "vars", "eval", "exec"})
@@ -126,6 +130,8 @@ def _is_read(steps: Sequence[dis.Instruction], index: int) -> bool:
 
 def _strings(value: Any) -> list[str]:
     """The strings in a constant that may be names, also those of a path like `"layer.weight"`."""
+    if isinstance(value, str) and "{" in value:  # a format may name attributes
+        return re.findall(r"[^\W\d]\w*", value)
     if isinstance(value, str):
         return [part for part in value.split(".") if part.isidentifier()] if len(value) < 200 else []
     return [text for entry in value for text in _strings(entry)] if isinstance(value, tuple | frozenset) else []
@@ -222,3 +228,18 @@ def _below(steps: Sequence[dis.Instruction], index: int, num_above: int) -> str 
 
 def _loaded(steps: Sequence[dis.Instruction], index: int) -> str | None:
     return _of(steps[index]) if index >= 0 and steps[index].opname in _LOADS else None
+
+
+def names_in(path: str) -> set[str]:
+    """The names in a path that code may use."""
+    return {name for name in re.findall(r"[^\W\d]\w*", path) if not name.startswith("__")}
+
+
+def last_names(path: str) -> set[str]:
+    """The last attribute in a path like `model.config['sizes'][0]`, and the keys after it."""
+    depth, begin = 0, 0
+    for index, letter in enumerate(path):
+        depth += (letter == "[") - (letter == "]")
+        if letter == "." and not depth:
+            begin = index + 1
+    return names_in(path[begin:])

@@ -29,7 +29,9 @@ from torch import Tensor, nn
 
 from adaptrt.inner import places
 from adaptrt.inner.places import Keys, Place, unchanged_check
-from adaptrt.inner.reachable import HOOKS, MISSING, PLAIN, TABLES, Kind, Opening, Walk, getter_names, of_module, scopes, short
+from adaptrt.inner.reachable import HOOKS, MISSING, PLAIN, TABLES, Kind, Opening, Walk, getter_names, short
+from adaptrt.inner.scopes import of_module, scopes
+from adaptrt.inner.side_effects import require_unread
 from adaptrt.inner.user_code import Executed, is_of_user, is_users_class, outside
 from adaptrt.process import lock
 
@@ -100,6 +102,9 @@ class _Search:
                 is_bytes = isinstance(opening.holder, bytearray)
                 value = bytes(opening.holder) if is_bytes else opening.holder.tobytes()
                 self.places.append(Place(opening.path, opening.holder, places.EQUAL if is_bytes else places.NUMBERS, value))
+                if hasattr(opening.holder, "dtype"):
+                    form = opening.holder.shape, opening.holder.dtype.str
+                    self.places.append(Place(f"the shape of {opening.path}", opening.holder, places.FORM, form))
                 return opening.entries
             case Kind.FIXED:
                 for _, value in opening.entries:
@@ -253,8 +258,14 @@ class PythonState:
             return self._renew()
 
     def add(self, executed: Executed) -> None:
-        """Takes note of code that has run on the present values."""
+        """Takes note of code that has run on the present values.
+
+        Raises:
+          NotTraceable: it reads what other code counts up, or the reverse.
+        """
         with self._lock:
+            require_unread(self._executed.counters, executed)
+            require_unread(executed.counters, self._executed)
             if self._executed.merge(executed):
                 self._places = _Search(self._roots, self._executed, self._methods).places
                 self._numbers.clear()

@@ -11,15 +11,14 @@ import contextvars
 import enum
 import functools
 import operator
-import sys
 import threading
 import types
-from collections.abc import Callable, Iterable, Set
+import weakref
+from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from adaptrt.inner.bytecode import facts
 from adaptrt.inner.positions import position
 from adaptrt.inner.user_code import (
     IMMUTABLE,
@@ -57,7 +56,7 @@ def short(value: Any) -> str:
         return f"a tensor of shape {list(value.shape)}"
     if isinstance(value, list | dict | set | collections.deque) and not all(isinstance(entry, IMMUTABLE) for entry in value):
         return f"a {type(value).__name__} of {len(value)}"
-    text = repr(value) if isinstance(value, (*IMMUTABLE, _Missing, list, dict, set, tuple)) else f"a {type(value).__name__}"
+    text = shown(value) if isinstance(value, (*IMMUTABLE, _Missing, list, dict, set, tuple)) else f"a {type(value).__name__}"
     return text if len(text) <= 60 else f"{text[:57]}..."
 
 
@@ -107,10 +106,28 @@ class Opening(NamedTuple):
         if self.kind in (Kind.FIXED, Kind.CELL, Kind.CONTEXT):
             return self.path
         return (
-            f"{self.path}[{key!r}]"
+            f"{self.path}[{shown(key)}]"
             if self.kind in (Kind.DICT, Kind.VIEW, Kind.LIST, Kind.TUPLE, Kind.SET, Kind.ARRAY)
             else f"{self.path}.{key}"
         )
+
+
+def shown(value: Any) -> str:
+    """What a value says of itself, if it says anything."""
+    try:
+        return repr(value)
+    except Exception:  # it is the user's
+        return f"a {type(value).__name__}"
+
+
+def _answers(value: Any) -> bool:
+    """Whether one can ask a value what it is. A class may refuse every question, for example outside of a block."""
+    if not isinstance(type(value).__getattribute__, types.FunctionType):
+        return True
+    try:
+        return value.__class__ is not None
+    except Exception:
+        return False
 
 
 class Walk:
@@ -141,6 +158,7 @@ class Walk:
                     self._open(opening, left)
 
     def _open(self, opening: Opening, left: collections.deque[tuple[str, Any]]) -> None:
+        opening = opening._replace(entries=[(key, entry) for key, entry in opening.entries if _answers(entry)])
         left.extend([(opening.path_of(key), entry) for key, entry in self._visit(opening) if type(entry) not in PLAIN])
 
 
@@ -188,6 +206,10 @@ def _content(path: str, value: Any) -> list[Opening]:
     for kind, of in _SEQUENCES:
         if isinstance(value, of):
             return [Opening(kind, path, value, list(enumerate(items_of(value))))]
+    if isinstance(value, _VIEWS):
+        return [_parts(path, [value.mapping])]
+    if isinstance(value, weakref.ref):
+        return [_parts(path, [value()])]
     if isinstance(value, types.MappingProxyType):
         return [Opening(Kind.VIEW, path, value, list(value.items()))]
     if isinstance(value, contextvars.ContextVar):
@@ -198,6 +220,7 @@ def _content(path: str, value: Any) -> list[Opening]:
     return [Opening(Kind.POSITION, path, value)] if position(value) is not None else []
 
 
+_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
 _SEQUENCES: tuple[tuple[Kind, Any], ...] = (
     (Kind.LIST, list),
     (Kind.LIST, collections.deque),
@@ -219,14 +242,32 @@ def _object(path: str, value: Any) -> list[Opening]:
         return []
     if isinstance(value, threading.local):  # each thread has a dict of its own
         return [Opening(Kind.NAMED, path, value, list(vars(value).items())), *_of_class(value)]
-    own = getattr(value, "__dict__", None)
+    own = _dict_of(value)
     attributes = list(own.items()) if isinstance(own, dict) else []
     if not is_users_class(kind) and not is_holder(kind):
-        return [Opening(Kind.LIBRARY, path, own, attributes)] if attributes else []
+        return [Opening(Kind.LIBRARY, path, own, attributes, owner=value)] if attributes else []
     found = [Opening(Kind.ATTRIBUTES, path, own, attributes, is_read_by_library(kind))] if isinstance(own, dict) else []
-    slots = [(name, getattr(value, name, MISSING)) for name in slots_of(kind)]
+    slots = [(name, slot(value, name)) for name in slots_of(kind)]
     found.append(Opening(Kind.NAMED, path, value, [*slots, ("__class__", kind)], is_read_by_library(kind)))
     return [*found, *_of_class(value)]
+
+
+def _dict_of(value: Any) -> Any:
+    """The dict of an object's attributes, whatever its class says about it."""
+    kept = [vars(base).get("__dict__") for base in type(value).__mro__]
+    real = next((found for found in kept if isinstance(found, types.GetSetDescriptorType)), None)
+    try:
+        return getattr(value, "__dict__", None) if real is None else real.__get__(value)
+    except Exception:
+        return None
+
+
+def slot(value: Any, name: str) -> Any:
+    """An attribute that is in no dict, whatever the class makes of it."""
+    try:
+        return object.__getattribute__(value, name)
+    except AttributeError:
+        return MISSING
 
 
 def _of_class(value: Any) -> list[Opening]:
@@ -234,7 +275,7 @@ def _of_class(value: Any) -> list[Opening]:
 
 
 def _class(kind: type) -> list[Opening]:
-    bases = _parts(kind.__name__, kind.__bases__)
+    bases = _parts(kind.__name__, [*kind.__bases__, type(kind)])
     if not is_users_class(kind):
         return [bases]
     return [Opening(Kind.CLASS, kind.__name__, kind, list(vars(kind).items())), bases]
@@ -272,50 +313,6 @@ def _with_state(value: Any, depth: int = 0) -> list[Any]:
 
 _DEEP = 8
 _EMPTY = types.CellType()
-
-
-def imported(code: types.CodeType, scope: dict[str, Any]) -> list[types.ModuleType]:
-    """The user's modules that code imports, as far as they have been imported already."""
-    known = facts(code)
-    paths = set(known.names) if known.names & {"import_module", "__import__", "modules"} else set[str]()
-    for level, name in known.imports:
-        package = str(scope.get("__package__") or scope.get("__name__", "")).split(".")
-        above = package[: max(len(package) - level + 1, 0)] if level else []
-        path = [*above, *(name.split(".") if name else [])]
-        paths |= {".".join(path[:end]) for end in range(1, len(path) + 1)}
-    found = [sys.modules.get(path) for path in sorted(paths)]
-    return [module for module in found if isinstance(module, types.ModuleType) and is_users_module(module)]
-
-
-def of_module(scope: dict[str, Any], names: Set[str]) -> Opening:
-    """Those of the global names of a module that code names."""
-    entries = [(name, scope[name]) for name in sorted(names & scope.keys())]
-    return Opening(Kind.SCOPE, str(scope.get("__name__", "?")), scope, entries)
-
-
-def scopes(code: types.CodeType, scope: dict[str, Any]) -> list[Opening]:
-    """The global names that code uses, and those of the user's modules that it names, too."""
-    known = facts(code)
-    names = known.names if known.reads_computed else frozenset(code.co_names)
-    if known.globals_by_name:
-        names |= {name for name, value in list(scope.items()) if not isinstance(value, types.ModuleType | types.FunctionType | type)}
-    found: dict[int, Opening] = {}
-
-    def add(scope: dict[str, Any], path: str) -> None:
-        if id(scope) in found:
-            return
-        entries = [(name, scope[name]) for name in sorted(names & scope.keys())]
-        found[id(scope)] = Opening(Kind.SCOPE, path, scope, entries)
-        for _, value in entries:
-            if isinstance(value, types.ModuleType) and is_users_module(value):
-                add(vars(value), value.__name__)
-
-    path = str(scope.get("__name__", "?"))
-    add(scope, path)
-    for module in imported(code, scope):
-        add(vars(module), module.__name__)
-    absent = sorted(known.globals - scope.keys())  # built-in functions, most of them
-    return [*found.values(), Opening(Kind.SCOPE, path, scope, [(name, MISSING) for name in absent])]
 
 
 def _parts(path: str, values: Iterable[Any]) -> Opening:

@@ -20,7 +20,7 @@ date, passes for a constant.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -134,11 +134,28 @@ def _numbered_by_value(constants: Sequence[Tensor]) -> list[int]:
 
 
 def is_unread_counter(write: Write, executed: Executed) -> bool:
-    """Whether a number was counted up that nothing reads."""
+    """Whether a number was counted up that nothing reads. It is noted, because another pass may read it."""
     name = write.path.rpartition(".")[2]
-    return (
-        type(write.before) is type(write.after) and type(write.after) in (int, float) and name.isidentifier() and executed.only_counts(name)
-    )
+    is_number = type(write.before) is type(write.after) and type(write.after) in (int, float)
+    if is_number and name.isidentifier() and executed.only_counts(name):
+        executed.counters.add(name)
+        return True
+    return False
+
+
+def require_unread(counters: Iterable[str], executed: Executed) -> None:
+    """Checks that code does not read what other passes, in another mode for example, count up.
+
+    Raises:
+      NotTraceable: it does; names the counter.
+    """
+    for name in sorted(counters):
+        if not executed.only_counts(name):
+            raise NotTraceable(
+                f"a pass of the model, the loss or the optimiser counts up '{name}', and another pass, in another mode for "
+                "example, reads it. A program would go on with the value of the first pass. Make it a buffer of the model "
+                "(register_buffer), which is carried from step to step, or adapt with adaptrt.higher, whose steps run its Python code"
+            )
 
 
 def refuse(writes: Sequence[Write], executed: Executed, *, again: bool) -> None:

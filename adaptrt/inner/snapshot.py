@@ -13,7 +13,6 @@ from __future__ import annotations
 import array
 import collections
 import contextlib
-import contextvars
 import copy
 import dataclasses
 import functools
@@ -33,8 +32,10 @@ from adaptrt.functional import remapped
 from adaptrt.graph.capture import is_of_trace
 from adaptrt.graph.draws import is_alone
 from adaptrt.inner.bytecode import MUTATORS, facts
-from adaptrt.inner.positions import position, put_position
-from adaptrt.inner.reachable import MISSING, PLAIN, TABLES, Kind, Opening, Walk, getter_names, of_module, scopes, short
+from adaptrt.inner.positions import position
+from adaptrt.inner.reachable import MISSING, PLAIN, TABLES, Kind, Opening, Walk, getter_names, short, shown, slot
+from adaptrt.inner.restore import Named, is_longer, put
+from adaptrt.inner.scopes import of_module, scopes
 from adaptrt.inner.user_code import IMMUTABLE, Executed, is_array, outside, slots_of
 
 _MANY = 200_000
@@ -108,11 +109,11 @@ class Snapshot:
             sys.modules.pop(scope["__name__"], None)
         for _, holder, before, after in self._changes(may_own_values=False):
             if _differences("", before, after):
-                _put(holder, before, after)
+                put(holder, before, after)
 
     def _visit(self, opening: Opening) -> list[tuple[Any, Any]]:
         kind, holder = opening.kind, opening.holder
-        if kind is Kind.LIBRARY or len(self._holders) > _MANY:
+        if len(self._holders) > _MANY or (kind is Kind.LIBRARY and type(opening.owner).__module__.startswith("logging")):
             return []
         entries = [
             (key, value) for key, value in opening.entries if type(value) not in PLAIN and not (kind is Kind.MODULE and key in TABLES)
@@ -123,6 +124,8 @@ class Snapshot:
             elif isinstance(value, types.BuiltinMethodType) and value.__name__ in MUTATORS:
                 self._written.add(id(value.__self__))
             self._executed.getters |= getter_names(value)
+        if kind is Kind.LIBRARY:  # what a queue, an event or a dict of weak references holds, and nothing further
+            entries = [(key, value) for key, value in entries if type(value) in (list, dict, set, collections.deque)]
         if kind is Kind.SCOPE:
             if opening.owner is not None:
                 self._modules.append(holder)
@@ -148,7 +151,7 @@ class Snapshot:
                 elif isinstance(before, dict):
                     changed = [key for key in {**before, **after} if before.get(key, MISSING) is not after.get(key, MISSING)]
                     before, after = ({key: content[key] for key in changed if key in content} for content in (before, after))
-                found.append((path, _Named(holder) if kind is Kind.NAMED else holder, before, after))
+                found.append((path, Named(holder) if kind is Kind.NAMED else holder, before, after))
         return found
 
     def _own(self, kind: Kind, holder: Any, path: str, before: Any, after: Any, may_own_values: bool) -> tuple[Any, Any]:
@@ -159,7 +162,7 @@ class Snapshot:
             return before, after if self._executed.may_set_variable(path.rpartition(".")[2]) else before
         if kind is Kind.SCOPE:
             may_set = functools.partial(self._executed.may_set_global, holder)
-        elif kind in (Kind.ATTRIBUTES, Kind.MODULE, Kind.CLASS, Kind.NAMED):
+        elif kind in (Kind.ATTRIBUTES, Kind.LIBRARY, Kind.MODULE, Kind.CLASS, Kind.NAMED):
             may_set = self._executed.may_set
         else:
             return before, after
@@ -181,15 +184,11 @@ class Snapshot:
             return tuple({key: content[key] for key in changed if key in content} for content in (before, after))  # type: ignore[return-value]
         if isinstance(before, set):
             return before, (before & after if may_write else before) | set(filter(is_own, after - before))
-        if isinstance(before, list) and _is_longer(before, after):
+        if isinstance(before, list) and is_longer(before, after):
             added = after[len(before) :]
             of_trace = [entry for entry in added if any(map(is_of_trace, _tensors(entry)))]
             return before, [*before, *(of_trace if of_trace and not may_own_values else filter(is_own, added))]
         return before, after if may_write else before
-
-
-def _is_longer(before: list[Any], after: list[Any]) -> bool:
-    return len(after) > len(before) and all(map(operator.is_, before, after))
 
 
 def _tensors(value: Any, depth: int = 0) -> list[Tensor]:
@@ -201,13 +200,6 @@ def _tensors(value: Any, depth: int = 0) -> list[Tensor]:
         return [found for part in parts for found in _tensors(part, depth + 1)]
     own = getattr(value, "__dict__", None) if depth < 4 and not isinstance(value, type | types.ModuleType | nn.Module) else None
     return [found for part in list(own.values()) for found in _tensors(part, depth + 1)] if isinstance(own, dict) else []
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Named:
-    """The attributes of an object that are in no dict."""
-
-    owner: Any
 
 
 def _may_differ(before: Any, after: Any) -> bool:
@@ -248,62 +240,8 @@ def _named(holder: Any) -> dict[str, Any]:
     if isinstance(holder, threading.local):
         return dict(vars(holder))
     names = slots_of(type(holder)) if not isinstance(holder, types.FunctionType) else ("__code__", "__defaults__", "__kwdefaults__")
-    return {name: getattr(holder, name) for name in names if hasattr(holder, name)}
-
-
-def _put(holder: Any, content: Any, present: Any) -> None:
-    """Puts a content in the place of the present one. What others have put there meanwhile stays."""
-    if isinstance(holder, types.CellType):
-        if content is not MISSING:
-            holder.cell_contents = content
-    elif isinstance(holder, _Named | type):
-        owner = holder.owner if isinstance(holder, _Named) else holder
-        # Not by what the class makes of it: it may refuse, as a frozen dataclass does.
-        kind: Any = next(kind for kind in (type, threading.local, object) if isinstance(owner, kind))
-        for name in present.keys() - content.keys():
-            kind.__delattr__(owner, name)
-        for name, value in content.items():
-            kind.__setattr__(owner, name, value)
-    elif isinstance(holder, contextvars.ContextVar):
-        if content is not MISSING:
-            holder.set(content)
-    elif isinstance(holder, functools._lru_cache_wrapper):
-        holder.cache_clear()
-    elif is_array(holder):
-        holder[slice(None) if isinstance(holder, bytearray | array.array) else ...] = content
-    elif isinstance(holder, dict):
-        _put_entries(holder, content, present)
-    elif isinstance(holder, list | collections.deque):
-        _put_items(holder, content, present)
-    elif isinstance(holder, set):
-        holder.difference_update(present - content)
-        holder.update(content - present)
-    else:
-        put_position(holder, content[0])
-
-
-def _put_entries(holder: dict[Any, Any], content: dict[Any, Any], present: dict[Any, Any]) -> None:
-    """Puts back what is another object. Everything else stays, as another thread may use the dict meanwhile."""
-    kind: Any = collections.OrderedDict if isinstance(holder, collections.OrderedDict) else dict  # whatever a subclass does with entries
-    for key in {**content, **present}:
-        if dict.get(holder, key, MISSING) is not present.get(key, MISSING):  # another thread has written again
-            continue
-        if key not in content:
-            kind.__delitem__(holder, key)
-        elif present.get(key, MISSING) is not content[key]:
-            kind.__setitem__(holder, key, content[key])
-
-
-def _put_items(holder: list[Any] | collections.deque[Any], content: list[Any], present: list[Any]) -> None:
-    """Takes out what was added at the end, which another thread may do, too, or puts everything back."""
-    if not _is_longer(content, present):
-        holder.clear()
-        holder.extend(content)
-        return
-    added = {id(entry): entry for entry in present[len(content) :]}
-    for index in reversed(range(len(content), len(holder))):
-        if id(holder[index]) in added:
-            del holder[index]
+    found = {name: slot(holder, name) for name in names}
+    return {name: value for name, value in found.items() if value is not MISSING}
 
 
 def _differences(path: str, before: Any, after: Any) -> list[Write]:
@@ -312,8 +250,11 @@ def _differences(path: str, before: Any, after: Any) -> list[Write]:
         if len(before) == len(after) and all(after.get(key, MISSING) is value for key, value in before.items()):
             return []
         keys = [key for key in {**before, **after} if not is_same(before.get(key, MISSING), after.get(key, MISSING), {})]
-        name = "{}.{}" if all(isinstance(key, str) and key.isidentifier() for key in keys) else "{}[{!r}]"
-        return [Write(name.format(path, key), before.get(key, MISSING), after.get(key, MISSING)) for key in keys]
+        is_named = all(isinstance(key, str) and key.isidentifier() for key in keys)
+        return [
+            Write(f"{path}.{key}" if is_named else f"{path}[{shown(key)}]", before.get(key, MISSING), after.get(key, MISSING))
+            for key in keys
+        ]
     return [] if is_same(before, after, {}) else [Write(path, before, after)]
 
 

@@ -12,7 +12,6 @@ import contextlib
 import datetime
 import enum
 import os
-import re
 import sys
 import sysconfig
 import types
@@ -24,7 +23,7 @@ from torch import Tensor
 
 from adaptrt.graph.draws import is_alone
 from adaptrt.graph.profile import profiled
-from adaptrt.inner.bytecode import Facts, facts
+from adaptrt.inner.bytecode import Facts, facts, last_names, names_in
 
 _TORCH = os.path.dirname(torch.__file__) + os.sep
 _LAYERS = os.path.join(_TORCH, "nn") + os.sep
@@ -76,6 +75,7 @@ class Executed:
       getters: names of attributes that an `operator.attrgetter` within reach may read.
       sources: clocks and the like that the user's code asked, by their names.
       questions: names of the functions by which the user's code, or that of a library, asks for the gradient mode, whatever it calls them.
+      counters: names of what it counts up, on which its passes do not depend.
       starts_threads: whether it starts threads, which may then write at the same time.
       seeding: where it seeds a generator of PyTorch's, or sets it to another state. After the block the generator has its state again.
     """
@@ -87,6 +87,7 @@ class Executed:
         self.sources: set[str] = set()
         self.questions: set[str] = set()
         self.seeding: list[str] = []
+        self.counters: set[str] = set()
         self.starts_threads = False
         self._was_alone = is_alone()
         self._seeded: list[tuple[torch.Generator, Tensor]] = []
@@ -182,13 +183,13 @@ class Executed:
     def may_write_into(self, paths: Sequence[str]) -> bool:
         """Whether some of it may change a container which is reached by these paths.
 
-        It may if a path ends in no name that code would use, such as that of a default, if it writes into what a path names, or if it names the container, or what holds
-        it among its entries, and writes into something that has come from elsewhere.
+        It may if a path ends in no name that code would use, such as that of a default, or if it writes into what a path names. It also
+        may if it names the container, or what holds it among its entries, and writes into something that has come from elsewhere.
         """
-        tails = [_names_in(path[_last_attribute(path) :]) for path in paths]
+        tails = [last_names(path) for path in paths]
         if not all(tails):
             return True
-        known, names, last = self.facts(), set[str]().union(*map(_names_in, paths)), set[str]().union(*tails)
+        known, names, last = self.facts(), set[str]().union(*map(names_in, paths)), set[str]().union(*tails)
         return any(names & of.writes_into for of in known) or (
             any(of.writes_into_others for of in known) and any(last & (of.names | of.own_names) for of in known)
         )
@@ -200,25 +201,12 @@ class Executed:
         self.names |= other.names
         self.getters |= other.getters
         self.sources |= other.sources
+        self.counters |= other.counters
         self.starts_threads |= other.starts_threads
         self._was_alone &= other._was_alone
         self._sets |= other._sets
         self._layers |= other._layers
         return new
-
-
-def _names_in(path: str) -> set[str]:
-    return {name for name in re.findall(r"[^\W\d]\w*", path) if not name.startswith("__")}
-
-
-def _last_attribute(path: str) -> int:
-    """Where the last attribute begins in a path like `model.config['sizes'][0]`, keys apart."""
-    depth, begin = 0, 0
-    for index, letter in enumerate(path):
-        depth += (letter == "[") - (letter == "]")
-        if letter == "." and not depth:
-            begin = index + 1
-    return begin
 
 
 @contextlib.contextmanager
