@@ -11,6 +11,7 @@ import builtins
 import contextlib
 import datetime
 import enum
+import gc
 import os
 import sys
 import sysconfig
@@ -211,11 +212,23 @@ class Executed:
 
 @contextlib.contextmanager
 def record_code(executed: Executed) -> Generator[None]:
-    """Adds the code that this thread runs in the block to `executed`, also if the block raises."""
+    """Adds the code that this thread runs in the block to `executed`, also if the block raises.
+
+    What the interpreter calls in between, for the garbage collector or to end an object's life, is no code of the pass.
+    """
     seen: dict[tuple[int, int], types.CodeType] = {}
+    of_interpreter = {code for callback in gc.callbacks if (code := _code_of(callback)) is not None}
+    aside: types.FrameType | None = None
 
     def note(frame: types.FrameType, event: str, arg: Any) -> None:
-        if event == "call":
+        nonlocal aside
+        if aside is not None:
+            if event == "return" and frame is aside:
+                aside = None
+        elif event == "call":
+            if frame.f_code in of_interpreter or frame.f_code.co_name == "__del__":
+                aside = frame
+                return
             key = id(frame.f_code), id(frame.f_globals)
             if key not in seen and not _is_initialised_by(frame):
                 seen[key] = frame.f_code
@@ -236,6 +249,11 @@ def record_code(executed: Executed) -> Generator[None]:
 def _is_initialised_by(frame: types.FrameType) -> bool:
     """Whether a function runs while its module is imported, which happens once: no later pass reads or writes what it does."""
     return getattr(frame.f_globals.get("__spec__"), "_initializing", False)
+
+
+def _code_of(callback: Any) -> types.CodeType | None:
+    """The code of a function, a method, or an object that can be called."""
+    return getattr(callback, "__code__", None) or getattr(type(callback).__call__, "__code__", None)
 
 
 def _source(function: Any) -> str | None:
