@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import cProfile
+import gc
 import pstats
 import sys
 from collections.abc import Callable, Generator
@@ -89,4 +90,27 @@ def test_captures_work_beside_a_profiler_which_goes_on(name: str) -> None:
             counting.adapt((x, y))
         marker()
         assert goes_on()
+    torch.testing.assert_close(adapted.params["weight"], by_hand(model, x, y), rtol=1e-12, atol=1e-12)
+
+
+def test_callbacks_of_the_garbage_collector_are_no_code_of_the_model() -> None:
+    counts = {"collections": 0}
+
+    def collected(phase: str, info: object) -> None:
+        counts["collections"] += 1
+
+    class Collecting(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            gc.collect()
+            return super().forward(input)
+
+    torch.manual_seed(0)
+    model, x, y = Collecting(3, 2).double(), torch.randn(4, 3).double(), torch.randn(4, 2).double()
+    unroll = adaptrt.compile_unroll(model, optim.sgd(lr=0.1), 1, loss=F.mse_loss, backend="eager")
+    gc.callbacks.append(collected)
+    try:
+        adapted = unroll.adapt((x, y))
+    finally:
+        gc.callbacks.remove(collected)
+    assert counts["collections"]
     torch.testing.assert_close(adapted.params["weight"], by_hand(model, x, y), rtol=1e-12, atol=1e-12)
