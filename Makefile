@@ -38,6 +38,7 @@ test-slow: $(VENV)/.test
 covering: $(VENV)/.test
 	$(BIN)/python -OO -m tests.covering
 	$(BIN)/python -W error -m tests.covering --compiled
+
 # Not part of the tests: the packages are large, and their next releases are not ours.
 models: $(VENV)/.models
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/model_zoo.py --check $(MODELS_ARGS)

@@ -107,6 +107,16 @@ def assert_follows(unroll: CompiledUnroll, model: nn.Module, loss: Any = F.cross
         torch.testing.assert_close(found[name], value, rtol=1e-12, atol=1e-12)
 
 
+def assert_follows_a_change(model: nn.Module, loss: Any, change: Callable[[], object]) -> None:
+    """An unroll is right before a change and after it, and the change makes a difference."""
+    unroll = unrolled(model, loss)
+    assert_follows(unroll, model, loss)
+    before = unroll.adapt(batch()).params["linear.weight"]
+    change()
+    assert_follows(unroll, model, loss)
+    assert not torch.equal(unroll.adapt(batch()).params["linear.weight"], before)
+
+
 # --- what is read
 
 

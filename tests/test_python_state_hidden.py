@@ -13,8 +13,7 @@ from typing import Any
 
 import numpy
 import pytest
-import torch
-from test_python_state import Net, assert_follows, batch, unrolled
+from test_python_state import Net, assert_follows, assert_follows_a_change, batch, unrolled
 from test_python_state_sharing import Case, scaled, with_kept
 from torch import Tensor
 
@@ -78,12 +77,7 @@ READS: dict[str, Callable[[], Case]] = {
 @pytest.mark.parametrize("way", READS)
 def test_a_value_is_followed(way: str) -> None:
     model, loss, change = READS[way]()
-    unroll = unrolled(model, loss)
-    assert_follows(unroll, model, loss)
-    before = unroll.adapt(batch()).params["linear.weight"]
-    change()
-    assert_follows(unroll, model, loss)
-    assert not torch.equal(unroll.adapt(batch()).params["linear.weight"], before)
+    assert_follows_a_change(model, loss, change)
 
 
 def puts_into_a_queue(kept: Any) -> float:
