@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -42,6 +43,19 @@ def empty_cache() -> Iterator[None]:
         from torch._inductor.utils import fresh_cache
     with fresh_cache():
         yield
+
+
+@pytest.fixture(params=["alone", "beside another thread"])
+def company(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Whether another thread of Python's exists, which may write, too."""
+    done = threading.Event()
+    other = threading.Thread(target=done.wait)
+    if request.param != "alone":
+        other.start()
+    yield
+    done.set()
+    if request.param != "alone":
+        other.join()
 
 
 @pytest.fixture

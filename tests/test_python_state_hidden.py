@@ -117,7 +117,7 @@ STATE: dict[str, tuple[Callable[[Any], float], str]] = {
 
 
 @pytest.mark.parametrize("place", STATE)
-def test_state_is_refused_by_name_and_put_back(place: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_state_is_refused_by_name_and_put_back(place: str, company: None, monkeypatch: pytest.MonkeyPatch) -> None:
     step, pattern = STATE[place]
     monkeypatch.delenv("ADAPTRT_TEST_OF_STATE", raising=False)
     model = scaled(step)

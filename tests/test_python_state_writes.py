@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import operator
-import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import numpy
@@ -145,19 +144,6 @@ def model_of(step: Callable[[Any], float]) -> Net:
 def state_of(model: Net) -> str:
     kept = model.kept
     return repr((TABLE, NUMBERS, kept.record.kept, kept.table, kept.items, vars(kept.options), in_a_default.__defaults__))
-
-
-@pytest.fixture(params=["alone", "beside another thread"])
-def company(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Whether another thread of Python's exists, which may write, too."""
-    done = threading.Event()
-    other = threading.Thread(target=done.wait)
-    if request.param != "alone":
-        other.start()
-    yield
-    done.set()
-    if request.param != "alone":
-        other.join()
 
 
 @pytest.mark.parametrize("way", STEPS)

@@ -68,6 +68,7 @@ class Snapshot:
         self._holders: dict[tuple[Kind, int], tuple[Kind, str, Any, Any]] = {}
         self._paths: dict[int, list[str]] = {}
         self._written: set[int] = set()  # containers that code can write into by a method that it has at hand
+        self._of_library: set[int] = set()  # containers that are attributes of an object of a library's
         self._modules: list[dict[str, Any]] = []  # the global names of modules that are held elsewhere than in global names
         self._without_values: list[dict[str, Any]] = []  # those of modules that made tensors of the trace when they were imported
         self._walk = Walk(self._visit)
@@ -126,6 +127,7 @@ class Snapshot:
             self._executed.getters |= getter_names(value)
         if kind is Kind.LIBRARY:  # what a queue, an event or a dict of weak references holds, and nothing further
             entries = [(key, value) for key, value in entries if type(value) in (list, dict, set, collections.deque)]
+            self._of_library |= {id(value) for _, value in entries}
         if kind is Kind.SCOPE:
             if opening.owner is not None:
                 self._modules.append(holder)
@@ -163,7 +165,7 @@ class Snapshot:
         if kind is Kind.SCOPE:
             may_set = functools.partial(self._executed.may_set_global, holder)
         elif kind in (Kind.ATTRIBUTES, Kind.LIBRARY, Kind.MODULE, Kind.CLASS, Kind.NAMED):
-            may_set = self._executed.may_set
+            may_set = functools.partial(self._executed.may_set, by_library=kind is Kind.LIBRARY)
         else:
             return before, after
         changed = [key for key in {**before, **after} if before.get(key, MISSING) is not after.get(key, MISSING)]
@@ -172,7 +174,7 @@ class Snapshot:
 
     def _own_entries(self, holder: Any, path: str, before: Any, after: Any, may_own_values: bool) -> tuple[Any, Any]:
         paths = [found.partition(".")[2] for found in (path, *self._paths.get(id(holder), ()))]
-        may_write = id(holder) in self._written or self._executed.may_write_into(paths)
+        may_write = id(holder) in self._written or self._executed.may_write_into(paths, by_library=id(holder) in self._of_library)
 
         def is_own(entry: Any) -> bool:
             tensors = _tensors(entry)

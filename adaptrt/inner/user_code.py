@@ -94,6 +94,7 @@ class Executed:
         self._seeded: list[tuple[torch.Generator, Tensor]] = []
         self._sets: set[str] = set()
         self._layers: dict[int, types.CodeType] = {}
+        self._library: dict[int, types.CodeType] = {}
         self._announce: list[_Listener] = []
 
     def note_builtin(self, frame: types.FrameType, called: Any) -> None:
@@ -138,10 +139,12 @@ class Executed:
             if (id(code), id(scope)) not in self.codes:
                 self.announce(code, scope)
             self.codes[id(code), id(scope)] = code, scope
-        elif not code.co_filename.startswith(_LAYERS) or code.co_filename.endswith(_NO_LAYERS):
-            return
-        else:
+        elif code.co_filename.startswith(_LAYERS) and not code.co_filename.endswith(_NO_LAYERS):
             self._layers[id(code)] = code
+        else:
+            if is_of_library(code):
+                self._library[id(code)] = code
+            return
         self.names |= facts(code).names
         self._sets |= facts(code).sets
 
@@ -164,10 +167,16 @@ class Executed:
         known = [*self.facts(), *map(facts, self._layers.values())]
         return name not in self.getters and not any(name in of.reads or of.reads_computed or of.globals_by_name for of in known)
 
-    def may_set(self, name: str) -> bool:
-        """Whether some of it may set an attribute of this name. A `functools.cached_property` sets the one that it is called by."""
+    def may_set(self, name: str, *, by_library: bool = False) -> bool:
+        """Whether some of it may set an attribute of this name. A `functools.cached_property` sets the one that it is called by.
+
+        Args:
+          name: of the attribute.
+          by_library: whether the standard library's code counts, too, as it does for objects of its own classes.
+        """
         return (
             name in self._sets
+            or (by_library and any(name in facts(code).sets for code in self._library.values()))
             or any(known.sets_computed for known in self.facts())
             or any(code.co_name == name for code, _ in self.codes.values())
         )
@@ -181,14 +190,20 @@ class Executed:
         """Whether some of it may set a variable of this name in a function around it."""
         return any(name in known.sets_variables for known in self.facts())
 
-    def may_write_into(self, paths: Sequence[str]) -> bool:
+    def may_write_into(self, paths: Sequence[str], *, by_library: bool = False) -> bool:
         """Whether some of it may change a container which is reached by these paths.
 
         It may if a path ends in no name that code would use, such as that of a default, or if it writes into what a path names. It also
         may if it names the container, or what holds it among its entries, and writes into something that has come from elsewhere.
+
+        Args:
+          paths: in words, without the name of the root.
+          by_library: whether the standard library's code counts, too, which names attributes of objects of its own classes.
         """
         tails = [last_names(path) for path in paths]
         if not all(tails):
+            return True
+        if by_library and any(set[str]().union(*tails) & facts(code).writes_into for code in self._library.values()):
             return True
         known, names, last = self.facts(), set[str]().union(*map(names_in, paths)), set[str]().union(*tails)
         return any(names & of.writes_into for of in known) or (
@@ -207,6 +222,7 @@ class Executed:
         self._was_alone &= other._was_alone
         self._sets |= other._sets
         self._layers |= other._layers
+        self._library |= other._library
         return new
 
 
