@@ -91,6 +91,7 @@ def test_new_unrolls() -> None:
     assert_no_more(before, leftovers())
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/maps").exists(), reason="what is mapped is only known on Linux")
 @pytest.mark.usefixtures("few", "empty_cache")
 def test_new_shapes_that_are_compiled() -> None:
@@ -98,7 +99,7 @@ def test_new_shapes_that_are_compiled() -> None:
     from torch._inductor.codecache import PyCodeCache
     from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-    others = mapped()
+    others, opened = mapped(), set(library._open)  # pyright: ignore[reportPrivateUsage]
     unroll = make("inductor")
     meta_gradients(unroll, range(1, 3))
     before, libraries = leftovers(), len(mapped() - others)
@@ -117,7 +118,7 @@ def test_new_shapes_that_are_compiled() -> None:
     assert max(map(len, compilation_time_metrics.values())) <= tables.MAX_ENTRIES + 1
     del unroll
     gc.collect()
-    assert len(library._open) == 0  # pyright: ignore[reportPrivateUsage]
+    assert set(library._open) <= opened  # pyright: ignore[reportPrivateUsage]
     assert len(mapped() - others) <= 1  # the one that calls kernels
 
 

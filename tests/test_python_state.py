@@ -18,8 +18,6 @@ import numpy
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from adaptrt import CompiledUnroll, Replay, compile_unroll, optim
@@ -656,11 +654,17 @@ def test_a_record_beside_a_literal_is_allowed() -> None:
     assert_follows(unrolled(model), model)
 
 
-@pytest.mark.filterwarnings("ignore:more than 200000 Python objects")  # a closure holds the global names of this module
+OTHER = 0
+
+
+def count_others() -> None:
+    global OTHER
+    OTHER += 1
+
+
 def test_what_other_threads_do_meanwhile_stays() -> None:
     """The model is traced; another thread sets its mode and an attribute, and a global name of the module of its code."""
-    scope: dict[str, Any] = globals()
-    scope["OTHER"] = 0
+    before = OTHER
 
     def slow(self: Net, x: Tensor) -> Tensor:
         other = threading.Thread(target=change)
@@ -673,11 +677,11 @@ def test_what_other_threads_do_meanwhile_stays() -> None:
     def change() -> None:
         model.eval()
         model.note = "set meanwhile"  # type: ignore[assignment]
-        scope["OTHER"] += 1
+        count_others()
 
     with pytest.raises(ModelChanged):  # the mode is part of what the program is for
         unrolled(model).adapt(batch())
-    assert not model.training and model.note == "set meanwhile" and scope.pop("OTHER") >= 2
+    assert not model.training and model.note == "set meanwhile" and before + 2 <= OTHER
 
 
 def test_a_buffer_that_was_none_is_refused_by_name() -> None:
@@ -701,52 +705,3 @@ def test_a_program_that_is_captured_late_does_not_take_later_values() -> None:
     found = torch.autograd.grad(unroll.adapt(batch()).losses.sum(), list(model.parameters()))
     expected = torch.autograd.grad(unrolled(model, adjoint=Replay()).adapt(batch()).losses.sum(), list(model.parameters()))
     assert all(map(torch.equal, found, expected))
-
-
-# --- random programs
-
-ACTIONS: dict[str, Callable[[Net, Tensor], Tensor]] = {
-    "read a number": lambda self, y: y * (1 + self.count),
-    "read a float": lambda self, y: y * self.temperature,
-    "read a flag": lambda self, y: y * 2 if self.is_ready else y,
-    "read a list": lambda self, y: y * (1 + len(self.seen)),
-    "read a dict": lambda self, y: y * (1 + self.table.get("calls", 0)),
-    "read an object": lambda self, y: y * self.settings.temperature,
-    "read what was kept": lambda self, y: y if self.kept is None else y * self.kept,
-    "count": lambda self, y: setattr(self, "count", self.count + 1) or y,
-    "count in a dict": lambda self, y: self.table.update(calls=self.table.get("calls", 0) + 1) or y,
-    "append": lambda self, y: self.seen.append(1) or y,
-    "begin a list": lambda self, y: setattr(self, "seen", []) or y,
-    "set a flag": lambda self, y: setattr(self, "is_ready", True) or y,
-    "change an object": lambda self, y: setattr(self.settings, "temperature", self.settings.temperature * 1.5) or y,
-    "keep a constant": lambda self, y: setattr(self, "kept", torch.full((), 1.5, dtype=torch.float64)) or y,
-    "keep data": lambda self, y: setattr(self, "kept", y.mean().detach()) or y,
-}
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.lists(st.sampled_from(sorted(ACTIONS)), min_size=1, max_size=4),
-    st.lists(st.sampled_from(["count", "temperature", "is_ready"]), max_size=2),
-)
-def test_a_random_program_equals_an_eager_loop_or_is_refused(actions: list[str], changed: list[str]) -> None:
-    def forward(self: Net, x: Tensor) -> Tensor:
-        output = self.linear(x)
-        for action in actions:
-            output = ACTIONS[action](self, output)
-        return output
-
-    model, reference = Net(forward), Net(forward)
-    unroll = unrolled(model)
-    for seed in range(3):
-        try:
-            with torch.no_grad():
-                found = unroll.adapt(batch(seed)).params
-        except NotTraceable:
-            assert any(not action.startswith("read") for action in actions)
-            return
-        for name, value in eager(reference, F.cross_entropy, batch(seed)).items():
-            torch.testing.assert_close(found[name], value, rtol=1e-10, atol=1e-10)
-        for name in changed:
-            for one in (model, reference):
-                setattr(one, name, seed + 2.0 if name == "temperature" else seed % 2 == 0 if name == "is_ready" else seed + 1)

@@ -47,6 +47,7 @@ from adaptrt.graph.passes.recorder import record
 from adaptrt.graph.passes.retrace import fake_tensors
 from adaptrt.graph.passes.standard import STANDARD
 from adaptrt.graph.plain import without_wrappers
+from adaptrt.graph.profile import RulesUnprofiled
 from adaptrt.graph.signature import Input, Output, Role, Signature
 from adaptrt.graph.switches import MATH_ATTENTION, TRACEABLE
 from adaptrt.graph.tracing_state import flags_of_modes, marked_as_tracing, modes
@@ -127,7 +128,7 @@ def _record(
 
     def flat(*inputs: Tensor) -> list[Tensor]:
         with contextlib.ExitStack() as stack:
-            for context in (EagerRules(), forbid_noise(), *writers):
+            for context in (EagerRules(), forbid_noise(), *writers, RulesUnprofiled()):
                 stack.enter_context(context)
             returned = fn(*tree.unflatten(arguments, inputs))
         outputs, structure = tree.flatten(returned)

@@ -9,8 +9,16 @@ import warnings
 from collections.abc import Callable, Generator
 from typing import Any
 
+from torch.utils._python_dispatch import TorchDispatchMode
+
 Note = Callable[[types.FrameType, str, Any], object]
 """Takes a frame, an event and its argument, as a function for `sys.setprofile` does."""
+
+_OF_PYTORCH = frozenset({"aten", "prims", "prim"})
+"""Namespaces of operations whose rules are PyTorch's own code."""
+
+_alone: set[int] = set()
+"""The identities of functions that are told of the calls of threads which nobody else profiles."""
 
 
 @contextlib.contextmanager
@@ -26,10 +34,14 @@ def profiled(note: Note) -> Generator[None]:
         note(frame, event, arg)
         before(frame, event, arg)
 
-    sys.setprofile(both if callable(before) else note)
+    told = both if callable(before) else note
+    if before is None or id(before) in _alone:
+        _alone.add(id(told))
+    sys.setprofile(told)
     try:
         yield
     finally:
+        _alone.discard(id(told))
         if before is None or callable(before):
             sys.setprofile(before)
         else:
@@ -43,3 +55,24 @@ def profiled(note: Note) -> Generator[None]:
                     RuntimeWarning,
                     stacklevel=2,
                 )
+
+
+class RulesUnprofiled(TorchDispatchMode):
+    """Runs PyTorch's rules for its own operations, which call no code of the user's, without telling of it.
+
+    Most calls of a trace are such ones. A profiler of the user's is told of them all.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # pyright: ignore[reportUnknownMemberType]
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        del types
+        told = sys.getprofile()
+        if id(told) not in _alone or func.namespace not in _OF_PYTORCH:
+            return func(*args, **(kwargs or {}))
+        sys.setprofile(None)
+        try:
+            return func(*args, **(kwargs or {}))
+        finally:
+            sys.setprofile(told)

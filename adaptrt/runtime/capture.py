@@ -95,9 +95,13 @@ def capture_pullback(
         return [False] * (graph.result.num_leaves - len(flags)) + flags
 
     # Some code runs only here: the `backward` of a custom autograd function in a prediction, or where a gradient is differentiated.
-    executed = Executed()
-    with record_code(executed):
-        graph = _capture(pull_back(fn, wrt, value), arguments, args, settings, are_summed)
+    executed, pullback = Executed(), pull_back(fn, wrt, value)
+
+    def recorded(*args: Any) -> Any:
+        with record_code(executed):
+            return pullback(*args)
+
+    graph = _capture(recorded, arguments, args, settings, are_summed)
     settings.note_code(executed)
     return graph
 
