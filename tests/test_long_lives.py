@@ -114,7 +114,7 @@ def test_new_shapes_that_are_compiled() -> None:
     assert 0 < gc_off <= libraries + 1  # a shape may have one more than another; four were dropped
     assert_no_more(before, leftovers())
     assert [len(PyCodeCache.modules), len(PyCodeCache.modules_no_attr), len(PyCodeCache.linemaps)] == loaded
-    assert count(ShapeEnv) <= num_shapes
+    assert count(ShapeEnv) <= num_shapes + 2  # four shapes of two programs each were traced
     assert max(map(len, compilation_time_metrics.values())) <= tables.MAX_ENTRIES + 1
     del unroll
     gc.collect()

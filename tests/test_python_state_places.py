@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from adaptrt.errors import NotTraceable
 from adaptrt.inner import python_state, snapshot
-from adaptrt.inner.user_code import Executed, record_code
+from adaptrt.inner.executed import Executed, record_code
 
 Change = Callable[[], object]
 

@@ -1,7 +1,7 @@
 """Lets traced code run in the caller's gradient mode.
 
 Programs are traced with gradients enabled. A forward pass may ask `torch.is_grad_enabled()` and do something else without them, and then it
-needs another program for each mode. Most never ask (`inner/user_code.py` notices it), and one program serves all modes.
+needs another program for each mode. Most never ask (`inner/executed.py` notices it), and one program serves all modes.
 
 Known limits: questions by PyTorch's own modules do not count, since these choose kernels by it and compute the same. While a program for
 inference mode is traced, `torch.is_inference_mode_enabled` is another object, in all threads; in other threads it does the same. Code that

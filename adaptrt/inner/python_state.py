@@ -28,11 +28,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from adaptrt.inner import places
+from adaptrt.inner.executed import Executed
 from adaptrt.inner.places import Keys, Place, unchanged_check
-from adaptrt.inner.reachable import HOOKS, MISSING, PLAIN, TABLES, Kind, Opening, Walk, getter_names, short
+from adaptrt.inner.reachable import HOOKS, HOOKS_OF_ALL_MODULES, MISSING, PLAIN, TABLES, Kind, Opening, Walk, getter_names, short
 from adaptrt.inner.scopes import of_module, scopes
 from adaptrt.inner.side_effects import require_unread
-from adaptrt.inner.user_code import Executed, is_of_user, is_users_class, outside
+from adaptrt.inner.user_code import is_of_user, is_users_class, outside
 from adaptrt.process import lock
 
 _MAX_ENTRIES = 256
@@ -236,7 +237,7 @@ class PythonState:
     """
 
     def __init__(self, roots: Mapping[str, Any]) -> None:
-        self._roots = dict(roots)
+        self._roots = {**roots, **HOOKS_OF_ALL_MODULES}
         self._executed = Executed()
         self._methods: set[str] = set()
         self._lock = lock()

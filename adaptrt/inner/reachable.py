@@ -32,10 +32,17 @@ from adaptrt.inner.user_code import (
     slots_of,
 )
 
-HOOKS = ("_forward_hooks", "_forward_pre_hooks")
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 TABLES = ("_parameters", "_buffers", "_modules")
 _INTERNALS = frozenset(vars(nn.Module())) - {*HOOKS, *TABLES, "training"}
 """Attributes of modules that are PyTorch's own."""
+
+HOOKS_OF_ALL_MODULES: dict[str, Any] = {
+    f"the {name.strip('_').replace('_', ' ')} of torch.nn": table
+    for name in HOOKS
+    if (table := vars(nn.modules.module).get(f"_global{name}")) is not None
+}
+"""The tables of hooks that every module runs, by names for messages."""
 
 PLAIN = frozenset({bool, int, float, complex, str, bytes, type(None), type(Ellipsis), range})
 """Classes of values that hold nothing else."""

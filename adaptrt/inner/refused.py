@@ -11,7 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from adaptrt.errors import InvalidType, NotTraceable, UnsupportedParameter, UnsupportedRandomness
 from adaptrt.graph.gradient_mode import GradientMode
-from adaptrt.inner.user_code import Executed
+from adaptrt.inner.executed import Executed
 
 _DISTRIBUTED = """DistributedDataParallel would average the gradients of the first call only. Wrap what returns the meta-loss:
   class MetaLoss(nn.Module):

@@ -29,9 +29,9 @@ from torch import Tensor, fx, nn
 from adaptrt.errors import NotTraceable
 from adaptrt.graph.ir import Graph
 from adaptrt.inner.bytecode import line_of
+from adaptrt.inner.executed import Executed
 from adaptrt.inner.reachable import MISSING, TABLES
 from adaptrt.inner.snapshot import Write, is_same
-from adaptrt.inner.user_code import Executed
 
 _MAX_LITERAL = 4096
 """Elements of a constant that may have been written as numbers in the code of a pass."""

@@ -30,13 +30,13 @@ from torch import Tensor, nn
 from adaptrt.errors import NotTraceable
 from adaptrt.functional import remapped
 from adaptrt.graph.capture import is_of_trace
-from adaptrt.graph.draws import is_alone
 from adaptrt.inner.bytecode import MUTATORS, facts
+from adaptrt.inner.executed import Executed
 from adaptrt.inner.positions import position
 from adaptrt.inner.reachable import MISSING, PLAIN, TABLES, Kind, Opening, Walk, getter_names, short, shown, slot
 from adaptrt.inner.restore import Named, is_longer, put
 from adaptrt.inner.scopes import of_module, scopes
-from adaptrt.inner.user_code import IMMUTABLE, Executed, is_array, outside, slots_of
+from adaptrt.inner.user_code import IMMUTABLE, is_array, outside, slots_of
 
 _MANY = 200_000
 """Objects that are looked at, which takes a second or two for each program; beyond it a warning says so."""
@@ -64,7 +64,6 @@ class Snapshot:
 
     def __init__(self, roots: Mapping[str, Any], executed: Executed) -> None:
         self._executed = executed
-        self._was_alone = is_alone()
         self._holders: dict[tuple[Kind, int], tuple[Kind, str, Any, Any]] = {}
         self._paths: dict[int, list[str]] = {}
         self._written: set[int] = set()  # containers that code can write into by a method that it has at hand
@@ -144,7 +143,7 @@ class Snapshot:
           may_own_values: whether tensors with values count, which a pass can have put somewhere, but not computed.
         """
         found: list[tuple[str, Any, Any, Any]] = []
-        is_all_own = self._was_alone and not self._executed.starts_threads and is_alone()
+        is_all_own = self._executed.is_alone()
         for kind, path, holder, before in self._holders.values():
             after = _content(kind, holder)
             if _may_differ(before, after):

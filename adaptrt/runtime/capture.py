@@ -14,8 +14,8 @@ from adaptrt.graph.capture import capture
 from adaptrt.graph.ir import Graph
 from adaptrt.graph.passes.batch import batch
 from adaptrt.graph.signature import Role
+from adaptrt.inner.executed import Executed, record_code
 from adaptrt.inner.step import Carry, Fixed
-from adaptrt.inner.user_code import Executed, record_code
 from adaptrt.tree import Spec, Tree
 
 

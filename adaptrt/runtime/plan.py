@@ -23,8 +23,8 @@ from adaptrt.graph.indices import IndexBound
 from adaptrt.graph.ir import Graph
 from adaptrt.graph.noise import Noise
 from adaptrt.inner import diagnose
+from adaptrt.inner.executed import Executed
 from adaptrt.inner.step import Batch, Carry, Fixed, Step
-from adaptrt.inner.user_code import Executed
 from adaptrt.runtime.cache import Cache
 from adaptrt.runtime.calls import Calls
 from adaptrt.runtime.capture import CaptureSettings, TaskAxis, capture_graph, without_leading_axis

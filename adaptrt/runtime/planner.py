@@ -17,9 +17,9 @@ from adaptrt.errors import ModelChanged, ShapeChanged
 from adaptrt.graph.gradient_mode import GradientMode
 from adaptrt.graph.noise import Noise, draw
 from adaptrt.graph.surroundings import refuse_transforms
+from adaptrt.inner.executed import Executed
 from adaptrt.inner.reader import Reader, Start
 from adaptrt.inner.step import Batch, Carry, Fixed
-from adaptrt.inner.user_code import Executed
 from adaptrt.runtime.cache import Cache
 from adaptrt.runtime.capture import TaskAxis
 from adaptrt.runtime.plan import Arguments, PredictionPlan, QueryPlan, SupportPlan, in_words, plan_prediction, plan_query, plan_support

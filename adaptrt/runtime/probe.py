@@ -18,12 +18,13 @@ from adaptrt.graph.noise import Noise
 from adaptrt.graph.passes.lift_noise import record_noise
 from adaptrt.graph.signature import Role
 from adaptrt.inner import diagnose
+from adaptrt.inner.executed import Executed, record_code
 from adaptrt.inner.questions import TensorQuestions
+from adaptrt.inner.reachable import HOOKS_OF_ALL_MODULES
 from adaptrt.inner.refused import refuse_code, refuse_questions
 from adaptrt.inner.side_effects import attribute_writes, computes_the_same, is_unread_counter, refuse
 from adaptrt.inner.snapshot import Snapshot, Write, is_same, undone
 from adaptrt.inner.step import Batch, Carry, Fixed, Step
-from adaptrt.inner.user_code import Executed, record_code
 from adaptrt.tree import Spec, Tree
 
 # All that matters here is which inputs are data.
@@ -209,7 +210,7 @@ def _require_no_answer(
 
 
 def _roots(step: Step) -> dict[str, Any]:
-    return {"model": step.model, "loss": step.loss, "the optimiser's update": step.optimizer.update}
+    return {"model": step.model, "loss": step.loss, "the optimiser's update": step.optimizer.update, **HOOKS_OF_ALL_MODULES}
 
 
 def undone_after(step: Step, executed: Executed, run: Callable[[], Graph]) -> Graph:
