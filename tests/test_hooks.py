@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from test_python_state import Net, assert_follows, batch, unrolled
+from test_refusals import close, looped
 from torch import nn
 from torch.nn.modules.module import (
     register_module_forward_hook,
@@ -19,8 +20,13 @@ from torch.nn.modules.module import (
 from torch.utils.hooks import RemovableHandle
 
 from adaptrt.errors import NotTraceable
+from tests import naive
 
 COUNTS = {"calls": 0}
+
+
+def doubles_everything(module: nn.Module, args: Any) -> Any:
+    return tuple([arg * 2 if isinstance(arg, torch.Tensor) and arg.is_floating_point() else arg for arg in args])
 
 
 def is_last(module: nn.Module) -> bool:
@@ -72,6 +78,21 @@ def test_hooks_are_followed(kind: str) -> None:
         handle.remove()
     assert not torch.equal(before["first.weight"], with_hook["first.weight"])
     assert_follows(unroll, model)
+
+
+def test_a_hook_for_all_modules_sees_only_the_models() -> None:
+    handle = register_module_forward_pre_hook(doubles_everything)
+    try:
+        model = two_layers()
+        unroll = unrolled(model)
+        assert_follows(unroll, model)
+        assert_follows(unroll, model, seed=1)
+        support, query = batch(), batch(1)
+        found = torch.autograd.grad(unroll(support, query), list(model.parameters()))
+        expected = torch.autograd.grad(naive.meta_loss(*looped(model), support, query), list(model.parameters()))
+        close(found, expected)
+    finally:
+        handle.remove()
 
 
 def counting(module: nn.Module, args: object, output: Any) -> Any:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -83,7 +84,15 @@ class Graph:
                 f"run() takes arguments of the structure that was captured ({self.arguments.num_leaves} tensors), got another one"
             )
         with torch.no_grad(), autocast_off():
-            return tree.unflatten(self.result, self.module(*values, *self.constants))
+            return tree.unflatten(self.result, self.function()(*values, *self.constants))
+
+    def function(self) -> Callable[..., Any]:
+        """Returns the operations as a function of the tensors of all inputs, in order, to those of all outputs.
+
+        A call of the module itself would run the hooks that are registered for all modules.
+        """
+        _ = self.module.code  # generates it, so that several threads that call it at once do not
+        return self.module.forward
 
     def __str__(self) -> str:
         return show(self.module, self.signature)

@@ -130,7 +130,7 @@ class Program:
         if values not in self.known:
             if holds_mapped(values):  # gradients for several cotangents at once, which only PyTorch's own kernels take
                 with torch.no_grad(), autocast_off():
-                    return self.graph.module(*values)
+                    return self.graph.function()(*values)
             values = self._checked(values)
         try:
             if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):

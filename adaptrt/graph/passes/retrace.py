@@ -37,7 +37,7 @@ def retrace(
     transform: Callable[[Callable[..., Any]], Callable[..., Any]],
     inputs: Sequence[Input] | None = None,
 ) -> Graph:
-    """Returns the graph of `transform(graph.module)`.
+    """Returns the graph of `transform(graph.function())`.
 
     Args:
       graph: the graph to run.
@@ -49,7 +49,7 @@ def retrace(
     mode = FakeTensorMode()
     fakes = fake_inputs(mode, inputs)
     with torch.inference_mode(False), torch.no_grad(), autocast_off(), _use_lazy_graph_module(True), mode:
-        module = make_fx(transform(graph.module), tracing_mode="real")(*fakes)
+        module = make_fx(transform(graph.function()), tracing_mode="real")(*fakes)
     return renewed(graph, module, inputs)
 
 
