@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 import adaptrt
 
 torch.set_num_threads(int(os.environ.get("THREADS", "1")))
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that runs the tests in the background has it ignored
 
 
 class Net(nn.Module):

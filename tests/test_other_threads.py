@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from adaptrt import compile_unroll
 from adaptrt.errors import AdaptrtError, NonFiniteInput, UnsupportedRandomness
 from adaptrt.graph.capture import capture
+from tests.processes import run_script
 
 DRAWS: dict[str, Callable[[], float]] = {
     "random.random": random.random,
@@ -310,3 +311,14 @@ def test_beside_a_profiler() -> None:
         profiler.disable()
     names = [entry.code if isinstance(entry.code, str) else entry.code.co_name for entry in profiler.getstats()]
     assert any("sorted" in name for name in names), "it goes on afterwards"
+
+
+def test_the_first_capture_is_made_in_a_thread_that_ends() -> None:
+    """PyTorch 2.11 for CUDA crashes without a GPU if the thread of the first fake tensor has ended."""
+    run_script("""
+model, unroll = make("eager")
+thread = threading.Thread(target=check, args=(model, unroll, 4))
+thread.start()
+thread.join()
+check(model, unroll, 5)
+""")

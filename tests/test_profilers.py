@@ -8,6 +8,7 @@ import gc
 import pstats
 import sys
 from collections.abc import Callable, Generator
+from typing import Any
 
 import pytest
 import torch
@@ -114,3 +115,56 @@ def test_callbacks_of_the_garbage_collector_are_no_code_of_the_model() -> None:
         gc.callbacks.remove(collected)
     assert counts["collections"]
     torch.testing.assert_close(adapted.params["weight"], by_hand(model, x, y), rtol=1e-12, atol=1e-12)
+
+
+SCALE = {"of a rule": 2.0}
+
+
+class WithRules(torch.Tensor):
+    """Its rules are the user's code, which runs within an operation of PyTorch's."""
+
+    calls = 0
+    inner: torch.Tensor
+
+    @staticmethod
+    def __new__(cls, inner: torch.Tensor) -> WithRules:
+        made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # pyright: ignore
+        made.inner = inner
+        return made
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return func(*[arg.inner if isinstance(arg, cls) else arg for arg in args], **(kwargs or {})) * cls.scale()
+
+    @classmethod
+    def scale(cls) -> float:
+        return SCALE["of a rule"]
+
+
+class Counted(WithRules):
+    @classmethod
+    def scale(cls) -> float:
+        Counted.calls += 1
+        return float(Counted.calls)
+
+
+def with_rules(kind: type[WithRules]) -> nn.Module:
+    class Model(nn.Linear):
+        def forward(self, input: torch.Tensor) -> torch.Tensor:
+            return super().forward(input) * kind(torch.ones(1)).cos()
+
+    return Model(2, 1)
+
+
+def test_rules_of_a_tensor_of_the_users_are_code_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = torch.randn(5, 2), torch.randn(5, 1)
+    unroll = adaptrt.compile_unroll(model := with_rules(WithRules), optim.sgd(lr=0.1), 1, loss=F.mse_loss, backend="eager")
+    for scale in (2.0, 3.0):
+        monkeypatch.setitem(SCALE, "of a rule", scale)
+        torch.testing.assert_close(unroll.adapt((x, y)).params["weight"], by_hand(model, x, y))  # type: ignore[arg-type]
+    assert sys.getprofile() is None
+    with pytest.raises(NotTraceable, match=r"Counted\.calls"):
+        adaptrt.compile_unroll(with_rules(Counted), optim.sgd(lr=0.1), 1, loss=F.mse_loss, backend="eager").adapt((x, y))
+    assert Counted.calls == 0 and sys.getprofile() is None

@@ -131,3 +131,12 @@ def test_a_thread_that_writes_all_the_time_loses_nothing() -> None:
         done.set()
         other.join()
     assert history(model).items == list(range(written[0] + 1)) and list(history(model).table) == list(range(written[0] + 1))
+
+
+def test_what_other_threads_do_to_objects_of_the_standard_library_stays() -> None:
+    """Making a thread runs code of the standard library that sets the attribute of another event, too."""
+    model = beside(lambda model: history(model).stop.set())
+    history(model).stop = threading.Event()
+    unroll = unrolled(model)
+    assert_follows(unroll, model)
+    assert history(model).stop.is_set()

@@ -16,7 +16,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import threading
+import functools
+import sys
+import types
 from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -26,7 +28,6 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx import GraphModule
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.hooks import RemovableHandle
 
 from adaptrt import tree
 from adaptrt.errors import NotTraceable
@@ -136,11 +137,35 @@ def _record(
         output_names.extend(tree.paths(returned, "result"))
         return outputs
 
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = _fake_mode()
     fakes = fake_tensors(mode, specs)
     with _tracing(mode, fused_attention) as functions:
         module, constants = record(flat, fakes, functions.copies)
     return _Recorded(module, fakes, constants, result[0], output_names, writers)
+
+
+def _fake_mode() -> FakeTensorMode:
+    _start_autograd()
+    return FakeTensorMode(allow_non_fake_inputs=True)
+
+
+@functools.cache
+def _start_autograd() -> None:
+    """Lets PyTorch's autograd count the devices before the first fake tensor is made.
+
+    Where PyTorch is built for CUDA and there is no GPU, a fake tensor makes it believe in eight of them. It would start eight threads, and
+    refuse to run in any child that is forked later.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        one = torch.ones((), device="cpu", requires_grad=True)
+        torch.autograd.grad(one * 1, one)
+
+
+if torch.version.cuda is not None and torch.__version__ < (2, 14) and not torch.cuda.is_available():  # pyright: ignore
+    # The first fake tensor puts an object of its thread in the place where PyTorch keeps what switches between GPUs. When that thread has
+    # ended, the process crashes. Here it is the thread that imports adaptrt, which mostly lasts as long as the process.
+    with _fake_mode():
+        pass
 
 
 def is_of_trace(value: Tensor) -> bool:
@@ -250,59 +275,50 @@ _REPLACED: dict[Any, Callable[..., Any]] = {
 }
 
 
-class _Operations(TorchDispatchMode):
-    """Records the name of every operation and the module in which it was called."""
+_CALL_OF_MODULE: types.CodeType = cast(Any, torch.nn.Module)._call_impl.__code__
 
-    def __init__(self) -> None:
+
+class _Operations(TorchDispatchMode):
+    """Records the name of every operation and the module in which it was called.
+
+    Args:
+      outermost: code, above whose frame the modules are not looked for.
+    """
+
+    def __init__(self, outermost: types.CodeType) -> None:
         super().__init__()  # pyright: ignore[reportUnknownMemberType]
         self.found: list[tuple[str, str]] = []
-        self._paths: dict[int, str] = {}
-        self._thread = threading.get_ident()
-        self._stack: list[str] = []
+        self._outermost = outermost
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         del types
-        self.found.append((name_of(func), self._stack[-1] if self._stack else ""))
+        self.found.append((name_of(func), self._module()))
         return func(*args, **(kwargs or {}))
 
-    def enter(self, module: torch.nn.Module, args: Any) -> None:
-        del args
-        if threading.get_ident() != self._thread:  # the hooks act on all threads of the process
-            return
-        if not self._stack:
-            self._paths = {id(part): path for path, part in module.named_modules()}
-        self._stack.append(self._paths.get(id(module), ""))
-
-    def leave(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        del module, args, output
-        if threading.get_ident() == self._thread:
-            self._stack.pop()
+    def _module(self) -> str:
+        """The path of the module that is running, in the outermost one."""
+        running: list[torch.nn.Module] = []
+        frame = sys._getframe(1)
+        while frame is not None and frame.f_code is not self._outermost:
+            if frame.f_code is _CALL_OF_MODULE:
+                running.append(frame.f_locals["self"])
+            frame = frame.f_back
+        return next((path for path, part in running[-1].named_modules() if part is running[0]), "") if running else ""
 
 
 @leaving_nothing
 def record_operations(fn: Callable[..., Any], *examples: Tree, fused_attention: bool = False) -> list[tuple[str, str]]:
     """Runs `fn` on fake tensors like `examples`, and returns each operation's name with the path of the module that called it."""
     values, structure = tree.flatten(examples)
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    mode = _fake_mode()
     fakes = fake_tensors(mode, [Spec.of(value) for value in values])
-    operations = _Operations()
 
     def watched(*inputs: Tensor) -> list[Tensor]:
         with operations:
             fn(*tree.unflatten(structure, inputs))
         return []
 
-    with contextlib.ExitStack() as hooks:
-        hooks.enter_context(_hook(torch.nn.modules.module.register_module_forward_pre_hook, operations.enter))
-        hooks.enter_context(_hook(torch.nn.modules.module.register_module_forward_hook, operations.leave, always_call=True))
-        with _tracing(mode, fused_attention):
-            record(watched, fakes)  # which knows what the model may read of its constants
+    operations = _Operations(watched.__code__)
+    with _tracing(mode, fused_attention):
+        record(watched, fakes)  # which knows what the model may read of its constants
     return operations.found
-
-
-@contextlib.contextmanager
-def _hook(register: Callable[..., RemovableHandle], hook: Callable[..., Any], **settings: bool) -> Generator[None]:
-    handles: list[RemovableHandle] = []
-    with changed(lambda: [handle.remove() for handle in handles]):
-        handles.append(register(hook, **settings))
-        yield

@@ -17,7 +17,11 @@ from torch import Tensor, fx
 from adaptrt import tree
 from adaptrt.graph.show import show
 from adaptrt.graph.signature import Signature
+from adaptrt.process import lock
 from adaptrt.tree import Structure, Tree
+
+_GENERATING = lock()
+"""Held while the code of a graph is generated: two threads that do so at once get each other's names."""
 
 
 def autocast_off() -> contextlib.AbstractContextManager[object]:
@@ -91,8 +95,10 @@ class Graph:
 
         A call of the module itself would run the hooks that are registered for all modules.
         """
-        _ = self.module.code  # generates it, so that several threads that call it at once do not
-        return self.module.forward
+        with _GENERATING:
+            _ = self.module.code  # which generates it where it is missing
+        forward = self.module.forward
+        return lambda *inputs: forward(*inputs)  # `functionalize` would take a bound method for a function of one argument more
 
     def __str__(self) -> str:
         return show(self.module, self.signature)

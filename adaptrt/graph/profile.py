@@ -18,7 +18,7 @@ _OF_PYTORCH = frozenset({"aten", "prims", "prim"})
 """Namespaces of operations whose rules are PyTorch's own code."""
 
 _alone: set[int] = set()
-"""The identities of functions that are told of the calls of threads which nobody else profiles."""
+"""The identities of our own profile functions, in threads where no profiler of the user's is active. Only these may pause."""
 
 
 @contextlib.contextmanager
@@ -58,21 +58,25 @@ def profiled(note: Note) -> Generator[None]:
 
 
 class RulesUnprofiled(TorchDispatchMode):
-    """Runs PyTorch's rules for its own operations, which call no code of the user's, without telling of it.
+    """Runs PyTorch's rules for its own operations on its own tensors without calling our profile function.
 
-    Most calls of a trace are such ones. A profiler of the user's is told of them all.
+    They call no code of the user's, and are most of what is called in a trace. A profiler of the user's is called for all of them.
     """
 
     def __init__(self) -> None:
         super().__init__()  # pyright: ignore[reportUnknownMemberType]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        del types
-        told = sys.getprofile()
-        if id(told) not in _alone or func.namespace not in _OF_PYTORCH:
+        profile = sys.getprofile()
+        if id(profile) not in _alone or func.namespace not in _OF_PYTORCH or not all(map(_is_of_pytorch, types)):
             return func(*args, **(kwargs or {}))
         sys.setprofile(None)
         try:
             return func(*args, **(kwargs or {}))
         finally:
-            sys.setprofile(told)
+            sys.setprofile(profile)
+
+
+def _is_of_pytorch(kind: type) -> bool:
+    """Whether a class of tensors is PyTorch's. One of the user's may have rules of its own."""
+    return kind.__module__.partition(".")[0] == "torch"

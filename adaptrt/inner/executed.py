@@ -142,12 +142,16 @@ class Executed:
         known = [*self.facts(), *map(facts, self._layers.values())]
         return name not in self.getters and not any(name in of.reads or of.reads_computed or of.globals_by_name for of in known)
 
+    def names_one_at(self, path: str) -> bool:
+        """Whether some of it, or of the code of layers, names the object that is reached by this path."""
+        return not self.names.isdisjoint(last_names(path))
+
     def may_set(self, name: str, *, by_library: bool = False) -> bool:
         """Whether some of it may set an attribute of this name. A `functools.cached_property` sets the one that it is called by.
 
         Args:
           name: of the attribute.
-          by_library: whether the standard library's code counts, too, as it does for objects of its own classes.
+          by_library: whether the standard library's code counts, too, which sets attributes of objects of its classes.
         """
         return (
             name in self._sets
@@ -173,7 +177,7 @@ class Executed:
 
         Args:
           paths: in words, without the name of the root.
-          by_library: whether the standard library's code counts, too, which names attributes of objects of its own classes.
+          by_library: whether the standard library's code counts, too, which changes containers of objects of its classes.
         """
         tails = [last_names(path) for path in paths]
         if not all(tails):

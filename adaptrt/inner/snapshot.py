@@ -4,8 +4,9 @@ If no other thread runs Python, every change is the pass's. Otherwise other thre
 counts as the pass's only if code that ran may have made it: if it sets an attribute or a global name of this name, or changes a container
 that is reached by a name in it (`bytecode.py`). What nobody but other threads can have written is left alone.
 
-Known limit: what other threads put into a container that the pass itself writes into meanwhile is taken out with what the pass wrote,
-unless it has tensors with values, or stands in a list into which the pass has put tensors.
+Known limits: what other threads put into a container that the pass itself writes into meanwhile is taken out with what the pass wrote,
+unless it has tensors with values, or stands in a list into which the pass has put tensors. The same is true of what they do to an object of
+the standard library's, such as an event, which the pass uses, too.
 """
 
 from __future__ import annotations
@@ -67,7 +68,7 @@ class Snapshot:
         self._holders: dict[tuple[Kind, int], tuple[Kind, str, Any, Any]] = {}
         self._paths: dict[int, list[str]] = {}
         self._written: set[int] = set()  # containers that code can write into by a method that it has at hand
-        self._of_library: set[int] = set()  # containers that are attributes of an object of a library's
+        self._of_library: dict[int, str] = {}  # paths of objects of a library's, by the identity of containers that are their attributes
         self._modules: list[dict[str, Any]] = []  # the global names of modules that are held elsewhere than in global names
         self._without_values: list[dict[str, Any]] = []  # those of modules that made tensors of the trace when they were imported
         self._walk = Walk(self._visit)
@@ -126,7 +127,7 @@ class Snapshot:
             self._executed.getters |= getter_names(value)
         if kind is Kind.LIBRARY:  # what a queue, an event or a dict of weak references holds, and nothing further
             entries = [(key, value) for key, value in entries if type(value) in (list, dict, set, collections.deque)]
-            self._of_library |= {id(value) for _, value in entries}
+            self._of_library |= {id(value): opening.path for _, value in entries}
         if kind is Kind.SCOPE:
             if opening.owner is not None:
                 self._modules.append(holder)
@@ -164,7 +165,8 @@ class Snapshot:
         if kind is Kind.SCOPE:
             may_set = functools.partial(self._executed.may_set_global, holder)
         elif kind in (Kind.ATTRIBUTES, Kind.LIBRARY, Kind.MODULE, Kind.CLASS, Kind.NAMED):
-            may_set = functools.partial(self._executed.may_set, by_library=kind is Kind.LIBRARY)
+            by_library = kind is Kind.LIBRARY and self._executed.names_one_at(path)
+            may_set = functools.partial(self._executed.may_set, by_library=by_library)
         else:
             return before, after
         changed = [key for key in {**before, **after} if before.get(key, MISSING) is not after.get(key, MISSING)]
@@ -173,7 +175,9 @@ class Snapshot:
 
     def _own_entries(self, holder: Any, path: str, before: Any, after: Any, may_own_values: bool) -> tuple[Any, Any]:
         paths = [found.partition(".")[2] for found in (path, *self._paths.get(id(holder), ()))]
-        may_write = id(holder) in self._written or self._executed.may_write_into(paths, by_library=id(holder) in self._of_library)
+        owner = self._of_library.get(id(holder))
+        by_library = owner is not None and self._executed.names_one_at(owner)
+        may_write = id(holder) in self._written or self._executed.may_write_into(paths, by_library=by_library)
 
         def is_own(entry: Any) -> bool:
             tensors = _tensors(entry)
