@@ -124,19 +124,19 @@ class WithRules(torch.Tensor):
     """Its rules are the user's code, which runs within an operation of PyTorch's."""
 
     calls = 0
-    inner: torch.Tensor
+    plain: torch.Tensor
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> WithRules:
         made = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=inner.dtype)  # pyright: ignore
-        made.inner = inner
+        made.plain = inner
         return made
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # pyright: ignore
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return func(*[arg.inner if isinstance(arg, cls) else arg for arg in args], **(kwargs or {})) * cls.scale()
+        return func(*[arg.plain if isinstance(arg, cls) else arg for arg in args], **(kwargs or {})) * cls.scale()
 
     @classmethod
     def scale(cls) -> float:
