@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -110,3 +111,72 @@ def test_state_of_a_hook_for_all_modules_is_refused_by_name() -> None:
     finally:
         handle.remove()
     assert COUNTS == {"calls": 0}
+
+
+NAMES: dict[Any, str] = {}
+
+
+class Recogniser:
+    """An object whose methods are hooks, as in a library that extracts features."""
+
+    def __init__(self, model: Net) -> None:
+        self.last = model.linear
+        self.names: dict[Any, str] = {model.linear: "last"}
+        self.outputs: dict[Any, Any] = {}
+
+    def compares(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return output * 2 if module == self.last else None
+
+    def looks_up(self, module: nn.Module, args: Any, output: Any) -> Any:
+        return output * 2 if self.names.get(module) == "last" else None
+
+    def records(self, module: nn.Module, args: Any, output: Any) -> None:
+        if isinstance(module, nn.Linear) and output.shape[-1] == self.last.out_features:
+            self.outputs[type(module).__name__] = output
+
+
+def looks_up_globally(module: nn.Module, args: Any, output: Any) -> Any:
+    return output * 2 if NAMES.get(module) == "last" else None
+
+
+def looks_up_ids(ids: set[int], module: nn.Module, args: Any, output: Any) -> Any:
+    return output * 2 if id(module) in ids else None
+
+
+RECOGNISE: dict[str, Callable[[Net], Any]] = {
+    "by a closure": lambda model: lambda module, args, output: output * 2 if module is model.linear else None,
+    "by a default": lambda model: lambda module, args, output, last=model.linear: output * 2 if module is last else None,
+    "by a global table": lambda model: looks_up_globally,
+    "by a table of ids": lambda model: functools.partial(looks_up_ids, {id(model.linear)}),
+    "by an attribute": lambda model: Recogniser(model).compares,
+    "by a table in an attribute": lambda model: Recogniser(model).looks_up,
+}
+
+
+@pytest.mark.parametrize("of_all", [False, True])
+@pytest.mark.parametrize("way", RECOGNISE)
+def test_a_hook_that_recognises_a_module_is_refused(way: str, of_all: bool) -> None:
+    model = two_layers()
+    NAMES.clear()
+    NAMES[model.linear] = "last"
+    hook = RECOGNISE[way](model)
+    handle = register_module_forward_hook(hook) if of_all else model.linear.register_forward_hook(hook)
+    try:
+        with pytest.raises(NotTraceable, match=r"holds .*'linear'|holds the model"):
+            unrolled(model).adapt(batch())
+    finally:
+        handle.remove()
+
+
+def test_a_hook_that_holds_a_module_and_does_not_ask_which_it_is_given_is_allowed() -> None:
+    model = two_layers()
+
+    def holds(module: nn.Module, args: Any, output: Any) -> Any:
+        return output if model.count else None
+
+    handles = [model.linear.register_forward_hook(hook) for hook in (Recogniser(model).records, holds)]
+    try:
+        assert_follows(unrolled(model), model)
+    finally:
+        for handle in handles:
+            handle.remove()

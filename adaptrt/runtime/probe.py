@@ -19,6 +19,7 @@ from adaptrt.graph.passes.lift_noise import record_noise
 from adaptrt.graph.signature import Role
 from adaptrt.inner import diagnose
 from adaptrt.inner.executed import Executed, record_code
+from adaptrt.inner.hooks import refuse_hooks
 from adaptrt.inner.questions import TensorQuestions
 from adaptrt.inner.reachable import HOOKS_OF_ALL_MODULES
 from adaptrt.inner.refused import refuse_code, refuse_questions
@@ -147,6 +148,7 @@ def _watched(step: Step, executed: Executed, run: Callable[[], Graph]) -> _Seen:
         graph = run()
         outside = world.writes()
     refuse_code(executed, step.mode)
+    refuse_hooks(step.model)
     writes = [*outside, *(write for base, twin in calls.made for write in attribute_writes(base, twin, executed))]
     return _Seen(graph, writes, bool(outside))
 
