@@ -180,11 +180,6 @@ def assert_equal(model: Program, reference: Program, unroll: CompiledUnroll, see
         one.train(not one.training)
 
 
-@pytest.fixture(autouse=True)
-def _global_state() -> None:  # pyright: ignore[reportUnusedFunction]
-    begin()
-
-
 def begin() -> None:
     globals()["SCALE"] = 1.0
     TOTAL[:] = [0.0]
