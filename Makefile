@@ -40,7 +40,10 @@ covering: $(VENV)/.test
 	$(BIN)/python -W error -m tests.covering --compiled
 
 # Not part of the tests: the packages are large, and their next releases are not ours.
+# Where torch is a build that these two were not made for, transformers and others cannot even be imported beside them.
 models: $(VENV)/.models
+	@for package in torchvision torchaudio; do $(BIN)/python -c "import $$package" 2>/dev/null || { $(PIP) uninstall --quiet --yes $$package; \
+	  echo "adaptrt: $$package was removed, as the one that pip found does not fit this torch; models that need it are left out"; }; done
 	HF_HUB_OFFLINE=1 $(BIN)/python benchmarks/model_zoo.py --check $(MODELS_ARGS)
 
 # The report's tables go to the screen, JSON, tables and plot to build/.

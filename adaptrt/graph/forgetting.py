@@ -35,11 +35,11 @@ GENERATED_SOURCES = Entry(
     needed=(Target("torch.fx.graph_module", "_loader.eval_cache"), Target("torch.fx.graph_module", "_loader.next_id")),
 )
 
-MAX_FAKE_RESULTS = 4_000
+MAX_FAKE_RESULTS = 1_500
 """About 3 KB each."""
 
-MAX_SOURCES = 500
-"""About 10 KB each. Tracebacks show lines of the sources that are kept."""
+MAX_SOURCES = 60
+"""About 10 to 25 KB each. Tracebacks show lines of the sources that are kept."""
 
 _sources: deque[str] = deque()
 _num_noted = 0
