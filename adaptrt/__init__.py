@@ -4,6 +4,7 @@ from adaptrt import errors, optim
 from adaptrt.adjoint import Adjoint, FirstOrder, Replay, Stash, Unrolled
 from adaptrt.backend import Backend, CudaGraph, Eager, Inductor
 from adaptrt.runtime.adapted import Adapted
+from adaptrt.runtime.stack import stack, where
 from adaptrt.runtime.trace import trace
 from adaptrt.runtime.unroll import CompiledUnroll, compile_unroll
 
@@ -24,5 +25,7 @@ __all__ = [
     "compile_unroll",
     "errors",
     "optim",
+    "stack",
     "trace",
+    "where",
 ]

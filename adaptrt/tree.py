@@ -274,6 +274,27 @@ def unflatten_by(structure: Structure) -> Callable[[Sequence[Any]], Tree]:
     return eval(f"lambda values: {source}", constants)
 
 
+class Form:
+    """One structure of trees, with fast functions from such trees to their leaves and back. `form_of` makes it.
+
+    Attributes:
+      structure: of the trees.
+      leaves: from a tree to its leaves, as `leaves_by`.
+      tree: from leaves to a tree, as `unflatten_by`.
+    """
+
+    __slots__ = ("leaves", "structure", "tree")
+
+    def __init__(self, structure: Structure) -> None:
+        self.structure = structure
+        self.leaves = leaves_by(structure)
+        self.tree = unflatten_by(structure)
+
+
+form_of = functools.lru_cache(maxsize=1024)(Form)
+"""Returns the `Form` of a structure; equal structures have the same one, so that forms can be compared by identity."""
+
+
 def _constant(value: Any, constants: dict[str, Any]) -> str:
     """Returns a Python expression for `value`."""
     if type(value) in (str, int):

@@ -13,7 +13,7 @@ _TAPE = "SGD Adam AdamW Adadelta Adagrad Adamax ASGD RMSprop Rprop NAdam RAdam A
 
 NAMES = {
     "adaptrt": "Adapted Adjoint Backend CompiledUnroll CudaGraph Eager FirstOrder Inductor Replay Stash Unrolled compile_unroll errors "
-    "optim trace",
+    "optim stack trace where",
     "adaptrt.optim": f"{_OPTIMISERS} Optimizer Schedule Transform chain clip_by_global_norm learned partition per_step scale_by_schedule "
     "schedule scheduled",
     "adaptrt.errors": "AdaptrtError AlreadyImported CannotBePickled CannotBeSet CannotRecord CompilerUnavailable "
@@ -44,8 +44,8 @@ def test_all_lists_every_public_name() -> None:
 @pytest.mark.parametrize(
     ("owner", "names"),
     [
-        (adaptrt.CompiledUnroll, "adapt device explain graphs k vmap warmup __call__"),
-        (adaptrt.Adapted, "params buffers opt_state num_tasks detach replace state_dict __call__"),
+        (adaptrt.CompiledUnroll, "adapt device explain graphs k start vmap warmup __call__"),
+        (adaptrt.Adapted, "params buffers opt_state num_tasks detach replace state_dict unbind __call__ __getitem__ __len__"),
     ],
 )
 def test_classes_keep_their_attributes(owner: type, names: str) -> None:

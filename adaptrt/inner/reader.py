@@ -27,15 +27,15 @@ class Start(NamedTuple):
 
     Attributes:
       carry, fixed: what steps change, and what they share.
-      carry_leaves, fixed_leaves: the tensors in them.
+      carry_leaves, fixed_leaves: the tensors in them, in order.
       structure: everything besides the shapes of its arguments that makes another step: modes, and the form of the optimiser.
       has_tasks: whether the carry has a task axis already, because it comes from an earlier adaptation.
     """
 
     carry: Carry
     fixed: Fixed
-    carry_leaves: list[Tensor]
-    fixed_leaves: list[Tensor]
+    carry_leaves: Sequence[Tensor]
+    fixed_leaves: Sequence[Tensor]
     structure: Hashable
     has_tasks: bool = False
 
@@ -112,6 +112,20 @@ class Reader:
             [*frozen.values(), *loss_params.values(), *hyper_leaves],
             (self._read_modes(), reading.structure, self.python.number()),
         )
+
+    def opt_state_for(self, params: Mapping[str, Tensor], has_tasks: bool) -> Any:
+        """Returns the optimiser's state to start from with these values of the adapted parameters, None if they do not matter.
+
+        Args:
+          params: by name.
+          has_tasks: whether each value has a task axis, and so the state.
+        """
+        state_for = self._source.state_for
+        if not has_tasks:
+            return state_for(params)
+        if state_for({name: value[0] for name, value in params.items()}) is None:
+            return None
+        return torch.func.vmap(state_for)(dict(params))
 
     def state_dict(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns the model's state dict, detached, with `values` in the place of its own parameters and buffers.

@@ -39,6 +39,11 @@ class Source(abc.ABC):
     def state(self) -> State:
         """Returns the state to start from, which nobody may write to."""
 
+    def state_for(self, params: Params) -> State | None:
+        """Returns the state to start from with other values of the parameters, None if it is `state()` whatever they are."""
+        del params
+        return None
+
     def read(self) -> Reading:
         """Returns structure, hyperparameters and state together."""
         return Reading(self.structure(), self.hyper(), self.state())

@@ -50,6 +50,9 @@ class PureSource(Source):
             self._initial = kinds, _initial(self._optimizer, self._params)
         return self._initial[1]
 
+    def state_for(self, params: Params) -> State | None:
+        return None if self._optimizer.init_is_constant else self._optimizer.init(params)
+
 
 class TorchSource(Source):
     """A `torch.optim` instance. Its current settings and state are read at every call, and never written to."""

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import operator
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -12,14 +14,20 @@ from torch import Tensor
 
 from adaptrt import tree
 from adaptrt.backend.entry_points import entry_point
-from adaptrt.errors import CannotBePickled, CannotBeSet, InvalidType, LongChain
+from adaptrt.errors import CannotBePickled, CannotBeSet, InvalidArgument, InvalidType, LongChain
 from adaptrt.inner.step import Fixed, as_call
 from adaptrt.runtime.state import State
 from adaptrt.tree import Tree
 
 
 class Predictor(Protocol):
-    """Computes the outputs of an adapted model."""
+    """Computes the outputs of an adapted model.
+
+    Attributes:
+      unroll: an object that predictors of one unroll, and of its `vmap()`, share.
+    """
+
+    unroll: Any
 
     def predict(self, state: State, fixed: Fixed, inputs: Tree, generator: torch.Generator | None) -> Any:
         """Returns the model's output for `inputs`."""
@@ -42,12 +50,14 @@ class Adapted:
 
     Attributes:
       state: what the steps changed, as a value.
-      losses: support loss before each step, (k,) or [T, k]. They are NaN or infinite where the numbers went wrong.
+      losses: support loss before each step, (k,) or [T, k]. They are NaN or infinite where the numbers went wrong. Of `start()` there are
+        none, (0,) or [T, 0].
       fixed: what the model needs besides its state. Parameters that did not adapt are the model's own.
     """
 
     _predictor: Predictor
     _num_links: int
+    _row_of: tuple[Adapted, int]
     state: State
     losses: Tensor
     fixed: Fixed
@@ -79,8 +89,7 @@ class Adapted:
                 return copy.deepcopy(value, memo)
             return memo.setdefault(id(value), value.detach().clone())
 
-        state = self.state._replace(carry=tree.map_leaves(copied, self.state.carry))
-        return Adapted(self._predictor, state, copied(self.losses), tree.map_leaves(copied, self.fixed))
+        return Adapted(self._predictor, self.state.map(copied), copied(self.losses), tree.map_leaves(copied, self.fixed))
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         del protocol
@@ -142,10 +151,11 @@ class Adapted:
         """Returns the adaptation with some values replaced, to predict with or to go on from with `start=`.
 
         Args:
-          params, buffers: by name; those not named stay.
+          params, buffers: by name; those not named stay. With a task axis, a value without one is given to every task.
           opt_state: all of the optimiser's state; None to leave it.
         Raises:
-          InvalidArgument: a name that is not there, or a shape, dtype or device that differs.
+          InvalidArgument, InvalidType, DeviceMismatch: a name that is not there, something that is no tensor, or a shape, dtype, structure
+            or device that differs.
 
         Example:
           >>> from adaptrt import compile_unroll, optim
@@ -157,11 +167,71 @@ class Adapted:
         state = self.state.replace(params=params, buffers=buffers, opt_state=opt_state)
         return Adapted(self._predictor, state, self.losses, self.fixed, self._num_links)
 
-    def num_links_after(self, carry: Tree) -> int:
-        """Returns how many adaptations' graphs a result holds that was started from here and has this carry. Warns once of many."""
-        if not any(value.grad_fn is not None for value in tree.leaves(carry)) or not any(
-            value.grad_fn is not None for value in tree.leaves(self.state.carry)
-        ):
+    def __len__(self) -> int:
+        """The number of tasks."""
+        return self._over_tasks("len()")
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __getitem__(self, index: int | slice) -> Adapted:
+        """Returns the adaptation of one task, without a task axis, or with a slice that of several."""
+        num_tasks = self._over_tasks("an index")
+        if isinstance(index, slice):
+            chosen = range(num_tasks)[index]
+            if not chosen:
+                raise InvalidArgument(f"the slice {index} holds none of the {num_tasks} tasks")
+            places = None if chosen.step == 1 else torch.tensor(chosen, device=self.losses.device)
+
+            def part(value: Tensor) -> Tensor:
+                return value[index] if places is None else value.index_select(0, places)
+
+            return self.with_state(dataclasses.replace(self.state.map(part), num_tasks=len(chosen)), part(self.losses), [self])
+        place = operator.index(index)
+        if not -num_tasks <= place < num_tasks:
+            raise IndexError(f"there are {num_tasks} tasks, none with the index {place}")
+        return _row(self, place)
+
+    def __iter__(self) -> Iterator[Adapted]:
+        return iter(self.unbind())
+
+    def unbind(self) -> list[Adapted]:
+        """Returns the adaptation of each task, without a task axis; they share the memory of this one, as after `torch.unbind`."""
+        return [_row(self, place) for place in range(self._over_tasks("unbind()"))]
+
+    def __getattr__(self, name: str) -> Any:
+        # What one task has of several is taken when it is first asked for: views of all tensors of all tasks take longer than a small step.
+        batch, place = self.__dict__.get("_row_of", (None, 0))
+        if batch is None or name not in ("state", "losses"):
+            raise AttributeError(f"an Adapted has no attribute '{name}'")
+        held = self.__dict__
+        held["state"] = State(tuple([value.select(0, place) for value in batch.state.leaves]), batch.state.form)
+        held["losses"] = batch.losses.select(0, place)
+        return held[name]
+
+    def _over_tasks(self, what: str) -> int:
+        if self.state.num_tasks is None:
+            raise InvalidType(f"{what} needs an adaptation over tasks, made by vmap() or adaptrt.stack(); this one has no task axis")
+        return self.state.num_tasks
+
+    def with_state(self, state: State, losses: Tensor, parts: Sequence[Adapted]) -> Adapted:
+        """Returns an adaptation of the same unroll that was made of others.
+
+        Args:
+          state, losses: its values.
+          parts: what it was made of.
+        """
+        return Adapted(self._predictor, state, losses, self.fixed, max(part._num_links for part in parts))
+
+    def is_of_unroll_of(self, other: Adapted) -> bool:
+        """Whether both are of one unroll, or of its `vmap()`, and share the parameters that did not adapt."""
+        if self._predictor.unroll is not other._predictor.unroll:
+            return False
+        return all(map(operator.is_, self.fixed.params.values(), other.fixed.params.values()))
+
+    def num_links_after(self, leaves: Sequence[Tensor]) -> int:
+        """Returns how many adaptations' graphs a result holds that was started from here and has these tensors. Warns once of many."""
+        if not any([value.grad_fn is not None for value in leaves]) or not any([value.grad_fn is not None for value in self.state.leaves]):
             return 0
         if self._num_links + 1 == LONG_CHAIN:
             warnings.warn(
@@ -175,3 +245,14 @@ class Adapted:
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the whole model's state after adaptation, detached, under the names of `model.state_dict()`."""
         return self._predictor.state_dict(self.state, self.fixed)
+
+
+def _row(batch: Adapted, place: int) -> Adapted:
+    """Returns the adaptation of one task of several, whose values it takes when they are needed."""
+    row = Adapted.__new__(Adapted)
+    held = row.__dict__
+    held["_predictor"] = batch._predictor
+    held["fixed"] = batch.fixed
+    held["_num_links"] = batch._num_links
+    held["_row_of"] = batch, place
+    return row

@@ -41,13 +41,13 @@ class Call(NamedTuple):
     inputs: tuple[Tensor, ...]
 
 
-def adapt(call: Call) -> tuple[Carry, Tensor]:
-    """Returns the carry after k steps and the losses, differentiable if the call has anything to differentiate."""
+def adapt(call: Call) -> tuple[Sequence[Tensor], Tensor]:
+    """Returns the carry's leaves after k steps and the losses, differentiable if the call has anything to differentiate."""
     if not call.inputs:
         carry, losses, _ = _adapt(call, keep=False)
-        return carry, losses
+        return call.route.form.leaves(carry), losses
     *leaves, losses = _Adapt.apply(call, *call.inputs)  # type: ignore[misc]
-    return tree.unflatten(tree.flatten(call.task.start)[1], leaves), losses
+    return leaves, losses
 
 
 def meta_loss(call: Call) -> Tensor:

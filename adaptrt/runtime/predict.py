@@ -35,6 +35,7 @@ class ModelPredictor:
     """
 
     def __init__(self, settings: Settings, reader: Reader, planner: Planner) -> None:
+        self.unroll = settings
         self._settings = settings
         self._reader = reader
         self._planner = planner

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -17,14 +18,16 @@ from adaptrt.graph.surroundings import refuse_recorders
 from adaptrt.inner import check
 from adaptrt.inner.reader import Reader, Start
 from adaptrt.inner.step import Batch
-from adaptrt.runtime.adapted import Adapted
+from adaptrt.runtime.adapted import Adapted, Predictor
 from adaptrt.runtime.capture import without_leading_axis
 from adaptrt.runtime.plan import QueryPlan, SupportPlan
 from adaptrt.runtime.planner import Planner
 from adaptrt.runtime.program import Program
 from adaptrt.runtime.recent import Recent
 from adaptrt.runtime.settings import Settings
+from adaptrt.runtime.state import State
 from adaptrt.runtime.validation import Validator
+from adaptrt.tree import Form, Spec
 
 _MAX_PROBLEMS = 64
 
@@ -36,6 +39,7 @@ class Route:
     Attributes:
       plan, query_plan, problem: what to run; no query plan for a call without query data.
       num_tasks: length of the task axis, None without one.
+      form: of the carry.
       whole: a compiled program that is the whole call, None if there is none: with it the adjoint's Python code need not run.
       is_settled: whether it is known that there is one, or none.
     """
@@ -44,6 +48,7 @@ class Route:
     query_plan: QueryPlan | None
     problem: Problem
     num_tasks: int | None
+    form: Form
     whole: Program | None = None
     is_settled: bool = False
 
@@ -94,25 +99,50 @@ class Router:
           support, start, warm: as `CompiledUnroll` takes them.
           query: the query batch, None for a call without.
         """
-        if in_forward_mode():
-            begin = self._reader.read()
-            carry = start.state.carry if isinstance(start, Adapted) else ()
-            refuse_tangents([*begin.carry_leaves, *begin.fixed_leaves, *tree.leaves((support, query, carry))])
-        if start is not None or warm or not _is_pair(support) or not (query is None or _is_pair(query[0])):
-            return self._find_anew(support, query, start, warm)
         begin = self._reader.read()
+        form = None
+        if isinstance(start, Adapted):
+            form = start.state.form
+            begin = _going_on(begin, start.state)
+        if in_forward_mode():
+            refuse_tangents([*begin.carry_leaves, *begin.fixed_leaves, *tree.leaves((support, query))])
+        usual = start is None or form is not None
+        if warm or not usual or not _is_pair(support) or not (query is None or _is_pair(query[0])):
+            return self._find_anew(support, query, start, warm)
         leaves = [*begin.carry_leaves, *begin.fixed_leaves, *support, *(query[0] if query is not None else ())]
         differentiable = torch.is_grad_enabled()
-        kind = query is not None, differentiable, torch.is_inference_mode_enabled()
-        route = self._recent.find(kind, begin.structure, leaves)
+        kind = query is not None, differentiable, torch.is_inference_mode_enabled(), form is not None, begin.has_tasks
+        structure = begin.structure, form
+        route = self._recent.find(kind, structure, leaves)
         if route is None:
             routed = self._find_anew(support, query, start, warm)
-            self._recent.keep(kind, begin.structure, leaves, routed.route)
+            self._recent.keep(kind, structure, leaves, routed.route)
             return routed
         inputs = tuple([leaf for leaf in leaves if leaf.requires_grad]) if differentiable else ()
         if not route.is_settled:
             route.settle(bool(inputs))
         return Routed(route, begin, Batch(*support), None if query is None else Batch(*query[0]), inputs)
+
+    def first(
+        self,
+        predictor: Predictor,
+        params: Mapping[str, Tensor] | None,
+        opt_state: Any,
+        buffers: Mapping[str, Tensor] | None,
+        num_tasks: int | None,
+    ) -> Adapted:
+        """Returns the adaptation of zero steps, as `CompiledUnroll.start` documents. `predictor`: of the unroll."""
+        begin = self._reader.read()
+        state = State.of(begin.carry).map(torch.clone)
+        if num_tasks is not None:
+            state = state.over_tasks(check.positive_int("num_tasks", num_tasks))
+        state = state.replace(params=params, buffers=buffers)
+        if opt_state is None and params:
+            opt_state = self._reader.opt_state_for(state.carry.params, num_tasks is not None)
+        if opt_state is not None:
+            state = state.replace(opt_state=opt_state)
+        losses = state.leaves[0].new_empty((0,) if num_tasks is None else (num_tasks, 0))
+        return Adapted(predictor, state, losses, begin.fixed)
 
     def _find_anew(self, support: Any, query: tuple[Any] | None, start: Adapted | None, warm: bool) -> Routed:
         batch, num_tasks = self._support(support)
@@ -132,7 +162,7 @@ class Router:
             if asked is not None and query_plan is not None:
                 check.class_axis("query", asked, query_plan.probe.bounds, 1)
         problem, inputs = self._problem(plan, begin, batch, asked, mode)
-        return Routed(Route(plan, query_plan, problem, num_tasks), begin, batch, asked, inputs)
+        return Routed(Route(plan, query_plan, problem, num_tasks, tree.form_of(tree.flatten(begin.carry)[1])), begin, batch, asked, inputs)
 
     def _plan(self, batch: Batch, begin: Start, num_tasks: int | None, warm: bool) -> SupportPlan:
         """As the planner's `support`; where that finds that the model cannot be run, the message says what was changed in the model."""
@@ -166,17 +196,17 @@ class Router:
             return begin
         if not isinstance(start, Adapted):
             raise InvalidType(f"start must be what adapt() returned, got {type(start).__name__}")
-        carry, has_tasks = start.state.carry, start.num_tasks is not None
-        if has_tasks and start.num_tasks != num_tasks:
+        state = start.state
+        if state.num_tasks is not None and state.num_tasks != num_tasks:
             raise InvalidArgument(
                 f"start holds {start.num_tasks} tasks, the support batch {num_tasks or 'no task axis'}; call the vmap() of the unroll, "
                 f"with support of {start.num_tasks} tasks"
             )
-        held = tree.map_leaves(without_leading_axis, carry) if has_tasks else tree.specs(carry)
+        held = state.form.tree([Spec.of(value) if state.num_tasks is None else without_leading_axis(value) for value in state.leaves])
         wanted = tree.specs(begin.carry)
         if tree.flatten(held) != tree.flatten(wanted):
             raise OptimizerMismatch(f"start was adapted with another model or optimiser: {tree.difference(wanted, held)}")
-        return begin._replace(carry=carry, carry_leaves=tree.leaves(carry), has_tasks=has_tasks)
+        return _going_on(begin, state)
 
     def _problem(
         self, plan: SupportPlan, begin: Start, batch: Batch, query: Batch | None, mode: GradientMode
@@ -206,6 +236,11 @@ class Router:
             start_has_task_axis=start_has_task_axis,
             updates_per_step=plan.step.optimizer.updates_per_step,
         )
+
+
+def _going_on(begin: Start, state: State) -> Start:
+    """Returns the start of a call that goes on from a state."""
+    return begin._replace(carry=state.carry, carry_leaves=state.leaves, has_tasks=state.num_tasks is not None)
 
 
 def _is_pair(batch: Any) -> bool:

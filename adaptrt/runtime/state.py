@@ -2,30 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import NamedTuple
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
 from adaptrt import tree
-from adaptrt.errors import InvalidArgument
+from adaptrt.errors import DeviceMismatch, InvalidArgument, InvalidType
 from adaptrt.graph.pytrees import register
 from adaptrt.inner.step import LOSS_BUFFER, Carry
-from adaptrt.tree import Tree
+from adaptrt.tree import Form, Spec, Tree
 
 register(tree.ReadOnly)
 
 
-class State(NamedTuple):
+@dataclasses.dataclass(frozen=True, slots=True, eq=False)
+class State:
     """Adapted parameters, optimiser state and buffers. It is immutable: methods return another state and leave this one unchanged.
 
     Attributes:
-      carry: all of it, in the form in which programs take it. Its buffers include those of a loss module, under names of their own.
+      leaves: all tensors, in the order in which programs take them.
+      form: from these to a `Carry` and back. Its buffers include those of a loss module, under names of their own.
       num_tasks: length T of the leading axis that every tensor has, None without one.
     """
 
-    carry: Carry
+    leaves: tuple[Tensor, ...]
+    form: Form
     num_tasks: int | None = None
+
+    @staticmethod
+    def of(carry: Carry, num_tasks: int | None = None) -> State:
+        """Returns the state that a carry is."""
+        leaves, structure = tree.flatten(carry)
+        return State(tuple(leaves), tree.form_of(structure), num_tasks)
+
+    @property
+    def carry(self) -> Carry:
+        """All of it, in the form in which programs take it."""
+        return self.form.tree(self.leaves)
 
     @property
     def params(self) -> dict[str, Tensor]:
@@ -40,7 +55,7 @@ class State(NamedTuple):
     @property
     def buffers(self) -> dict[str, Tensor]:
         """The model's buffers by name, read-only."""
-        return tree.ReadOnly({name: value for name, value in self.carry.buffers.items() if not name.startswith(LOSS_BUFFER)})
+        return tree.ReadOnly(_of_model(self.carry.buffers))
 
     def replace(
         self,
@@ -49,27 +64,83 @@ class State(NamedTuple):
         opt_state: Tree = None,
         buffers: Mapping[str, Tensor] | None = None,
     ) -> State:
-        """Returns a state with some values replaced.
+        """Returns a state with some values replaced; gradients flow to the new ones.
 
         Args:
-          params, buffers: by name; those not named stay.
+          params, buffers: by name; those not named stay. If the state has a task axis, a value without one is given to every task.
           opt_state: all of the optimiser's state, None to leave it.
         Raises:
-          InvalidArgument: a name that is not there, or a shape or dtype that differs.
+          InvalidArgument: a name that is not there, or a shape, dtype or structure that differs.
+          InvalidType: something that is no tensor.
+          DeviceMismatch: a tensor on another device.
         """
-        carry = Carry(
-            {**self.carry.params, **(params or {})},
-            self.carry.opt_state if opt_state is None else tree.map_leaves(lambda value: value, opt_state),  # with dicts of its own
-            {**self.carry.buffers, **(buffers or {})},
+        carry = self.carry
+        own = _of_model(carry.buffers)
+        return self.of(
+            Carry(
+                {**carry.params, **self._values("params", carry.params, params or {})},
+                carry.opt_state if opt_state is None else self._opt_state(carry.opt_state, opt_state),
+                {**carry.buffers, **self._values("buffers", own, buffers or {})},
+            ),
+            self.num_tasks,
         )
-        if tree.flatten(tree.specs(carry)) != tree.flatten(tree.specs(self.carry)):
-            raise InvalidArgument(f"a state keeps its structure, shapes and dtypes: {tree.difference(self.carry, carry)}")
-        return self._replace(carry=carry)
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> State:
+        """Returns the state with `fn` applied to every tensor, which must not change its shape."""
+        return dataclasses.replace(self, leaves=tuple([fn(value) for value in self.leaves]))
 
     def detach(self) -> State:
         """Returns the same values without their autograd history."""
-        return self._replace(carry=tree.map_leaves(Tensor.detach, self.carry))
+        return self.map(Tensor.detach)
+
+    def over_tasks(self, num_tasks: int) -> State:
+        """Returns the state of `num_tasks` tasks that all are in this one, which has no task axis; each has memory of its own."""
+        leaves = [_expanded(value, num_tasks) for value in self.leaves]
+        return dataclasses.replace(self, leaves=tuple(leaves), num_tasks=num_tasks)
 
     def named_tensors(self) -> dict[str, Tensor]:
         """Returns every tensor by its dotted name, such as `params.0.weight` or `buffers.1.running_mean`."""
-        return dict(zip(tree.paths(self.carry), tree.leaves(self.carry), strict=True))
+        return dict(zip(tree.paths(self.carry), self.leaves, strict=True))
+
+    def _values(self, kind: str, held: Mapping[str, Tensor], given: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Returns the values given, with a task axis if the state has one."""
+        if not isinstance(given, Mapping):
+            raise InvalidType(f"{kind} must be a dict of tensors by name, got {type(given).__name__}")
+        for name in given:
+            if name not in held:
+                close = difflib.get_close_matches(str(name), held, 1)
+                guess = f"; did you mean '{close[0]}'?" if close else f"; there are {', '.join(map(repr, held)) or 'none'}"
+                raise InvalidArgument(f"{kind} has {name!r}, which is no name of what adapts{guess}")
+        return {name: self._value(f"{kind}[{name!r}]", held[name], value) for name, value in given.items()}
+
+    def _opt_state(self, held: Tree, given: Tree) -> Tree:
+        old, structure = tree.flatten(held)
+        new, given_structure = tree.flatten(given)
+        if structure != given_structure:
+            raise InvalidArgument(f"opt_state has another structure than this optimiser's: {tree.difference(held, given)}")
+        names = tree.paths(held, "opt_state")
+        return tree.unflatten(structure, [self._value(*entry) for entry in zip(names, old, new, strict=True)])
+
+    def _value(self, name: str, held: Tensor, given: Tensor) -> Tensor:
+        """Returns a value for the place of another, after checking that it fits."""
+        if not isinstance(given, Tensor):
+            raise InvalidType(f"{name} must be a tensor, got {type(given).__name__}")
+        wanted, found = Spec.of(held), Spec.of(given)
+        if found == wanted:
+            return given
+        if found.device != wanted.device:
+            raise DeviceMismatch(f"{name} is on {found.device}, the model on {wanted.device}; call .to('{wanted.device}') on it first")
+        if self.num_tasks is not None and found == dataclasses.replace(wanted, shape=wanted.shape[1:]):
+            return _expanded(given, self.num_tasks)
+        advice = f"; call .to({wanted.dtype}) on it" if found.shape == wanted.shape else ""
+        if self.num_tasks is None and found.shape[1:] == wanted.shape:
+            advice = f"; for a state of {found.shape[0]} tasks call start(num_tasks={found.shape[0]}, ...)"
+        raise InvalidArgument(f"{name} must be {wanted}, got {found}{advice}")
+
+
+def _expanded(value: Tensor, num_tasks: int) -> Tensor:
+    return value.unsqueeze(0).expand(num_tasks, *value.shape).clone()
+
+
+def _of_model(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value for name, value in buffers.items() if not name.startswith(LOSS_BUFFER)}

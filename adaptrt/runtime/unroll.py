@@ -8,11 +8,13 @@ inside programs.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 
+from adaptrt import tree
 from adaptrt.adjoint import Adjoint
 from adaptrt.adjoint.base import Query, Task
 from adaptrt.backend import Backend, CudaGraph, Eager, Inductor, Tiered
@@ -225,7 +227,8 @@ class CompiledUnroll:
         Args:
           support: `(inputs, target)` or `(inputs,)`; inputs a tensor, tuple or dict. Axes [S, ...] = support examples first, behind steps k
             with `per_step` and tasks T with `vmap`: [T, k, S, ...].
-          start: go on from an earlier result, its optimiser state included, instead of from the present values of model and optimiser.
+          start: go on from an earlier result, its optimiser state included, or from what `start()` returned, instead of from the present
+            values of model and optimiser. With a task axis each task goes on from its own; a start without one is that of every task.
           generator: where random operations draw from; None for the global generator.
         Raises:
           InvalidBatch, LabelOutOfRange, NonFiniteInput, DeviceMismatch, ShapeChanged, InvalidLoss, NothingToAdapt,
@@ -233,6 +236,38 @@ class CompiledUnroll:
         """
         with self._planner.call():
             return self._adapt(support, start, generator, warm=False)
+
+    @entry_point
+    def start(
+        self,
+        *,
+        params: Mapping[str, Tensor] | None = None,
+        opt_state: Any = None,
+        buffers: Mapping[str, Tensor] | None = None,
+        num_tasks: int | None = None,
+    ) -> Adapted:
+        """Returns the adaptation of zero steps, for `start=`: the values that model and optimiser have now, or others.
+
+        Values that are not given are copied, so that later changes of the model do not show; gradients flow to the model's parameters, and
+        to what is given.
+
+        Args:
+          params, buffers: values by name, in the place of the model's own; parameters of those that adapt.
+          opt_state: all of the optimiser's state. None: its present state, or the initial one of an optimiser of `adaptrt.optim`, which
+            is computed from the parameters given if it depends on them.
+          num_tasks: T, for a start that has a task axis. Values then have one, [T, ...], or are given to every task.
+        Raises:
+          InvalidArgument, InvalidType, DeviceMismatch: a name that is not there, something that is no tensor, or a shape, dtype, structure
+            or device that does not fit.
+
+        Example:
+          >>> unroll = compile_unroll(nn.Linear(3, 2), optim.sgd(lr=0.1), k=2, backend="eager")
+          >>> prototypes = torch.randn(2, 3)
+          >>> start = unroll.start(params={"weight": prototypes})
+          >>> unroll.adapt((torch.randn(6, 3), torch.randint(2, (6,))), start=start).params["weight"].shape
+          torch.Size([2, 3])
+        """
+        return self._router.first(self._predictor, params, opt_state, buffers, num_tasks)
 
     @entry_point
     def __call__(self, support: Any, query: Any, *, start: Adapted | None = None, generator: torch.Generator | None = None) -> Tensor:
@@ -308,15 +343,17 @@ class CompiledUnroll:
         with restored_on_error(plan.probe.noise, generator):
             try:
                 if route.whole is not None:
-                    carry, losses = route.whole(begin.carry, begin.fixed, batch, ())
+                    results = route.whole.run_leaves([*begin.carry_leaves, *begin.fixed_leaves, *tree.leaves(batch)])
+                    num_leaves = len(begin.carry_leaves)
+                    leaves, losses = results[:num_leaves], results[num_leaves]
                 else:
                     task = Task(begin.carry, begin.fixed, batch, self._step_noise(route, generator))
-                    carry, losses = nodes.adapt(Call(route, task, None, inputs))
+                    leaves, losses = nodes.adapt(Call(route, task, None, inputs))
             except NonFiniteInput:
                 plan.validation.report("support", batch, plan.probe.bounds)
                 raise
-        num_links = 0 if start is None else start.num_links_after(carry)
-        return Adapted(self._predictor, State(carry, route.num_tasks), losses, begin.fixed, num_links)
+        num_links = 0 if start is None else start.num_links_after(leaves)
+        return Adapted(self._predictor, State(tuple(leaves), route.form, route.num_tasks), losses, begin.fixed, num_links)
 
     def _meta_loss(self, support: Any, query: Any, start: Adapted | None, generator: torch.Generator | None, warm: bool) -> Tensor:
         route, begin, batch, asked, inputs = self._router.find(support, (query,), start, warm)

@@ -1,0 +1,139 @@
+"""Puts the states of several adaptations together, on an axis of tasks, and chooses between two by task."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adaptrt import tree
+from adaptrt.backend.entry_points import entry_point
+from adaptrt.errors import DeviceMismatch, InvalidArgument, InvalidType, OptimizerMismatch
+from adaptrt.runtime.adapted import Adapted
+from adaptrt.tree import Spec
+
+
+@entry_point
+def stack(adapted: Sequence[Adapted]) -> Adapted:
+    """Puts adaptations of one task each together on a task axis, so that one call of `vmap()` goes on from all of them.
+
+    `batch[i]` and `batch.unbind()` take them apart again. Gradients flow through both. Rows of `losses` are as long as the longest, and end
+    with NaN for tasks that had fewer steps.
+
+    Args:
+      adapted: made by `adapt` or `start` of one unroll, or of its `vmap()`; none has a task axis.
+    Raises:
+      InvalidArgument: there is none, one has a task axis, or they come from different unrolls.
+      OptimizerMismatch: their optimisers' states differ in structure or shape.
+
+    Example:
+      >>> from adaptrt import compile_unroll, optim, stack
+      >>> unroll = compile_unroll(torch.nn.Linear(2, 1), optim.sgd(lr=0.1), k=2, backend="eager")
+      >>> users = [unroll.adapt((torch.randn(5, 2), torch.randn(5, 1))) for _ in range(3)]
+      >>> batch = stack(users)
+      >>> batch = unroll.vmap().adapt((torch.randn(3, 5, 2), torch.randn(3, 5, 1)), start=batch)
+      >>> len(batch), batch[0].params["weight"].shape
+      (3, torch.Size([1, 2]))
+    """
+    parts = list(adapted) if not isinstance(adapted, Adapted) else []
+    if not parts:
+        raise InvalidArgument("stack() needs at least one adaptation, in a list or tuple")
+    _require_alike(parts)
+    for index, part in enumerate(parts):
+        if part.num_tasks is not None:
+            raise InvalidArgument(f"adaptation {index} has a task axis already ({part.num_tasks} tasks); take it apart with unbind() first")
+    rows = [part.state.leaves for part in parts]
+    dtypes = [value.dtype for value in rows[0]]
+    try:
+        leaves = tuple([torch.stack(values) for values in zip(*rows, strict=True)])
+    except RuntimeError:  # shapes differ
+        leaves = ()
+    if not leaves or any([[value.dtype for value in row] != dtypes for row in rows]):
+        _require_same_specs([list(map(Spec.of, row)) for row in rows], parts)
+    state = dataclasses.replace(parts[0].state, leaves=leaves, num_tasks=len(parts))
+    return parts[0].with_state(state, torch.stack(_of_equal_length([part.losses for part in parts])), parts)
+
+
+@entry_point
+def where(condition: Tensor, first: Adapted, second: Adapted) -> Adapted:
+    """Chooses by task between two adaptations, bit for bit, parameters, optimiser state and buffers alike.
+
+    Args:
+      condition: bool [T], or [] for adaptations without task axis. Where it is true the first is taken.
+      first, second: of one unroll. One without a task axis stands for each of the T tasks.
+    Raises:
+      InvalidType, InvalidArgument, DeviceMismatch: the condition is no bool tensor of that shape on the model's device, or the adaptations
+        come from different unrolls or have different numbers of tasks.
+      OptimizerMismatch: their optimisers' states differ in structure or shape.
+    """
+    _require_alike([first, second])
+    if not isinstance(condition, Tensor) or condition.dtype is not torch.bool:
+        found = str(Spec.of(condition)) if isinstance(condition, Tensor) else type(condition).__name__
+        raise InvalidType(f"the condition must be a bool tensor, one value for each task, got {found}")
+    known = [part.num_tasks for part in (first, second) if part.num_tasks is not None]
+    num_tasks = known[0] if known else None
+    if len(set(known)) > 1 or condition.shape != (() if num_tasks is None else (num_tasks,)):
+        tasks = ["one task" if part.num_tasks is None else f"{part.num_tasks} tasks" for part in (first, second)]
+        raise InvalidArgument(
+            f"the condition is {Spec.of(condition)}, the adaptations are of {tasks[0]} and {tasks[1]}; it needs one value for each task, "
+            "and none, shape [], without a task axis"
+        )
+    device = first.losses.device
+    if condition.device != device:
+        raise DeviceMismatch(f"the condition is on {condition.device}, the model on {device}; call .to('{device}') on it first")
+    ones = [[_of_one(value, part.num_tasks) for value in part.state.leaves] for part in (first, second)]
+    _require_same_specs(ones, [first, second])
+
+    def choose(one: Tensor, other: Tensor) -> Tensor:
+        axes = max(one.dim(), other.dim()) - condition.dim()
+        return torch.where(condition.reshape((*condition.shape, *[1] * axes)), one, other)
+
+    leaves = tuple([choose(one, other) for one, other in zip(first.state.leaves, second.state.leaves, strict=True)])
+    losses = choose(*_of_equal_length([first.losses, second.losses]))
+    return first.with_state(dataclasses.replace(first.state, leaves=leaves, num_tasks=num_tasks), losses, [first, second])
+
+
+def _require_alike(parts: Sequence[Adapted]) -> None:
+    """Checks that all are adaptations of one unroll.
+
+    Raises:
+      InvalidType, InvalidArgument, OptimizerMismatch: one is not.
+    """
+    first = parts[0]
+    for index, part in enumerate(parts):
+        if not isinstance(part, Adapted):
+            raise InvalidType(f"expected what adapt() or start() returned, got {type(part).__name__} at {index}")
+        if not part.is_of_unroll_of(first):
+            raise InvalidArgument(
+                f"adaptation {index} is of another unroll than the first, or of a copy; take all from one unroll, or from its vmap()"
+            )
+        form, wanted = part.state.form, first.state.form
+        if form is not wanted and form.structure != wanted.structure:
+            raise OptimizerMismatch(
+                f"the optimiser's state of adaptation {index} has another structure than that of the first: the optimiser was changed in "
+                f"between ({tree.difference(first.state.carry, part.state.carry)})"
+            )
+
+
+def _require_same_specs(specs: Sequence[Sequence[Spec]], parts: Sequence[Adapted]) -> None:
+    """Raises OptimizerMismatch unless the tensors of all parts have the same shapes and dtypes, those of one task each."""
+    for index, found in enumerate(specs):
+        for name, one, other in zip(tree.paths(parts[0].state.carry), specs[0], found, strict=True):
+            if one != other:
+                raise OptimizerMismatch(f"{name} is {one} in the first adaptation, and {other} in adaptation {index}")
+
+
+def _of_one(value: Tensor, num_tasks: int | None) -> Spec:
+    spec = Spec.of(value)
+    return spec if num_tasks is None else dataclasses.replace(spec, shape=spec.shape[1:])
+
+
+def _of_equal_length(losses: Sequence[Tensor]) -> list[Tensor]:
+    """Returns losses (k,) or [T, k], with NaN behind those that have fewer steps than others."""
+    lengths = [value.shape[-1] for value in losses]
+    num_steps = max(lengths)
+    if min(lengths) == num_steps:
+        return list(losses)
+    return [torch.nn.functional.pad(value, (0, num_steps - value.shape[-1]), value=float("nan")) for value in losses]
