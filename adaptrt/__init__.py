@@ -4,9 +4,11 @@ from adaptrt import errors, optim
 from adaptrt.adjoint import Adjoint, FirstOrder, Replay, Stash, Unrolled
 from adaptrt.backend import Backend, CudaGraph, Eager, Inductor
 from adaptrt.runtime.adapted import Adapted
+from adaptrt.runtime.compile import compile_unroll
+from adaptrt.runtime.execution import Result
 from adaptrt.runtime.stack import stack, where
 from adaptrt.runtime.trace import trace
-from adaptrt.runtime.unroll import CompiledUnroll, compile_unroll
+from adaptrt.runtime.unroll import CompiledUnroll
 
 __version__ = "0.1.0"
 
@@ -20,6 +22,7 @@ __all__ = [
     "FirstOrder",
     "Inductor",
     "Replay",
+    "Result",
     "Stash",
     "Unrolled",
     "compile_unroll",

@@ -460,7 +460,7 @@ def test_recordings_are_freed_without_the_collector(place: Place) -> None:
     unroll = compile_unroll(entry.model().to(place.device), optim.sgd(lr=0.1), 2, loss=entry.loss, backend=place.backend, cache_size=1)
     with torch.no_grad():
         unroll.adapt(place.put(entry.data(0, 4)))
-        recording = weakref.ref(unroll._planner.supports.entries()[0].calls.recordings()[0])
+        recording = weakref.ref(unroll._execution.planner.supports.entries()[0].calls.recordings()[0])
         gc.collect()
         gc.disable()
         try:

@@ -167,7 +167,7 @@ def test_a_background_compiler_is_at_work() -> None:
         assert not any(thread.name == "adaptrt compiler" for thread in threading.enumerate())
         check(model, unroll, 4)
         unroll.warmup(data(4), data(5))
-        assert not any(program.run.is_pending for _, program in unroll._planner.programs())
+        assert not any(program.run.is_pending for _, program in unroll._execution.planner.programs())
         check(model, unroll, 4)
 
     assert in_child(child) == 0

@@ -558,7 +558,7 @@ def test_a_version_of_ours_may_be_extended(momentum: float) -> None:
         opt.param_groups[0]["lr"] = lr
         wanted = on_the_tape(net, opt, batch(1), batch(2))[0]
         assert_near(meta_gradients(unroll(batch(1), batch(2)), net), meta_gradients(wanted, net))
-    assert len(unroll._planner.supports.entries()) == 1
+    assert len(unroll._execution.planner.supports.entries()) == 1
 
 
 class Half(nn.Module):

@@ -182,7 +182,7 @@ def test_a_failing_call_rewinds_only_its_own_draws(draws: bool) -> None:
     model = nn.Sequential(nn.Linear(2, 3, dtype=torch.float64), nn.Dropout(0.5))
     support = data()
     unroll = compile_unroll(model, torch.optim.SGD(model.parameters(), lr=0.1), k=1, loss=loss, backend="eager")
-    unroll._router.find(support, None, None, True)  # pyright: ignore[reportPrivateUsage]
+    unroll._execution.router.find(support, None, None, True)  # pyright: ignore[reportPrivateUsage]
     before = torch.get_rng_state()
     fails.put(True)
     with pytest.raises((AdaptrtError, KeyError)):

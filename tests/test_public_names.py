@@ -12,8 +12,8 @@ _OPTIMISERS = "adadelta adafactor adagrad adam adamax adamw asgd lbfgs muon nada
 _TAPE = "SGD Adam AdamW Adadelta Adagrad Adamax ASGD RMSprop Rprop NAdam RAdam Adafactor Muon"
 
 NAMES = {
-    "adaptrt": "Adapted Adjoint Backend CompiledUnroll CudaGraph Eager FirstOrder Inductor Replay Stash Unrolled compile_unroll errors "
-    "optim stack trace where",
+    "adaptrt": "Adapted Adjoint Backend CompiledUnroll CudaGraph Eager FirstOrder Inductor Replay Result Stash Unrolled compile_unroll "
+    "errors optim stack trace where",
     "adaptrt.optim": f"{_OPTIMISERS} Optimizer Schedule Transform chain clip_by_global_norm learned partition per_step scale_by_schedule "
     "schedule scheduled",
     "adaptrt.errors": "AdaptrtError AlreadyImported CannotBePickled CannotBeSet CannotRecord CompilerUnavailable "
@@ -44,7 +44,7 @@ def test_all_lists_every_public_name() -> None:
 @pytest.mark.parametrize(
     ("owner", "names"),
     [
-        (adaptrt.CompiledUnroll, "adapt device explain graphs k start vmap warmup __call__"),
+        (adaptrt.CompiledUnroll, "adapt device evaluate explain graphs k start vmap warmup __call__"),
         (adaptrt.Adapted, "params buffers opt_state num_tasks detach replace state_dict unbind __call__ __getitem__ __len__"),
     ],
 )

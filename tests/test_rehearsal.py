@@ -108,7 +108,7 @@ def test_code_is_built_while_other_programs_are_generated(monkeypatch: pytest.Mo
     model, unroll = unrolled(Replay(), "inductor")
     first = meta_gradient(model, unroll)
     assert events == ["generate"] * 3 + ["wait"] * 3
-    assert not any(program.is_building for _, program in unroll._planner.programs())
+    assert not any(program.is_building for _, program in unroll._execution.planner.programs())
     assert_near(meta_gradient(model, unroll), first)
     assert len(events) == 6
 
@@ -189,7 +189,7 @@ def test_a_program_that_is_being_built_is_not_taken_for_all_of_a_call(monkeypatc
     unroll = adaptrt.compile_unroll(model, adaptrt.optim.sgd(lr=0.1), 2, loss=F.mse_loss, adjoint=Unrolled(), backend="inductor")
     support, query = [(torch.randn(4, 2, dtype=torch.float64), torch.randn(4, 1, dtype=torch.float64)) for _ in range(2)]
     first = [unroll(support, query).item() for _ in range(3)]
-    route = unroll._router.find(support, (query,), None, False).route
+    route = unroll._execution.router.find(support, (query,), None, False).route
     assert route.whole is None and not route.is_settled
     assert len(set(first)) == 1
 

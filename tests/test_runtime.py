@@ -976,7 +976,7 @@ def test_a_start_knows_its_leaves_in_their_order() -> None:
     params = dict(model.named_parameters())
     adapted = {name: param for name, param in params.items() if name.startswith("0.")}
     loss = nn.BCEWithLogitsLoss(pos_weight=torch.ones(2))
-    reader = Reader(model, loss, frozenset(adapted), source(opt, adapted), torch.device("cpu"))
+    reader = Reader(model, loss, nn.GaussianNLLLoss(), frozenset(adapted), source(opt, adapted), torch.device("cpu"))
     for _ in range(2):
         start = reader.read()
         assert [list(map(id, leaves)) for leaves in (start.carry_leaves, start.fixed_leaves)] == [

@@ -55,7 +55,7 @@ def batch(seed: int) -> Batch:
 
 
 def runners(unroll: adaptrt.CompiledUnroll) -> list[TieredRunner]:
-    programs = [program for _, program in unroll._planner.programs()]
+    programs = [program for _, program in unroll._execution.planner.programs()]
     found = [program.run for program in programs if isinstance(program.run, TieredRunner)]
     assert len(found) == len(programs) > 0
     return found

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adaptrt.demo.digits import TRAINING_CLASSES, Digits, Episodes
-from adaptrt.runtime.unroll import CompiledUnroll, compile_unroll
+from adaptrt.runtime.compile import compile_unroll
+from adaptrt.runtime.unroll import CompiledUnroll
 
 WAYS = 5
 SHOTS = 5

@@ -77,8 +77,12 @@ def precision(params: Mapping[str, Tensor], dtype: Any) -> None:
             )
 
 
-def shared_tensors(model: nn.Module, loss: object, adapted: Collection[str]) -> None:
+def shared_tensors(model: nn.Module, name: str, loss: object, adapted: Collection[str]) -> None:
     """Checks that no parameter that a step changes has a second name in the loss, where it would keep its first value.
+
+    Args:
+      model, adapted: the model, and the names of what adapts in it.
+      name, loss: "loss" or "query_loss", and what it is.
 
     Raises:
       UnsupportedParameter: a loss module that holds adapted parameters of the model.
@@ -86,26 +90,26 @@ def shared_tensors(model: nn.Module, loss: object, adapted: Collection[str]) -> 
     """
     if isinstance(loss, nn.Module):
         for part in loss.modules():
-            refuse_script(part, "the loss")
+            refuse_script(part, f"the {name.replace('_', ' ')}")
         own = {id(param): name for name, param in model.named_parameters() if name in adapted}
-        for name, param in loss.named_parameters():
+        for place, param in loss.named_parameters():
             if id(param) in own:
                 raise UnsupportedParameter(
-                    f"the loss holds the model's parameter '{own[id(param)]}' (as '{name}'), which adapts; let the model return what the "
-                    "loss needs"
+                    f"the {name.replace('_', ' ')} holds the model's parameter '{own[id(param)]}' (as '{place}'), which adapts; let the "
+                    "model return what the loss needs"
                 )
 
 
-def loss(value: Any) -> None:
-    """Checks that `value` can be a loss.
+def loss(name: str, value: Any) -> None:
+    """Checks that `value` can be a loss, the argument `name`.
 
     Raises:
       InvalidType: it cannot be called, or is the class of a loss.
     """
     if isinstance(value, type) and issubclass(value, nn.Module):
-        raise InvalidType(f"loss must be an instance, got the class {value.__name__}; write loss={value.__name__}()")
+        raise InvalidType(f"{name} must be an instance, got the class {value.__name__}; write {name}={value.__name__}()")
     if value is not None and not callable(value):
-        raise InvalidType(f"loss must be a function, a module or None, got {type(value).__name__}")
+        raise InvalidType(f"{name} must be a function, a module or None, got {type(value).__name__}")
 
 
 def positive_int(name: str, value: Any) -> int:
@@ -115,6 +119,21 @@ def positive_int(name: str, value: Any) -> int:
     if value < 1:
         raise InvalidArgument(f"{name} must be at least 1, got {value}")
     return value
+
+
+def step_weights(value: Any, k: int, device: torch.device) -> None:
+    """Checks that `value` has one weight for each of k steps.
+
+    Raises:
+      InvalidType, InvalidArgument, DeviceMismatch: it has not.
+    """
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        found = str(tree.Spec.of(value)) if isinstance(value, Tensor) else type(value).__name__
+        raise InvalidType(f"step_weights must be a floating-point tensor, one weight for each of {k} steps, got {found}")
+    if value.shape != (k,):
+        raise InvalidArgument(f"step_weights must have one weight for each of {k} steps, shape [{k}], got {list(value.shape)}")
+    if value.device != device:
+        raise DeviceMismatch(f"step_weights is on {value.device}, the model on {device}; call .to('{device}') on it first")
 
 
 def one_of(name: str, value: Any, choices: Sequence[str]) -> str:

@@ -45,7 +45,7 @@ class Reader:
 
     Args:
       model: its modules are looked up once, their tensors are read at every call.
-      loss: if it is a module, its parameters and buffers are read in the same way.
+      loss, query_loss: if they are modules, their parameters and buffers are read in the same way.
       adapted: names of the parameters that adapt.
       source: the optimiser.
       device: of the model.
@@ -57,6 +57,7 @@ class Reader:
         self,
         model: nn.Module,
         loss: LossFunction,
+        query_loss: LossFunction,
         adapted: frozenset[str],
         source: Source,
         device: torch.device,
@@ -65,6 +66,7 @@ class Reader:
     ) -> None:
         self._model = model
         self._loss = loss
+        self._query_loss = query_loss
         self._source = source
         self._device = device
         self._dtype = dtype
@@ -80,12 +82,17 @@ class Reader:
             self._loss_params = _places(loss, dict(loss.named_parameters()))
             self._buffers |= {LOSS_BUFFER + name: place for name, place in _places(loss, dict(loss.named_buffers()), "_buffers").items()}
             self._modules += list(loss.modules())
-        self._read_tensors = _all_by(self._adapted, self._buffers, self._frozen, self._loss_params)
+        of_query_loss: dict[str, _Place] = {}
+        if isinstance(query_loss, nn.Module):
+            of_query_loss = _places(query_loss, dict(query_loss.named_parameters()))
+            of_query_loss |= _places(query_loss, dict(query_loss.named_buffers()), "_buffers")
+            self._modules += list(query_loss.modules())
+        self._read_tensors = _all_by(self._adapted, self._buffers, self._frozen, self._loss_params, of_query_loss)
         self._num_tensors = len({id(value) for part in self._read_tensors() for value in part.values()})
         self._read_modes = _modes_by(self._modules)
-        roots = {"model": model, **({"loss": loss} if isinstance(loss, nn.Module) else {})}
-        self._tree = ModelTree(roots)
-        self.python = PythonState({"model": model, "loss": loss, "the optimiser's update": source.optimizer().update})
+        losses = {"loss": loss, "query_loss": query_loss}
+        self._tree = ModelTree({"model": model, **{name: part for name, part in losses.items() if isinstance(part, nn.Module)}})
+        self.python = PythonState({"model": model, **losses, "the optimiser's update": source.optimizer().update})
         self._numbers: dict[float, Tensor] = {}
         self._hyper: tuple[Reading | None, Any, list[Tensor]] = None, None, []
         self._state: tuple[Any, list[Tensor]] = None, []
@@ -104,12 +111,12 @@ class Reader:
         state, state_leaves = self._state
         if state is not reading.state:  # most often it is one that never changes
             state, state_leaves = self._state = reading.state, tree.leaves(reading.state)
-        params, buffers, frozen, loss_params = self._read_tensors()
+        params, buffers, frozen, loss_params, of_query_loss = self._read_tensors()
         return Start(
             Carry(params, state, buffers),
-            Fixed(frozen, loss_params, hyper),
+            Fixed(frozen, loss_params, hyper, of_query_loss),
             [*params.values(), *state_leaves, *buffers.values()],
-            [*frozen.values(), *loss_params.values(), *hyper_leaves],
+            [*frozen.values(), *loss_params.values(), *hyper_leaves, *of_query_loss.values()],
             (self._read_modes(), reading.structure, self.python.number()),
         )
 
@@ -183,7 +190,7 @@ class Reader:
 
     def step(self, detach_gradient: bool) -> Step:
         """Returns the inner step for the optimiser's present form."""
-        return Step(self._model, self._loss, self._source.optimizer(), detach_gradient, self._dtype)
+        return Step(self._model, self._loss, self._source.optimizer(), detach_gradient, dtype=self._dtype, query_loss=self._query_loss)
 
     def _tensors(self, hyper: Any, name: str = "") -> Any:
         if isinstance(hyper, Tensor):

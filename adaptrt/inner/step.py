@@ -38,11 +38,15 @@ class Carry(NamedTuple):
 
 
 class Fixed(NamedTuple):
-    """What all steps share: parameters that do not adapt, the loss module's parameters, hyperparameters."""
+    """What all steps share: parameters that do not adapt, the loss module's parameters, hyperparameters; and what the query loss holds.
+
+    `query_loss` has parameters and buffers of a module that is the query loss alone. No step and no query changes those buffers.
+    """
 
     params: dict[str, Tensor]
     loss_params: dict[str, Tensor]
     hyper: Tree
+    query_loss: dict[str, Tensor]
 
 
 class Batch(NamedTuple):
@@ -53,6 +57,11 @@ class Batch(NamedTuple):
 
 
 LOSS_BUFFER = "loss:"
+
+
+def as_data(value: Tree) -> Batch:
+    """Returns a batch as it is, and the inputs of a model as a batch without target."""
+    return value if isinstance(value, Batch) else Batch(value, None)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -67,6 +76,7 @@ class Step:
       dtype: model and loss run under autocast to it, whatever the caller's autocast is. Parameters, their gradients, the optimiser's state
         and the loss keep their dtypes. None: without autocast.
       mode: the gradient mode in which `query` and `predict` run. The inner steps always have gradients.
+      query_loss: the loss of query batches, None for `loss`.
     """
 
     model: nn.Module
@@ -75,12 +85,13 @@ class Step:
     detach_gradient: bool = False
     dtype: torch.dtype | None = None
     mode: GradientMode = GradientMode.GRAD
+    query_loss: LossFunction = None
 
     def __call__(self, carry: Carry, fixed: Fixed, batch: Batch, noise: Sequence[Tensor]) -> tuple[Carry, Tensor]:
         """Returns the carry after the step, and the loss before it (0-dim)."""
         params = {name: value if value.requires_grad else value.detach().requires_grad_() for name, value in carry.params.items()}
         with lift_noise(noise):
-            loss, buffers = self.evaluate(params, carry.buffers, fixed, batch)
+            loss, _, buffers = self.evaluate(params, carry.buffers, fixed, batch)
         grads = self.gradient(loss, params)
         new_params, opt_state = self.update(grads, carry.opt_state, params, fixed.hyper)
         after = Carry(new_params, opt_state, buffers)
@@ -98,9 +109,14 @@ class Step:
         return {name: new[name] for name in params}, state
 
     def query(self, carry: Carry, fixed: Fixed, batch: Batch, noise: Sequence[Tensor]) -> Tensor:
-        """Returns the loss of the adapted model on another batch (0-dim)."""
+        """Returns the query loss of the adapted model (0-dim)."""
+        return self.query_and_output(carry, fixed, batch, noise)[0]
+
+    def query_and_output(self, carry: Carry, fixed: Fixed, batch: Batch, noise: Sequence[Tensor]) -> tuple[Tensor, Tree]:
+        """Returns the query loss of the adapted model (0-dim), and the model's output."""
         with lift_noise(noise), self.mode.within():
-            return self.evaluate(carry.params, carry.buffers, fixed, batch)[0]
+            loss, output, _ = self.evaluate(carry.params, carry.buffers, fixed, batch, of_query=True)
+        return loss, output
 
     def predict(self, carry: Carry, fixed: Fixed, inputs: Tree, noise: Sequence[Tensor]) -> Tree:
         """Returns the adapted model's output for `inputs`."""
@@ -144,13 +160,18 @@ class Step:
         return {name: value for name, value in zip(params, found, strict=True) if value is not None}
 
     def evaluate(
-        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], fixed: Fixed, batch: Batch
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss and the updated buffers. The caller decides what random operations return (`lift_noise`)."""
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], fixed: Fixed, batch: Batch, *, of_query: bool = False
+    ) -> tuple[Tensor, Tree, dict[str, Tensor]]:
+        """Returns the loss, the model's output and the updated buffers. The caller decides what random operations return (`lift_noise`)."""
         with self._precision(params):
-            loss, updated = self._evaluate(params, buffers, fixed, batch)
+            output, updated = self.apply(params, buffers, fixed, batch.inputs)
+            target = () if batch.target is None else (batch.target,)
+            if of_query and self.query_loss is not None:
+                loss = self._query_loss(output, target, fixed)
+            else:
+                loss, updated = self._loss(output, target, fixed, updated)
         loss = _require_scalar(loss)
-        return loss if self.dtype is None else loss.to(next(iter(params.values())).dtype), updated
+        return loss if self.dtype is None else loss.to(next(iter(params.values())).dtype), output, updated
 
     def _precision(self, params: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[Any]:
         if self.dtype is None:
@@ -158,22 +179,21 @@ class Step:
         # Without the cache of casts: it would hand tensors of one capture to the next.
         return torch.autocast(next(iter(params.values())).device.type, self.dtype, cache_enabled=False)
 
-    def _evaluate(
-        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], fixed: Fixed, batch: Batch
-    ) -> tuple[Any, dict[str, Tensor]]:
-        output, updated = self.apply(params, buffers, fixed, batch.inputs)
-        target = () if batch.target is None else (batch.target,)
-        if self.loss is None:
-            loss = default_loss(output, *target)
-        elif isinstance(self.loss, nn.Module):
-            own = {name.removeprefix(LOSS_BUFFER): value for name, value in updated.items() if name.startswith(LOSS_BUFFER)}
-            loss, own = call_module(self.loss, fixed.loss_params, own, (output, *target), {})
-            updated |= {LOSS_BUFFER + name: value for name, value in own.items()}
-        elif batch.target is None and not _takes_output_alone(self.loss):
-            raise InvalidBatch("the loss takes (output, target), but the batch has no target; pass (inputs, target), or a loss of (output)")
-        else:
-            loss = self.loss(output, *target)
-        return loss, updated
+    def _loss(self, output: Tree, target: tuple[Tree, ...], fixed: Fixed, updated: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        """Returns the support loss, and all buffers as the loss left them."""
+        if not isinstance(self.loss, nn.Module):
+            return _value_of(self.loss, output, target), updated
+        own = {name.removeprefix(LOSS_BUFFER): value for name, value in updated.items() if name.startswith(LOSS_BUFFER)}
+        loss, own = call_module(self.loss, fixed.loss_params, own, (output, *target), {})
+        return loss, updated | {LOSS_BUFFER + name: value for name, value in own.items()}
+
+    def _query_loss(self, output: Tree, target: tuple[Tree, ...], fixed: Fixed) -> Any:
+        if not isinstance(self.query_loss, nn.Module):
+            return _value_of(self.query_loss, output, target)
+        names = {name for name, _ in self.query_loss.named_parameters()}
+        params = {name: value for name, value in fixed.query_loss.items() if name in names}
+        buffers = {name: value for name, value in fixed.query_loss.items() if name not in names}
+        return call_module(self.query_loss, params, buffers, (output, *target), {})[0]
 
     def apply(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], fixed: Fixed, inputs: Tree
@@ -184,6 +204,14 @@ class Step:
         with self._precision(params):
             output, own = call_module(self.model, {**fixed.params, **params}, own, args, kwargs)
         return output, {**buffers, **own}
+
+
+def _value_of(loss: Callable[..., Any] | None, output: Tree, target: tuple[Tree, ...]) -> Any:
+    if loss is None:
+        return default_loss(output, *target)
+    if not target and not _takes_output_alone(loss):
+        raise InvalidBatch("the loss takes (output, target), but the batch has no target; pass (inputs, target), or a loss of (output)")
+    return loss(output, *target)
 
 
 def _sparse(name: str) -> UnsupportedParameter:

@@ -158,7 +158,7 @@ def _roles(kind: str, example: Tree) -> list[Role]:
     if isinstance(example, Carry):
         parts: Sequence[tuple[Tree, Role]] = ((example.params, Role.PARAM), (example.opt_state, Role.STATE), (example.buffers, Role.BUFFER))
     elif isinstance(example, Fixed):
-        parts = ((example.params, Role.PARAM), (example.loss_params, Role.PARAM), (example.hyper, Role.HYPER))
+        parts = [(part, Role.HYPER if part is example.hyper else Role.PARAM) for part in example]
     else:
         roles = {"noise": Role.NOISE, "cotangent": Role.COTANGENT, "weights": Role.COTANGENT}
         parts = ((example, roles.get(kind, Role.DATA)),)

@@ -19,7 +19,7 @@ from adaptrt.adjoint.base import Adaptation, Gradients, Query, Task, Wrt
 from adaptrt.backend.engine import graph_is_kept, refuse_freed
 from adaptrt.backend.entry_points import entry_point
 from adaptrt.errors import NotDifferentiable
-from adaptrt.inner.step import Batch, Carry, Fixed
+from adaptrt.inner.step import Carry, Fixed, as_data
 from adaptrt.runtime.calls import Validate
 from adaptrt.runtime.plan import PredictionPlan, QueryPlan, SupportPlan
 from adaptrt.runtime.route import Route
@@ -115,28 +115,30 @@ def _validate_both(plan: SupportPlan, query_plan: QueryPlan) -> Validate:
 
 def _predict(plan: PredictionPlan, args: Any) -> Tree:
     def run(*args: Tree) -> Tree:
-        return plan.programs.program("predict", plan.step.predict, _PREDICT)(*args)
+        return plan.programs.program(plan.name, plan.function, _PREDICT)(*args)
 
-    def validate(carry: Carry, fixed: Fixed, inputs: Tree, noise: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], Tensor | None]:
-        batch, is_valid = plan.validation.within(Batch(inputs, None), plan.bounds)
-        return (carry, fixed, batch.inputs, noise), is_valid
+    def validate(carry: Carry, fixed: Fixed, data: Tree, noise: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], Tensor | None]:
+        batch, is_valid = plan.validation.within(as_data(data), plan.bounds)
+        return (carry, fixed, batch if plan.is_of_batch else batch.inputs, noise), is_valid
 
-    return plan.calls.run("predict", None, run, args, validate)
+    return plan.calls.run(plan.name, None, run, args, validate)
 
 
 def _predict_pullback(plan: PredictionPlan, wrt: Wrt, args: Any, cotangents: Sequence[Tensor]) -> Any:
-    def run(*args: Tree) -> Tree:
-        return plan.programs.pullback("predict pullback", plan.step.predict, _PREDICT, wrt)(*args)
+    name = f"{plan.name} pullback"
 
-    return plan.calls.run("predict pullback", wrt, run, (*args, cotangents))
+    def run(*args: Tree) -> Tree:
+        return plan.programs.pullback(name, plan.function, _PREDICT, wrt)(*args)
+
+    return plan.calls.run(name, wrt, run, (*args, cotangents))
 
 
 # --- calls as nodes
 
 
-def predict(plan: PredictionPlan, carry: Carry, fixed: Fixed, inputs: Tree, noise: tuple[Tensor, ...]) -> Tree:
-    """Returns the model's output, differentiable if gradients are enabled and anything requires grad."""
-    args = (carry, fixed, inputs, noise)
+def predict(plan: PredictionPlan, carry: Carry, fixed: Fixed, data: Tree, noise: tuple[Tensor, ...]) -> Tree:
+    """Returns what the plan is for, differentiable if gradients are enabled and anything requires grad."""
+    args = (carry, fixed, data, noise)
     if not torch.is_grad_enabled():
         return _predict(plan, args)
     flags = tuple(tuple(leaf.requires_grad for leaf in tree.leaves(arg)) for arg in args)

@@ -24,7 +24,7 @@ from adaptrt.graph.ir import Graph
 from adaptrt.graph.noise import Noise
 from adaptrt.inner import diagnose
 from adaptrt.inner.executed import Executed
-from adaptrt.inner.step import Batch, Carry, Fixed, Step
+from adaptrt.inner.step import Batch, Carry, Fixed, Step, as_data
 from adaptrt.runtime.cache import Cache
 from adaptrt.runtime.calls import Calls
 from adaptrt.runtime.capture import CaptureSettings, TaskAxis, capture_graph, without_leading_axis
@@ -140,16 +140,18 @@ class QueryPlan:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PredictionPlan:
-    """The plan for predictions on inputs of one shape.
+    """The plan for what an adapted model computes of data of one shape: its output for inputs, or query loss and output of a batch.
 
     Attributes:
-      step: whose `predict` is computed.
+      step: whose `predict` or `query_and_output` is computed.
+      is_of_batch: whether it is the latter.
       bounds, noise, executed, asks_mode: which inputs are indices, what random operations draw, which Python code ran, and whether it
         asks for the gradient mode.
       validation, programs, calls, shapes: as for `SupportPlan`.
     """
 
     step: Step
+    is_of_batch: bool
     bounds: tuple[IndexBound, ...]
     noise: tuple[Noise, ...]
     executed: Executed
@@ -158,6 +160,16 @@ class PredictionPlan:
     programs: ProgramSet
     calls: Calls
     shapes: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """What the program is called."""
+        return "evaluate" if self.is_of_batch else "predict"
+
+    @property
+    def function(self) -> Callable[..., Tree]:
+        """What is computed: (carry, fixed, data, noise) -> results."""
+        return self.step.query_and_output if self.is_of_batch else self.step.predict
 
 
 def plan_support(settings: Settings, launcher: Launcher | None, step_of: Callable[[bool], Step], arguments: Arguments) -> SupportPlan:
@@ -214,13 +226,14 @@ def plan_query(
 
 
 def plan_prediction(settings: Settings, launcher: Launcher | None, step: Step, arguments: Arguments) -> PredictionPlan:
-    """Decides how to predict for inputs of one shape. Arguments as for `plan_support`."""
+    """Decides how to predict for inputs of one shape, or to evaluate a `Batch`. Arguments as for `plan_support`."""
     found = probe_prediction(step, arguments.carry, arguments.fixed, arguments.data)
     validation = _validation(settings, launcher, sees_all_data=False)
-    inputs = arguments._replace(data=Batch(arguments.data, None))
+    inputs = arguments._replace(data=as_data(arguments.data))
     programs = ProgramSet(settings.backend, settings.modules, _capturing(settings, step, found, inputs, False))
     return PredictionPlan(
         step=step,
+        is_of_batch=isinstance(arguments.data, Batch),
         bounds=found.bounds,
         noise=found.noise,
         executed=found.executed,

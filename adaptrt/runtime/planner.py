@@ -43,9 +43,11 @@ class Planner:
     Args:
       settings: of the unroll.
       reader: of model and optimiser.
+      of_one_step: whether the plans are for the single steps of an unroll, between which the query is evaluated.
     """
 
-    def __init__(self, settings: Settings, reader: Reader) -> None:
+    def __init__(self, settings: Settings, reader: Reader, of_one_step: bool = False) -> None:
+        self._of_one_step = of_one_step
         self._settings = settings
         self._reader = reader
         self._launcher = settings.backend.launcher(settings.device)
@@ -101,24 +103,26 @@ class Planner:
 
     def prediction(
         self,
-        inputs: Tree,
+        data: Tree,
         carry: Carry,
         fixed: Fixed,
         num_tasks: int | None,
         warm: bool,
         mode: GradientMode = GradientMode.GRAD,
     ) -> PredictionPlan:
-        """Returns the plan for predicting on inputs like `inputs`, in one gradient mode. Other arguments are as for `support`."""
+        """Returns the plan for predicting on inputs, or for evaluating a `Batch`, in one gradient mode. Others are as for `support`."""
 
         def make() -> PredictionPlan:
-            self._require_warm("input", inputs, [known.shapes for known in self.predictions.entries()], warm)
-            arguments = Arguments.of(carry, fixed, inputs, TaskAxis(num_tasks, num_tasks is not None), self._python())
+            is_of_batch = isinstance(data, Batch)
+            known = [plan.shapes for plan in self.predictions.entries() if plan.is_of_batch is is_of_batch]
+            self._require_warm("query" if is_of_batch else "input", data, known, warm, is_evaluated=is_of_batch)
+            arguments = Arguments.of(carry, fixed, data, TaskAxis(num_tasks, num_tasks is not None), self._python())
             step = dataclasses.replace(self._reader.step(detach_gradient=False), mode=mode)
             plan = plan_prediction(self._settings, self._launcher, step, arguments)
             self._reader.python.add(plan.executed)
             return plan
 
-        return self.predictions.get_or_make((self._reader.mode(), _key((inputs, carry, fixed)), num_tasks, mode), make)
+        return self.predictions.get_or_make((self._reader.mode(), _key((data, carry, fixed)), num_tasks, mode), make)
 
     def _python(self) -> tuple[Callable[[], None], Callable[[Executed], None]]:
         """Returns what captures do about the Python values that programs are for, which are captured when they are first needed.
@@ -164,12 +168,16 @@ class Planner:
         sets += [prediction.programs for prediction in self.predictions.entries()]
         return [entry for programs in sets for entry in programs.named()]
 
-    def _require_warm(self, name: str, part: Tree, known: list[tuple[str, ...]], warm: bool, from_tasks: bool = False) -> None:
+    def _require_warm(
+        self, name: str, part: Tree, known: list[tuple[str, ...]], warm: bool, from_tasks: bool = False, is_evaluated: bool = False
+    ) -> None:
         if warm or not self._settings.must_be_warm:
             return
         advice = "Call unroll.warmup() with this shape first, or pad to a shape that was."
         if from_tasks:
             advice = "Call unroll.warmup(support, query, start=True) first: with a task axis, calls with start= need programs of their own."
+        if is_evaluated or self._of_one_step:
+            advice = "Call unroll.warmup(support, query, evaluate=True) first: losses by task or step need programs of their own."
         if not known:
             raise ShapeChanged(f"{name} {tree.describe(part)}: nothing was compiled yet. {advice}")
         for index, (before, now) in enumerate(zip(known[-1], in_words(part), strict=False)):

@@ -25,7 +25,7 @@ from adaptrt.inner.reachable import HOOKS_OF_ALL_MODULES
 from adaptrt.inner.refused import refuse_code, refuse_questions
 from adaptrt.inner.side_effects import attribute_writes, computes_the_same, is_unread_counter, refuse
 from adaptrt.inner.snapshot import Snapshot, Write, is_same, undone
-from adaptrt.inner.step import Batch, Carry, Fixed, Step
+from adaptrt.inner.step import Batch, Carry, Fixed, Step, as_data
 from adaptrt.tree import Spec, Tree
 
 # All that matters here is which inputs are data.
@@ -56,7 +56,7 @@ class Probe(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """The same for the model without the loss."""
+    """The same for a pass without an update."""
 
     noise: tuple[Noise, ...]
     bounds: tuple[IndexBound, ...]
@@ -89,7 +89,7 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> tu
             buffers = {key: _differentiable(value) if before[key] else value for key, value in carry.buffers.items()}
             mode = step.mode if name == "query" else GradientMode.GRAD
             with record_noise() as drawn, diagnose.running(name, batch), record_code(executed), questions, mode.within():
-                loss, updated = step.evaluate(params, buffers, fixed, batch)
+                loss, _, updated = step.evaluate(params, buffers, fixed, batch, of_query=name == "query")
             noise[:] = drawn  # a capture may run it twice
             live.update({key: value.requires_grad for key, value in updated.items()})
             if name != "support":
@@ -115,22 +115,29 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> tu
             return Probe(drawn, bounds, tuple(live.values()), loss, executed, seen.leaves_traces, bool(executed.questions)), graph
 
 
-def probe_prediction(step: Step, carry: Carry, fixed: Fixed, inputs: Tree) -> Prediction:
-    """Runs the model without the loss. Arguments and errors are as for `probe`."""
+def probe_prediction(step: Step, carry: Carry, fixed: Fixed, data: Tree) -> Prediction:
+    """Runs the model on its inputs, or model and query loss on a `Batch`, without any update.
+
+    Arguments and errors are as for `probe`.
+    """
     noise: list[Noise] = []
     executed, questions = Executed(), TensorQuestions()
+    name, part = ("query", "batch") if isinstance(data, Batch) else ("input", "batch.inputs")
 
-    def forward(carry: Carry, fixed: Fixed, inputs: Tree) -> Tree:
-        with record_noise() as drawn, diagnose.running("input", Batch(inputs, None)), record_code(executed), questions, step.mode.within():
-            output, _ = step.apply(carry.params, carry.buffers, fixed, inputs)
+    def forward(carry: Carry, fixed: Fixed, data: Tree) -> Tree:
+        with record_noise() as drawn, diagnose.running(name, as_data(data)), record_code(executed), questions, step.mode.within():
+            if isinstance(data, Batch):
+                result: Tree = step.evaluate(carry.params, carry.buffers, fixed, data, of_query=True)[:2]
+            else:
+                result, _ = step.apply(carry.params, carry.buffers, fixed, data)
         noise[:] = drawn
-        return output
+        return result
 
-    names = ("carry", "fixed", "batch.inputs")
-    seen = _watched(step, executed, lambda: capture(forward, carry, fixed, inputs, roles=_ROLES, names=names))
+    names = ("carry", "fixed", part)
+    seen = _watched(step, executed, lambda: capture(forward, carry, fixed, data, roles=_ROLES, names=names))
     drawn = tuple(noise)
-    _require_no_state(seen.writes, forward, (carry, fixed, inputs), step, executed)
-    _require_no_answer(questions, forward, (carry, fixed, inputs), step, executed)
+    _require_no_state(seen.writes, forward, (carry, fixed, data), step, executed)
+    _require_no_answer(questions, forward, (carry, fixed, data), step, executed)
     return Prediction(drawn, tuple(index_bounds(seen.graph)), executed, seen.leaves_traces, bool(executed.questions))
 
 
@@ -212,7 +219,8 @@ def _require_no_answer(
 
 
 def _roots(step: Step) -> dict[str, Any]:
-    return {"model": step.model, "loss": step.loss, "the optimiser's update": step.optimizer.update, **HOOKS_OF_ALL_MODULES}
+    losses = {"loss": step.loss, "query_loss": step.query_loss}
+    return {"model": step.model, **losses, "the optimiser's update": step.optimizer.update, **HOOKS_OF_ALL_MODULES}
 
 
 def undone_after(step: Step, executed: Executed, run: Callable[[], Graph]) -> Graph:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptrt import tree
 from adaptrt.adjoint.base import Differentiated, Problem
@@ -145,13 +145,15 @@ class Router:
         return Adapted(predictor, state, losses, begin.fixed)
 
     def _find_anew(self, support: Any, query: tuple[Any] | None, start: Adapted | None, warm: bool) -> Routed:
-        batch, num_tasks = self._support(support)
+        batch, num_tasks = self.support(support)
         asked = None if query is None else self._query(query[0], num_tasks)
         self._reader.require_same_selection()
         refuse_recorders()
         begin = self._start(start, num_tasks)
         if self._settings.dtype is not None:  # the model may have been converted since
-            check.precision({**begin.carry.params, **begin.fixed.params, **begin.fixed.loss_params}, self._settings.dtype)
+            fixed = begin.fixed
+            of_query_loss = {name: value for name, value in fixed.query_loss.items() if isinstance(value, nn.Parameter)}
+            check.precision({**begin.carry.params, **fixed.params, **fixed.loss_params, **of_query_loss}, self._settings.dtype)
         plan = self._plan(batch, begin, num_tasks, warm)
         query_plan = None if asked is None else self._planner.query(plan, asked, begin, num_tasks, warm)
         mode = GradientMode.current() if query_plan is not None and query_plan.probe.asks_mode else GradientMode.GRAD
@@ -174,7 +176,7 @@ class Router:
                 raise
             raise InvalidBatch(f"{error}\n  {changed}") from error
 
-    def _support(self, support: Any) -> tuple[Batch, int | None]:
+    def support(self, support: Any) -> tuple[Batch, int | None]:
         """Returns the checked support batch, and the number of tasks in it."""
         batch = check.as_batch("support", support, self._settings.device)
         num_tasks = check.leading_axis("support", batch, 0, None, "tasks") if self._task_axis else None

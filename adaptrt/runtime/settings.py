@@ -23,7 +23,7 @@ class Settings:
     """Holds what `compile_unroll` was asked for.
 
     Attributes:
-      model, loss, k, per_step, cache_size: as given.
+      model, loss, query_loss, k, per_step, cache_size: as given.
       adapted: names of the parameters that adapt.
       opt: the optimiser as given.
       source: reads it at every call.
@@ -38,6 +38,7 @@ class Settings:
 
     model: nn.Module
     loss: LossFunction
+    query_loss: LossFunction
     adapted: frozenset[str]
     opt: Optimizer | torch.optim.Optimizer
     source: Source
@@ -54,14 +55,14 @@ class Settings:
 
     @property
     def modules(self) -> list[nn.Module]:
-        """The model, and the loss if it is a module; plain tensor attributes are looked up in these."""
-        return [part for part in (self.model, self.loss) if isinstance(part, nn.Module)]
+        """The model, and the losses that are modules; plain tensor attributes are looked up in these."""
+        return [part for part in (self.model, self.loss, self.query_loss) if isinstance(part, nn.Module)]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Settings:
         """Returns the settings for copies of model, loss and optimiser."""
         for value in tree.leaves(self.source.hyper()):
             if not value.is_leaf:  # what it was computed from is the caller's
                 memo[id(value)] = value
-        model, loss, opt = copy.deepcopy((self.model, self.loss, self.opt), memo)
+        model, loss, query_loss, opt = copy.deepcopy((self.model, self.loss, self.query_loss, self.opt), memo)
         params = {name: param for name, param in model.named_parameters() if name in self.adapted}
-        return dataclasses.replace(self, model=model, loss=loss, opt=opt, source=source(opt, params))
+        return dataclasses.replace(self, model=model, loss=loss, query_loss=query_loss, opt=opt, source=source(opt, params))

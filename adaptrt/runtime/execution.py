@@ -1,0 +1,175 @@
+"""Runs the calls of one unroll: finds what runs them, draws their noise, and makes results of what programs return."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adaptrt import tree
+from adaptrt.adjoint.base import Query, Task
+from adaptrt.errors import NonFiniteInput
+from adaptrt.graph.noise import restored_on_error
+from adaptrt.inner import check
+from adaptrt.inner.reader import Reader
+from adaptrt.inner.step import as_call
+from adaptrt.runtime import nodes
+from adaptrt.runtime.adapted import Adapted
+from adaptrt.runtime.nodes import Call
+from adaptrt.runtime.plan import PredictionPlan, SupportPlan
+from adaptrt.runtime.planner import Planner
+from adaptrt.runtime.predict import ModelPredictor
+from adaptrt.runtime.program import Program
+from adaptrt.runtime.route import Route, Router
+from adaptrt.runtime.settings import Settings
+from adaptrt.runtime.state import State
+
+
+class Result(NamedTuple):
+    """What `CompiledUnroll.evaluate` returns.
+
+    Attributes:
+      loss: the meta-loss, the mean of `losses`; a scalar.
+      adapted: the model after adaptation.
+      outputs: what the adapted model returns for the query inputs.
+      losses: the query loss of each task, [T], or [] without a task axis.
+    """
+
+    loss: Tensor
+    adapted: Adapted
+    outputs: Any
+    losses: Tensor
+
+
+class Execution:
+    """Runs the calls of an unroll.
+
+    Args:
+      settings: of the unroll.
+      task_axis: whether data has a leading axis of tasks.
+      of_one_step: whether it makes the single steps of another.
+    """
+
+    def __init__(self, settings: Settings, task_axis: bool, of_one_step: bool = False) -> None:
+        self.settings = settings
+        self.task_axis = task_axis
+        what = settings.model, settings.loss, settings.query_loss, settings.adapted, settings.source, settings.device
+        reader = Reader(*what, dtype=settings.dtype, selection=settings.selection)
+        self.planner = Planner(settings, reader, of_one_step)
+        self.router = Router(settings, task_axis, reader, self.planner)
+        self._predictor = ModelPredictor(settings, reader, self.planner)
+
+    def first(
+        self, params: Mapping[str, Tensor] | None, opt_state: Any, buffers: Mapping[str, Tensor] | None, num_tasks: int | None
+    ) -> Adapted:
+        """As `CompiledUnroll.start`."""
+        return self.router.first(self._predictor, params, opt_state, buffers, num_tasks)
+
+    def adapt(self, support: Any, start: Adapted | None, generator: torch.Generator | None, warm: bool = False) -> Adapted:
+        """As `CompiledUnroll.adapt`. `warm`: whether plans may be made although data of new shapes is refused."""
+        route, begin, batch, _, inputs = self.router.find(support, None, start, warm)
+        plan = route.plan
+        plan.validation.before("support", batch, plan.probe.bounds)
+        with restored_on_error(plan.probe.noise, generator):
+            try:
+                if route.whole is not None:
+                    results = route.whole.run_leaves([*begin.carry_leaves, *begin.fixed_leaves, *tree.leaves(batch)])
+                    num_leaves = len(begin.carry_leaves)
+                    leaves, losses = results[:num_leaves], results[num_leaves]
+                else:
+                    task = Task(begin.carry, begin.fixed, batch, self._step_noise(route, generator))
+                    leaves, losses = nodes.adapt(Call(route, task, None, inputs))
+            except NonFiniteInput:
+                plan.validation.report("support", batch, plan.probe.bounds)
+                raise
+        num_links = 0 if start is None else start.num_links_after(leaves)
+        return Adapted(self._predictor, State(tuple(leaves), route.form, route.num_tasks), losses, begin.fixed, num_links)
+
+    def meta_loss(self, support: Any, query: Any, start: Adapted | None, generator: torch.Generator | None, warm: bool = False) -> Tensor:
+        """As a call of `CompiledUnroll`: the mean over tasks of the query loss after the last step."""
+        route, begin, batch, asked, inputs = self.router.find(support, (query,), start, warm)
+        plan, query_plan = route.plan, route.query_plan
+        assert query_plan is not None and asked is not None
+        plan.validation.before("support", batch, plan.probe.bounds)
+        plan.validation.before("query", asked, query_plan.probe.bounds)
+        with restored_on_error((*plan.probe.noise, *query_plan.probe.noise), generator):
+            task = Task(begin.carry, begin.fixed, batch, self._step_noise(route, generator))
+            drawn = query_plan.probe.noise
+            noise = self.planner.draw(drawn, generator, route.num_tasks) if drawn else ()
+            try:
+                return nodes.meta_loss(Call(route, task, Query(asked, noise), inputs))
+            except NonFiniteInput:
+                plan.validation.report("support", batch, plan.probe.bounds)
+                plan.validation.report("query", asked, query_plan.probe.bounds)
+                raise
+
+    def evaluate(self, support: Any, query: Any, start: Adapted | None, generator: torch.Generator | None, warm: bool = False) -> Result:
+        """As `CompiledUnroll.evaluate`."""
+        asked = check.as_batch("query", query, self.settings.device)
+        adapted = self.adapt(support, start, generator, warm)
+        losses, outputs = self._predictor.evaluate(adapted.state, adapted.fixed, asked, generator, warm)
+        return Result(losses.mean(), adapted, outputs, losses)
+
+    def losses_of_steps(
+        self, support: Any, query: Any, start: Adapted | None, generator: torch.Generator | None, warm: bool = False
+    ) -> Tensor:
+        """Returns the query loss after each step, (k,) or [T, k].
+
+        It does one step at a time, each a call of an unroll of one step that goes on from the one before, and evaluates the query in
+        between. So the programs are those of one step whatever k is, and every adjoint returns through the steps as through a chain of
+        adaptations.
+        """
+        one, settings = self._of_one_step, self.settings
+        batch, num_tasks = self.router.support(support)
+        asked = check.as_batch("query", query, settings.device)
+        adapted = one.first(None, None, None, num_tasks) if start is None else one._of_this(start, num_tasks)
+        losses: list[Tensor] = []
+        for index in range(settings.k):
+            part = batch
+            if settings.per_step:
+                axis = int(self.task_axis)
+                part = tree.map_leaves(lambda value, index=index, axis=axis: value.narrow(axis, index, 1), batch)
+            after = one.adapt(part, adapted, generator, warm)
+            adapted = Adapted(one._predictor, after.state, after.losses, after.fixed)  # as of a first call: no chain of the user's
+            losses.append(one._predictor.evaluate(adapted.state, adapted.fixed, asked, generator, warm)[0])
+        return torch.stack(losses, -1)
+
+    def predict(self, adapted: Adapted, query: Any, generator: torch.Generator | None, warm: bool = False) -> Any:
+        """Returns the adapted model's output for the inputs of a query batch."""
+        args, kwargs = as_call(check.as_batch("query", query, self.settings.device).inputs)
+        return self._predictor.predict(adapted.state, adapted.fixed, kwargs or args, generator, warm)
+
+    def plans(self) -> tuple[list[SupportPlan], list[PredictionPlan]]:
+        """Returns all plans, those of single steps included."""
+        own = self.planner.supports.entries(), self.planner.predictions.entries()
+        if "_of_one_step" not in self.__dict__:
+            return own
+        supports, predictions = self._of_one_step.plans()
+        return [*own[0], *supports], [*own[1], *predictions]
+
+    def programs(self) -> list[tuple[str, Program]]:
+        """Returns all programs with their names, those of the shapes used last at the end, and those of single steps behind them."""
+        own = self.planner.programs()
+        return [*own, *self._of_one_step.programs()] if "_of_one_step" in self.__dict__ else own
+
+    @functools.cached_property
+    def _of_one_step(self) -> Execution:
+        return Execution(dataclasses.replace(self.settings, k=1), self.task_axis, of_one_step=True)
+
+    def _of_this(self, start: Adapted, num_tasks: int | None) -> Adapted:
+        """Returns a start that was made for an unroll of more steps as one for this, with a task axis if calls have one."""
+        state = start.state
+        if num_tasks is not None and state.num_tasks is None:
+            state = state.over_tasks(num_tasks)
+        return Adapted(self._predictor, state, start.losses, start.fixed)
+
+    def _step_noise(self, route: Route, generator: torch.Generator | None) -> tuple[tuple[Tensor, ...], ...]:
+        """What each update's random operations return."""
+        noise, num_updates = route.plan.probe.noise, self.settings.k * route.plan.step.optimizer.updates_per_step
+        if not noise:
+            return ((),) * num_updates
+        return tuple([self.planner.draw(noise, generator, route.num_tasks) for _ in range(num_updates)])
