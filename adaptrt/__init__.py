@@ -1,7 +1,7 @@
 """adaptrt: a model, an optimiser and a number of steps become one compiled, differentiable program that adapts the model."""
 
 from adaptrt import errors, optim
-from adaptrt.adjoint import Adjoint, FirstOrder, Replay, Stash, Unrolled
+from adaptrt.adjoint import Adjoint, FirstOrder, Replay, Stash, Truncated, Unrolled
 from adaptrt.backend import Backend, CudaGraph, Eager, Inductor
 from adaptrt.runtime.adapted import Adapted
 from adaptrt.runtime.compile import compile_unroll
@@ -24,6 +24,7 @@ __all__ = [
     "Replay",
     "Result",
     "Stash",
+    "Truncated",
     "Unrolled",
     "compile_unroll",
     "errors",

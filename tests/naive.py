@@ -89,6 +89,7 @@ class Loop(NamedTuple):
     k: int
     per_step: bool = False
     first_order: bool = False
+    num_differentiated: int | None = None  # of the last steps; None for all
 
 
 class Start(NamedTuple):
@@ -118,6 +119,9 @@ def adapt(loop: Loop, start: Start | Adapted, support: Sequence[Any], noise: Noi
     params, buffers, state = dict(start.params), dict(start.buffers), dict(start.state)
     losses: list[Tensor] = []
     for step in range(loop.k):
+        if loop.num_differentiated is not None and step == loop.k - loop.num_differentiated:
+            params, _, buffers, state, found = detached(Adapted(params, {}, buffers, state, torch.stack(losses)))
+            losses = list(found)
         batch = tree_map(lambda value, step=step: value[step], support) if loop.per_step else support
         with noise(step):
             loss, buffers = evaluate(loop, {**start.frozen, **params}, buffers, batch)
@@ -129,6 +133,12 @@ def adapt(loop: Loop, start: Start | Adapted, support: Sequence[Any], noise: Noi
                 grad = grad.detach() if loop.first_order else grad
                 params[name], state[name] = loop.rule(params[name], grad, state.get(name, {}), **hyper)
     return Adapted(params, start.frozen, buffers, state, torch.stack(losses))
+
+
+def detached(after: Adapted) -> Adapted:
+    """The same values as constants."""
+    constant = tree_map(lambda value: value.detach() if isinstance(value, Tensor) else value, after)
+    return constant._replace(params={name: value.requires_grad_() for name, value in constant.params.items()})  # a step starts from them
 
 
 def meta_loss(loop: Loop, start: Start | Adapted, support: Sequence[Any], query: Sequence[Any], noise: Noise = as_drawn) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 from torch.autograd import gradcheck
 
 import adaptrt
-from adaptrt import Adapted, Adjoint, FirstOrder, Replay, Stash, Unrolled, compile_unroll, optim, tree
+from adaptrt import Adapted, Adjoint, FirstOrder, Replay, Stash, Truncated, Unrolled, compile_unroll, optim, tree
 from adaptrt.inner.step import as_call
 from tests import naive
 from tests.models import MODELS, normal, regress
@@ -528,3 +528,52 @@ def test_chain_of_transforms() -> None:
 
 def test_adapted_is_public() -> None:
     assert adaptrt.Adapted is Adapted
+
+
+@over_tasks
+@pytest.mark.parametrize("per_step", [False, True])
+def test_truncated_is_a_loop_whose_first_steps_run_without_gradients(per_step: bool, tasks: bool) -> None:
+    """So data of those steps and the start get zero, and hyperparameters what the last steps contribute."""
+    entry = MODELS["mlp"]
+    model, lr = entry.model(), torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+    lead = (2,) if tasks else ()
+    steps = (3,) if per_step else ()
+    x, y = (normal(Generator().manual_seed(seed), *lead, *steps, 4, size).requires_grad_() for seed, size in ((1, 3), (2, 2)))
+    query = [normal(Generator().manual_seed(seed), *lead, 4, size) for seed, size in ((3, 3), (4, 2))]
+    unroll = compile_unroll(model, optim.sgd(lr=lr), 3, loss=regress, adjoint=Truncated(2), backend="eager", per_step=per_step)
+    leaves = {"lr": lr, "x": x, "y": y, **dict(model.named_parameters())}
+    found = gradients((unroll.vmap() if tasks else unroll)((x, y), tuple(query)), leaves)
+
+    losses: list[Tensor] = []
+    for task in range(2) if tasks else [None]:
+        one = [value if task is None else value[task] for value in (x, y, *query)]
+        params: dict[str, Tensor] = dict(model.named_parameters())
+        for step in range(3):
+            a, b = (value[step] for value in one[:2]) if per_step else one[:2]
+            loss = regress(torch.func.functional_call(model, params, (a,)), b)
+            grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+            params = {name: value - lr * grad for (name, value), grad in zip(params.items(), grads, strict=True)}
+            if step == 0:
+                params = {name: value.detach().requires_grad_() for name, value in params.items()}
+        losses.append(regress(torch.func.functional_call(model, params, (one[2],)), one[3]))
+    value = torch.stack(losses).mean()
+    right = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
+    wanted = {name: torch.zeros_like(leaf) if grad is None else grad for (name, leaf), grad in zip(leaves.items(), right, strict=True)}
+    assert_near(found, {"value": value.detach(), **wanted}, torch.float64)
+
+
+def test_truncated_at_all_steps_is_exact_and_keeps_its_losses_apart() -> None:
+    model, supports, queries = mlp()
+    losses = [compile_unroll(model, optim.sgd(lr=0.2), 3, loss=regress, adjoint=a, backend="eager") for a in (Truncated(7), Stash())]
+    found, wanted = (gradients(unroll(supports[0], queries[0]), dict(model.named_parameters())) for unroll in losses)
+    assert_near(found, wanted, torch.float64)
+    # The losses before the constant steps depend on nothing; that of the last step on the start through no path.
+    adapted = compile_unroll(model, optim.sgd(lr=0.2), 3, loss=regress, adjoint=Truncated(1), backend="eager").adapt(supports[0])
+    (grad,) = torch.autograd.grad(adapted.losses.sum(), next(model.parameters()))
+    assert not grad.any()
+
+
+@pytest.mark.parametrize("steps", [0, True, 1.5, "2"])
+def test_truncated_needs_a_number_of_steps(steps: Any) -> None:
+    with pytest.raises(adaptrt.errors.InvalidArgument, match="must be an int of at least 1"):
+        Truncated(steps)

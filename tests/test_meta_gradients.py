@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from adaptrt import Adjoint, FirstOrder, Replay, Stash, Unrolled, compile_unroll, optim, tree
+from adaptrt import Adjoint, FirstOrder, Replay, Stash, Truncated, Unrolled, compile_unroll, optim, tree
 from adaptrt.graph.passes.lift_noise import lift_noise
 from adaptrt.runtime import planner
 from tests import naive
@@ -60,6 +60,7 @@ ADJOINTS: dict[str, Adjoint] = {
     "replay2": Replay(every=2),
     "stash": Stash(),
     "first-order": FirstOrder(),
+    "truncated": Truncated(1),
 }
 
 
@@ -146,6 +147,7 @@ def wanted_of(cell: Cell, noises: Sequence[naive.Noise]) -> Iterator[dict[str, T
     model, hyper = entry.model(), rule.hyper()
     adapted, frozen = split(model, entry.select)
     loop = naive.Loop(model, entry.loss, rule.oracle, {**hyper, **rule.flags}, entry.k, first_order=cell.adjoint == "first-order")
+    loop = loop._replace(num_differentiated=1 if cell.adjoint == "truncated" else None)
     start = naive.Start(adapted, frozen, dict(model.named_buffers()), {})
     for objective in (naive.meta_loss, None):
         values: list[Tensor] = []
@@ -188,7 +190,7 @@ def check(cell: Cell, backend: str, drawn: Drawn, dtype: torch.dtype = torch.flo
     noise_of_call = [drawn.of_task(t) for t in range(TASKS)] if cell.tasks else [naive.as_drawn]
 
     no_noise = not entry.random and not any(drawn.noise)
-    exact = cell if cell.adjoint == "first-order" else cell._replace(adjoint="exact")
+    exact = cell if cell.adjoint in ("first-order", "truncated") else cell._replace(adjoint="exact")
     wanted, wanted_eager = wanted_without_noise(exact) if no_noise else wanted_of(cell, noise_of_call)
     assert_near(got, wanted, dtype)
     assert float(got["value"]) != 0.0
@@ -269,6 +271,7 @@ COMPILED = [
     Cell("transformer-dropout", "sgd", "replay", False),
     Cell("conv-bn-train", "adam", "stash", False),
     Cell("transformer-dropout", "sgd", "stash", False),
+    Cell("mlp", "nesterov", "truncated", True),
 ]
 
 

@@ -9,15 +9,16 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from adaptrt import Adjoint, CompiledUnroll, FirstOrder, Replay, Stash, Unrolled, compile_unroll, optim
+from adaptrt import Adjoint, CompiledUnroll, FirstOrder, Replay, Stash, Truncated, Unrolled, compile_unroll, optim
 from adaptrt.errors import AdaptrtError, InvalidArgument, InvalidType, LabelOutOfRange, ShapeChanged
 from tests import naive
 from tests.models import normal, regress
 from tests.tolerances import assert_near
 
 K, T = 3, 2
-HYPER: dict[str, Any] = {"lr": 0.1, "momentum": 0.8}
-ADJOINTS: list[Adjoint] = [Unrolled(), Replay(), Stash(), FirstOrder()]
+LR = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
+HYPER: dict[str, Any] = {"lr": LR, "momentum": 0.8}
+ADJOINTS: list[Adjoint] = [Unrolled(), Replay(), Stash(), FirstOrder(), Truncated(2)]
 over_adjoints = pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
 over_tasks = pytest.mark.parametrize("tasks", [False, True], ids=["single", "vmap"])
 over_per_step = pytest.mark.parametrize("per_step", [False, True], ids=["one batch", "per step"])
@@ -51,19 +52,24 @@ def wanted(net: nn.Module, adjoint: Adjoint, support: Any, query: Any, tasks: bo
         losses: list[Tensor] = []
         for step in range(K):
             after = naive.adapt(loop, after, tuple(value[step] for value in own) if per_step else own)
+            if step < adjoint.num_constant_steps(K):
+                after = naive.detached(after)
             losses.append(naive.evaluate(loop, after.params, after.buffers, asked)[0])
         rows.append(torch.stack(losses))
     return torch.stack(rows) if tasks else rows[0]
 
 
 def assert_same(net: nn.Module, found: Tensor, right: Tensor, more: dict[str, Tensor] | None = None) -> None:
-    """Values, and gradients for a random cotangent, by the model's parameters and what else is given."""
+    """Values, and gradients for a random cotangent, by the learning rate, the model's parameters and what else is given."""
     assert found.shape == right.shape
     cotangent = torch.randn(found.shape, generator=Generator().manual_seed(5), dtype=torch.float64)
-    leaves = {**dict(net.named_parameters()), **(more or {})}
+    leaves = {"lr": LR, **dict(net.named_parameters()), **(more or {})}
 
     def all_of(value: Tensor) -> dict[str, Tensor]:
-        return {"value": value.detach(), **dict(zip(leaves, torch.autograd.grad(value, list(leaves.values()), cotangent), strict=True))}
+        # Nothing depends on the start of a truncated adaptation.
+        grads = torch.autograd.grad(value, list(leaves.values()), cotangent, allow_unused=True)
+        found = {name: torch.zeros_like(leaves[name]) if grad is None else grad for name, grad in zip(leaves, grads, strict=True)}
+        return {"value": value.detach(), **found}
 
     assert_near(all_of(found), all_of(right), torch.float64)
 

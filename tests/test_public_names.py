@@ -12,15 +12,15 @@ _OPTIMISERS = "adadelta adafactor adagrad adam adamax adamw asgd lbfgs muon nada
 _TAPE = "SGD Adam AdamW Adadelta Adagrad Adamax ASGD RMSprop Rprop NAdam RAdam Adafactor Muon"
 
 NAMES = {
-    "adaptrt": "Adapted Adjoint Backend CompiledUnroll CudaGraph Eager FirstOrder Inductor Replay Result Stash Unrolled compile_unroll "
-    "errors optim stack trace where",
+    "adaptrt": "Adapted Adjoint Backend CompiledUnroll CudaGraph Eager FirstOrder Inductor Replay Result Stash Truncated Unrolled "
+    "compile_unroll errors optim stack trace where",
     "adaptrt.optim": f"{_OPTIMISERS} Optimizer Schedule Transform chain clip_by_global_norm learned partition per_step scale_by_schedule "
     "schedule scheduled",
     "adaptrt.errors": "AdaptrtError AlreadyImported CannotBePickled CannotBeSet CannotRecord CompilerUnavailable "
     "DataDependentControlFlow DeviceMismatch InvalidArgument InvalidBatch InvalidGraph InvalidLoss InvalidType LabelOutOfRange LongChain "
     "ModelChanged NonFiniteInput NotALeaf NotDifferentiable NotTraceable NothingToAdapt OptimizerMismatch OutOfDeviceMemory "
     "RecordingFailed ShapeChanged UnknownPyTorch UnsupportedOptimizer UnsupportedParameter UnsupportedRandomness WithinTransform",
-    "adaptrt.adjoint": "Adjoint FirstOrder Replay Stash Unrolled",
+    "adaptrt.adjoint": "Adjoint FirstOrder Replay Stash Truncated Unrolled",
     "adaptrt.backend": "Backend CudaGraph Eager Inductor Tiered",
     "adaptrt.higher": "create_diff_optim get_diff_optim innerloop_ctx install monkeypatch optim patch register_optim uninstall utils",
     "adaptrt.higher.optim": "DifferentiableOptimizer apply_trainable_opt_params create_diff_optim get_diff_optim get_trainable_opt_params "

@@ -4,6 +4,7 @@ from adaptrt.adjoint.base import Adjoint
 from adaptrt.adjoint.first_order import FirstOrder
 from adaptrt.adjoint.replay import Replay
 from adaptrt.adjoint.stash import Stash
+from adaptrt.adjoint.truncated import Truncated
 from adaptrt.adjoint.unrolled import Unrolled
 
-__all__ = ["Adjoint", "FirstOrder", "Replay", "Stash", "Unrolled"]
+__all__ = ["Adjoint", "FirstOrder", "Replay", "Stash", "Truncated", "Unrolled"]

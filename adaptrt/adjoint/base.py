@@ -161,6 +161,11 @@ class Adjoint(abc.ABC):
     sees_all_data: bool = False
     """Whether each of its programs, pullbacks of `adapt` aside, is given all of a call's data, and so can check it."""
 
+    def num_constant_steps(self, k: int) -> int:
+        """Returns through how many of the first of k steps nothing is differentiated."""
+        del k
+        return 0
+
     @abc.abstractmethod
     def adapt(self, programs: Programs, problem: Problem, task: Task, keep: bool) -> Adaptation:
         """Runs the k steps.

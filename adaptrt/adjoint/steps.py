@@ -32,24 +32,29 @@ def loop_of(problem: Problem, shared: list[Tensor] | None = None) -> Loop | None
     return Loop((False, True, not problem.per_step, False), shared) if num_updates(problem) > 1 else None
 
 
-def backwards(problem: Problem, task: Task, pull: Pull, carry: Sequence[Tensor], losses: Tensor) -> Gradients:
+def backwards(problem: Problem, task: Task, pull: Pull, carry: Sequence[Tensor], losses: Tensor, first: int = 0) -> Gradients:
     """Pulls cotangents of the last carry and of the losses back through all updates, to gradients.
 
     Args:
       problem, task: what was run.
       pull: pulls back through one update.
       carry, losses: cotangents.
+      first: the update where that ends; what those before it computed is constant.
     """
     adjoint, of_loss = list(carry), losses.unbind(-1)
     fixed = _Sum()
     none = torch.zeros_like(of_loss[0])
     support = [_Sum() for _ in range(problem.k if problem.per_step else 1)]
-    for index in reversed(range(num_updates(problem))):
+    for index in reversed(range(first, num_updates(problem))):
         # Of the updates of a step, the loss before the first is reported.
         of_step, later = divmod(index, problem.updates_per_step)
         adjoint, more_fixed, more_batch, _ = pull(index, [*adjoint, none if later else of_loss[of_step]])
         fixed.add(more_fixed)
         support[of_step if problem.per_step else 0].add(more_batch)
+    if first:
+        adjoint = [torch.zeros_like(value) for value in adjoint]
+        for part in support[: first // problem.updates_per_step] if problem.per_step else ():
+            part.add([torch.zeros_like(value) for value in support[-1].total])
     of_support = support[0].total
     if problem.per_step:
         axis = 1 if problem.task_axis else 0

@@ -128,12 +128,14 @@ class Execution:
         asked = check.as_batch("query", query, settings.device)
         adapted = one.first(None, None, None, num_tasks) if start is None else one._of_this(start, num_tasks)
         losses: list[Tensor] = []
+        num_constant = 0 if settings.adjoint is None else settings.adjoint.num_constant_steps(settings.k)
         for index in range(settings.k):
             part = batch
             if settings.per_step:
                 axis = int(self.task_axis)
                 part = tree.map_leaves(lambda value, index=index, axis=axis: value.narrow(axis, index, 1), batch)
-            after = one.adapt(part, adapted, generator, warm)
+            with torch.set_grad_enabled(torch.is_grad_enabled() and index >= num_constant):
+                after = one.adapt(part, adapted, generator, warm)
             adapted = Adapted(one._predictor, after.state, after.losses, after.fixed)  # as of a first call: no chain of the user's
             losses.append(one._predictor.evaluate(adapted.state, adapted.fixed, asked, generator, warm)[0])
         return torch.stack(losses, -1)
