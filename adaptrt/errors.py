@@ -67,6 +67,10 @@ class OptimizerMismatch(InvalidArgument):
     """The optimiser holds parameters or state that do not belong to the model."""
 
 
+class InvalidState(InvalidArgument):
+    """A saved state is damaged, of a newer format, or was adapted from another base than the model at hand."""
+
+
 class UnsupportedOptimizer(InvalidType, ValueError):
     """The optimiser is of a class, or uses a feature, that adaptrt does not support. It is also a ValueError, which `higher` raises."""
 

@@ -323,6 +323,11 @@ def paths(tree: Tree, root: str = "") -> list[str]:
     return [path for key, child in zip(keys, children, strict=True) for path in paths(child, f"{join}{key}")]
 
 
+def named_leaves(tree: Tree) -> list[tuple[str, Any]]:
+    """Returns each leaf with its dotted name, in the order of `flatten`."""
+    return list(zip(paths(tree), leaves(tree), strict=True))
+
+
 def specs(tree: Tree) -> Tree:
     """Returns the tree with every tensor replaced by its `Spec`."""
     return map_leaves(Spec.of, tree)

@@ -17,8 +17,8 @@ NAMES = {
     "adaptrt.optim": f"{_OPTIMISERS} Optimizer Schedule Transform chain clip_by_global_norm learned partition per_step scale_by_schedule "
     "schedule scheduled",
     "adaptrt.errors": "AdaptrtError AlreadyImported CannotBePickled CannotBeSet CannotRecord CompilerUnavailable "
-    "DataDependentControlFlow DeviceMismatch InvalidArgument InvalidBatch InvalidGraph InvalidLoss InvalidType LabelOutOfRange LongChain "
-    "ModelChanged NonFiniteInput NotALeaf NotDifferentiable NotTraceable NothingToAdapt OptimizerMismatch OutOfDeviceMemory "
+    "DataDependentControlFlow DeviceMismatch InvalidArgument InvalidBatch InvalidGraph InvalidLoss InvalidState InvalidType LabelOutOfRange "
+    "LongChain ModelChanged NonFiniteInput NotALeaf NotDifferentiable NotTraceable NothingToAdapt OptimizerMismatch OutOfDeviceMemory "
     "RecordingFailed ShapeChanged UnknownPyTorch UnsupportedOptimizer UnsupportedParameter UnsupportedRandomness WithinTransform",
     "adaptrt.adjoint": "Adjoint FirstOrder Replay Stash Truncated Unrolled",
     "adaptrt.backend": "Backend CudaGraph Eager Inductor Tiered",
@@ -44,8 +44,8 @@ def test_all_lists_every_public_name() -> None:
 @pytest.mark.parametrize(
     ("owner", "names"),
     [
-        (adaptrt.CompiledUnroll, "adapt device evaluate explain graphs k start vmap warmup __call__"),
-        (adaptrt.Adapted, "params buffers opt_state num_tasks detach replace state_dict unbind __call__ __getitem__ __len__"),
+        (adaptrt.CompiledUnroll, "adapt device evaluate explain graphs k load start vmap warmup __call__"),
+        (adaptrt.Adapted, "params buffers opt_state num_tasks detach replace save state_dict unbind __call__ __getitem__ __len__"),
     ],
 )
 def test_classes_keep_their_attributes(owner: type, names: str) -> None:

@@ -134,6 +134,18 @@ class Reader:
             return None
         return torch.func.vmap(state_for)(dict(params))
 
+    def plain_tensors(self) -> list[tuple[str, Tensor]]:
+        """Returns the tensors that modules hold as plain attributes, with their names."""
+        roots = {"model": self._model, "loss": self._loss, "query_loss": self._query_loss}
+        return [
+            (f"{root}.{path}.{name}", value)
+            for root, module in roots.items()
+            if isinstance(module, nn.Module)
+            for path, part in module.named_modules()
+            for name, value in vars(part).items()
+            if isinstance(value, Tensor)
+        ]
+
     def state_dict(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns the model's state dict, detached, with `values` in the place of its own parameters and buffers.
 

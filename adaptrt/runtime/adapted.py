@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import operator
+import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
@@ -16,6 +17,7 @@ from adaptrt import tree
 from adaptrt.backend.entry_points import entry_point
 from adaptrt.errors import CannotBePickled, CannotBeSet, InvalidArgument, InvalidType, LongChain
 from adaptrt.inner.step import Fixed, as_call
+from adaptrt.runtime import saved
 from adaptrt.runtime.state import State
 from adaptrt.tree import Tree
 
@@ -37,6 +39,10 @@ class Predictor(Protocol):
         """Returns the whole model's state dict."""
         ...
 
+    def fingerprint(self, fixed: Fixed) -> str:
+        """Returns a digest of what does not adapt."""
+        ...
+
 
 LONG_CHAIN = 64
 """How many adaptations may follow each other before a warning says that their graphs are kept."""
@@ -46,7 +52,7 @@ class Adapted:
     """A model after adaptation: its state, and the means to predict with it. It is immutable.
 
     A deep copy (`copy.deepcopy`) has the values of the adaptation in memory of its own, without its autograd history, and copies of the
-    parameters that did not adapt. It predicts with the same model code. An adaptation cannot be pickled; `state_dict()` can.
+    parameters that did not adapt. It predicts with the same model code. An adaptation cannot be pickled; `save` writes it to a file.
 
     Attributes:
       state: what the steps changed, as a value.
@@ -94,8 +100,8 @@ class Adapted:
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         del protocol
         raise CannotBePickled(
-            "an Adapted belongs to its unroll, whose programs cannot be pickled; save or send adapted.state_dict(), and "
-            "adapted.opt_state beside it, and compile an unroll in the other process"
+            "an Adapted belongs to its unroll, whose programs cannot be pickled; write it with adapted.save(path), compile an unroll in "
+            "the other process, and read it with unroll.load(path). adapted.state_dict() can be pickled"
         )
 
     @property
@@ -245,6 +251,17 @@ class Adapted:
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the whole model's state after adaptation, detached, under the names of `model.state_dict()`."""
         return self._predictor.state_dict(self.state, self.fixed)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Writes the adaptation to a safetensors file, which `CompiledUnroll.load` reads: parameters, optimiser state, buffers, losses.
+
+        What did not adapt is not written; a fingerprint of it is, by which loading notices another base. The file is written under another
+        name first and then renamed, so it is whole or not there at all.
+
+        Raises:
+          OSError: the file cannot be written.
+        """
+        saved.write(path, saved.Saved(self.state.named_tensors(), self.losses, self.num_tasks, self._predictor.fingerprint(self.fixed)))
 
 
 def _row(batch: Adapted, place: int) -> Adapted:

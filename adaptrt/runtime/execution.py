@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -68,6 +69,10 @@ class Execution:
     ) -> Adapted:
         """As `CompiledUnroll.start`."""
         return self.router.first(self._predictor, params, opt_state, buffers, num_tasks)
+
+    def load(self, path: str | os.PathLike[str]) -> Adapted:
+        """As `CompiledUnroll.load`."""
+        return self.router.loaded(self._predictor, path)
 
     def adapt(self, support: Any, start: Adapted | None, generator: torch.Generator | None, warm: bool = False) -> Adapted:
         """As `CompiledUnroll.adapt`. `warm`: whether plans may be made although data of new shapes is refused."""

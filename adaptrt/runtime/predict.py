@@ -17,7 +17,7 @@ from adaptrt.graph.surroundings import refuse_recorders
 from adaptrt.inner import check
 from adaptrt.inner.reader import Reader
 from adaptrt.inner.step import Batch, Carry, Fixed, as_data
-from adaptrt.runtime import nodes
+from adaptrt.runtime import nodes, saved
 from adaptrt.runtime.plan import PredictionPlan
 from adaptrt.runtime.planner import Planner
 from adaptrt.runtime.recent import Recent
@@ -64,6 +64,10 @@ class ModelPredictor:
     def state_dict(self, state: State, fixed: Fixed) -> dict[str, Tensor]:
         """Returns the whole model's state dict, detached."""
         return self._reader.state_dict({**fixed.params, **state.params, **state.buffers})
+
+    def fingerprint(self, fixed: Fixed) -> str:
+        """Returns a digest of what does not adapt: parameters, plain tensor attributes, and what the losses hold."""
+        return saved.fingerprint([*tree.named_leaves(fixed._replace(hyper={})), *self._reader.plain_tensors()])
 
     def _compute(self, name: str, state: State, fixed: Fixed, data: Tree, generator: torch.Generator | None, warm: bool) -> Any:
         """Runs the plan for `data`: a `Batch`, or a model's inputs. `name` is what messages call it."""

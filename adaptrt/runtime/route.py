@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -12,12 +13,13 @@ from torch import Tensor, nn
 from adaptrt import tree
 from adaptrt.adjoint.base import Differentiated, Problem
 from adaptrt.backend.guards import in_forward_mode, refuse_tangents
-from adaptrt.errors import InvalidArgument, InvalidBatch, InvalidType, OptimizerMismatch
+from adaptrt.errors import InvalidArgument, InvalidBatch, InvalidState, InvalidType, OptimizerMismatch
 from adaptrt.graph.gradient_mode import GradientMode
 from adaptrt.graph.surroundings import refuse_recorders
 from adaptrt.inner import check
 from adaptrt.inner.reader import Reader, Start
 from adaptrt.inner.step import Batch
+from adaptrt.runtime import saved
 from adaptrt.runtime.adapted import Adapted, Predictor
 from adaptrt.runtime.capture import without_leading_axis
 from adaptrt.runtime.plan import QueryPlan, SupportPlan
@@ -143,6 +145,28 @@ class Router:
             state = state.replace(opt_state=opt_state)
         losses = state.leaves[0].new_empty((0,) if num_tasks is None else (num_tasks, 0))
         return Adapted(predictor, state, losses, begin.fixed)
+
+    def loaded(self, predictor: Predictor, path: str | os.PathLike[str]) -> Adapted:
+        """Returns the adaptation in a file, as `CompiledUnroll.load` documents. `predictor`: of the unroll."""
+        found = saved.read(path)
+        begin = self._reader.read()
+        structure = tree.flatten(begin.carry)[1]
+        names = tree.paths(begin.carry)
+        held = dict(zip(names, map(Spec.of, begin.carry_leaves), strict=True))
+        cpu, lead = torch.device("cpu"), () if found.num_tasks is None else (found.num_tasks,)
+        wanted = {name: dataclasses.replace(spec, shape=(*lead, *spec.shape), device=cpu) for name, spec in held.items()}
+        if wanted != {name: Spec.of(value) for name, value in found.tensors.items()}:
+            raise InvalidState(
+                f"{path} holds the state of another model, selection of parameters or optimiser: {tree.difference(wanted, found.tensors)}"
+            )
+        if found.fingerprint != predictor.fingerprint(begin.fixed):
+            raise InvalidState(
+                f"{path} was adapted from another base: parameters that did not adapt, or tensors of model or loss, are not those of this "
+                "model. Load the weights that the base had then"
+            )
+        leaves = [found.tensors[name].to(self._settings.device) for name in names]
+        state = State(tuple(leaves), tree.form_of(structure), found.num_tasks)
+        return Adapted(predictor, state, found.losses.to(self._settings.device), begin.fixed)
 
     def _find_anew(self, support: Any, query: tuple[Any] | None, start: Adapted | None, warm: bool) -> Routed:
         batch, num_tasks = self.support(support)

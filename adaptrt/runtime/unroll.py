@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
@@ -123,6 +124,29 @@ class CompiledUnroll:
           torch.Size([2, 3])
         """
         return self._execution.first(params, opt_state, buffers, num_tasks)
+
+    @entry_point
+    def load(self, path: str | os.PathLike[str]) -> Adapted:
+        """Reads what `Adapted.save` wrote, in this process or another, for a model with the same weights where it did not adapt.
+
+        Nothing is unpickled or run. The tensors come to the model's device, without autograd history.
+
+        Raises:
+          InvalidState: the file is damaged or of a newer format, or the state belongs to another model, optimiser or base.
+          OSError: it cannot be read.
+
+        Example:
+          >>> import tempfile
+          >>> from adaptrt import compile_unroll, optim
+          >>> unroll = compile_unroll(torch.nn.Linear(3, 2), optim.sgd(lr=0.1), k=2, backend="eager")
+          >>> adapted = unroll.adapt((torch.randn(6, 3), torch.randint(2, (6,))))
+          >>> with tempfile.TemporaryDirectory() as folder:
+          ...     adapted.save(f"{folder}/user-17.safetensors")
+          ...     loaded = unroll.load(f"{folder}/user-17.safetensors")
+          >>> torch.equal(loaded.params["weight"], adapted.params["weight"])
+          True
+        """
+        return self._execution.load(path)
 
     @entry_point
     def __call__(
