@@ -16,10 +16,11 @@ NAMES = {
     "compile_unroll errors optim stack trace where",
     "adaptrt.optim": f"{_OPTIMISERS} Optimizer Schedule Transform chain clip_by_global_norm learned partition per_step scale_by_schedule "
     "schedule scheduled",
-    "adaptrt.errors": "AdaptrtError AlreadyImported CannotBePickled CannotBeSet CannotRecord CompilerUnavailable "
-    "DataDependentControlFlow DeviceMismatch InvalidArgument InvalidBatch InvalidGraph InvalidLoss InvalidState InvalidType LabelOutOfRange "
-    "LongChain ModelChanged NonFiniteInput NotALeaf NotDifferentiable NotTraceable NothingToAdapt OptimizerMismatch OutOfDeviceMemory "
-    "RecordingFailed ShapeChanged UnknownPyTorch UnsupportedOptimizer UnsupportedParameter UnsupportedRandomness WithinTransform",
+    "adaptrt.errors": "AdaptrtError AlreadyImported CannotBePickled CannotBeSet CannotRecord CompilerUnavailable DataDependentControlFlow "
+    "DeviceMismatch InvalidArgument InvalidBatch InvalidGraph InvalidLoss InvalidState InvalidType LabelOutOfRange "
+    "LongChain ModelChanged NonFiniteInput NotALeaf NotDifferentiable NotTraceable NothingToAdapt OptimizerMismatch "
+    "OutOfDeviceMemory RecordingFailed ShapeChanged UnknownPyTorch UnsupportedOptimizer UnsupportedParameter "
+    "UnsupportedRandomness WithinTransform",
     "adaptrt.adjoint": "Adjoint FirstOrder Replay Stash Truncated Unrolled",
     "adaptrt.backend": "Backend CudaGraph Eager Inductor Tiered",
     "adaptrt.higher": "create_diff_optim get_diff_optim innerloop_ctx install monkeypatch optim patch register_optim uninstall utils",

@@ -56,6 +56,18 @@ class Batch(NamedTuple):
     target: Tree
 
 
+class Evaluation(NamedTuple):
+    """What model and loss compute on a batch: the loss (0-dim), the model's output, all buffers as they are left, and whether to update.
+
+    `update` is a bool tensor (0-dim), or None if the loss does not say: then the step is made.
+    """
+
+    loss: Tensor
+    output: Tree
+    buffers: dict[str, Tensor]
+    update: Tensor | None
+
+
 LOSS_BUFFER = "loss:"
 
 
@@ -70,7 +82,8 @@ class Step:
 
     Attributes:
       model: called as a function and never changed. Its train or eval mode is the one it has when the step is captured.
-      loss: a function or module of (output, target), or of (output) for batches without target; None for `default_loss`.
+      loss: a function or module of (output, target), or of (output) for batches without target; None for `default_loss`. It returns a
+        scalar, or (scalar, update) with a bool tensor: where that is false the step changes nothing.
       optimizer: `update(grads, state, params, hyper)`.
       detach_gradient: treat the gradient as a constant, as first-order MAML does.
       dtype: model and loss run under autocast to it, whatever the caller's autocast is. Parameters, their gradients, the optimiser's state
@@ -91,12 +104,12 @@ class Step:
         """Returns the carry after the step, and the loss before it (0-dim)."""
         params = {name: value if value.requires_grad else value.detach().requires_grad_() for name, value in carry.params.items()}
         with lift_noise(noise):
-            loss, _, buffers = self.evaluate(params, carry.buffers, fixed, batch)
+            loss, _, buffers, update = self.evaluate(params, carry.buffers, fixed, batch)
         grads = self.gradient(loss, params)
         new_params, opt_state = self.update(grads, carry.opt_state, params, fixed.hyper)
         after = Carry(new_params, opt_state, buffers)
         _require_same_specs(carry, after)
-        return after, loss
+        return after if update is None else chosen(update, after, carry), loss
 
     def update(self, grads: Mapping[str, Tensor], state: Tree, params: Mapping[str, Tensor], hyper: Tree) -> tuple[dict[str, Tensor], Tree]:
         """Returns the parameters and the optimiser's state after its update."""
@@ -115,8 +128,7 @@ class Step:
     def query_and_output(self, carry: Carry, fixed: Fixed, batch: Batch, noise: Sequence[Tensor]) -> tuple[Tensor, Tree]:
         """Returns the query loss of the adapted model (0-dim), and the model's output."""
         with lift_noise(noise), self.mode.within():
-            loss, output, _ = self.evaluate(carry.params, carry.buffers, fixed, batch, of_query=True)
-        return loss, output
+            return self.evaluate(carry.params, carry.buffers, fixed, batch, of_query=True)[:2]
 
     def predict(self, carry: Carry, fixed: Fixed, inputs: Tree, noise: Sequence[Tensor]) -> Tree:
         """Returns the adapted model's output for `inputs`."""
@@ -161,8 +173,8 @@ class Step:
 
     def evaluate(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], fixed: Fixed, batch: Batch, *, of_query: bool = False
-    ) -> tuple[Tensor, Tree, dict[str, Tensor]]:
-        """Returns the loss, the model's output and the updated buffers. The caller decides what random operations return (`lift_noise`)."""
+    ) -> Evaluation:
+        """Runs model and loss. The caller decides what random operations return (`lift_noise`)."""
         with self._precision(params):
             output, updated = self.apply(params, buffers, fixed, batch.inputs)
             target = () if batch.target is None else (batch.target,)
@@ -170,8 +182,11 @@ class Step:
                 loss = self._query_loss(output, target, fixed)
             else:
                 loss, updated = self._loss(output, target, fixed, updated)
+        loss, update = _as_update(loss)
         loss = _require_scalar(loss)
-        return loss if self.dtype is None else loss.to(next(iter(params.values())).dtype), output, updated
+        if self.dtype is not None:
+            loss = loss.to(next(iter(params.values())).dtype)
+        return Evaluation(loss, output, updated, update)
 
     def _precision(self, params: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[Any]:
         if self.dtype is None:
@@ -264,6 +279,22 @@ def _takes_output_alone(loss: Callable[..., Any]) -> bool:
     except ValueError:  # a built-in function without signature
         return True
     return True
+
+
+def _as_update(loss: Any) -> tuple[Any, Tensor | None]:
+    """Returns the loss, and whether to update if the loss says so by returning (loss, update)."""
+    if type(loss) is not tuple or len(loss) != 2:
+        return loss, None
+    loss, update = loss
+    if not isinstance(update, Tensor) or update.dim() != 0 or update.dtype is not torch.bool:
+        found = tree.describe(update) if isinstance(update, Tensor) else type(update).__name__
+        raise InvalidLoss(f"a loss that returns (loss, update) must return a bool tensor of shape [] as update, got {found}")
+    return loss, update
+
+
+def chosen(condition: Tensor, new: Tree, old: Tree) -> Tree:
+    """Returns one tree or the other, which is decided by a value (0-dim). What both share is returned as it is."""
+    return tree.map_leaves(lambda one, other: one if one is other else torch.where(condition, one, other), new, old)
 
 
 def _require_scalar(loss: Any) -> Tensor:

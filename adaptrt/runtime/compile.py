@@ -54,9 +54,10 @@ def compile_unroll(
         never changed, or an optimiser of `adaptrt.optim`. Hyperparameters are inputs: changing one does not recompile, and a tensor that
         requires grad gets its meta-gradient.
       k: number of inner steps, at least 1.
-      loss: `loss(output, target)`, or `loss(output)` for batches without target; returns a scalar. A module's parameters are meta-learned
-        with the model's. None: cross-entropy for integer targets, mean squared error for floating ones, the output itself (or its
-        `.loss`) when that is a scalar already.
+      loss: `loss(output, target)`, or `loss(output)` for batches without target; returns a scalar, or `(scalar, update)` with a bool
+        tensor of shape []: where it is false, the step changes nothing. A module's parameters are meta-learned with the model's. None:
+        cross-entropy for integer targets, mean squared error for floating ones, the output itself (or its `.loss`) when that is a scalar
+        already.
       query_loss: the loss of the query batch, where it is another than that of the inner steps; as `loss`. None: the same as `loss`.
       params: which parameters adapt: a glob on their names, a list of globs, or a predicate of (name, parameter). Left out: all that
         require grad, and with a `torch.optim` instance only those it holds. The rest are used unchanged, and get meta-gradients through

@@ -89,16 +89,16 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> tu
             buffers = {key: _differentiable(value) if before[key] else value for key, value in carry.buffers.items()}
             mode = step.mode if name == "query" else GradientMode.GRAD
             with record_noise() as drawn, diagnose.running(name, batch), record_code(executed), questions, mode.within():
-                loss, _, updated = step.evaluate(params, buffers, fixed, batch, of_query=name == "query")
+                loss, _, updated, update = step.evaluate(params, buffers, fixed, batch, of_query=name == "query")
             noise[:] = drawn  # a capture may run it twice
             live.update({key: value.requires_grad for key, value in updated.items()})
             if name != "support":
-                return loss, updated
+                return loss, updated, update
             with diagnose.pulling_back(loss), record_code(executed):
                 grads = step.gradient(loss, params)
             with diagnose.updating(), record_code(executed), questions:
                 result = step.update(grads, carry.opt_state, params, fixed.hyper)
-            return loss, updated, result
+            return loss, updated, update, result
 
         def forward(*args: Any, run: Callable[..., Tree] = run) -> Tensor:
             return run(*args)[0]
