@@ -137,5 +137,7 @@ def test_where_no_step_is_made_the_state_is_what_it_was() -> None:
 )
 def test_what_is_no_update(update: Any, found: str) -> None:
     unroll = make(model(), Replay(), loss=lambda output, target: (F.mse_loss(output, target), update))
-    with pytest.raises(InvalidLoss, match=rf"must return a bool tensor of shape \[\] as update, got {found}"):
+    with pytest.raises(
+        InvalidLoss, match=rf"\(loss, update\) with a bool tensor of shape \[\] as update; got a tuple with {found} as second"
+    ):
         unroll.adapt((data()[0][0], data()[1][0]))

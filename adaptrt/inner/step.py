@@ -288,7 +288,9 @@ def _as_update(loss: Any) -> tuple[Any, Tensor | None]:
     loss, update = loss
     if not isinstance(update, Tensor) or update.dim() != 0 or update.dtype is not torch.bool:
         found = tree.describe(update) if isinstance(update, Tensor) else type(update).__name__
-        raise InvalidLoss(f"a loss that returns (loss, update) must return a bool tensor of shape [] as update, got {found}")
+        raise InvalidLoss(
+            f"the loss must return a tensor, or (loss, update) with a bool tensor of shape [] as update; got a tuple with {found} as second"
+        )
     return loss, update
 
 
