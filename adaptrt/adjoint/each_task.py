@@ -45,7 +45,7 @@ class EachTask(Adjoint):
         return total.result()
 
     def meta_loss(self, programs: Programs, problem: Problem, task: Task, query: Query) -> Tensor:
-        pairs = zip(_tasks(problem, task), _along_tasks(query), strict=True)
+        pairs = zip(_tasks(problem, task), along_tasks(query), strict=True)
         return torch.stack([self.adjoint.meta_loss(programs, _of_one(problem), part, asked) for part, asked in pairs])
 
     def meta_loss_and_gradients(
@@ -53,7 +53,7 @@ class EachTask(Adjoint):
     ) -> tuple[Tensor, Gradients]:
         one, total = _of_one(problem), _Gradients(problem)
         losses: list[Tensor] = []
-        for part, asked, weight in zip(_tasks(problem, task), _along_tasks(query), cotangent, strict=True):
+        for part, asked, weight in zip(_tasks(problem, task), along_tasks(query), cotangent, strict=True):
             loss, gradients = self.adjoint.meta_loss_and_gradients(programs, one, part, asked, weight)
             losses.append(loss)
             total.add(gradients)
@@ -87,11 +87,11 @@ def _of_one(problem: Problem) -> Problem:
 
 
 def _tasks(problem: Problem, task: Task) -> list[Task]:
-    parts = _along_tasks((task.support, task.noise, *((task.start,) if problem.start_has_task_axis else ())))
+    parts = along_tasks((task.support, task.noise, *((task.start,) if problem.start_has_task_axis else ())))
     return [Task(start[0] if start else task.start, task.fixed, support, noise) for support, noise, *start in parts]
 
 
-def _along_tasks(part: Any) -> list[Any]:
-    """The tree of each task."""
+def along_tasks(part: Any) -> list[Any]:
+    """Returns the tree of each task."""
     values, structure = tree.flatten(part)
     return [tree.unflatten(structure, rows) for rows in zip(*(value.unbind(0) for value in values), strict=True)]

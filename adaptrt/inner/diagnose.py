@@ -117,6 +117,15 @@ def updating() -> AbstractContextManager[None]:
     return _tracing("the optimiser", "make the value a number when the optimiser is built", other)
 
 
+def guarding() -> AbstractContextManager[None]:
+    """Turns what a guard raises into an error that names the line. Errors are those of `updating`."""
+
+    def other(error: str) -> AdaptrtError:
+        return InvalidArgument(f"keep(before, after) fails: {error}")
+
+    return _tracing("keep", "compare tensors, and return a bool tensor of shape []", other)
+
+
 @contextmanager
 def _tracing(what: str, advice: str, other: Callable[[str], AdaptrtError]) -> Generator[None]:
     # It logs a traceback of its own before it raises.

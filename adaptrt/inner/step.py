@@ -71,6 +71,11 @@ class Evaluation(NamedTuple):
 LOSS_BUFFER = "loss:"
 
 
+def of_model(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the buffers of a carry without those of a loss module."""
+    return {name: value for name, value in buffers.items() if not name.startswith(LOSS_BUFFER)}
+
+
 def as_data(value: Tree) -> Batch:
     """Returns a batch as it is, and the inputs of a model as a batch without target."""
     return value if isinstance(value, Batch) else Batch(value, None)
@@ -90,6 +95,7 @@ class Step:
         and the loss keep their dtypes. None: without autocast.
       mode: the gradient mode in which `query` and `predict` run. The inner steps always have gradients.
       query_loss: the loss of query batches, None for `loss`.
+      guard: decides whether the state after the last step is kept (`adaptrt.inner.guard`).
     """
 
     model: nn.Module
@@ -99,6 +105,7 @@ class Step:
     dtype: torch.dtype | None = None
     mode: GradientMode = GradientMode.GRAD
     query_loss: LossFunction = None
+    guard: Callable[..., Any] | None = None
 
     def __call__(self, carry: Carry, fixed: Fixed, batch: Batch, noise: Sequence[Tensor]) -> tuple[Carry, Tensor]:
         """Returns the carry after the step, and the loss before it (0-dim)."""

@@ -59,6 +59,9 @@ class Adapted:
       losses: support loss before each step, (k,) or [T, k]. They are NaN or infinite where the numbers went wrong. Of `start()` there are
         none, (0,) or [T, 0].
       fixed: what the model needs besides its state. Parameters that did not adapt are the model's own.
+      kept: what the guard of `adapt(keep=...)` decided, bool [] or [T]; None without a guard. Where it is false, the state is that before
+        the call.
+      final_loss: support loss after the last step, [] or [T], whether it was kept or not; None without a guard.
     """
 
     _predictor: Predictor
@@ -67,8 +70,19 @@ class Adapted:
     state: State
     losses: Tensor
     fixed: Fixed
+    kept: Tensor | None
+    final_loss: Tensor | None
 
-    def __init__(self, predictor: Predictor, state: State, losses: Tensor, fixed: Fixed, num_links: int = 0) -> None:
+    def __init__(
+        self,
+        predictor: Predictor,
+        state: State,
+        losses: Tensor,
+        fixed: Fixed,
+        num_links: int = 0,
+        kept: Tensor | None = None,
+        final_loss: Tensor | None = None,
+    ) -> None:
         # `num_links` counts the adaptations before this one whose graphs it holds.
         held = self.__dict__  # attributes cannot be set
         held["_predictor"] = predictor
@@ -76,6 +90,8 @@ class Adapted:
         held["losses"] = losses
         held["fixed"] = fixed
         held["_num_links"] = num_links
+        held["kept"] = kept
+        held["final_loss"] = final_loss
 
     def __setattr__(self, name: str, value: object = None) -> NoReturn:
         del value
@@ -87,7 +103,7 @@ class Adapted:
     __delattr__ = __setattr__  # pyright: ignore
 
     def __copy__(self) -> Adapted:
-        return Adapted(self._predictor, self.state, self.losses, self.fixed, self._num_links)
+        return Adapted(self._predictor, self.state, self.losses, self.fixed, self._num_links, self.kept, self.final_loss)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Adapted:
         def copied(value: Tensor) -> Tensor:
@@ -95,7 +111,12 @@ class Adapted:
                 return copy.deepcopy(value, memo)
             return memo.setdefault(id(value), value.detach().clone())
 
-        return Adapted(self._predictor, self.state.map(copied), copied(self.losses), tree.map_leaves(copied, self.fixed))
+        fixed, (losses, *guarded) = tree.map_leaves(copied, self.fixed), tree.map_leaves(copied, self._numbers())
+        return Adapted(self._predictor, self.state.map(copied), losses, fixed, 0, *guarded)
+
+    def _numbers(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Returns the losses, and what a guard found."""
+        return self.losses, self.kept, self.final_loss
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         del protocol
@@ -149,7 +170,8 @@ class Adapted:
 
         Parameters that did not adapt remain the model's own, and still get gradients from predictions.
         """
-        return Adapted(self._predictor, self.state.detach(), self.losses.detach(), self.fixed)
+        losses, *guarded = tree.map_leaves(Tensor.detach, self._numbers())
+        return Adapted(self._predictor, self.state.detach(), losses, self.fixed, 0, *guarded)
 
     def replace(
         self, *, params: Mapping[str, Tensor] | None = None, buffers: Mapping[str, Tensor] | None = None, opt_state: Tree = None
@@ -192,7 +214,9 @@ class Adapted:
             def part(value: Tensor) -> Tensor:
                 return value[index] if places is None else value.index_select(0, places)
 
-            return self.with_state(dataclasses.replace(self.state.map(part), num_tasks=len(chosen)), part(self.losses), [self])
+            state = dataclasses.replace(self.state.map(part), num_tasks=len(chosen))
+            losses, *guarded = tree.map_leaves(part, self._numbers())
+            return Adapted(self._predictor, state, losses, self.fixed, self._num_links, *guarded)
         place = operator.index(index)
         if not -num_tasks <= place < num_tasks:
             raise IndexError(f"there are {num_tasks} tasks, none with the index {place}")
@@ -208,11 +232,11 @@ class Adapted:
     def __getattr__(self, name: str) -> Any:
         # What one task has of several is taken when it is first asked for: views of all tensors of all tasks take longer than a small step.
         batch, place = self.__dict__.get("_row_of", (None, 0))
-        if batch is None or name not in ("state", "losses"):
+        if batch is None or name not in ("state", "losses", "kept", "final_loss"):
             raise AttributeError(f"an Adapted has no attribute '{name}'")
         held = self.__dict__
         held["state"] = State(tuple([value.select(0, place) for value in batch.state.leaves]), batch.state.form)
-        held["losses"] = batch.losses.select(0, place)
+        held["losses"], held["kept"], held["final_loss"] = tree.map_leaves(lambda value: value.select(0, place), batch._numbers())
         return held[name]
 
     def _over_tasks(self, what: str) -> int:

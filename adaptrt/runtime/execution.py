@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -13,11 +13,14 @@ from torch import Tensor
 
 from adaptrt import tree
 from adaptrt.adjoint.base import Query, Task
-from adaptrt.errors import NonFiniteInput
+from adaptrt.adjoint.each_task import EachTask
+from adaptrt.errors import InvalidArgument, NonFiniteInput
 from adaptrt.graph.noise import restored_on_error
 from adaptrt.inner import check
-from adaptrt.inner.reader import Reader
-from adaptrt.inner.step import as_call
+from adaptrt.inner.guard import Guard, Guards
+from adaptrt.inner.reader import Reader, Start
+from adaptrt.inner.step import Batch, as_call
+from adaptrt.inner.unroll import batch_of_step
 from adaptrt.runtime import nodes
 from adaptrt.runtime.adapted import Adapted
 from adaptrt.runtime.nodes import Call
@@ -63,6 +66,7 @@ class Execution:
         self.planner = Planner(settings, reader, of_one_step)
         self.router = Router(settings, task_axis, reader, self.planner)
         self._predictor = ModelPredictor(settings, reader, self.planner)
+        self._guards = Guards()
 
     def first(
         self, params: Mapping[str, Tensor] | None, opt_state: Any, buffers: Mapping[str, Tensor] | None, num_tasks: int | None
@@ -74,8 +78,11 @@ class Execution:
         """As `CompiledUnroll.load`."""
         return self.router.loaded(self._predictor, path)
 
-    def adapt(self, support: Any, start: Adapted | None, generator: torch.Generator | None, warm: bool = False) -> Adapted:
+    def adapt(
+        self, support: Any, start: Adapted | None, generator: torch.Generator | None, warm: bool = False, keep: Any = None
+    ) -> Adapted:
         """As `CompiledUnroll.adapt`. `warm`: whether plans may be made although data of new shapes is refused."""
+        guard = None if keep is None else self._guard(keep)
         route, begin, batch, _, inputs = self.router.find(support, None, start, warm)
         plan = route.plan
         plan.validation.before("support", batch, plan.probe.bounds)
@@ -91,8 +98,43 @@ class Execution:
             except NonFiniteInput:
                 plan.validation.report("support", batch, plan.probe.bounds)
                 raise
+            kept = final_loss = None
+            if guard is not None:
+                kept, final_loss, leaves = self._guarded(guard, route, begin, batch, leaves, losses, generator, warm)
         num_links = 0 if start is None else start.num_links_after(leaves)
-        return Adapted(self._predictor, State(tuple(leaves), route.form, route.num_tasks), losses, begin.fixed, num_links)
+        state = State(tuple(leaves), route.form, route.num_tasks)
+        return Adapted(self._predictor, state, losses, begin.fixed, num_links, kept, final_loss)
+
+    def _guard(self, keep: Any) -> Guard:
+        if keep == "not_worse" and self.settings.per_step:
+            raise InvalidArgument(
+                "keep='not_worse' compares losses on one batch, and with per_step=True each step has another; give a function "
+                "of (before, after) that compares what you mean"
+            )
+        return self._guards.find(keep)
+
+    def _guarded(
+        self,
+        guard: Guard,
+        route: Route,
+        begin: Start,
+        support: Batch,
+        leaves: Sequence[Tensor],
+        losses: Tensor,
+        generator: torch.Generator | None,
+        warm: bool,
+    ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
+        """Returns what a guard decides, the loss after the last step, and the leaves of the state that remains."""
+        plan, settings = route.plan, self.settings
+        batch = batch_of_step(support, settings.k - 1, per_step=settings.per_step, task_axis=self.task_axis)
+        guard_plan = self.planner.guard(plan, guard, batch, begin, route.num_tasks, warm)
+        noise = self.planner.draw(plan.probe.noise, generator, route.num_tasks)
+        args = begin.carry, route.form.tree(leaves), begin.fixed, batch, losses, noise
+        if isinstance(plan.adjoint, EachTask):
+            kept, final_loss, carry = nodes.guard_each_task(guard_plan, args, begin.has_tasks)
+        else:
+            kept, final_loss, carry = nodes.guard(guard_plan, args)
+        return kept, final_loss, route.form.leaves(carry)
 
     def meta_loss(self, support: Any, query: Any, start: Adapted | None, generator: torch.Generator | None, warm: bool = False) -> Tensor:
         """As a call of `CompiledUnroll`: the mean over tasks of the query loss after the last step."""

@@ -7,7 +7,8 @@ A gradient cannot itself be differentiated: there is no program for the meta-gra
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -16,12 +17,14 @@ from torch.autograd import Function
 
 from adaptrt import tree
 from adaptrt.adjoint.base import Adaptation, Gradients, Query, Task, Wrt
+from adaptrt.adjoint.each_task import along_tasks
 from adaptrt.backend.engine import graph_is_kept, refuse_freed
 from adaptrt.backend.entry_points import entry_point
 from adaptrt.errors import NotDifferentiable
+from adaptrt.inner.guard import guarded
 from adaptrt.inner.step import Carry, Fixed, as_data
 from adaptrt.runtime.calls import Validate
-from adaptrt.runtime.plan import PredictionPlan, QueryPlan, SupportPlan
+from adaptrt.runtime.plan import GuardPlan, PredictionPlan, QueryPlan, SupportPlan
 from adaptrt.runtime.route import Route
 from adaptrt.tree import Tree
 
@@ -113,24 +116,34 @@ def _validate_both(plan: SupportPlan, query_plan: QueryPlan) -> Validate:
     return validate
 
 
-def _predict(plan: PredictionPlan, args: Any) -> Tree:
-    def run(*args: Tree) -> Tree:
-        return plan.programs.program(plan.name, plan.function, _PREDICT)(*args)
+class _Computation(NamedTuple):
+    """One program that is a whole call, and its pullback.
 
-    def validate(carry: Carry, fixed: Fixed, data: Tree, noise: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], Tensor | None]:
-        batch, is_valid = plan.validation.within(as_data(data), plan.bounds)
-        return (carry, fixed, batch if plan.is_of_batch else batch.inputs, noise), is_valid
+    Attributes:
+      name, function, kinds: of the program, as for `adaptrt.adjoint.base.Programs`.
+      plan: holds the programs, and what runs them.
+      validate: as for `Calls.run`.
+    """
 
-    return plan.calls.run(plan.name, None, run, args, validate)
+    name: str
+    function: Callable[..., Tree]
+    kinds: tuple[str, ...]
+    plan: PredictionPlan | GuardPlan
+    validate: Validate | None = None
 
+    def __call__(self, args: Any) -> Tree:
+        def run(*args: Tree) -> Tree:
+            return self.plan.programs.program(self.name, self.function, self.kinds)(*args)
 
-def _predict_pullback(plan: PredictionPlan, wrt: Wrt, args: Any, cotangents: Sequence[Tensor]) -> Any:
-    name = f"{plan.name} pullback"
+        return self.plan.calls.run(self.name, None, run, args, self.validate)
 
-    def run(*args: Tree) -> Tree:
-        return plan.programs.pullback(name, plan.function, _PREDICT, wrt)(*args)
+    def pullback(self, wrt: Wrt, args: Any, cotangents: Sequence[Tensor]) -> Any:
+        name = f"{self.name} pullback"
 
-    return plan.calls.run(name, wrt, run, (*args, cotangents))
+        def run(*args: Tree) -> Tree:
+            return self.plan.programs.pullback(name, self.function, self.kinds, wrt)(*args)
+
+        return self.plan.calls.run(name, wrt, run, (*args, cotangents))
 
 
 # --- calls as nodes
@@ -138,19 +151,41 @@ def _predict_pullback(plan: PredictionPlan, wrt: Wrt, args: Any, cotangents: Seq
 
 def predict(plan: PredictionPlan, carry: Carry, fixed: Fixed, data: Tree, noise: tuple[Tensor, ...]) -> Tree:
     """Returns what the plan is for, differentiable if gradients are enabled and anything requires grad."""
-    args = (carry, fixed, data, noise)
+
+    def validate(carry: Carry, fixed: Fixed, data: Tree, noise: tuple[Tensor, ...]) -> tuple[tuple[Any, ...], Tensor | None]:
+        batch, is_valid = plan.validation.within(as_data(data), plan.bounds)
+        return (carry, fixed, batch if plan.is_of_batch else batch.inputs, noise), is_valid
+
+    return _computed(_Computation(plan.name, plan.function, _PREDICT, plan, validate), (carry, fixed, data, noise))
+
+
+def guard(plan: GuardPlan, args: tuple[Tree, ...]) -> tuple[Tensor, Tensor, Carry]:
+    """Returns what `guarded` does of these arguments, differentiable if gradients are enabled and anything requires grad."""
+    return _computed(_Computation("guard", functools.partial(guarded, plan.step), _GUARD, plan), args)
+
+
+def guard_each_task(plan: GuardPlan, args: tuple[Tree, ...], start_has_task_axis: bool) -> tuple[Tensor, Tensor, Carry]:
+    """Does the same for one task after another, by a program that knows of no task axis."""
+    start, carry, fixed, *rest = args
+    parts = along_tasks((carry, *rest, *((start,) if start_has_task_axis else ())))
+    found = [guard(plan, (own[-1] if start_has_task_axis else start, own[0], fixed, *own[1:4])) for own in parts]
+    return tree.map_leaves(lambda *values: torch.stack(values), *found)
+
+
+def _computed(computation: _Computation, args: tuple[Tree, ...]) -> Any:
     if not torch.is_grad_enabled():
-        return _predict(plan, args)
+        return computation(args)
     flags = tuple(tuple(leaf.requires_grad for leaf in tree.leaves(arg)) for arg in args)
     if not any(map(any, flags)):
-        return _predict(plan, args)
+        return computation(args)
     result: list[Any] = []
     wanted = [leaf for arg, marks in zip(args, flags, strict=True) for leaf, mark in zip(tree.leaves(arg), marks, strict=True) if mark]
-    leaves = _Predict.apply(plan, args, flags, result, *wanted)
+    leaves = _Computed.apply(computation, args, flags, result, *wanted)
     return tree.unflatten(result[0], leaves)  # type: ignore[arg-type]
 
 
 _PREDICT = ("carry", "fixed", "batch", "noise")
+_GUARD = ("start", "carry", "fixed", "batch", "losses", "noise")
 
 
 class _Final(Function):
@@ -264,14 +299,14 @@ def _is_one(cotangent: Tensor) -> bool:
         return False
 
 
-class _Predict(Function):
+class _Computed(Function):
     @staticmethod
-    def forward(ctx: Any, plan: PredictionPlan, args: Any, flags: Any, result: list[Any], *inputs: Tensor) -> tuple[Tensor, ...]:
-        output = _predict(plan, args)
+    def forward(ctx: Any, computation: _Computation, args: Any, flags: Any, result: list[Any], *inputs: Tensor) -> tuple[Tensor, ...]:
+        output = computation(args)
         leaves, structure = tree.flatten(output)
         result.append(structure)
         floating = tuple(leaf.is_floating_point() for leaf in leaves)
-        ctx.plan, ctx.wrt, ctx.inputs = plan, Wrt(flags, floating), inputs
+        ctx.computation, ctx.wrt, ctx.inputs = computation, Wrt(flags, floating), inputs
         values, ctx.structure = _saveable(args)
         ctx.save_for_backward(*values)
         ctx.mark_non_differentiable(*[leaf for leaf, flag in zip(leaves, floating, strict=True) if not flag])
@@ -283,5 +318,5 @@ class _Predict(Function):
         args = tree.unflatten(ctx.structure, ctx.saved_tensors)
         with torch.no_grad():
             wanted = [value for value, flag in zip(cotangents, ctx.wrt.result, strict=True) if flag]
-            found = _predict_pullback(ctx.plan, ctx.wrt, args, wanted)
+            found = ctx.computation.pullback(ctx.wrt, args, wanted)
         return None, None, None, None, *_final([value for group in found for value in group], ctx.inputs, cotangents)

@@ -24,15 +24,16 @@ from adaptrt.graph.ir import Graph
 from adaptrt.graph.noise import Noise
 from adaptrt.inner import diagnose
 from adaptrt.inner.executed import Executed
+from adaptrt.inner.guard import Guard
 from adaptrt.inner.step import Batch, Carry, Fixed, Step, as_data
 from adaptrt.runtime.cache import Cache
 from adaptrt.runtime.calls import Calls
 from adaptrt.runtime.capture import CaptureSettings, TaskAxis, capture_graph, without_leading_axis
-from adaptrt.runtime.probe import Prediction, Probe, noise_specs, probe, probe_prediction, undone_after
+from adaptrt.runtime.probe import Prediction, Probe, noise_specs, probe, probe_guard, probe_prediction, undone_after
 from adaptrt.runtime.program_set import ProgramSet
 from adaptrt.runtime.settings import Settings
 from adaptrt.runtime.validation import Validation
-from adaptrt.tree import Tree
+from adaptrt.tree import Spec, Tree
 
 
 class Arguments(NamedTuple):
@@ -105,6 +106,7 @@ class SupportPlan:
       carry: for each leaf of the carry whether a gradient flows through it from step to step; through running statistics none does.
       shapes: the data in words.
       queries: the plans for query data that follows such support data.
+      guards: the plans for guards, which decide whether the state after such support data is kept.
       problems: the problems met so far, by their keys.
     """
 
@@ -118,6 +120,7 @@ class SupportPlan:
     carry: tuple[bool, ...]
     shapes: tuple[str, ...]
     queries: Cache[QueryPlan]
+    guards: Cache[GuardPlan]
     problems: dict[Hashable, Problem] = dataclasses.field(default_factory=dict[Hashable, Problem])
 
 
@@ -172,6 +175,20 @@ class PredictionPlan:
         return self.step.query_and_output if self.is_of_batch else self.step.predict
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class GuardPlan:
+    """The plan for a guard after a support plan.
+
+    Attributes:
+      step: with the guard.
+      programs, calls: as for `SupportPlan`.
+    """
+
+    step: Step
+    programs: ProgramSet
+    calls: Calls
+
+
 def plan_support(settings: Settings, launcher: Launcher | None, step_of: Callable[[bool], Step], arguments: Arguments) -> SupportPlan:
     """Decides how to adapt on support batches of one shape.
 
@@ -208,6 +225,7 @@ def plan_support(settings: Settings, launcher: Launcher | None, step_of: Callabl
         carry=(*floating, *found.live_buffers),
         shapes=arguments.shapes,
         queries=Cache(settings.cache_size),
+        guards=Cache(settings.cache_size),
     )
 
 
@@ -223,6 +241,17 @@ def plan_query(
     capturing = _capturing(settings, plan.step, found, arguments, isinstance(plan.adjoint, EachTask))
     programs = ProgramSet(settings.backend, settings.modules, capturing, plan.validation.in_program, parent=plan.programs)
     return QueryPlan(found, programs, _calls(settings, launcher, programs), arguments.shapes, weights)
+
+
+def plan_guard(settings: Settings, launcher: Launcher | None, plan: SupportPlan, guard: Guard, arguments: Arguments) -> GuardPlan:
+    """Decides how a guard is computed after `plan`. Other arguments as for `plan_support`."""
+    step, carry, found = guard.step(plan.step), arguments.carry, plan.probe
+    losses = Spec((settings.k,), found.loss.dtype, found.loss.device)
+    args = carry, carry, arguments.fixed, arguments.data, losses, noise_specs(found.noise)
+    guard.python.add(probe_guard(step, args))
+    capturing = _capturing(settings, step, found, arguments, isinstance(plan.adjoint, EachTask))
+    programs = ProgramSet(settings.backend, settings.modules, capturing)
+    return GuardPlan(step, programs, _calls(settings, launcher, programs))
 
 
 def plan_prediction(settings: Settings, launcher: Launcher | None, step: Step, arguments: Arguments) -> PredictionPlan:

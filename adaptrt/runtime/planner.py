@@ -18,11 +18,23 @@ from adaptrt.graph.gradient_mode import GradientMode
 from adaptrt.graph.noise import Noise, draw
 from adaptrt.graph.surroundings import refuse_transforms
 from adaptrt.inner.executed import Executed
+from adaptrt.inner.guard import Guard
 from adaptrt.inner.reader import Reader, Start
 from adaptrt.inner.step import Batch, Carry, Fixed
 from adaptrt.runtime.cache import Cache
 from adaptrt.runtime.capture import TaskAxis
-from adaptrt.runtime.plan import Arguments, PredictionPlan, QueryPlan, SupportPlan, in_words, plan_prediction, plan_query, plan_support
+from adaptrt.runtime.plan import (
+    Arguments,
+    GuardPlan,
+    PredictionPlan,
+    QueryPlan,
+    SupportPlan,
+    in_words,
+    plan_guard,
+    plan_prediction,
+    plan_query,
+    plan_support,
+)
 from adaptrt.runtime.program import Program
 from adaptrt.runtime.settings import Settings
 from adaptrt.tree import Tree
@@ -101,6 +113,19 @@ class Planner:
 
         return plan.queries.get_or_make((_key(batch), mode), make)
 
+    def guard(self, plan: SupportPlan, guard: Guard, batch: Batch, start: Start, num_tasks: int | None, warm: bool) -> GuardPlan:
+        """Returns the plan for a guard after `plan`. `batch` is that of the last step; other arguments are as for `support`."""
+
+        def make() -> GuardPlan:
+            if self._settings.must_be_warm and not warm:
+                raise ShapeChanged("no program was compiled for this guard; call unroll.warmup(support, keep=...) with it first")
+            tasks = TaskAxis(num_tasks, start.has_tasks)
+            return plan_guard(
+                self._settings, self._launcher, plan, guard, Arguments.of(start.carry, start.fixed, batch, tasks, self._python())
+            )
+
+        return plan.guards.get_or_make((guard, guard.python.number()), make)
+
     def prediction(
         self,
         data: Tree,
@@ -164,7 +189,8 @@ class Planner:
     def programs(self) -> list[tuple[str, Program]]:
         """Returns all programs with their names, those of the shapes used last at the end."""
         plans = self.supports.entries()
-        sets = [part for plan in plans for part in (plan.programs, *(query.programs for query in plan.queries.entries()))]
+        parts = [(plan, *plan.queries.entries(), *plan.guards.entries()) for plan in plans]
+        sets = [part.programs for group in parts for part in group]
         sets += [prediction.programs for prediction in self.predictions.entries()]
         return [entry for programs in sets for entry in programs.named()]
 

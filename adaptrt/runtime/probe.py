@@ -19,6 +19,7 @@ from adaptrt.graph.passes.lift_noise import record_noise
 from adaptrt.graph.signature import Role
 from adaptrt.inner import diagnose
 from adaptrt.inner.executed import Executed, record_code
+from adaptrt.inner.guard import guarded
 from adaptrt.inner.hooks import refuse_hooks
 from adaptrt.inner.questions import TensorQuestions
 from adaptrt.inner.reachable import HOOKS_OF_ALL_MODULES
@@ -141,6 +142,26 @@ def probe_prediction(step: Step, carry: Carry, fixed: Fixed, data: Tree) -> Pred
     return Prediction(drawn, tuple(index_bounds(seen.graph)), executed, seen.leaves_traces, bool(executed.questions))
 
 
+def probe_guard(step: Step, args: tuple[Tree, ...]) -> Executed:
+    """Runs a guard on fake tensors, and returns the Python code that ran.
+
+    Args:
+      step: with the guard.
+      args: specs of the arguments of `guarded` for one task, without the step.
+    Raises:
+      InvalidArgument, DataDependentControlFlow, NotTraceable: see `adaptrt.errors`.
+    """
+    executed = Executed()
+
+    def run(*args: Tree) -> Tree:
+        with record_code(executed):
+            return guarded(step, *args)
+
+    seen = _watched(step, executed, lambda: capture(run, *args))
+    _require_no_state(seen.writes, run, args, step, executed)
+    return executed
+
+
 class _Seen(NamedTuple):
     """A graph, what its capture wrote, and whether to objects outside of the model, too."""
 
@@ -220,7 +241,8 @@ def _require_no_answer(
 
 def _roots(step: Step) -> dict[str, Any]:
     losses = {"loss": step.loss, "query_loss": step.query_loss}
-    return {"model": step.model, **losses, "the optimiser's update": step.optimizer.update, **HOOKS_OF_ALL_MODULES}
+    functions = {"the optimiser's update": step.optimizer.update, **({} if step.guard is None else {"keep": step.guard})}
+    return {"model": step.model, **losses, **functions, **HOOKS_OF_ALL_MODULES}
 
 
 def undone_after(step: Step, executed: Executed, run: Callable[[], Graph]) -> Graph:

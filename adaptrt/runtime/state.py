@@ -11,7 +11,7 @@ from torch import Tensor
 from adaptrt import tree
 from adaptrt.errors import DeviceMismatch, InvalidArgument, InvalidType
 from adaptrt.graph.pytrees import register
-from adaptrt.inner.step import LOSS_BUFFER, Carry
+from adaptrt.inner.step import Carry, of_model
 from adaptrt.tree import Form, Spec, Tree
 
 register(tree.ReadOnly)
@@ -55,7 +55,7 @@ class State:
     @property
     def buffers(self) -> dict[str, Tensor]:
         """The model's buffers by name, read-only."""
-        return tree.ReadOnly(_of_model(self.carry.buffers))
+        return tree.ReadOnly(of_model(self.carry.buffers))
 
     def replace(
         self,
@@ -75,7 +75,7 @@ class State:
           DeviceMismatch: a tensor on another device.
         """
         carry = self.carry
-        own = _of_model(carry.buffers)
+        own = of_model(carry.buffers)
         return self.of(
             Carry(
                 {**carry.params, **self._values("params", carry.params, params or {})},
@@ -140,7 +140,3 @@ class State:
 
 def _expanded(value: Tensor, num_tasks: int) -> Tensor:
     return value.unsqueeze(0).expand(num_tasks, *value.shape).clone()
-
-
-def _of_model(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value for name, value in buffers.items() if not name.startswith(LOSS_BUFFER)}

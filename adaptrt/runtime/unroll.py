@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NoReturn
 
 import torch
@@ -16,10 +16,14 @@ from adaptrt.backend.tiered import TieredRunner, call_ended
 from adaptrt.errors import CannotBePickled, CannotBeSet, InvalidArgument
 from adaptrt.graph.ir import Graph
 from adaptrt.inner import check
+from adaptrt.inner.guard import Moment
 from adaptrt.runtime.adapted import Adapted
 from adaptrt.runtime.execution import Execution, Result
 from adaptrt.runtime.explain import Explanation, explain
 from adaptrt.runtime.settings import Settings
+
+Keep = str | Callable[[Moment, Moment], Tensor] | None
+"""The name of a guard, or a function; None for no guard."""
 
 
 class CompiledUnroll:
@@ -73,7 +77,7 @@ class CompiledUnroll:
         return self._settings.device
 
     @entry_point
-    def adapt(self, support: Any, *, start: Adapted | None = None, generator: torch.Generator | None = None) -> Adapted:
+    def adapt(self, support: Any, *, keep: Keep = None, start: Adapted | None = None, generator: torch.Generator | None = None) -> Adapted:
         """Adapts the model to a support batch.
 
         Differentiable outside `no_grad`: parameters, hyperparameters, support data and `start` that require grad get gradients from
@@ -82,6 +86,11 @@ class CompiledUnroll:
         Args:
           support: `(inputs, target)` or `(inputs,)`; inputs a tensor, tuple or dict. Axes [S, ...] = support examples first, behind steps k
             with `per_step` and tasks T with `vmap`: [T, k, S, ...].
+          keep: a guard, which decides by task whether the result is kept: "finite" if all losses and all numbers of the state are;
+            "not_worse" if they are and the support loss is at most what it was; or a function of (before, after), two
+            `adaptrt.inner.guard.Moment`, that returns a bool tensor of shape []. It is captured, as the loss is. Where it is false the
+            result has the state that the call started from, bit for bit, optimiser and buffers included. `Adapted.kept` says what was
+            decided. It takes one more evaluation of the support loss, `Adapted.final_loss`; with `per_step`, on the last step's batch.
           start: go on from an earlier result, its optimiser state included, or from what `start()` returned, instead of from the present
             values of model and optimiser. With a task axis each task goes on from its own; a start without one is that of every task.
           generator: where random operations draw from; None for the global generator.
@@ -90,7 +99,7 @@ class CompiledUnroll:
           DataDependentControlFlow, NotDifferentiable: see `adaptrt.errors`.
         """
         with self._execution.planner.call():
-            return self._execution.adapt(support, start, generator)
+            return self._execution.adapt(support, start, generator, keep=keep)
 
     @entry_point
     def start(
@@ -226,7 +235,7 @@ class CompiledUnroll:
         return CompiledUnroll(self._settings, task_axis=True)
 
     @entry_point
-    def warmup(self, support: Any, query: Any = None, *, start: bool = False, evaluate: bool = False) -> CompiledUnroll:
+    def warmup(self, support: Any, query: Any = None, *, start: bool = False, evaluate: bool = False, keep: Keep = None) -> CompiledUnroll:
         """Compiles for data of these shapes ahead of time; returns the unroll itself.
 
         That is what `adapt` needs without gradients; with `query` also prediction on its inputs, and the meta-loss, with its gradient
@@ -238,14 +247,15 @@ class CompiledUnroll:
             values of its own. Without one, `adapt` needs none.
           evaluate: also compile for `evaluate`, and for losses by task (`reduction="none"`) and by step; with their gradients if these are
             enabled here. It needs `query`.
+          keep: also compile for calls of `adapt` with this guard.
         """
         if evaluate and query is None:
             raise InvalidArgument("warmup(evaluate=True) needs a query batch; pass warmup(support, query, evaluate=True)")
         run, generator = self._execution, torch.Generator(self._settings.device)
         with torch.no_grad():
-            adapted = run.adapt(support, None, generator, warm=True)
+            adapted = run.adapt(support, None, generator, warm=True, keep=keep)
             if start:
-                run.adapt(support, adapted, generator, warm=True)
+                run.adapt(support, adapted, generator, warm=True, keep=keep)
             if query is not None:
                 run.predict(adapted, query, generator, warm=True)
         if query is not None:
