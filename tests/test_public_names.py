@@ -14,8 +14,8 @@ _TAPE = "SGD Adam AdamW Adadelta Adagrad Adamax ASGD RMSprop Rprop NAdam RAdam A
 NAMES = {
     "adaptrt": "Adapted Adjoint Backend CompiledUnroll CudaGraph Eager FirstOrder Inductor Replay Result Stash Truncated Unrolled "
     "compile_unroll errors optim stack trace where",
-    "adaptrt.optim": f"{_OPTIMISERS} Optimizer Schedule Transform chain clip_by_global_norm learned partition per_step scale_by_schedule "
-    "schedule scheduled",
+    "adaptrt.optim": f"{_OPTIMISERS} Optimizer Schedule Transform chain clip_by_global_norm ema learned partition per_step proximal "
+    "scale_by_schedule schedule scheduled sharpness_aware skip_not_finite",
     "adaptrt.errors": "AdaptrtError AlreadyImported CannotBePickled CannotBeSet CannotRecord CompilerUnavailable DataDependentControlFlow "
     "DeviceMismatch InvalidArgument InvalidBatch InvalidGraph InvalidLoss InvalidState InvalidType LabelOutOfRange "
     "LongChain ModelChanged NonFiniteInput NotALeaf NotDifferentiable NotTraceable NothingToAdapt OptimizerMismatch "

@@ -17,6 +17,7 @@ from adaptrt.optim.rprop import rprop
 from adaptrt.optim.schedule import per_step, schedule, scheduled
 from adaptrt.optim.sgd import sgd
 from adaptrt.optim.transforms import chain, clip_by_global_norm, partition, scale_by_schedule
+from adaptrt.optim.wrappers import ema, proximal, sharpness_aware, skip_not_finite
 
 __all__ = [
     "Optimizer",
@@ -31,12 +32,14 @@ __all__ = [
     "asgd",
     "chain",
     "clip_by_global_norm",
+    "ema",
     "lbfgs",
     "learned",
     "muon",
     "nadam",
     "partition",
     "per_step",
+    "proximal",
     "radam",
     "rmsprop",
     "rprop",
@@ -44,4 +47,6 @@ __all__ = [
     "schedule",
     "scheduled",
     "sgd",
+    "sharpness_aware",
+    "skip_not_finite",
 ]
