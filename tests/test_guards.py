@@ -257,6 +257,11 @@ def test_warmup() -> None:
         assert len(unroll.graphs()) == before
     with pytest.raises(ShapeChanged):
         unroll.adapt(batch, keep="not_worse")
+    one_by_one = make(adjoint=Replay(), on_new_shape="error").warmup(tuple(value[0] for value in batch), keep="finite")
+    with pytest.raises(ShapeChanged, match="and steps="):
+        one_by_one.adapt(tuple(value[0] for value in batch), keep="finite", steps=1)
+    one_by_one.warmup(tuple(value[0] for value in batch), keep="finite", steps=1)
+    one_by_one.adapt(tuple(value[0] for value in batch), keep="finite", steps=1)
 
 
 def test_copies_and_parts_know_what_was_decided() -> None:

@@ -99,6 +99,7 @@ class Problem:
       carry: for each leaf of the carry whether a gradient can flow through it from step to step.
       task_axis: whether data and results have a leading axis of tasks.
       start_has_task_axis: whether the first carry has one already, because it comes from an earlier adaptation.
+      in_loop: whether steps are programs that leave out what all steps share; None for whenever there are several.
     """
 
     step: Step
@@ -109,11 +110,12 @@ class Problem:
     task_axis: bool = False
     start_has_task_axis: bool = False
     updates_per_step: int = 1
+    in_loop: bool | None = None
 
     @property
     def key(self) -> Hashable:
         """Everything in which the problems of one plan differ."""
-        return self.differentiated, self.start_has_task_axis
+        return self.differentiated, self.start_has_task_axis, self.k
 
 
 class Task(NamedTuple):
@@ -156,6 +158,8 @@ class Adjoint(abc.ABC):
     these two where it has a better way. Instances are immutable and hold no tensors.
     """
 
+    takes_any_k: bool = True
+    """Whether its programs are those of one step, so that another number of steps needs no others."""
     detach_gradient: bool = False
     """Whether the inner gradients are constants to it."""
     sees_all_data: bool = False

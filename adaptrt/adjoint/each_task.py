@@ -27,6 +27,10 @@ class EachTask(Adjoint):
     adjoint: Adjoint
 
     @property
+    def takes_any_k(self) -> bool:  # type: ignore[override]
+        return self.adjoint.takes_any_k
+
+    @property
     def sees_all_data(self) -> bool:  # type: ignore[override]
         return self.adjoint.sees_all_data
 

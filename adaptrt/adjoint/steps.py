@@ -29,7 +29,8 @@ def wrt_step(problem: Problem) -> Wrt:
 
 def loop_of(problem: Problem, shared: list[Tensor] | None = None) -> Loop | None:
     """Returns the loop over a problem's steps, None for a single step. `shared`: what its steps share, if that is known already."""
-    return Loop((False, True, not problem.per_step, False), shared) if num_updates(problem) > 1 else None
+    in_loop = num_updates(problem) > 1 if problem.in_loop is None else problem.in_loop
+    return Loop((False, True, not problem.per_step, False), shared) if in_loop else None
 
 
 def backwards(problem: Problem, task: Task, pull: Pull, carry: Sequence[Tensor], losses: Tensor, first: int = 0) -> Gradients:

@@ -22,6 +22,7 @@ class Unrolled(Adjoint):
     between calls.
     """
 
+    takes_any_k = False
     sees_all_data = True
 
     def adapt_program(self, programs: Programs, problem: Problem) -> Callable[..., Any]:

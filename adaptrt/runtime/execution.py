@@ -79,11 +79,17 @@ class Execution:
         return self.router.loaded(self._predictor, path)
 
     def adapt(
-        self, support: Any, start: Adapted | None, generator: torch.Generator | None, warm: bool = False, keep: Any = None
+        self,
+        support: Any,
+        start: Adapted | None,
+        generator: torch.Generator | None,
+        warm: bool = False,
+        keep: Any = None,
+        k: int | None = None,
     ) -> Adapted:
-        """As `CompiledUnroll.adapt`. `warm`: whether plans may be made although data of new shapes is refused."""
+        """As `CompiledUnroll.adapt`. `warm`: whether plans may be made although data of new shapes is refused; `k`: of steps."""
         guard = None if keep is None else self._guard(keep)
-        route, begin, batch, _, inputs = self.router.find(support, None, start, warm)
+        route, begin, batch, _, inputs = self.router.find(support, None, start, warm, k)
         plan = route.plan
         plan.validation.before("support", batch, plan.probe.bounds)
         with restored_on_error(plan.probe.noise, generator):
@@ -126,8 +132,8 @@ class Execution:
     ) -> tuple[Tensor, Tensor, Sequence[Tensor]]:
         """Returns what a guard decides, the loss after the last step, and the leaves of the state that remains."""
         plan, settings = route.plan, self.settings
-        batch = batch_of_step(support, settings.k - 1, per_step=settings.per_step, task_axis=self.task_axis)
-        guard_plan = self.planner.guard(plan, guard, batch, begin, route.num_tasks, warm)
+        batch = batch_of_step(support, route.problem.k - 1, per_step=settings.per_step, task_axis=self.task_axis)
+        guard_plan = self.planner.guard(route.problem.k, plan, guard, batch, begin, route.num_tasks, warm)
         noise = self.planner.draw(plan.probe.noise, generator, route.num_tasks)
         args = begin.carry, route.form.tree(leaves), begin.fixed, batch, losses, noise
         if isinstance(plan.adjoint, EachTask):
@@ -218,7 +224,7 @@ class Execution:
 
     def _step_noise(self, route: Route, generator: torch.Generator | None) -> tuple[tuple[Tensor, ...], ...]:
         """What each update's random operations return."""
-        noise, num_updates = route.plan.probe.noise, self.settings.k * route.plan.step.optimizer.updates_per_step
+        noise, num_updates = route.plan.probe.noise, route.problem.k * route.problem.updates_per_step
         if not noise:
             return ((),) * num_updates
         return tuple([self.planner.draw(noise, generator, route.num_tasks) for _ in range(num_updates)])

@@ -243,10 +243,10 @@ def plan_query(
     return QueryPlan(found, programs, _calls(settings, launcher, programs), arguments.shapes, weights)
 
 
-def plan_guard(settings: Settings, launcher: Launcher | None, plan: SupportPlan, guard: Guard, arguments: Arguments) -> GuardPlan:
-    """Decides how a guard is computed after `plan`. Other arguments as for `plan_support`."""
+def plan_guard(settings: Settings, launcher: Launcher | None, plan: SupportPlan, guard: Guard, k: int, arguments: Arguments) -> GuardPlan:
+    """Decides how a guard is computed after k steps of `plan`. Other arguments as for `plan_support`."""
     step, carry, found = guard.step(plan.step), arguments.carry, plan.probe
-    losses = Spec((settings.k,), found.loss.dtype, found.loss.device)
+    losses = Spec((k,), found.loss.dtype, found.loss.device)
     args = carry, carry, arguments.fixed, arguments.data, losses, noise_specs(found.noise)
     guard.python.add(probe_guard(step, args))
     capturing = _capturing(settings, step, found, arguments, isinstance(plan.adjoint, EachTask))

@@ -113,18 +113,19 @@ class Planner:
 
         return plan.queries.get_or_make((_key(batch), mode), make)
 
-    def guard(self, plan: SupportPlan, guard: Guard, batch: Batch, start: Start, num_tasks: int | None, warm: bool) -> GuardPlan:
-        """Returns the plan for a guard after `plan`. `batch` is that of the last step; other arguments are as for `support`."""
+    def guard(self, k: int, plan: SupportPlan, guard: Guard, batch: Batch, start: Start, num_tasks: int | None, warm: bool) -> GuardPlan:
+        """Returns the plan for a guard after k steps of `plan`. `batch` is that of the last step; other arguments are as for `support`."""
 
         def make() -> GuardPlan:
             if self._settings.must_be_warm and not warm:
-                raise ShapeChanged("no program was compiled for this guard; call unroll.warmup(support, keep=...) with it first")
+                raise ShapeChanged(
+                    "no program was compiled for this guard; call unroll.warmup(support, keep=...) with it first, and steps="
+                )
             tasks = TaskAxis(num_tasks, start.has_tasks)
-            return plan_guard(
-                self._settings, self._launcher, plan, guard, Arguments.of(start.carry, start.fixed, batch, tasks, self._python())
-            )
+            arguments = Arguments.of(start.carry, start.fixed, batch, tasks, self._python())
+            return plan_guard(self._settings, self._launcher, plan, guard, k, arguments)
 
-        return plan.guards.get_or_make((guard, guard.python.number()), make)
+        return plan.guards.get_or_make((guard, guard.python.number(), k), make)
 
     def prediction(
         self,

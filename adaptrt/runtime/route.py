@@ -94,12 +94,13 @@ class Router:
         self._planner = planner
         self._recent: Recent[Route] = Recent()
 
-    def find(self, support: Any, query: tuple[Any] | None, start: Adapted | None, warm: bool) -> Routed:
+    def find(self, support: Any, query: tuple[Any] | None, start: Adapted | None, warm: bool, k: int | None = None) -> Routed:
         """Returns the route of a call; one that is like the last call in all that matters takes its route.
 
         Args:
           support, start, warm: as `CompiledUnroll` takes them.
           query: the query batch, None for a call without.
+          k: number of steps, None for that of the unroll.
         """
         begin = self._reader.read()
         form = None
@@ -110,14 +111,14 @@ class Router:
             refuse_tangents([*begin.carry_leaves, *begin.fixed_leaves, *tree.leaves((support, query))])
         usual = start is None or form is not None
         if warm or not usual or not _is_pair(support) or not (query is None or _is_pair(query[0])):
-            return self._find_anew(support, query, start, warm)
+            return self._find_anew(support, query, start, warm, k)
         leaves = [*begin.carry_leaves, *begin.fixed_leaves, *support, *(query[0] if query is not None else ())]
         differentiable = torch.is_grad_enabled()
-        kind = query is not None, differentiable, torch.is_inference_mode_enabled(), form is not None, begin.has_tasks
+        kind = query is not None, differentiable, torch.is_inference_mode_enabled(), form is not None, begin.has_tasks, k
         structure = begin.structure, form
         route = self._recent.find(kind, structure, leaves)
         if route is None:
-            routed = self._find_anew(support, query, start, warm)
+            routed = self._find_anew(support, query, start, warm, k)
             self._recent.keep(kind, structure, leaves, routed.route)
             return routed
         inputs = tuple([leaf for leaf in leaves if leaf.requires_grad]) if differentiable else ()
@@ -168,8 +169,8 @@ class Router:
         state = State(tuple(leaves), tree.form_of(structure), found.num_tasks)
         return Adapted(predictor, state, found.losses.to(self._settings.device), begin.fixed)
 
-    def _find_anew(self, support: Any, query: tuple[Any] | None, start: Adapted | None, warm: bool) -> Routed:
-        batch, num_tasks = self.support(support)
+    def _find_anew(self, support: Any, query: tuple[Any] | None, start: Adapted | None, warm: bool, k: int | None) -> Routed:
+        batch, num_tasks = self.support(support, k)
         asked = None if query is None else self._query(query[0], num_tasks)
         self._reader.require_same_selection()
         refuse_recorders()
@@ -187,7 +188,12 @@ class Router:
             check.class_axis("support", batch, plan.probe.bounds, 1 + int(self._settings.per_step))
             if asked is not None and query_plan is not None:
                 check.class_axis("query", asked, query_plan.probe.bounds, 1)
-        problem, inputs = self._problem(plan, begin, batch, asked, mode)
+        if k is not None and not plan.adjoint.takes_any_k:
+            raise InvalidArgument(
+                f"steps={k} needs programs of single steps, and {plan.adjoint} has one program of {self._settings.k} steps; pass "
+                "adjoint=Replay(), Stash(), FirstOrder() or Truncated(n) to compile_unroll"
+            )
+        problem, inputs = self._problem(plan, begin, batch, asked, mode, k or self._settings.k)
         return Routed(Route(plan, query_plan, problem, num_tasks, tree.form_of(tree.flatten(begin.carry)[1])), begin, batch, asked, inputs)
 
     def _plan(self, batch: Batch, begin: Start, num_tasks: int | None, warm: bool) -> SupportPlan:
@@ -200,12 +206,12 @@ class Router:
                 raise
             raise InvalidBatch(f"{error}\n  {changed}") from error
 
-    def support(self, support: Any) -> tuple[Batch, int | None]:
-        """Returns the checked support batch, and the number of tasks in it."""
+    def support(self, support: Any, k: int | None = None) -> tuple[Batch, int | None]:
+        """Returns the checked support batch for k steps, and the number of tasks in it."""
         batch = check.as_batch("support", support, self._settings.device)
         num_tasks = check.leading_axis("support", batch, 0, None, "tasks") if self._task_axis else None
         if self._settings.per_step:
-            check.leading_axis("support", batch, int(self._task_axis), self._settings.k, "inner steps")
+            check.leading_axis("support", batch, int(self._task_axis), k or self._settings.k, "inner steps")
         return batch, num_tasks
 
     def _query(self, query: Any, num_tasks: int | None) -> Batch:
@@ -235,32 +241,36 @@ class Router:
         return _going_on(begin, state)
 
     def _problem(
-        self, plan: SupportPlan, begin: Start, batch: Batch, query: Batch | None, mode: GradientMode
+        self, plan: SupportPlan, begin: Start, batch: Batch, query: Batch | None, mode: GradientMode, k: int
     ) -> tuple[Problem, tuple[Tensor, ...]]:
-        """Returns the problem, and the leaves that the caller differentiates. `mode`: in which the query loss is computed."""
+        """Returns the problem, and the leaves that the caller differentiates. `mode`: in which the query loss is computed; k: of steps."""
         groups = begin.carry_leaves, begin.fixed_leaves, tree.leaves(batch), tree.leaves(query)
         enabled = torch.is_grad_enabled()
         differentiated = Differentiated(*[tuple([enabled and leaf.requires_grad for leaf in leaves]) for leaves in groups])
         inputs = tuple([leaf for leaves in groups for leaf in leaves if leaf.requires_grad]) if enabled else ()
-        key = differentiated, begin.has_tasks, mode
+        key = differentiated, begin.has_tasks, mode, k
         problem = plan.problems.get(key)
         if problem is None:
-            problem = self._make_problem(plan, differentiated, begin.has_tasks, mode)
+            problem = self._make_problem(plan, differentiated, begin.has_tasks, mode, k)
             if len(plan.problems) >= _MAX_PROBLEMS:
                 plan.problems.clear()
             plan.problems[key] = problem
         return problem, inputs
 
-    def _make_problem(self, plan: SupportPlan, differentiated: Differentiated, start_has_task_axis: bool, mode: GradientMode) -> Problem:
+    def _make_problem(
+        self, plan: SupportPlan, differentiated: Differentiated, start_has_task_axis: bool, mode: GradientMode, k: int
+    ) -> Problem:
+        updates_per_step = plan.step.optimizer.updates_per_step
         return Problem(
             step=plan.step if mode is plan.step.mode else dataclasses.replace(plan.step, mode=mode),
-            k=self._settings.k,
+            k=k,
             per_step=self._settings.per_step,
             differentiated=differentiated,
             carry=tuple([flows or asked for flows, asked in zip(plan.carry, differentiated.start, strict=True)]),
             task_axis=self._task_axis,
             start_has_task_axis=start_has_task_axis,
-            updates_per_step=plan.step.optimizer.updates_per_step,
+            updates_per_step=updates_per_step,
+            in_loop=self._settings.k * updates_per_step > 1,  # as the programs were compiled, whatever k is
         )
 
 

@@ -77,7 +77,15 @@ class CompiledUnroll:
         return self._settings.device
 
     @entry_point
-    def adapt(self, support: Any, *, keep: Keep = None, start: Adapted | None = None, generator: torch.Generator | None = None) -> Adapted:
+    def adapt(
+        self,
+        support: Any,
+        *,
+        steps: int | None = None,
+        keep: Keep = None,
+        start: Adapted | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Adapted:
         """Adapts the model to a support batch.
 
         Differentiable outside `no_grad`: parameters, hyperparameters, support data and `start` that require grad get gradients from
@@ -86,6 +94,7 @@ class CompiledUnroll:
         Args:
           support: `(inputs, target)` or `(inputs,)`; inputs a tensor, tuple or dict. Axes [S, ...] = support examples first, behind steps k
             with `per_step` and tasks T with `vmap`: [T, k, S, ...].
+          steps: how many steps to make, None for k. Adjoints whose programs are those of one step take any number without compiling again.
           keep: a guard, which decides by task whether the result is kept: "finite" if all losses and all numbers of the state are;
             "not_worse" if they are and the support loss is at most what it was; or a function of (before, after), two
             `adaptrt.inner.guard.Moment`, that returns a bool tensor of shape []. It is captured, as the loss is. Where it is false the
@@ -99,7 +108,8 @@ class CompiledUnroll:
           DataDependentControlFlow, NotDifferentiable: see `adaptrt.errors`.
         """
         with self._execution.planner.call():
-            return self._execution.adapt(support, start, generator, keep=keep)
+            k = None if steps is None else check.positive_int("steps", steps)
+            return self._execution.adapt(support, start, generator, keep=keep, k=k)
 
     @entry_point
     def start(
@@ -235,7 +245,16 @@ class CompiledUnroll:
         return CompiledUnroll(self._settings, task_axis=True)
 
     @entry_point
-    def warmup(self, support: Any, query: Any = None, *, start: bool = False, evaluate: bool = False, keep: Keep = None) -> CompiledUnroll:
+    def warmup(
+        self,
+        support: Any,
+        query: Any = None,
+        *,
+        start: bool = False,
+        evaluate: bool = False,
+        steps: int | None = None,
+        keep: Keep = None,
+    ) -> CompiledUnroll:
         """Compiles for data of these shapes ahead of time; returns the unroll itself.
 
         That is what `adapt` needs without gradients; with `query` also prediction on its inputs, and the meta-loss, with its gradient
@@ -247,15 +266,16 @@ class CompiledUnroll:
             values of its own. Without one, `adapt` needs none.
           evaluate: also compile for `evaluate`, and for losses by task (`reduction="none"`) and by step; with their gradients if these are
             enabled here. It needs `query`.
-          keep: also compile for calls of `adapt` with this guard.
+          keep, steps: also compile for calls of `adapt` with this guard; with a guard each number of steps needs a program of its own.
         """
         if evaluate and query is None:
             raise InvalidArgument("warmup(evaluate=True) needs a query batch; pass warmup(support, query, evaluate=True)")
         run, generator = self._execution, torch.Generator(self._settings.device)
+        k = None if steps is None else check.positive_int("steps", steps)
         with torch.no_grad():
-            adapted = run.adapt(support, None, generator, warm=True, keep=keep)
+            adapted = run.adapt(support, None, generator, warm=True, keep=keep, k=k)
             if start:
-                run.adapt(support, adapted, generator, warm=True, keep=keep)
+                run.adapt(support, adapted, generator, warm=True, keep=keep, k=k)
             if query is not None:
                 run.predict(adapted, query, generator, warm=True)
         if query is not None:
