@@ -275,24 +275,35 @@ def unflatten_by(structure: Structure) -> Callable[[Sequence[Any]], Tree]:
 
 
 class Form:
-    """One structure of trees, with fast functions from such trees to their leaves and back. `form_of` makes it.
+    """One structure of trees and the dtypes of their leaves, with fast functions from such trees to their leaves and back.
+
+    `form_of` makes it.
 
     Attributes:
       structure: of the trees.
+      dtypes: of the leaves.
       leaves: from a tree to its leaves, as `leaves_by`.
       tree: from leaves to a tree, as `unflatten_by`.
     """
 
-    __slots__ = ("leaves", "structure", "tree")
+    __slots__ = ("dtypes", "leaves", "structure", "tree")
 
-    def __init__(self, structure: Structure) -> None:
+    def __init__(self, structure: Structure, dtypes: tuple[torch.dtype, ...]) -> None:
         self.structure = structure
+        self.dtypes = dtypes
         self.leaves = leaves_by(structure)
         self.tree = unflatten_by(structure)
 
 
-form_of = functools.lru_cache(maxsize=1024)(Form)
-"""Returns the `Form` of a structure; equal structures have the same one, so that forms can be compared by identity."""
+_form = functools.lru_cache(maxsize=1024)(Form)
+
+
+def form_of(structure: Structure, values: Iterable[Tensor]) -> Form:
+    """Returns the `Form` of trees of this structure with such leaves; the same one for equal structures and dtypes.
+
+    So forms can be compared by identity; forms that differ may still be equal, if many were made in between.
+    """
+    return _form(structure, tuple([value.dtype for value in values]))
 
 
 def _constant(value: Any, constants: dict[str, Any]) -> str:

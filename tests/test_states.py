@@ -346,3 +346,20 @@ def test_states_of_a_converted_model() -> None:
 def test_an_index_out_of_range_ends_an_iteration() -> None:
     with pytest.raises(IndexError, match="there are 2 tasks"):
         make().start(num_tasks=2)[2]
+
+
+def test_tasks_that_are_taken_apart_have_the_graph_of_the_moment() -> None:
+    """Whatever mode their values are first asked for in."""
+    unroll = make(Replay()).vmap()
+    adapted = unroll.adapt(batch(1, 2))
+    rows = adapted.unbind()
+    with torch.no_grad():
+        assert rows[0].params["3.bias"].requires_grad and rows[0].losses.requires_grad
+        constant = adapted.unbind()
+    with torch.inference_mode():
+        assert rows[1].params["3.bias"].requires_grad and rows[1].state is rows[1].state
+    assert not constant[0].params["3.bias"].requires_grad and not constant[1].losses.requires_grad
+    (rows[0].losses.sum() + rows[1].params["3.bias"].sum()).backward()
+    with torch.inference_mode():
+        inferred = unroll.adapt(batch(1, 2)).unbind()
+    assert same(inferred[1], adapted[1].detach())

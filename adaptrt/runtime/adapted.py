@@ -66,7 +66,7 @@ class Adapted:
 
     _predictor: Predictor
     _num_links: int
-    _row_of: tuple[Adapted, int]
+    _row_of: tuple[_Rows, int]
     state: State
     losses: Tensor
     fixed: Fixed
@@ -220,24 +220,30 @@ class Adapted:
         place = operator.index(index)
         if not -num_tasks <= place < num_tasks:
             raise IndexError(f"there are {num_tasks} tasks, none with the index {place}")
-        return _row(self, place)
+
+        def row(value: Tensor) -> Tensor:
+            return value.select(0, place)
+
+        losses, *guarded = tree.map_leaves(row, self._numbers())
+        state = dataclasses.replace(self.state.map(row), num_tasks=None)
+        return Adapted(self._predictor, state, losses, self.fixed, self._num_links, *guarded)
 
     def __iter__(self) -> Iterator[Adapted]:
         return iter(self.unbind())
 
     def unbind(self) -> list[Adapted]:
         """Returns the adaptation of each task, without a task axis; they share the memory of this one, as after `torch.unbind`."""
-        return [_row(self, place) for place in range(self._over_tasks("unbind()"))]
+        num_tasks = self._over_tasks("unbind()")
+        has_graph = any([value.requires_grad for value in (*self.state.leaves, self.losses)])
+        rows = _Rows(self.detach() if has_graph and not torch.is_grad_enabled() else self)
+        return [_row(self, rows, place) for place in range(num_tasks)]
 
     def __getattr__(self, name: str) -> Any:
-        # What one task has of several is taken when it is first asked for: views of all tensors of all tasks take longer than a small step.
-        batch, place = self.__dict__.get("_row_of", (None, 0))
-        if batch is None or name not in ("state", "losses", "kept", "final_loss"):
+        rows, place = self.__dict__.get("_row_of", (None, 0))
+        if rows is None or name not in ("state", "losses", "kept", "final_loss"):
             raise AttributeError(f"an Adapted has no attribute '{name}'")
-        held = self.__dict__
-        held["state"] = State(tuple([value.select(0, place) for value in batch.state.leaves]), batch.state.form)
-        held["losses"], held["kept"], held["final_loss"] = tree.map_leaves(lambda value: value.select(0, place), batch._numbers())
-        return held[name]
+        found = self.__dict__[name] = rows.values(name)[place]
+        return found
 
     def _over_tasks(self, what: str) -> int:
         if self.state.num_tasks is None:
@@ -288,12 +294,38 @@ class Adapted:
         saved.write(path, saved.Saved(self.state.named_tensors(), self.losses, self.num_tasks, self._predictor.fingerprint(self.fixed)))
 
 
-def _row(batch: Adapted, place: int) -> Adapted:
+class _Rows:
+    """The values of each task of a batch, which are taken apart when the first is asked for.
+
+    Views of all tensors of all tasks take longer than the steps of a small model, and often few of them are needed.
+    """
+
+    def __init__(self, batch: Adapted) -> None:
+        self._batch = batch
+        self._found: dict[str, Sequence[Any]] = {}
+
+    def values(self, name: str) -> Sequence[Any]:
+        """Returns an attribute of `Adapted` for every task."""
+        found = self._found.get(name)
+        if found is None:
+            with torch.inference_mode(False), torch.enable_grad():  # as they were made, in whatever mode the first is asked for
+                found = self._found[name] = self._taken_apart(name)
+        return found
+
+    def _taken_apart(self, name: str) -> Sequence[Any]:
+        value: State | Tensor | None = getattr(self._batch, name)
+        if isinstance(value, State):
+            form = value.form
+            return [State(row, form) for row in zip(*[leaf.unbind(0) for leaf in value.leaves], strict=True)]
+        return [None] * len(self._batch) if value is None else value.unbind(0)
+
+
+def _row(batch: Adapted, rows: _Rows, place: int) -> Adapted:
     """Returns the adaptation of one task of several, whose values it takes when they are needed."""
     row = Adapted.__new__(Adapted)
     held = row.__dict__
     held["_predictor"] = batch._predictor
     held["fixed"] = batch.fixed
     held["_num_links"] = batch._num_links
-    held["_row_of"] = batch, place
+    held["_row_of"] = rows, place
     return row

@@ -166,7 +166,7 @@ class Router:
                 "model. Load the weights that the base had then"
             )
         leaves = [found.tensors[name].to(self._settings.device) for name in names]
-        state = State(tuple(leaves), tree.form_of(structure), found.num_tasks)
+        state = State(tuple(leaves), tree.form_of(structure, leaves), found.num_tasks)
         return Adapted(predictor, state, found.losses.to(self._settings.device), begin.fixed)
 
     def _find_anew(self, support: Any, query: tuple[Any] | None, start: Adapted | None, warm: bool, k: int | None) -> Routed:
@@ -194,7 +194,8 @@ class Router:
                 "adjoint=Replay(), Stash(), FirstOrder() or Truncated(n) to compile_unroll"
             )
         problem, inputs = self._problem(plan, begin, batch, asked, mode, k or self._settings.k)
-        return Routed(Route(plan, query_plan, problem, num_tasks, tree.form_of(tree.flatten(begin.carry)[1])), begin, batch, asked, inputs)
+        form = tree.form_of(tree.flatten(begin.carry)[1], begin.carry_leaves)
+        return Routed(Route(plan, query_plan, problem, num_tasks, form), begin, batch, asked, inputs)
 
     def _plan(self, batch: Batch, begin: Start, num_tasks: int | None, warm: bool) -> SupportPlan:
         """As the planner's `support`; where that finds that the model cannot be run, the message says what was changed in the model."""

@@ -45,13 +45,11 @@ def stack(adapted: Sequence[Adapted]) -> Adapted:
         if part.num_tasks is not None:
             raise InvalidArgument(f"adaptation {index} has a task axis already ({part.num_tasks} tasks); take it apart with unbind() first")
     rows = [part.state.leaves for part in parts]
-    dtypes = [value.dtype for value in rows[0]]
     try:
         leaves = tuple([torch.stack(values) for values in zip(*rows, strict=True)])
-    except RuntimeError:  # shapes differ
-        leaves = ()
-    if not leaves or any([[value.dtype for value in row] != dtypes for row in rows]):
+    except RuntimeError:
         _require_same_specs([list(map(Spec.of, row)) for row in rows], parts)
+        raise
     state = dataclasses.replace(parts[0].state, leaves=leaves, num_tasks=len(parts))
     return parts[0].with_state(state, torch.stack(_of_equal_length([part.losses for part in parts])), parts)
 
@@ -115,6 +113,10 @@ def _require_alike(parts: Sequence[Adapted]) -> None:
                 f"the optimiser's state of adaptation {index} has another structure than that of the first: the optimiser was changed in "
                 f"between ({tree.difference(first.state.carry, part.state.carry)})"
             )
+        if form.dtypes != wanted.dtypes:
+            for name, one, other in zip(tree.paths(first.state.carry), first.state.leaves, part.state.leaves, strict=True):
+                if one.dtype != other.dtype:
+                    raise OptimizerMismatch(f"{name} is {Spec.of(one)} in the first adaptation, and {Spec.of(other)} in adaptation {index}")
 
 
 def _require_same_specs(specs: Sequence[Sequence[Spec]], parts: Sequence[Adapted]) -> None:

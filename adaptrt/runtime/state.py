@@ -35,7 +35,7 @@ class State:
     def of(carry: Carry, num_tasks: int | None = None) -> State:
         """Returns the state that a carry is."""
         leaves, structure = tree.flatten(carry)
-        return State(tuple(leaves), tree.form_of(structure), num_tasks)
+        return State(tuple(leaves), tree.form_of(structure, leaves), num_tasks)
 
     @property
     def carry(self) -> Carry:
