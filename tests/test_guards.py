@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -12,8 +13,8 @@ from torch import Generator, Tensor, nn
 
 import adaptrt
 from adaptrt import Adapted, Adjoint, CompiledUnroll, FirstOrder, Replay, Stash, Truncated, Unrolled, compile_unroll, optim
-from adaptrt.errors import AdaptrtError, DataDependentControlFlow, InvalidArgument, InvalidType, NotTraceable, ShapeChanged
-from adaptrt.inner.guard import Moment
+from adaptrt.errors import AdaptrtError, DataDependentControlFlow, InvalidArgument, InvalidType, ModelChanged, NotTraceable, ShapeChanged
+from adaptrt.inner.guard import Guards, Moment
 from tests import naive
 from tests.models import normal, regress
 from tests.tolerances import assert_near
@@ -294,3 +295,46 @@ def test_wrong(name: str) -> None:
     with pytest.raises(kind, match=message):
         unroll.adapt(batch, keep=keep)
     assert unroll.adapt(batch, keep="finite").kept is not None
+
+
+class Bounded:
+    """A guard that is a method."""
+
+    def __init__(self) -> None:
+        self.bound = 1e9
+
+    def keeps(self, before: Moment, after: Moment) -> Tensor:
+        return after.update_norm < self.bound
+
+
+def test_a_method_is_one_guard() -> None:
+    unroll, owner = make(), Bounded()
+    batch = tuple(value[0] for value in data())
+    for _ in range(3):
+        assert bool(unroll.adapt(batch, keep=owner.keeps).kept)
+    assert sum(name.startswith("guard") for name in unroll.graphs()) == 1
+    owner.bound = 0.0
+    assert not bool(unroll.adapt(batch, keep=owner.keeps).kept)
+    assert bool(unroll.adapt(batch, keep=Bounded().keeps).kept)
+
+
+def test_a_value_that_changes_before_the_first_way_back() -> None:
+    """The program for it would be that of the other decision."""
+    unroll, owner = make(adjoint=Replay()), Bounded()
+    batch = tuple(value[0] for value in data())
+    adapted = unroll.adapt(batch, keep=owner.keeps)
+    owner.bound = 0.0
+    with pytest.raises(ModelChanged, match="keep= reads was changed between a call and its first backward"):
+        adapted.params["0.weight"].sum().backward()
+    owner.bound = 1e9
+    adapted.params["0.weight"].sum().backward()
+
+
+def test_guards_used_last_are_known() -> None:
+    guards = Guards()
+    finite = guards.find("finite")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for bound in range(100):
+            guards.find(lambda before, after, bound=bound: after.update_norm < bound)
+            assert guards.find("finite") is finite

@@ -10,7 +10,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from adaptrt import Adjoint, CompiledUnroll, FirstOrder, Replay, Stash, Truncated, Unrolled, compile_unroll, optim
-from adaptrt.errors import AdaptrtError, InvalidArgument, InvalidType, LabelOutOfRange, ShapeChanged
+from adaptrt.errors import AdaptrtError, InvalidArgument, InvalidType, LabelOutOfRange, NonFiniteInput, ShapeChanged
 from tests import naive
 from tests.models import normal, regress
 from tests.tolerances import assert_near
@@ -166,6 +166,35 @@ def test_noise_is_drawn_in_the_same_order() -> None:
     one, other = (unroll(support, query, reduction=r, generator=Generator().manual_seed(3)) for r in ("mean", "none"))
     assert_near({"loss": one.detach()}, {"loss": other.mean().detach()}, torch.float64)
     assert len(set(other.tolist())) == T
+
+
+def test_a_call_that_fails_takes_its_draws_back() -> None:
+    """Also where the query is refused after all steps have drawn."""
+    net = nn.Sequential(nn.Linear(3, 8), nn.Dropout(0.4), nn.Linear(8, 2)).double()
+    support, query = data(tasks=False)
+    bad = query[0].clone(), query[1].clone()
+    bad[0][0] = torch.nan
+    unroll = make(net, Replay(), tasks=False)
+    state = torch.get_rng_state()
+    for call in (
+        lambda: unroll(support, bad),
+        lambda: unroll(support, bad, every_step=True),
+        lambda: unroll(support, bad, reduction="none"),
+        lambda: unroll.evaluate(support, bad),
+    ):
+        with pytest.raises(NonFiniteInput):
+            call()
+        assert torch.equal(torch.get_rng_state(), state)
+    for call in (lambda: unroll(support, query, every_step=True), lambda: unroll.evaluate(support, query)):
+        call()
+        assert not torch.equal(torch.get_rng_state(), state)
+        torch.set_rng_state(state)
+
+
+def test_a_start_that_is_none() -> None:
+    for options in ({"every_step": True}, {"step_weights": torch.ones(K)}, {"reduction": "none"}):
+        with pytest.raises(InvalidType, match="start must be what adapt"):
+            make(model(), Replay(), False)(*data(False), start={"a": 1}, **options)
 
 
 def test_one_task_that_diverges_shows() -> None:

@@ -122,6 +122,42 @@ def test_what_the_query_loss_holds_is_read_at_every_call_and_never_changed() -> 
         assert unroll(support, query).item() == pytest.approx(first.item() * 2.0 * 0.75 / 2.0)
 
 
+def test_one_module_as_both_losses_is_one_loss() -> None:
+    """The query sees the buffers as the steps have left them."""
+    support, query = data(False, True)
+    values: list[float] = []
+    for is_both in (False, True):
+        loss = Weighted(counts=True)
+        other = loss if is_both else None
+        unroll = compile_unroll(model(), optim.sgd(lr=0.2), K, loss=loss, query_loss=other, backend="eager")
+        values.append(unroll(support, query).item())
+    assert values[0] == values[1]
+
+
+class Normed(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(2).double()
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        return (self.norm(output) - target).square().mean()
+
+
+@pytest.mark.parametrize("train", [True, False])
+def test_a_query_loss_with_running_statistics(train: bool) -> None:
+    net, outer = model(), Normed().train(train)
+    support, query = data(False, True)
+    unroll = compile_unroll(net, optim.sgd(lr=0.2), K, loss=F.mse_loss, query_loss=outer, adjoint=Replay(), backend="eager")
+    found = gradients(unroll(support, query), [net, outer])
+    params: dict[str, Any] = dict(net.named_parameters())
+    for _ in range(K):
+        loss = F.mse_loss(torch.func.functional_call(net, params, (support[0],)), support[1])
+        grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+        params = {name: value - 0.2 * grad for (name, value), grad in zip(params.items(), grads, strict=True)}
+    assert outer.norm.running_mean is not None and not outer.norm.running_mean.any()
+    assert_near(found, gradients(outer(torch.func.functional_call(net, params, (query[0],)), query[1]), [net, outer]), torch.float64)
+
+
 class Counting:
     """A loss that is another one at each call."""
 
@@ -141,10 +177,19 @@ def shared() -> nn.Module:
 
 
 net_with_shared = nn.Linear(3, 2).double()
+net_with_shared.register_buffer("count", torch.zeros(2, dtype=torch.float64))
+
+
+def shared_buffer() -> nn.Module:
+    loss = Weighted()
+    loss.scale = net_with_shared.count  # type: ignore[assignment]
+    return loss
+
 
 WRONG: dict[str, tuple[Any, type[AdaptrtError], str]] = {
     "class": (nn.MSELoss, InvalidType, r"query_loss must be an instance, got the class MSELoss; write query_loss=MSELoss\(\)"),
     "number": (3, InvalidType, "query_loss must be a function"),
+    "shared buffer": (shared_buffer, UnsupportedParameter, r"the query loss holds the model's buffer 'count' \(as 'scale'\)"),
     "shared": (shared, UnsupportedParameter, "the query loss holds the model's parameter 'weight'"),
     "no scalar": (lambda output, target: output - target, InvalidLoss, "scalar"),
     "state": (Counting(), NotTraceable, "calls"),
@@ -156,6 +201,6 @@ WRONG: dict[str, tuple[Any, type[AdaptrtError], str]] = {
 def test_wrong(name: str) -> None:
     value, kind, message = WRONG[name]
     with pytest.raises(kind, match=message):
-        query_loss = value() if value is shared else value
+        query_loss = value() if value in (shared, shared_buffer) else value
         unroll = compile_unroll(net_with_shared, optim.sgd(lr=0.2), K, loss=F.mse_loss, query_loss=query_loss, backend="eager")
         unroll(*data(False, True))

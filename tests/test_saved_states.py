@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import adaptrt
 from adaptrt import Adapted, CompiledUnroll, compile_unroll, optim
-from adaptrt.errors import InvalidState
+from adaptrt.errors import InvalidState, InvalidType
 from adaptrt.runtime import saved
 
 
@@ -175,6 +175,19 @@ def test_a_state_of_another_base(change: Callable[[Net, Counting], None], tmp_pa
         make(model, loss=loss).load(tmp_path / "user.safetensors")
 
 
+def test_a_tensor_that_only_caches(tmp_path: Path) -> None:
+    """It is compared where both sides have it, and named."""
+    model, path = net(), tmp_path / "user.safetensors"
+    unroll = make(model)
+    unroll.adapt(batch()).save(path)
+    model.last = torch.ones(3)  # type: ignore[assignment]
+    assert unroll.load(path).num_tasks is None
+    unroll.adapt(batch()).save(path)
+    model.last = torch.zeros(3)  # type: ignore[assignment]
+    with pytest.raises(InvalidState, match=r"another base: model\.last had other values then"):
+        unroll.load(path)
+
+
 def test_what_adapts_is_no_part_of_the_base(tmp_path: Path) -> None:
     """A model that was trained on where it adapts may go on from an older state."""
     model = net()
@@ -208,6 +221,8 @@ def test_other_files(tmp_path: Path) -> None:
         unroll.load(path)
     with pytest.raises(FileNotFoundError):
         unroll.start().save(tmp_path / "nowhere" / "user.safetensors")
+    with pytest.raises(InvalidType, match="must be a string or a path, got int"):
+        unroll.load(3)  # type: ignore[arg-type]
     with pytest.raises(IsADirectoryError):
         unroll.load(tmp_path)
     path.write_bytes(b"")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -291,7 +292,10 @@ WRONG: dict[str, tuple[Callable[[], Any], type[AdaptrtError], str]] = {
     "opt_state": (lambda: make().start(opt_state={}), InvalidArgument, "opt_state has another structure"),
     "replace": (lambda: make().adapt(batch(1)).replace(params={"3.bias": ZEROS[:1]}), InvalidArgument, "must be"),
     "nothing": (lambda: adaptrt.stack([]), InvalidArgument, "at least one"),
-    "one": (lambda: adaptrt.stack(make().start()), InvalidArgument, "in a list"),  # type: ignore[arg-type]
+    "one": (lambda: adaptrt.stack(make().start()), InvalidType, "takes a list or tuple of adaptations, got an adaptation of one task"),  # type: ignore[arg-type]
+    "batch": (lambda: adaptrt.stack(make().start(num_tasks=2)), InvalidType, r"got one that has a task axis already \(2 tasks\)"),  # type: ignore[arg-type]
+    "an int": (lambda: adaptrt.stack(3), InvalidType, "of adaptations, got int"),  # type: ignore[arg-type]
+    "no index": (lambda: make().start(num_tasks=2)[None], InvalidType, "indexed by an int or a slice, got None"),  # type: ignore[index]
     "no adaptation": (lambda: adaptrt.stack([make().start(), 3]), InvalidType, "got int at 1"),  # type: ignore[list-item]
     "other unroll": (lambda: adaptrt.stack([make().start(), make().start()]), InvalidArgument, "adaptation 1 is of another unroll"),
     "stack of stacks": (lambda: adaptrt.stack([make().start(num_tasks=2)]), InvalidArgument, r"unbind\(\) first"),
@@ -346,6 +350,14 @@ def test_states_of_a_converted_model() -> None:
 def test_an_index_out_of_range_ends_an_iteration() -> None:
     with pytest.raises(IndexError, match="there are 2 tasks"):
         make().start(num_tasks=2)[2]
+
+
+def test_a_copy_of_one_task_has_memory_for_one() -> None:
+    stacked = make().vmap().adapt(batch(1, 50)).detach()
+    for one in (stacked[3], stacked.unbind()[3]):
+        copied = copy.deepcopy(one)
+        assert same(copied, one)
+        assert all(value.untyped_storage().nbytes() == value.numel() * value.element_size() for value in copied.state.leaves)
 
 
 def test_tasks_that_are_taken_apart_have_the_graph_of_the_moment() -> None:

@@ -73,27 +73,34 @@ _drawn: contextvars.ContextVar[list[tuple[Sequence[Noise], int | None]]] = conte
 
 def restored_on_error(noises: Sequence[Noise], generator: torch.Generator | None) -> contextlib.AbstractContextManager[None]:
     """If the block raises, takes back what it has drawn of `noises`, unless others have drawn from the same generator meanwhile."""
-    return _restored(noises[0].spec.device, generator) if noises else _NOTHING
+    return restored_on_any_error(noises[0].spec.device, generator) if noises else _NOTHING
 
 
 _NOTHING = contextlib.nullcontext()
 
 
 @contextlib.contextmanager
-def _restored(device: torch.device, generator: torch.Generator | None) -> Generator[None]:
+def restored_on_any_error(device: torch.device, generator: torch.Generator | None) -> Generator[None]:
+    """If the block raises, takes back what it has drawn, as `restored_on_error`; for blocks whose noise is not known beforehand."""
     if generator is None:
         generator = torch.cuda.default_generators[device.index or 0] if device.type == "cuda" else torch.default_generator
     state = generator.get_state()
     drawn: list[tuple[Sequence[Noise], int | None]] = []
+    around = _drawn.get(None)
     token = _drawn.set(drawn)
     try:
         yield
     except BaseException:
-        if _is_after(state, drawn, generator):
+        made = list(drawn)
+        if _is_after(state, made, generator):
             generator.set_state(state)
+            made = []
+        drawn[:] = made  # without those of the comparison
         raise
     finally:
         _drawn.reset(token)
+        if around is not None:
+            around.extend(drawn)
 
 
 def _is_after(state: Tensor, drawn: Sequence[tuple[Sequence[Noise], int | None]], generator: torch.Generator) -> bool:

@@ -77,27 +77,38 @@ def precision(params: Mapping[str, Tensor], dtype: Any) -> None:
             )
 
 
-def shared_tensors(model: nn.Module, name: str, loss: object, adapted: Collection[str]) -> None:
-    """Checks that no parameter that a step changes has a second name in the loss, where it would keep its first value.
+def shared_tensors(model: nn.Module, losses: Mapping[str, object], adapted: Collection[str]) -> None:
+    """Checks that no tensor that a step changes has a second name in a loss, where it would keep its first value.
 
     Args:
       model, adapted: the model, and the names of what adapts in it.
-      name, loss: "loss" or "query_loss", and what it is.
-
+      losses: "loss" and "query_loss", in this order, and what they are.
     Raises:
-      UnsupportedParameter: a loss module that holds adapted parameters of the model.
+      UnsupportedParameter: a loss module that holds adapted parameters or buffers of the model, or buffers of the other loss.
       InvalidType: a loss module that is a script.
     """
-    if isinstance(loss, nn.Module):
+    params = {id(param): name for name, param in model.named_parameters() if name in adapted}
+    buffers = {id(buffer): f"the model's buffer '{name}'" for name, buffer in model.named_buffers()}
+    for name, loss in losses.items():
+        if not isinstance(loss, nn.Module):
+            continue
+        spoken = f"the {name.replace('_', ' ')}"
         for part in loss.modules():
-            refuse_script(part, f"the {name.replace('_', ' ')}")
-        own = {id(param): name for name, param in model.named_parameters() if name in adapted}
+            refuse_script(part, spoken)
         for place, param in loss.named_parameters():
-            if id(param) in own:
+            if id(param) in params:
                 raise UnsupportedParameter(
-                    f"the {name.replace('_', ' ')} holds the model's parameter '{own[id(param)]}' (as '{place}'), which adapts; let the "
-                    "model return what the loss needs"
+                    f"{spoken} holds the model's parameter '{params[id(param)]}' (as '{place}'), which adapts; let the model return what "
+                    "the loss needs"
                 )
+        own = dict(loss.named_buffers())
+        for place, buffer in own.items():
+            if id(buffer) in buffers:
+                raise UnsupportedParameter(
+                    f"{spoken} holds {buffers[id(buffer)]} (as '{place}'), which steps may change; give it a copy, by value.clone(), or "
+                    "let the model return what the loss needs"
+                )
+        buffers |= {id(buffer): f"the {name.replace('_', ' ')}'s buffer '{place}'" for place, buffer in own.items()}
 
 
 def loss(name: str, value: Any) -> None:

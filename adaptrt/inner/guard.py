@@ -21,6 +21,7 @@ from adaptrt.inner import diagnose
 from adaptrt.inner.python_state import PythonState
 from adaptrt.inner.step import Batch, Carry, Fixed, Step, chosen, of_model
 from adaptrt.inner.user_code import outside
+from adaptrt.process import lock
 from adaptrt.tree import Tree
 
 
@@ -117,11 +118,12 @@ class Guard:
 
 
 class Guards:
-    """The guards that an unroll has met, those used last."""
+    """The guards that an unroll has met, those used last. It is safe to use from several threads."""
 
     def __init__(self) -> None:
         self._known: dict[Hashable, Guard] = {}
         self._num_met = 0
+        self._lock = lock()
 
     def find(self, keep: Any) -> Guard:
         """Returns the guard for what the user gave; the same one for equal functions, such as a lambda that is written in a loop.
@@ -130,18 +132,19 @@ class Guards:
           InvalidArgument, InvalidType: `keep` is no guard.
         """
         key = _key_of(keep)
-        guard = self._known.get(key)
-        if guard is None:
-            if len(self._known) >= _MAX_GUARDS:
+        with self._lock:
+            guard = self._known.pop(key, None)
+            is_new = guard is None
+            guard = self._known[key] = guard or Guard(keep)
+            if len(self._known) > _MAX_GUARDS:
                 del self._known[next(iter(self._known))]
-            guard = self._known[key] = Guard(keep)
-            self._num_met += 1
-            if self._num_met == _MANY_GUARDS:
-                warnings.warn(
-                    f"{self._num_met} different functions were given as keep=, and programs are compiled for each; give the same function "
-                    "object at every call, and let it take what changes from a buffer of the model",
-                    stacklevel=outside(),
-                )
+            self._num_met += is_new
+        if is_new and self._num_met == _MANY_GUARDS:
+            warnings.warn(
+                f"{self._num_met} different functions were given as keep=, and programs are compiled for each; give the same function "
+                "object at every call, and let it take what changes from a buffer of the model",
+                stacklevel=outside(),
+            )
         return guard
 
 
@@ -158,4 +161,6 @@ def _key_of(keep: Any) -> Hashable:
         raise InvalidType(f"keep must be 'finite', 'not_worse' or a function of (before, after), got {keep!r}")
     if isinstance(keep, types.FunctionType) and not (keep.__closure__ or keep.__defaults__ or keep.__kwdefaults__ or vars(keep)):
         return keep.__code__, id(keep.__globals__)  # whichever of them it is, it reads the same
+    if isinstance(keep, types.MethodType):  # a new object whenever it is looked up
+        return id(keep.__self__), _key_of(keep.__func__)
     return id(keep)  # which the guard holds

@@ -138,11 +138,11 @@ class Reader:
         """Returns the tensors that modules hold as plain attributes, with their names."""
         roots = {"model": self._model, "loss": self._loss, "query_loss": self._query_loss}
         return [
-            (f"{root}.{path}.{name}", value)
+            (".".join(part for part in (root, path, name) if part), value)
             for root, module in roots.items()
             if isinstance(module, nn.Module)
-            for path, part in module.named_modules()
-            for name, value in vars(part).items()
+            for path, part_of in module.named_modules()
+            for name, value in vars(part_of).items()
             if isinstance(value, Tensor)
         ]
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptrt import tree
 from adaptrt.backend.entry_points import entry_point
@@ -39,8 +39,8 @@ class Predictor(Protocol):
         """Returns the whole model's state dict."""
         ...
 
-    def fingerprint(self, fixed: Fixed) -> str:
-        """Returns a digest of what does not adapt."""
+    def fingerprint(self, fixed: Fixed) -> dict[str, str]:
+        """Returns digests of what does not adapt, by the names of its parts."""
         ...
 
 
@@ -107,9 +107,11 @@ class Adapted:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Adapted:
         def copied(value: Tensor) -> Tensor:
-            if value.is_leaf:
+            if isinstance(value, nn.Parameter):
                 return copy.deepcopy(value, memo)
-            return memo.setdefault(id(value), value.detach().clone())
+            if id(value) not in memo:  # one task of several has memory for one
+                memo[id(value)] = value.detach().clone().requires_grad_(value.is_leaf and value.requires_grad)
+            return memo[id(value)]
 
         fixed, (losses, *guarded) = tree.map_leaves(copied, self.fixed), tree.map_leaves(copied, self._numbers())
         return Adapted(self._predictor, self.state.map(copied), losses, fixed, 0, *guarded)
@@ -178,6 +180,8 @@ class Adapted:
     ) -> Adapted:
         """Returns the adaptation with some values replaced, to predict with or to go on from with `start=`.
 
+        What a guard has found is not passed on.
+
         Args:
           params, buffers: by name; those not named stay. With a task axis, a value without one is given to every task.
           opt_state: all of the optimiser's state; None to leave it.
@@ -217,7 +221,10 @@ class Adapted:
             state = dataclasses.replace(self.state.map(part), num_tasks=len(chosen))
             losses, *guarded = tree.map_leaves(part, self._numbers())
             return Adapted(self._predictor, state, losses, self.fixed, self._num_links, *guarded)
-        place = operator.index(index)
+        try:
+            place = operator.index(index)
+        except TypeError as error:
+            raise InvalidType(f"the tasks of an adaptation are indexed by an int or a slice, got {index!r}") from error
         if not -num_tasks <= place < num_tasks:
             raise IndexError(f"there are {num_tasks} tasks, none with the index {place}")
 

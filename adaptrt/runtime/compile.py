@@ -101,6 +101,7 @@ def compile_unroll(
     check.one_of("nonfinite", nonfinite, ("error", "ignore"))
     if dtype is not None:
         check.precision(dict(model.named_parameters()), dtype)
+    query_loss = None if query_loss is loss else query_loss
     losses = {"loss": loss, "query_loss": query_loss}
     for name, part in losses.items():
         check.loss(name, part)
@@ -109,8 +110,7 @@ def compile_unroll(
         raise kind(f"adjoint must be 'auto', Unrolled(), Replay(every=n), Stash(), FirstOrder() or Truncated(n), got {adjoint!r}")
     selection = Selection(model, opt, params)
     adapted = selection()
-    for name, part in losses.items():
-        check.shared_tensors(model, name, part, adapted)
+    check.shared_tensors(model, losses, adapted)
     return CompiledUnroll(
         Settings(
             model=model,

@@ -15,7 +15,7 @@ from adaptrt import tree
 from adaptrt.adjoint.base import Query, Task
 from adaptrt.adjoint.each_task import EachTask
 from adaptrt.errors import InvalidArgument, NonFiniteInput
-from adaptrt.graph.noise import restored_on_error
+from adaptrt.graph.noise import restored_on_any_error, restored_on_error
 from adaptrt.inner import check
 from adaptrt.inner.guard import Guard, Guards
 from adaptrt.inner.reader import Reader, Start
@@ -163,8 +163,9 @@ class Execution:
     def evaluate(self, support: Any, query: Any, start: Adapted | None, generator: torch.Generator | None, warm: bool = False) -> Result:
         """As `CompiledUnroll.evaluate`."""
         asked = check.as_batch("query", query, self.settings.device)
-        adapted = self.adapt(support, start, generator, warm)
-        losses, outputs = self._predictor.evaluate(adapted.state, adapted.fixed, asked, generator, warm)
+        with restored_on_any_error(self.settings.device, generator):
+            adapted = self.adapt(support, start, generator, warm)
+            losses, outputs = self._predictor.evaluate(adapted.state, adapted.fixed, asked, generator, warm)
         return Result(losses.mean(), adapted, outputs, losses)
 
     def losses_of_steps(
@@ -179,18 +180,21 @@ class Execution:
         one, settings = self._of_one_step, self.settings
         batch, num_tasks = self.router.support(support)
         asked = check.as_batch("query", query, settings.device)
+        if start is not None:
+            self.router.require_start(start, num_tasks)
         adapted = one.first(None, None, None, num_tasks) if start is None else one._of_this(start, num_tasks)
         losses: list[Tensor] = []
         num_constant = 0 if settings.adjoint is None else settings.adjoint.num_constant_steps(settings.k)
-        for index in range(settings.k):
-            part = batch
-            if settings.per_step:
-                axis = int(self.task_axis)
-                part = tree.map_leaves(lambda value, index=index, axis=axis: value.narrow(axis, index, 1), batch)
-            with torch.set_grad_enabled(torch.is_grad_enabled() and index >= num_constant):
-                after = one.adapt(part, adapted, generator, warm)
-            adapted = Adapted(one._predictor, after.state, after.losses, after.fixed)  # as of a first call: no chain of the user's
-            losses.append(one._predictor.evaluate(adapted.state, adapted.fixed, asked, generator, warm)[0])
+        axis = int(self.task_axis)
+        with restored_on_any_error(settings.device, generator):
+            for index in range(settings.k):
+                part = batch
+                if settings.per_step:
+                    part = tree.map_leaves(lambda value, index=index: value.narrow(axis, index, 1), batch)
+                with torch.set_grad_enabled(torch.is_grad_enabled() and index >= num_constant):
+                    after = one.adapt(part, adapted, generator, warm)
+                adapted = Adapted(one._predictor, after.state, after.losses, after.fixed)  # as of a first call: no chain of the user's
+                losses.append(one._predictor.evaluate(adapted.state, adapted.fixed, asked, generator, warm)[0])
         return torch.stack(losses, -1)
 
     def predict(self, adapted: Adapted, query: Any, generator: torch.Generator | None, warm: bool = False) -> Any:

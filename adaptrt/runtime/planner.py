@@ -122,7 +122,22 @@ class Planner:
                     "no program was compiled for this guard; call unroll.warmup(support, keep=...) with it first, and steps="
                 )
             tasks = TaskAxis(num_tasks, start.has_tasks)
-            arguments = Arguments.of(start.carry, start.fixed, batch, tasks, self._python())
+            require_of_model, note_of_model = self._python()
+            number = guard.python.number()
+
+            def require() -> None:
+                require_of_model()
+                if guard.python.number() != number:
+                    raise ModelChanged(
+                        "a Python value that keep= reads was changed between a call and its first backward(), so that the program for it "
+                        "cannot be captured; call backward() before the change"
+                    )
+
+            def note(executed: Executed) -> None:
+                note_of_model(executed)
+                guard.python.add(executed)
+
+            arguments = Arguments.of(start.carry, start.fixed, batch, tasks, (require, note))
             return plan_guard(self._settings, self._launcher, plan, guard, k, arguments)
 
         return plan.guards.get_or_make((guard, guard.python.number(), k), make)

@@ -65,9 +65,13 @@ class ModelPredictor:
         """Returns the whole model's state dict, detached."""
         return self._reader.state_dict({**fixed.params, **state.params, **state.buffers})
 
-    def fingerprint(self, fixed: Fixed) -> str:
-        """Returns a digest of what does not adapt: parameters, plain tensor attributes, and what the losses hold."""
-        return saved.fingerprint([*tree.named_leaves(fixed._replace(hyper={})), *self._reader.plain_tensors()])
+    def fingerprint(self, fixed: Fixed) -> dict[str, str]:
+        """Returns digests of what does not adapt: parameters, what the losses hold, and tensors that modules have as plain attributes."""
+        return {
+            "the parameters that did not adapt": saved.digest(tree.named_leaves(fixed.params)),
+            "what the losses hold": saved.digest(tree.named_leaves((fixed.loss_params, fixed.query_loss))),
+            **{name: saved.digest([(name, value)]) for name, value in self._reader.plain_tensors()},
+        }
 
     def _compute(self, name: str, state: State, fixed: Fixed, data: Tree, generator: torch.Generator | None, warm: bool) -> Any:
         """Runs the plan for `data`: a `Batch`, or a model's inputs. `name` is what messages call it."""

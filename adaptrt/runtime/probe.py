@@ -6,7 +6,7 @@ import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptrt import tree
 from adaptrt.functional import watch_calls
@@ -86,7 +86,10 @@ def probe(step: Step, name: str, carry: Carry, fixed: Fixed, batch: Batch) -> tu
 
         def run(carry: Carry, fixed: Fixed, batch: Batch, noise: list[Noise] = noise, before: dict[str, bool] = before) -> Tree:
             """Loss, buffers, and for support batches what the update makes of them."""
+            given, held = fixed.query_loss, step.query_loss
             params, fixed, batch = tree.map_leaves(_differentiable, (carry.params, fixed, batch))
+            if isinstance(held, nn.Module):  # whose buffers are no parameters
+                fixed = fixed._replace(query_loss={**given, **{name: fixed.query_loss[name] for name, _ in held.named_parameters()}})
             buffers = {key: _differentiable(value) if before[key] else value for key, value in carry.buffers.items()}
             mode = step.mode if name == "query" else GradientMode.GRAD
             with record_noise() as drawn, diagnose.running(name, batch), record_code(executed), questions, mode.within():

@@ -160,10 +160,12 @@ class Router:
             raise InvalidState(
                 f"{path} holds the state of another model, selection of parameters or optimiser: {tree.difference(wanted, found.tensors)}"
             )
-        if found.fingerprint != predictor.fingerprint(begin.fixed):
+        base = predictor.fingerprint(begin.fixed)
+        other = [name for name, digest in base.items() if found.fingerprint.get(name, digest) != digest]
+        if other:
             raise InvalidState(
-                f"{path} was adapted from another base: parameters that did not adapt, or tensors of model or loss, are not those of this "
-                "model. Load the weights that the base had then"
+                f"{path} was adapted from another base: {', '.join(other)} had other values then. Load the weights that the base had, and "
+                "clear attributes that only cache something"
             )
         leaves = [found.tensors[name].to(self._settings.device) for name in names]
         state = State(tuple(leaves), tree.form_of(structure, leaves), found.num_tasks)
@@ -224,9 +226,15 @@ class Router:
 
     def _start(self, start: Adapted | None, num_tasks: int | None) -> Start:
         """Returns what to start from: the present values of model and optimiser, or an earlier result."""
+        return self._reader.read() if start is None else self.require_start(start, num_tasks)
+
+    def require_start(self, start: Adapted, num_tasks: int | None) -> Start:
+        """Returns an earlier result as what to start from, after checking that calls with so many tasks can go on from it.
+
+        Raises:
+          InvalidType, InvalidArgument, OptimizerMismatch: they cannot.
+        """
         begin = self._reader.read()
-        if start is None:
-            return begin
         if not isinstance(start, Adapted):
             raise InvalidType(f"start must be what adapt() returned, got {type(start).__name__}")
         state = start.state

@@ -5,13 +5,15 @@ format, the number of tasks, the fingerprint of what did not adapt, and a digest
 is run.
 
 Known limits: the fingerprint covers parameters that did not adapt, tensors that modules hold as plain attributes, and parameters and
-buffers of the losses. The code of the model is not covered, and neither are tensors in lists and dicts of a module.
+buffers of the losses. An attribute that is there on one side only, as a cache may be, is not compared. The code of the model is not
+covered, and neither are tensors in lists and dicts of a module.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
 import os
 import secrets
 from collections.abc import Iterable, Mapping
@@ -22,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from adaptrt.errors import InvalidState
+from adaptrt.errors import InvalidState, InvalidType
 from adaptrt.tree import Spec
 
 FORMAT_VERSION = 1
@@ -39,13 +41,13 @@ class Saved(NamedTuple):
       tensors: of the state, by dotted name, on the CPU.
       losses: support losses, (k,) or [T, k].
       num_tasks: length of the task axis, None without one.
-      fingerprint: of what did not adapt.
+      fingerprint: of what did not adapt, by parts.
     """
 
     tensors: dict[str, Tensor]
     losses: Tensor
     num_tasks: int | None
-    fingerprint: str
+    fingerprint: Mapping[str, str]
 
 
 def write(path: str | os.PathLike[str], saved: Saved) -> None:
@@ -60,7 +62,7 @@ def write(path: str | os.PathLike[str], saved: Saved) -> None:
         "format": _FORMAT,
         "format_version": str(FORMAT_VERSION),
         "num_tasks": "" if saved.num_tasks is None else str(saved.num_tasks),
-        "fingerprint": saved.fingerprint,
+        "fingerprint": json.dumps(saved.fingerprint),
     }
     metadata["digest"] = _digest(metadata, tensors)
     target = Path(path)
@@ -81,8 +83,11 @@ def read(path: str | os.PathLike[str]) -> Saved:
 
     Raises:
       InvalidState: it is no such file, is damaged, or was written in a newer format.
+      InvalidType: the path is none.
       OSError: it cannot be read.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise InvalidType(f"the path of a saved state must be a string or a path, got {type(path).__name__}")
     with open(path, "rb"):  # whose errors name the path
         pass
     try:
@@ -103,10 +108,10 @@ def read(path: str | os.PathLike[str]) -> Saved:
         raise InvalidState(f"{path} is damaged: its digest is not that of what it holds. Save the state again, or adapt anew")
     losses = tensors.pop(_LOSSES)
     num_tasks = metadata["num_tasks"]
-    return Saved(tensors, losses, int(num_tasks) if num_tasks else None, metadata["fingerprint"])
+    return Saved(tensors, losses, int(num_tasks) if num_tasks else None, json.loads(metadata["fingerprint"]))
 
 
-def fingerprint(parts: Iterable[tuple[str, Tensor]]) -> str:
+def digest(parts: Iterable[tuple[str, Tensor]]) -> str:
     """Returns the SHA-256 of names, shapes, dtypes and values, as hexadecimal digits."""
     found = hashlib.sha256()
     for name, value in parts:

@@ -37,7 +37,12 @@ def stack(adapted: Sequence[Adapted]) -> Adapted:
       >>> len(batch), batch[0].params["weight"].shape
       (3, torch.Size([1, 2]))
     """
-    parts = list(adapted) if not isinstance(adapted, Adapted) else []
+    if isinstance(adapted, Adapted):
+        what = "an adaptation of one task" if adapted.num_tasks is None else f"one that has a task axis already ({adapted.num_tasks} tasks)"
+        raise InvalidType(f"stack() takes a list or tuple of adaptations, got {what}")
+    if not isinstance(adapted, Sequence):
+        raise InvalidType(f"stack() takes a list or tuple of adaptations, got {type(adapted).__name__}")
+    parts = list(adapted)
     if not parts:
         raise InvalidArgument("stack() needs at least one adaptation, in a list or tuple")
     _require_alike(parts)

@@ -100,6 +100,7 @@ class CompiledUnroll:
             `adaptrt.inner.guard.Moment`, that returns a bool tensor of shape []. It is captured, as the loss is. Where it is false the
             result has the state that the call started from, bit for bit, optimiser and buffers included. `Adapted.kept` says what was
             decided. It takes one more evaluation of the support loss, `Adapted.final_loss`; with `per_step`, on the last step's batch.
+            A gradient through steps that overflowed is NaN even where they were not kept.
           start: go on from an earlier result, its optimiser state included, or from what `start()` returned, instead of from the present
             values of model and optimiser. With a task axis each task goes on from its own; a start without one is that of every task.
           generator: where random operations draw from; None for the global generator.
