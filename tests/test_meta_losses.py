@@ -192,9 +192,10 @@ def test_a_call_that_fails_takes_its_draws_back() -> None:
 
 
 def test_a_start_that_is_none() -> None:
-    for options in ({"every_step": True}, {"step_weights": torch.ones(K)}, {"reduction": "none"}):
+    ways: list[dict[str, Any]] = [{"every_step": True}, {"step_weights": torch.ones(K)}, {"reduction": "none"}]
+    for options in ways:
         with pytest.raises(InvalidType, match="start must be what adapt"):
-            make(model(), Replay(), False)(*data(False), start={"a": 1}, **options)
+            make(model(), Replay(), False)(*data(False), start={"a": 1}, **options)  # type: ignore[arg-type]
 
 
 def test_one_task_that_diverges_shows() -> None:
