@@ -577,3 +577,19 @@ def test_truncated_at_all_steps_is_exact_and_keeps_its_losses_apart() -> None:
 def test_truncated_needs_a_number_of_steps(steps: Any) -> None:
     with pytest.raises(adaptrt.errors.InvalidArgument, match="must be an int of at least 1"):
         Truncated(steps)
+
+
+def test_the_gradient_of_a_computed_hyperparameter_by_the_tensor_it_was_computed_from() -> None:
+    """`torch.autograd.grad` may not be asked whether a leaf runs."""
+    model, supports, queries = mlp()
+    found: list[Tensor] = []
+    for is_ours in (True, False):
+        log_lr = torch.tensor(-1.0, dtype=torch.float64, requires_grad=True)
+        if is_ours:
+            unroll = compile_unroll(model, optim.sgd(lr=log_lr.exp()), 3, loss=regress, adjoint=Replay(), backend="eager")
+            loss = unroll(supports[0], queries[0])
+        else:
+            loop = naive.Loop(model, regress, naive.sgd, {"lr": log_lr.exp()}, 3)
+            loss = naive.meta_loss(loop, start_of(model), supports[0], queries[0])
+        found += torch.autograd.grad(loss, log_lr)
+    assert_near({"log_lr": found[0]}, {"log_lr": found[1]}, torch.float64)

@@ -57,7 +57,8 @@ def refuse_freed(inputs: Sequence[Tensor]) -> None:
     seen: set[Any] = set()
     while pending and len(seen) < _MAX_NODES:
         node = pending.pop()
-        if node in seen or not _will_run(node):
+        # A leaf has saved nothing, and asking for it raises within `torch.autograd.grad`.
+        if node in seen or not node.next_functions or not _will_run(node):
             continue
         seen.add(node)
         if _is_freed(node):
