@@ -1,7 +1,7 @@
 """adaptrt: a model, an optimiser and a number of steps become one compiled, differentiable program that adapts the model."""
 
 from adaptrt import errors, optim
-from adaptrt.adjoint import Adjoint, FirstOrder, Replay, Stash, Truncated, Unrolled
+from adaptrt.adjoint import Adjoint, FirstOrder, Implicit, Replay, Stash, Truncated, Unrolled
 from adaptrt.backend import Backend, CudaGraph, Eager, Inductor
 from adaptrt.runtime.adapted import Adapted
 from adaptrt.runtime.compile import compile_unroll
@@ -20,6 +20,7 @@ __all__ = [
     "CudaGraph",
     "Eager",
     "FirstOrder",
+    "Implicit",
     "Inductor",
     "Replay",
     "Result",

@@ -131,5 +131,9 @@ class LongChain(UserWarning):
     """Many adaptations were chained with `start=`, and each keeps what `backward()` through all of them would need."""
 
 
+class NotConverged(UserWarning):
+    """The meta-gradient of `Implicit()` is not to be trusted: the steps, or the linear system, have not converged."""
+
+
 class UnknownPyTorch(UserWarning):
     """This PyTorch differs, where it is private, from those that the library knows: something is slower, or done as PyTorch does it."""

@@ -12,16 +12,16 @@ _OPTIMISERS = "adadelta adafactor adagrad adam adamax adamw asgd lbfgs muon nada
 _TAPE = "SGD Adam AdamW Adadelta Adagrad Adamax ASGD RMSprop Rprop NAdam RAdam Adafactor Muon"
 
 NAMES = {
-    "adaptrt": "Adapted Adjoint Backend CompiledUnroll CudaGraph Eager FirstOrder Inductor Replay Result Stash Truncated Unrolled "
-    "compile_unroll errors optim stack trace where",
+    "adaptrt": "Adapted Adjoint Backend CompiledUnroll CudaGraph Eager FirstOrder Implicit Inductor Replay Result Stash Truncated "
+    "Unrolled compile_unroll errors optim stack trace where",
     "adaptrt.optim": f"{_OPTIMISERS} Optimizer Schedule Transform chain clip_by_global_norm ema learned partition per_step proximal "
     "scale_by_schedule schedule scheduled sharpness_aware skip_not_finite",
     "adaptrt.errors": "AdaptrtError AlreadyImported CannotBePickled CannotBeSet CannotRecord CompilerUnavailable DataDependentControlFlow "
     "DeviceMismatch InvalidArgument InvalidBatch InvalidGraph InvalidLoss InvalidState InvalidType LabelOutOfRange "
-    "LongChain ModelChanged NonFiniteInput NotALeaf NotDifferentiable NotTraceable NothingToAdapt OptimizerMismatch "
-    "OutOfDeviceMemory RecordingFailed ShapeChanged UnknownPyTorch UnsupportedOptimizer UnsupportedParameter "
-    "UnsupportedRandomness WithinTransform",
-    "adaptrt.adjoint": "Adjoint FirstOrder Replay Stash Truncated Unrolled",
+    "LongChain ModelChanged NonFiniteInput NotALeaf NotConverged NotDifferentiable NotTraceable NothingToAdapt "
+    "OptimizerMismatch OutOfDeviceMemory RecordingFailed ShapeChanged UnknownPyTorch UnsupportedOptimizer "
+    "UnsupportedParameter UnsupportedRandomness WithinTransform",
+    "adaptrt.adjoint": "Adjoint FirstOrder Implicit Replay Stash Truncated Unrolled",
     "adaptrt.backend": "Backend CudaGraph Eager Inductor Tiered",
     "adaptrt.higher": "create_diff_optim get_diff_optim innerloop_ctx install monkeypatch optim patch register_optim uninstall utils",
     "adaptrt.higher.optim": "DifferentiableOptimizer apply_trainable_opt_params create_diff_optim get_diff_optim get_trainable_opt_params "

@@ -131,6 +131,23 @@ def learned_loss(names: Names) -> Tensor:
     return tasks(names, one)
 
 
+def imaml(names: Names) -> Tensor:
+    """All steps differentiated through: at the solution that is the same."""
+    model = names["model"]
+    start = dict(model.named_parameters())
+
+    def one(a: Tensor, b: Tensor, c: Tensor, d: Tensor, task: int) -> Tensor:
+        params: Params = dict(start)
+        for _ in range(50):
+            loss = F.cross_entropy(call(model, params, a), b)
+            grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
+            pulled = [g + 2.0 * (params[name] - start[name]) for name, g in zip(params, grads, strict=True)]
+            params = {name: value - 0.3 * g for (name, value), g in zip(params.items(), pulled, strict=True)}
+        return F.cross_entropy(call(model, params, c), d)
+
+    return tasks(names, one)
+
+
 def truncated(names: Names) -> Tensor:
     model, lr, decay = names["model"], names["log_lr"].exp(), names["log_decay"].exp()
 
@@ -161,6 +178,7 @@ META: dict[str, tuple[str, str, Callable[[Names], Tensor], tuple[str, ...]]] = {
     "CAVIA": ("CAVIA", "meta_loss", cavia, ("with_context",)),
     "ProtoMAML": ("ProtoMAML", "meta_loss", proto_maml, ("model",)),
     "learned loss": ("A learned loss", "meta_loss", learned_loss, ("model", "learned")),
+    "iMAML": ("iMAML", "meta_loss", imaml, ("model",)),
     "truncated": ("Hyperparameters by truncated backpropagation", "meta_loss", truncated, ("log_lr", "log_decay")),
     "distillation": ("Dataset distillation", "meta_loss", distillation, ("images",)),
 }

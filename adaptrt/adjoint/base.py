@@ -33,6 +33,10 @@ class Programs(Protocol):
 
     def program(self, name: str, fn: Callable[..., Any], arguments: Sequence[str], loop: Loop | None = None) -> Callable[..., Any]: ...
 
+    def report(self, name: str, value: Tensor, limit: float, advice: str) -> None:
+        """Keeps a number of the last call, [] or [T], for `explain()`; warns where it is above the limit, if looking costs little."""
+        ...
+
     def stashed(
         self, name: str, fn: Callable[..., Any], arguments: Sequence[str], wrt: Wrt, loop: Loop | None
     ) -> tuple[Callable[..., Any], Callable[..., Any]]:
@@ -160,6 +164,8 @@ class Adjoint(abc.ABC):
 
     takes_any_k: bool = True
     """Whether its programs are those of one step, so that another number of steps needs no others."""
+    needs_fixed_point: bool = False
+    """Whether it is right only where the steps have converged, so that what has no fixed point is refused."""
     detach_gradient: bool = False
     """Whether the inner gradients are constants to it."""
     sees_all_data: bool = False

@@ -31,6 +31,10 @@ class EachTask(Adjoint):
         return self.adjoint.takes_any_k
 
     @property
+    def needs_fixed_point(self) -> bool:  # type: ignore[override]
+        return self.adjoint.needs_fixed_point
+
+    @property
     def sees_all_data(self) -> bool:  # type: ignore[override]
         return self.adjoint.sees_all_data
 

@@ -60,7 +60,7 @@ def backwards(problem: Problem, task: Task, pull: Pull, carry: Sequence[Tensor],
     if problem.per_step:
         axis = 1 if problem.task_axis else 0
         of_support = [torch.stack(rows, axis) for rows in zip(*(part.total for part in support), strict=True)]
-    return Gradients(_of_start(problem, adjoint), fixed.total, of_support, ())
+    return Gradients(start_gradients(problem, adjoint), fixed.total, of_support, ())
 
 
 class _Sum:
@@ -97,7 +97,7 @@ def reported(problem: Problem, losses: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(losses[:: problem.updates_per_step]), -1)
 
 
-def _of_start(problem: Problem, adjoint: Sequence[Tensor]) -> list[Tensor]:
+def start_gradients(problem: Problem, adjoint: Sequence[Tensor]) -> list[Tensor]:
     """Returns the gradients of the leaves that the caller asked for, from the cotangents of the first carry."""
     found = iter(adjoint)
     by_leaf = [next(found) if flag else None for flag in problem.carry]

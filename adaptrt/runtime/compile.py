@@ -62,8 +62,8 @@ def compile_unroll(
       params: which parameters adapt: a glob on their names, a list of globs, or a predicate of (name, parameter). Left out: all that
         require grad, and with a `torch.optim` instance only those it holds. The rest are used unchanged, and get meta-gradients through
         support and query losses if they require grad.
-      adjoint: `Unrolled()`, `Replay(every=n)`, `Stash()`, `FirstOrder()`, `Truncated(n)`, or "auto" to choose by the size of the graph and
-        of what it would keep.
+      adjoint: `Unrolled()`, `Replay(every=n)`, `Stash()`, `FirstOrder()`, `Truncated(n)`, `Implicit()`, or "auto" to choose by the size of
+        the graph and of what it would keep.
       backend: "cudagraph" (compiled programs, and every call one launch), "inductor", "eager", a `Backend`, or "auto": cudagraph on CUDA,
         inductor elsewhere, and eager with a warning where no compiler is found.
       per_step: support has a leading axis of length k, one batch for each step.
@@ -107,7 +107,9 @@ def compile_unroll(
         check.loss(name, part)
     if adjoint != "auto" and not isinstance(adjoint, Adjoint):
         kind = InvalidArgument if isinstance(adjoint, str) else InvalidType
-        raise kind(f"adjoint must be 'auto', Unrolled(), Replay(every=n), Stash(), FirstOrder() or Truncated(n), got {adjoint!r}")
+        raise kind(
+            f"adjoint must be 'auto', Unrolled(), Replay(every=n), Stash(), FirstOrder(), Truncated(n) or Implicit(), got {adjoint!r}"
+        )
     selection = Selection(model, opt, params)
     adapted = selection()
     check.shared_tensors(model, losses, adapted)

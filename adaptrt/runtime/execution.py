@@ -178,6 +178,10 @@ class Execution:
         adaptations.
         """
         one, settings = self._of_one_step, self.settings
+        if not self.differentiates_steps:
+            raise InvalidArgument(
+                f"every_step= and step_weights= go back through each step, which {settings.adjoint} does not; use another adjoint"
+            )
         batch, num_tasks = self.router.support(support)
         asked = check.as_batch("query", query, settings.device)
         if start is not None:
@@ -196,6 +200,11 @@ class Execution:
                 adapted = Adapted(one._predictor, after.state, after.losses, after.fixed)  # as of a first call: no chain of the user's
                 losses.append(one._predictor.evaluate(adapted.state, adapted.fixed, asked, generator, warm)[0])
         return torch.stack(losses, -1)
+
+    @property
+    def differentiates_steps(self) -> bool:
+        """Whether the adjoint goes back through steps at all."""
+        return self.settings.adjoint is None or not self.settings.adjoint.needs_fixed_point
 
     def predict(self, adapted: Adapted, query: Any, generator: torch.Generator | None, warm: bool = False) -> Any:
         """Returns the adapted model's output for the inputs of a query batch."""

@@ -11,7 +11,7 @@ from adaptrt.backend import Backend
 from adaptrt.backend.tiered import TieredRunner
 from adaptrt.graph.cost import num_bytes, num_flops
 from adaptrt.graph.ir import PassRecord
-from adaptrt.runtime.plan import PredictionPlan, QueryPlan, SupportPlan
+from adaptrt.runtime.plan import GuardPlan, PredictionPlan, QueryPlan, SupportPlan
 from adaptrt.runtime.program import Program
 
 
@@ -91,14 +91,17 @@ def explain(num_steps: int, backend: Backend, plans: Sequence[SupportPlan], pred
     programs: list[ProgramReport] = []
     calls: list[tuple[str, str, bool]] = []
 
-    def add(shapes: str, plan: SupportPlan | QueryPlan | PredictionPlan) -> None:
+    def add(shapes: str, plan: SupportPlan | QueryPlan | GuardPlan | PredictionPlan) -> None:
         programs.extend(_report(name, shapes, program) for name, program in plan.programs.named())
         calls.extend((shapes, recording.name, recording.is_one_launch) for recording in plan.calls.recordings())
 
     for plan in plans:
         support = ", ".join(plan.shapes)
-        adjoints.append((support, repr(plan.adjoint), plan.reason))
+        found = [f"; {name} in the last call: {value.max().item():.2g}" for name, value in plan.programs.reports.items()]
+        adjoints.append((support, repr(plan.adjoint), plan.reason + "".join(found)))
         add(support, plan)
+        for guard in plan.guards.entries():
+            add(f"{support}; guarded", guard)
         for query in plan.queries.entries():
             add(f"{support}; query {', '.join(query.shapes)}", query)
     for prediction in predictions:

@@ -15,6 +15,7 @@ from adaptrt.adjoint.base import Adjoint, Problem
 from adaptrt.adjoint.each_task import EachTask
 from adaptrt.adjoint.steps import STEP
 from adaptrt.backend.launch import Launcher
+from adaptrt.errors import InvalidArgument
 from adaptrt.graph.capture import capture, record_operations
 from adaptrt.graph.cost import num_bytes_to_keep, num_flops, returns_input
 from adaptrt.graph.cut import varying
@@ -208,6 +209,8 @@ def plan_support(settings: Settings, launcher: Launcher | None, step_of: Callabl
         adjoint, reason = _choose(settings, step, found.noise, arguments, capturing)
     else:
         adjoint, reason = settings.adjoint, "asked for"
+    if adjoint.needs_fixed_point:
+        _require_fixed_point(settings, step, found, arguments, capturing)
     if each_task:
         adjoint = EachTask(adjoint)
         reason += f"; model and loss on a task are {flops / 1e6:,.0f} MFLOP, enough for one task after the other"
@@ -272,6 +275,36 @@ def plan_prediction(settings: Settings, launcher: Launcher | None, step: Step, a
         calls=_calls(settings, launcher, programs),
         shapes=arguments.shapes,
     )
+
+
+def _require_fixed_point(settings: Settings, step: Step, found: Probe, arguments: Arguments, capturing: CaptureSettings) -> None:
+    """Checks that k steps can converge to a state that one more step leaves as it is.
+
+    Raises:
+      InvalidArgument: they cannot; says why.
+    """
+
+    def refuse(reason: str, advice: str) -> None:
+        raise InvalidArgument(f"Implicit() needs steps that converge to a fixed point: {reason}. {advice}, or use another adjoint")
+
+    if settings.k < 2:
+        refuse(f"k={settings.k} is too few", "Make as many steps as it takes")
+    if settings.per_step:
+        refuse("with per_step=True each step has another batch", "Leave per_step out")
+    if step.optimizer.updates_per_step > 1:
+        refuse(f"this optimiser makes {step.optimizer.updates_per_step} updates a step", "Take one that makes one")
+    if found.noise:
+        refuse("model or loss draw random numbers", "Call model.eval()")
+    if any(found.live_buffers):
+        refuse("gradients flow through a buffer that forward changes", "Detach what is written to it")
+    carry, fixed, batch = arguments[:3]
+    graph = capturing.explain_failure(lambda: capture(step, carry, fixed, batch, ()))
+    names = tree.paths(carry.opt_state)
+    for place, (name, spec) in enumerate(zip(names, map(tree.Spec.of, tree.leaves(carry.opt_state)), strict=True), len(carry.params)):
+        if spec.dtype.is_floating_point and not returns_input(graph, place):
+            refuse(
+                f"the optimiser remembers '{name}', which every step changes", "Take one without memory, such as optim.sgd without momentum"
+            )
 
 
 def _choose(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -13,13 +14,14 @@ from adaptrt import tree
 from adaptrt.adjoint.base import Loop, Wrt
 from adaptrt.backend import Backend
 from adaptrt.backend.base import COMPILING, rehearsing
-from adaptrt.errors import NotDifferentiable
+from adaptrt.errors import NotConverged, NotDifferentiable
 from adaptrt.graph.cost import returns_input
 from adaptrt.graph.ir import Constant, Graph
 from adaptrt.graph.passes.check_finite import check_finite
 from adaptrt.graph.passes.hoist import hoist
 from adaptrt.graph.passes.partition import partition
 from adaptrt.graph.signature import Input, Role
+from adaptrt.inner.user_code import outside
 from adaptrt.runtime.capture import CaptureSettings, capture_graph, capture_joint, capture_pullback
 from adaptrt.runtime.program import Program
 from adaptrt.tree import Spec, Tree
@@ -58,6 +60,8 @@ class ProgramSet:
         self._unchanged: set[int] = set()  # leaves of the carry that a step returns as they were
         self._second_halves: dict[_Key, Graph] = {}
         self._refused: dict[_Key, NotDifferentiable] = {}
+        self.reports: dict[str, Tensor] = {}
+        self._warned: set[str] = set()
 
     def program(self, name: str, fn: Callable[..., Any], arguments: Sequence[str], loop: Loop | None = None) -> Callable[..., Any]:
         owner = self._owner_of(arguments)
@@ -75,6 +79,15 @@ class ProgramSet:
         owner = self._owner_of(arguments)
         kinds = (*arguments, "weights" if value else "cotangent")
         return owner._lazy((name, wrt), kinds, loop, lambda args: capture_pullback(fn, kinds, args, wrt, value, owner._settings))
+
+    def report(self, name: str, value: Tensor, limit: float, advice: str) -> None:
+        if self._parent is not None:
+            self._parent.report(name, value, limit, advice)
+        elif not rehearsing():
+            self.reports[name] = value.detach()
+            if value.device.type == "cpu" and name not in self._warned and not bool((value <= limit).all()):
+                self._warned.add(name)
+                warnings.warn(f"the {name} is {value.max().item():.2g}, above {limit:g}: {advice}", NotConverged, stacklevel=outside())
 
     def stashed(
         self, name: str, fn: Callable[..., Any], arguments: Sequence[str], wrt: Wrt, loop: Loop | None

@@ -284,7 +284,8 @@ class CompiledUnroll:
                 run.meta_loss(support, query, begin, generator, warm=True)
                 if evaluate:
                     self._warm(run.evaluate(support, query, begin, generator, warm=True).losses)
-                    self._warm(run.losses_of_steps(support, query, begin, generator, warm=True))
+                    if run.differentiates_steps:
+                        self._warm(run.losses_of_steps(support, query, begin, generator, warm=True))
         call_ended()
         for _, program in run.programs():
             if isinstance(program.run, TieredRunner):
