@@ -80,11 +80,11 @@ class Implicit(Adjoint):
         batch, noise = batch_of_update(problem, task, 0), task.noise[0]
         num_params = len(kept.params)
         state = list(carry[num_params:])
-        none = [torch.zeros_like(value) for value in state], torch.zeros_like(losses.select(-1, 0))
+        nothing = [*[torch.zeros_like(value) for value in state], torch.zeros_like(losses.select(-1, 0))]
         layout = _Layout(problem, carry[:num_params])
 
         def pull(vector: Tensor) -> Any:
-            return pullback(kept, task.fixed, batch, noise, [*layout.split(vector), *none[0], none[1]])
+            return pullback(kept, task.fixed, batch, noise, [*layout.split(vector), *nothing])
 
         def product(vector: Tensor) -> Tensor:
             return (1.0 + self.damping) * vector - layout.joined(pull(vector)[0][:num_params])
@@ -142,7 +142,7 @@ class _Layout(NamedTuple):
     def split(self, vector: Tensor) -> list[Tensor]:
         axis = int(self.problem.task_axis)
         parts = vector.split([math.prod(value.shape[axis:]) for value in self.like], -1)
-        return [part.reshape(value.shape) for part, value in zip(parts, self.like, strict=True)]
+        return [part.reshape(value.shape).to(value.dtype) for part, value in zip(parts, self.like, strict=True)]
 
     def dot(self, one: Tensor, other: Tensor) -> Tensor:
         return (one * other).sum(-1)
