@@ -321,6 +321,11 @@ def map_leaves(fn: Callable[..., Any], tree: Tree, *rest: Tree) -> Tree:
     return unflatten(structure, [fn(*group) for group in zip(values, *(leaves(other) for other in rest), strict=True)])
 
 
+def where(condition: Tensor, one: Tree, other: Tree) -> Tree:
+    """Returns one tree or the other, which is decided by a value (0-dim). What both share is returned as it is."""
+    return map_leaves(lambda a, b: a if a is b else torch.where(condition, a, b), one, other)
+
+
 def paths(tree: Tree, root: str = "") -> list[str]:
     """Returns a dotted name for each leaf, in the order of `flatten`.
 

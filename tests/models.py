@@ -388,6 +388,13 @@ def dropout() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 6), nn.Tanh(), nn.Dropout(0.4), nn.Linear(6, 2))
 
 
+def norm_mlp() -> nn.Module:
+    """A network in train mode whose steps change buffers; the same weights at every call. The global generator is left alone."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
 MODELS: dict[str, Entry] = {
     "mlp": Entry(mlp, vectors, regress, default_loss=True, k=3),
     "mlp-head-only": Entry(mlp, vectors, regress, select="2.*"),

@@ -16,17 +16,12 @@ from adaptrt import Adapted, Adjoint, CompiledUnroll, FirstOrder, Replay, Stash,
 from adaptrt.errors import AdaptrtError, DataDependentControlFlow, InvalidArgument, InvalidType, ModelChanged, NotTraceable, ShapeChanged
 from adaptrt.inner.guard import Guards, Moment
 from tests import naive
+from tests.models import norm_mlp as model
 from tests.models import normal, regress
 from tests.tolerances import assert_near
 
 K, T = 3, 3
 ADJOINTS: list[Adjoint] = [Unrolled(), Replay(), Stash(), FirstOrder(), Truncated(2)]
-
-
-def model() -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
 
 
 def data(seed: int = 1) -> tuple[Tensor, Tensor]:

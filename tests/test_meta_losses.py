@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 from adaptrt import Adjoint, CompiledUnroll, FirstOrder, Replay, Stash, Truncated, Unrolled, compile_unroll, optim
 from adaptrt.errors import AdaptrtError, InvalidArgument, InvalidType, LabelOutOfRange, NonFiniteInput, ShapeChanged
 from tests import naive
+from tests.models import norm_mlp as model
 from tests.models import normal, regress
 from tests.tolerances import assert_near
 
@@ -22,12 +23,6 @@ ADJOINTS: list[Adjoint] = [Unrolled(), Replay(), Stash(), FirstOrder(), Truncate
 over_adjoints = pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
 over_tasks = pytest.mark.parametrize("tasks", [False, True], ids=["single", "vmap"])
 over_per_step = pytest.mark.parametrize("per_step", [False, True], ids=["one batch", "per step"])
-
-
-def model() -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
 
 
 def data(tasks: bool, per_step: bool = False) -> tuple[Any, Any]:

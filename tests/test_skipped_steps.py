@@ -11,6 +11,7 @@ from torch import Generator, Tensor, nn
 
 from adaptrt import Adjoint, CompiledUnroll, FirstOrder, Replay, Stash, Truncated, Unrolled, compile_unroll, optim
 from adaptrt.errors import InvalidLoss
+from tests.models import norm_mlp as model
 from tests.models import normal
 from tests.tolerances import assert_near
 
@@ -38,12 +39,6 @@ class Sure(nn.Module):
     def forward(self, output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
         self.calls = self.calls + 1
         return sure(output, target)
-
-
-def model() -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
 
 
 def data(seed: int = 1) -> tuple[Tensor, Tensor]:

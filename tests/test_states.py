@@ -15,18 +15,13 @@ import adaptrt
 from adaptrt import Adapted, Adjoint, CompiledUnroll, FirstOrder, Replay, Stash, Unrolled, compile_unroll, optim
 from adaptrt.errors import AdaptrtError, DeviceMismatch, InvalidArgument, InvalidType, OptimizerMismatch, ShapeChanged
 from tests import naive
+from tests.models import norm_mlp as model
 from tests.models import normal, regress
 from tests.tolerances import assert_near
 
 K, T = 2, 3
 ADJOINTS: list[Adjoint] = [Unrolled(), Replay(), Stash(), FirstOrder()]
 over_adjoints = pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
-
-
-def model() -> nn.Module:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Tanh(), nn.Linear(4, 2)).double()
 
 
 def make(adjoint: Adjoint | str = "auto", backend: str = "eager", net: nn.Module | None = None, **options: Any) -> CompiledUnroll:

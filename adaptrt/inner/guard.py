@@ -19,7 +19,7 @@ from adaptrt.errors import InvalidArgument, InvalidType
 from adaptrt.graph.passes.lift_noise import lift_noise
 from adaptrt.inner import diagnose
 from adaptrt.inner.python_state import PythonState
-from adaptrt.inner.step import Batch, Carry, Fixed, Step, chosen, of_model
+from adaptrt.inner.step import Batch, Carry, Fixed, Step, of_model
 from adaptrt.inner.user_code import outside
 from adaptrt.process import lock
 from adaptrt.tree import Tree
@@ -80,7 +80,7 @@ def guarded(
     with lift_noise(noise):
         final_loss = step.evaluate(carry.params, carry.buffers, fixed, batch).loss
     kept = _decision(step.guard, start, carry, losses, final_loss)
-    return kept, final_loss, chosen(kept, carry, start)
+    return kept, final_loss, tree.where(kept, carry, start)
 
 
 def _decision(decide: Any, start: Carry, carry: Carry, losses: Tensor, final_loss: Tensor) -> Tensor:

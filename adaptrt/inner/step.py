@@ -116,7 +116,7 @@ class Step:
         new_params, opt_state = self.update(grads, carry.opt_state, params, fixed.hyper)
         after = Carry(new_params, opt_state, buffers)
         _require_same_specs(carry, after)
-        return after if update is None else chosen(update, after, carry), loss
+        return after if update is None else tree.where(update, after, carry), loss
 
     def update(self, grads: Mapping[str, Tensor], state: Tree, params: Mapping[str, Tensor], hyper: Tree) -> tuple[dict[str, Tensor], Tree]:
         """Returns the parameters and the optimiser's state after its update."""
@@ -299,11 +299,6 @@ def _as_update(loss: Any) -> tuple[Any, Tensor | None]:
             f"the loss must return a tensor, or (loss, update) with a bool tensor of shape [] as update; got a tuple with {found} as second"
         )
     return loss, update
-
-
-def chosen(condition: Tensor, new: Tree, old: Tree) -> Tree:
-    """Returns one tree or the other, which is decided by a value (0-dim). What both share is returned as it is."""
-    return tree.map_leaves(lambda one, other: one if one is other else torch.where(condition, one, other), new, old)
 
 
 def _require_scalar(loss: Any) -> Tensor:

@@ -120,7 +120,7 @@ def sharpness_aware(opt: Optimizer, radius: Value) -> Optimizer:
         new, inner = opt.update(down, state.state, origin, hyper["optimizer"])
         ascended = {name: value + fit(factor, value) * grads[name] if name in grads else value for name, value in params.items()}
         after = {name: torch.where(up, ascended[name], new[name]) for name in params}
-        return after, SharpnessState(~up, origin, _either(up, state.state, inner))
+        return after, SharpnessState(~up, origin, tree.where(up, state.state, inner))
 
     made = dataclasses.replace(opt, init=init, update=update, hyper=hyper, updates_per_step=2, remembers_step=True)
     return scheduled(made)
@@ -157,7 +157,7 @@ def skip_not_finite(opt: Optimizer) -> Optimizer:
         # Zeros first, so that what follows, and its derivative, has finite numbers only.
         new, inner = opt.update({n: torch.where(good, grad, 0.0) for n, grad in grads.items()}, state.state, params, hyper["optimizer"])
         after = {name: torch.where(good, new[name], value) for name, value in params.items()}
-        return after, SkippingState(state.num_skipped + ~good, _either(good, inner, state.state))
+        return after, SkippingState(state.num_skipped + ~good, tree.where(good, inner, state.state))
 
     return dataclasses.replace(opt, init=init, update=update, hyper={"optimizer": opt.hyper})
 
@@ -192,17 +192,10 @@ def ema(opt: Optimizer, decay: Value) -> Optimizer:
 
     def update(grads: Params, state: AveragingState, params: Params, hyper: Mapping[str, Any]) -> tuple[dict[str, Tensor], AveragingState]:
         new, inner = opt.update(grads, state.state, params, hyper["optimizer"])
-        means = {name: average(old, new[name], fit(read(hyper, "decay", name, old), old)) for name, old in state.average.items()}
+        means = {name: average(old, new[name], read(hyper, "decay", name, old)) for name, old in state.average.items()}
         return new, AveragingState(means, inner)
 
     return scheduled(dataclasses.replace(opt, init=init, update=update, hyper=hyper, init_is_constant=False))
-
-
-def _either(condition: Tensor, one: State, other: State) -> State:
-    def either(a: Tensor, b: Tensor) -> Tensor:
-        return a if a is b else torch.where(condition, a, b)
-
-    return tree.map_leaves(either, one, other)
 
 
 def _require_optimizer(name: str, opt: object, one_update: bool = False) -> None:

@@ -7,7 +7,7 @@ import dataclasses
 import operator
 import os
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NoReturn, Protocol
 
 import torch
@@ -113,12 +113,15 @@ class Adapted:
                 memo[id(value)] = value.detach().clone().requires_grad_(value.is_leaf and value.requires_grad)
             return memo[id(value)]
 
-        fixed, (losses, *guarded) = tree.map_leaves(copied, self.fixed), tree.map_leaves(copied, self._numbers())
-        return Adapted(self._predictor, self.state.map(copied), losses, fixed, 0, *guarded)
+        other = self._map(copied, self.num_tasks, 0)
+        other.__dict__["fixed"] = tree.map_leaves(copied, self.fixed)
+        return other
 
-    def _numbers(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Returns the losses, and what a guard found."""
-        return self.losses, self.kept, self.final_loss
+    def _map(self, fn: Callable[[Tensor], Tensor], num_tasks: int | None, num_links: int) -> Adapted:
+        """Returns the adaptation with `fn` applied to all of its values: state, losses, and what a guard found."""
+        state = dataclasses.replace(self.state.map(fn), num_tasks=num_tasks)
+        losses, *guarded = tree.map_leaves(fn, (self.losses, self.kept, self.final_loss))
+        return Adapted(self._predictor, state, losses, self.fixed, num_links, *guarded)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         del protocol
@@ -172,8 +175,7 @@ class Adapted:
 
         Parameters that did not adapt remain the model's own, and still get gradients from predictions.
         """
-        losses, *guarded = tree.map_leaves(Tensor.detach, self._numbers())
-        return Adapted(self._predictor, self.state.detach(), losses, self.fixed, 0, *guarded)
+        return self._map(Tensor.detach, self.num_tasks, 0)
 
     def replace(
         self, *, params: Mapping[str, Tensor] | None = None, buffers: Mapping[str, Tensor] | None = None, opt_state: Tree = None
@@ -218,22 +220,14 @@ class Adapted:
             def part(value: Tensor) -> Tensor:
                 return value[index] if places is None else value.index_select(0, places)
 
-            state = dataclasses.replace(self.state.map(part), num_tasks=len(chosen))
-            losses, *guarded = tree.map_leaves(part, self._numbers())
-            return Adapted(self._predictor, state, losses, self.fixed, self._num_links, *guarded)
+            return self._map(part, len(chosen), self._num_links)
         try:
             place = operator.index(index)
         except TypeError as error:
             raise InvalidType(f"the tasks of an adaptation are indexed by an int or a slice, got {index!r}") from error
         if not -num_tasks <= place < num_tasks:
             raise IndexError(f"there are {num_tasks} tasks, none with the index {place}")
-
-        def row(value: Tensor) -> Tensor:
-            return value.select(0, place)
-
-        losses, *guarded = tree.map_leaves(row, self._numbers())
-        state = dataclasses.replace(self.state.map(row), num_tasks=None)
-        return Adapted(self._predictor, state, losses, self.fixed, self._num_links, *guarded)
+        return self._map(lambda value: value.select(0, place), None, self._num_links)
 
     def __iter__(self) -> Iterator[Adapted]:
         return iter(self.unbind())

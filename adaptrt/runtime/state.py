@@ -86,7 +86,7 @@ class State:
         )
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> State:
-        """Returns the state with `fn` applied to every tensor, which must not change its shape."""
+        """Returns the state with `fn` applied to every tensor, which must not change its shape but for the task axis."""
         return dataclasses.replace(self, leaves=tuple([fn(value) for value in self.leaves]))
 
     def detach(self) -> State:
