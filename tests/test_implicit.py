@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 
 from adaptrt import CompiledUnroll, Implicit, Replay, compile_unroll, optim
 from adaptrt.errors import AdaptrtError, InvalidArgument, InvalidType, NotConverged
+from tests.gradients import gradients
 from tests.models import normal, regress
 from tests.tolerances import assert_near
 
@@ -36,12 +37,6 @@ def minimiser(x: Tensor, y: Tensor, strength: Tensor, anchor: Tensor) -> Tensor:
     """Of mean((x w - y)**2) + strength / 2 * |w - anchor|**2, in closed form; [P]."""
     hessian = 2.0 * x.T @ x / len(x) + strength * torch.eye(P, dtype=x.dtype)
     return torch.linalg.solve(hessian, 2.0 * (x.T @ y).squeeze(1) / len(x) + strength * anchor)
-
-
-def gradients(value: Tensor, leaves: dict[str, Tensor]) -> dict[str, Tensor]:
-    grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-    found = {name: torch.zeros_like(leaf) if grad is None else grad for (name, leaf), grad in zip(leaves.items(), grads, strict=True)}
-    return {"value": value.detach(), **found}
 
 
 @over_tasks

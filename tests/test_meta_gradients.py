@@ -19,6 +19,7 @@ from adaptrt import Adjoint, FirstOrder, Replay, Stash, Truncated, Unrolled, com
 from adaptrt.graph.passes.lift_noise import lift_noise
 from adaptrt.runtime import planner
 from tests import naive
+from tests.gradients import gradients
 from tests.models import MODELS, Entry
 from tests.tolerances import assert_near
 
@@ -135,10 +136,7 @@ def eager_objective(loop: naive.Loop, after: Any, frozen: naive.Tensors, query: 
 def differentiate(value: Tensor, model: nn.Module, hyper: Mapping[str, Any]) -> dict[str, Tensor]:
     """The value and its gradients by all parameters and hyperparameters, by name; zeros where nothing depends on one."""
     leaves = dict(model.named_parameters()) | dict(zip(tree.paths(hyper, "hyper"), tree.leaves(hyper), strict=True))
-    leaves = {name: leaf for name, leaf in leaves.items() if leaf.requires_grad}
-    grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True, retain_graph=True)
-    found = {name: torch.zeros_like(leaf) if grad is None else grad for (name, leaf), grad in zip(leaves.items(), grads, strict=True)}
-    return {"value": value.detach(), **found}
+    return gradients(value, {name: leaf for name, leaf in leaves.items() if leaf.requires_grad})
 
 
 def wanted_of(cell: Cell, noises: Sequence[naive.Noise]) -> Iterator[dict[str, Tensor]]:

@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 from adaptrt import Adjoint, CompiledUnroll, FirstOrder, Replay, Stash, Truncated, Unrolled, compile_unroll, optim
 from adaptrt.errors import AdaptrtError, InvalidArgument, InvalidType, LabelOutOfRange, NonFiniteInput, ShapeChanged
 from tests import naive
+from tests.gradients import gradients
 from tests.models import norm_mlp as model
 from tests.models import normal, regress
 from tests.tolerances import assert_near
@@ -59,14 +60,8 @@ def assert_same(net: nn.Module, found: Tensor, right: Tensor, more: dict[str, Te
     assert found.shape == right.shape
     cotangent = torch.randn(found.shape, generator=Generator().manual_seed(5), dtype=torch.float64)
     leaves = {"lr": LR, **dict(net.named_parameters()), **(more or {})}
-
-    def all_of(value: Tensor) -> dict[str, Tensor]:
-        # Nothing depends on the start of a truncated adaptation.
-        grads = torch.autograd.grad(value, list(leaves.values()), cotangent, allow_unused=True)
-        found = {name: torch.zeros_like(leaves[name]) if grad is None else grad for name, grad in zip(leaves, grads, strict=True)}
-        return {"value": value.detach(), **found}
-
-    assert_near(all_of(found), all_of(right), torch.float64)
+    # Nothing depends on the start of a truncated adaptation.
+    assert_near(gradients(found, leaves, cotangent), gradients(right, leaves, cotangent), torch.float64)
 
 
 @over_per_step

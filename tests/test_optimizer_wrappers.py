@@ -11,6 +11,7 @@ from torch import Generator, Tensor, nn
 
 from adaptrt import Adjoint, FirstOrder, Replay, Stash, Truncated, Unrolled, compile_unroll, optim
 from adaptrt.errors import AdaptrtError, InvalidArgument, InvalidType
+from tests.gradients import gradients
 from tests.models import normal, regress
 from tests.tolerances import assert_near
 
@@ -122,11 +123,7 @@ def check(name: str, adjoint: Adjoint, tasks: bool, backend: str) -> None:
             ours.append(torch.stack([value.cos().sum() for value in one.opt_state.average.values()]).sum())
             theirs.append(torch.stack([value.cos().sum() for value in extra.values()]).sum())
 
-    def gradients(value: Tensor) -> dict[str, Tensor]:
-        grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-        return {key: torch.zeros_like(leaf) if g is None else g for (key, leaf), g in zip(leaves.items(), grads, strict=True)}
-
-    assert_near(gradients(torch.stack(ours).sum()), gradients(torch.stack(theirs).sum()), torch.float64)
+    assert_near(gradients(torch.stack(ours).sum(), leaves), gradients(torch.stack(theirs).sum(), leaves), torch.float64)
 
 
 def test_the_anchor_is_where_the_first_call_started() -> None:

@@ -12,6 +12,7 @@ from torch import Generator, Tensor, nn
 
 from adaptrt import Adjoint, FirstOrder, Replay, Stash, Unrolled, compile_unroll, optim
 from adaptrt.errors import AdaptrtError, InvalidLoss, InvalidType, NotTraceable, UnsupportedParameter
+from tests.gradients import gradients
 from tests.models import normal
 from tests.tolerances import assert_near
 
@@ -62,10 +63,10 @@ CASES: dict[str, tuple[Callable[[], Any], Callable[[], Any]]] = {
 }
 
 
-def gradients(value: Tensor, parts: list[Any]) -> dict[str, Tensor]:
-    leaves = {f"{i}.{name}": p for i, part in enumerate(parts) if isinstance(part, nn.Module) for name, p in part.named_parameters()}
-    grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)  # a first-order inner loss has none
-    return {"value": value.detach(), **{n: torch.zeros_like(leaves[n]) if g is None else g for n, g in zip(leaves, grads, strict=True)}}
+def by_parts(value: Tensor, parts: list[Any]) -> dict[str, Tensor]:
+    """The value and its gradients by the parameters of all modules among these; a first-order inner loss has none."""
+    modules = [(index, part) for index, part in enumerate(parts) if isinstance(part, nn.Module)]
+    return gradients(value, {f"{index}.{name}": param for index, part in modules for name, param in part.named_parameters()})
 
 
 @pytest.mark.parametrize("tasks", [False, True], ids=["single", "vmap"])
@@ -84,7 +85,7 @@ def check(case: str, adjoint: Adjoint, tasks: bool, backend: str) -> None:
     net, (inner, outer) = model(), [make() for make in CASES[case]]
     unroll = compile_unroll(net, optim.sgd(lr=0.2), K, loss=inner, query_loss=outer, adjoint=adjoint, backend=backend)
     support, query = data(tasks, case != "no target")
-    found = gradients((unroll.vmap() if tasks else unroll)(support, query), [net, inner, outer])
+    found = by_parts((unroll.vmap() if tasks else unroll)(support, query), [net, inner, outer])
     buffers = dict(inner.named_buffers()) if isinstance(inner, nn.Module) else {}
 
     def wanted_of(support: Any, query: Any) -> Tensor:
@@ -105,7 +106,7 @@ def check(case: str, adjoint: Adjoint, tasks: bool, backend: str) -> None:
 
     rows = range(T) if tasks else [None]
     losses = [wanted_of(*[tuple(value if row is None else value[row] for value in part) for part in (support, query)]) for row in rows]
-    assert_near(found, gradients(torch.stack(losses).mean(), [net, inner, outer]), torch.float64)
+    assert_near(found, by_parts(torch.stack(losses).mean(), [net, inner, outer]), torch.float64)
 
 
 def test_what_the_query_loss_holds_is_read_at_every_call_and_never_changed() -> None:
@@ -148,14 +149,14 @@ def test_a_query_loss_with_running_statistics(train: bool) -> None:
     net, outer = model(), Normed().train(train)
     support, query = data(False, True)
     unroll = compile_unroll(net, optim.sgd(lr=0.2), K, loss=F.mse_loss, query_loss=outer, adjoint=Replay(), backend="eager")
-    found = gradients(unroll(support, query), [net, outer])
+    found = by_parts(unroll(support, query), [net, outer])
     params: dict[str, Any] = dict(net.named_parameters())
     for _ in range(K):
         loss = F.mse_loss(torch.func.functional_call(net, params, (support[0],)), support[1])
         grads = torch.autograd.grad(loss, list(params.values()), create_graph=True)
         params = {name: value - 0.2 * grad for (name, value), grad in zip(params.items(), grads, strict=True)}
     assert outer.norm.running_mean is not None and not outer.norm.running_mean.any()
-    assert_near(found, gradients(outer(torch.func.functional_call(net, params, (query[0],)), query[1]), [net, outer]), torch.float64)
+    assert_near(found, by_parts(outer(torch.func.functional_call(net, params, (query[0],)), query[1]), [net, outer]), torch.float64)
 
 
 class Counting:

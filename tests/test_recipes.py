@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tests.gradients import gradients
 from tests.test_readme import DOCS, python_blocks
 from tests.tolerances import assert_near
 
@@ -194,14 +195,9 @@ def test_meta_learning(name: str) -> None:
         named = dict(held.named_parameters()) if isinstance(held, nn.Module) else held if isinstance(held, dict) else {"": held}
         leaves |= {f"{key}.{place}": value for place, value in named.items() if value.requires_grad}
 
-    def all_of(value: Tensor) -> dict[str, Tensor]:
-        grads = torch.autograd.grad(value, list(leaves.values()), allow_unused=True)
-        found = {key: torch.zeros_like(leaf) if g is None else g for (key, leaf), g in zip(leaves.items(), grads, strict=True)}
-        return {"value": value.detach(), **found}
-
-    found = all_of(names[result])
+    found = gradients(names[result], leaves)
     assert any(bool(value.any()) for key, value in found.items() if key != "value")
-    assert_near(found, all_of(oracle(names)), torch.float64)
+    assert_near(found, gradients(oracle(names), leaves), torch.float64)
 
 
 def test_reptile() -> None:
