@@ -86,7 +86,7 @@ def guarded(
 def _decision(decide: Any, start: Carry, carry: Carry, losses: Tensor, final_loss: Tensor) -> Tensor:
     start, carry, losses, final_loss = tree.map_leaves(Tensor.detach, (start, carry, losses, final_loss))
     squares = [(new - old).square().sum() for new, old in zip(carry.params.values(), start.params.values(), strict=True)]
-    norm = torch.stack(squares).sum().sqrt()
+    norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros_like(final_loss)
     before = Moment(losses[0], losses, start.params, of_model(start.buffers), start.opt_state, torch.zeros_like(norm))
     after = Moment(final_loss, losses, carry.params, of_model(carry.buffers), carry.opt_state, norm)
     with diagnose.guarding():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptrt import tree
-from adaptrt.errors import DeviceMismatch, InvalidType, ModelChanged, NothingToAdapt, OptimizerMismatch
+from adaptrt.errors import DeviceMismatch, InvalidArgument, InvalidType, ModelChanged, NothingToAdapt, OptimizerMismatch
 from adaptrt.functional import canonical_names
 from adaptrt.graph.defaults import NAMES, SETTINGS
 from adaptrt.graph.surroundings import refuse_recorders
@@ -299,9 +299,18 @@ def adapted_names(model: nn.Module, opt: Any, select: Select) -> frozenset[str]:
 
     Raises:
       OptimizerMismatch: the optimiser holds parameters that are not the model's, or lacks one that `select` asks for.
-      NothingToAdapt: there is none.
+      InvalidArgument: `select` asks for parameters although there is no optimiser.
+      NothingToAdapt: there is none, or without an optimiser no buffer.
     """
     named = dict(model.named_parameters())
+    if opt is None:
+        if select is not None:
+            raise InvalidArgument(
+                f"params={select!r} selects parameters, and without an optimiser only buffers adapt; leave one of them out"
+            )
+        if not dict(model.named_buffers()):
+            raise NothingToAdapt(f"without an optimiser only buffers adapt, and {type(model).__name__} has none")
+        return frozenset()
     held = {id(param) for group in opt.param_groups for param in group["params"]} if isinstance(opt, torch.optim.Optimizer) else None
     own = {id(param) for param in named.values()}
     foreign = [param for group in opt.param_groups for param in group["params"] if id(param) not in own] if held is not None else []

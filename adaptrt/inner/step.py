@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -89,7 +90,7 @@ class Step:
       model: called as a function and never changed. Its train or eval mode is the one it has when the step is captured.
       loss: a function or module of (output, target), or of (output) for batches without target; None for `default_loss`. It returns a
         scalar, or (scalar, update) with a bool tensor: where that is false the step changes nothing.
-      optimizer: `update(grads, state, params, hyper)`.
+      optimizer: `update(grads, state, params, hyper)`. Where no parameters adapt, a step is a forward pass that updates buffers.
       detach_gradient: treat the gradient as a constant, as first-order MAML does.
       dtype: model and loss run under autocast to it, whatever the caller's autocast is. Parameters, their gradients, the optimiser's state
         and the loss keep their dtypes. None: without autocast.
@@ -144,6 +145,8 @@ class Step:
 
     def gradient(self, loss: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Returns the loss's gradient by parameter name. Parameters that the loss does not use have no entry."""
+        if not params:  # buffers alone adapt
+            return {}
         if not loss.requires_grad:
             raise NothingToAdapt(
                 "the support loss does not depend on the adapted parameters: check `params=`, and that the model neither detaches its "
@@ -182,24 +185,27 @@ class Step:
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], fixed: Fixed, batch: Batch, *, of_query: bool = False
     ) -> Evaluation:
         """Runs model and loss. The caller decides what random operations return (`lift_noise`)."""
-        with self._precision(params):
+        example = next(itertools.chain(params.values(), fixed.params.values()))
+        with self._precision(example):
             output, updated = self.apply(params, buffers, fixed, batch.inputs)
             target = () if batch.target is None else (batch.target,)
             if of_query and self.query_loss is not None:
                 loss = self._query_loss(output, target, fixed)
+            elif self.loss is None and not (of_query or params or target):  # buffers adapt, for which no loss is needed
+                loss = example.new_zeros(())
             else:
                 loss, updated = self._loss(output, target, fixed, updated)
         loss, update = _as_update(loss)
         loss = _require_scalar(loss)
         if self.dtype is not None:
-            loss = loss.to(next(iter(params.values())).dtype)
+            loss = loss.to(example.dtype)
         return Evaluation(loss, output, updated, update)
 
-    def _precision(self, params: Mapping[str, Tensor]) -> contextlib.AbstractContextManager[Any]:
+    def _precision(self, param: Tensor) -> contextlib.AbstractContextManager[Any]:
         if self.dtype is None:
             return contextlib.nullcontext()
         # Without the cache of casts: it would hand tensors of one capture to the next.
-        return torch.autocast(next(iter(params.values())).device.type, self.dtype, cache_enabled=False)
+        return torch.autocast(param.device.type, self.dtype, cache_enabled=False)
 
     def _loss(self, output: Tree, target: tuple[Tree, ...], fixed: Fixed, updated: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
         """Returns the support loss, and all buffers as the loss left them."""
@@ -223,7 +229,7 @@ class Step:
         """Returns the model's output, and all buffers as the model left them."""
         args, kwargs = as_call(inputs)
         own = {name: value for name, value in buffers.items() if not name.startswith(LOSS_BUFFER)}
-        with self._precision(params):
+        with self._precision(next(itertools.chain(params.values(), fixed.params.values()))):
             output, own = call_module(self.model, {**fixed.params, **params}, own, args, kwargs)
         return output, {**buffers, **own}
 

@@ -147,16 +147,21 @@ def _hold(groups: Sequence[Mapping[str, Any]], held: Sequence[tuple[list[Any], l
     )
 
 
+_NO_UPDATE = Optimizer(init=lambda params: (), update=lambda grads, state, params, hyper: (dict(params), state), init_is_constant=True)
+
+
 def source(opt: object, params: Params) -> Source:
     """Returns the source for what the user passed as `opt`.
 
     Args:
-      opt: an `adaptrt.optim.Optimizer`, or an instance of a class of `torch.optim` or of a registered class.
+      opt: an `adaptrt.optim.Optimizer`, or an instance of a class of `torch.optim` or of a registered class; None to update nothing.
       params: the parameters that adapt, by name.
     Raises:
       InvalidType: `opt` is neither an `adaptrt.optim.Optimizer` nor a `torch.optim.Optimizer`.
       UnsupportedOptimizer: its class has no pure counterpart and is not registered.
     """
+    if opt is None:
+        return PureSource(_NO_UPDATE, params)
     if isinstance(opt, Optimizer):
         return PureSource(opt, params)
     if isinstance(opt, torch.optim.Optimizer):

@@ -27,7 +27,7 @@ from adaptrt.runtime.unroll import CompiledUnroll
 @entry_point
 def compile_unroll(
     model: nn.Module,
-    opt: Optimizer | torch.optim.Optimizer,
+    opt: Optimizer | torch.optim.Optimizer | None,
     k: int,
     *,
     loss: LossFunction = None,
@@ -52,7 +52,8 @@ def compile_unroll(
         whose parameters' names count; of what `torch.compile` made the names count that it gives, such as "_orig_mod.weight".
       opt: an instance of `torch.optim` (docs/optimisers.md says which), whose groups, hyperparameters and state are read at every call and
         never changed, or an optimiser of `adaptrt.optim`. Hyperparameters are inputs: changing one does not recompile, and a tensor that
-        requires grad gets its meta-gradient.
+        requires grad gets its meta-gradient. None: no parameter adapts, and a step is a forward pass that updates buffers; it needs no
+        loss, and its losses are 0 if there is neither `loss` nor a target.
       k: number of inner steps, at least 1.
       loss: `loss(output, target)`, or `loss(output)` for batches without target; returns a scalar, or `(scalar, update)` with a bool
         tensor of shape []: where it is false, the step changes nothing. A module's parameters are meta-learned with the model's. None:
@@ -81,7 +82,7 @@ def compile_unroll(
       UnsupportedParameter: complex, integer, uninitialised or sparse parameters.
       UnsupportedOptimizer: a class of optimiser that cannot be converted; the message lists those that can.
       OptimizerMismatch: the optimiser holds parameters that are not the model's, or lacks one that `params` asks for.
-      NothingToAdapt: no parameter is adaptable.
+      NothingToAdapt: no parameter is adaptable, or without an optimiser no buffer.
 
     Example:
       >>> model = nn.Linear(3, 2)

@@ -15,7 +15,7 @@ from adaptrt.adjoint.base import Adjoint, Problem
 from adaptrt.adjoint.each_task import EachTask
 from adaptrt.adjoint.steps import STEP
 from adaptrt.backend.launch import Launcher
-from adaptrt.errors import InvalidArgument
+from adaptrt.errors import InvalidArgument, NothingToAdapt
 from adaptrt.graph.capture import capture, record_operations
 from adaptrt.graph.cost import num_bytes_to_keep, num_flops, returns_input
 from adaptrt.graph.cut import varying
@@ -202,6 +202,8 @@ def plan_support(settings: Settings, launcher: Launcher | None, step_of: Callabl
     step = step_of(settings.adjoint is not None and settings.adjoint.detach_gradient)
     carry, fixed, batch, _, tasks, *_ = arguments
     found, forward = probe(step, "support", carry, fixed, batch)
+    if not carry.params:
+        _require_written_buffers(step, found, arguments)
     flops = num_flops(forward)
     each_task = tasks.num_tasks is not None and settings.device.type == "cpu" and one_by_one(flops)
     capturing = _capturing(settings, step, found, arguments, each_task)
@@ -277,6 +279,21 @@ def plan_prediction(settings: Settings, launcher: Launcher | None, step: Step, a
     )
 
 
+def _require_written_buffers(step: Step, found: Probe, arguments: Arguments) -> None:
+    """Checks that a step without an optimiser changes any buffer.
+
+    Raises:
+      NothingToAdapt: it changes none.
+    """
+    carry, fixed, batch = arguments[:3]
+    graph = capture(step, carry, fixed, batch, noise_specs(found.noise))
+    if all(returns_input(graph, place) for place in range(len(carry.buffers))):
+        raise NothingToAdapt(
+            "without an optimiser only buffers adapt, and forward changes none of them: "
+            f"{', '.join(carry.buffers)}. Running statistics change after model.train()"
+        )
+
+
 def _require_fixed_point(settings: Settings, step: Step, found: Probe, arguments: Arguments, capturing: CaptureSettings) -> None:
     """Checks that k steps can converge to a state that one more step leaves as it is.
 
@@ -287,6 +304,8 @@ def _require_fixed_point(settings: Settings, step: Step, found: Probe, arguments
     def refuse(reason: str, advice: str) -> None:
         raise InvalidArgument(f"Implicit() needs steps that converge to a fixed point: {reason}. {advice}, or use another adjoint")
 
+    if not arguments.carry.params:
+        refuse("without an optimiser only buffers adapt", "Pass one")
     if settings.k < 2:
         refuse(f"k={settings.k} is too few", "Make as many steps as it takes")
     if settings.per_step:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -144,7 +145,8 @@ class Router:
             opt_state = self._reader.opt_state_for(state.carry.params, num_tasks is not None)
         if opt_state is not None:
             state = state.replace(opt_state=opt_state)
-        losses = state.leaves[0].new_empty((0,) if num_tasks is None else (num_tasks, 0))
+        param = next(itertools.chain(begin.carry.params.values(), begin.fixed.params.values()))
+        losses = param.new_empty((0,) if num_tasks is None else (num_tasks, 0))
         return Adapted(predictor, state, losses, begin.fixed)
 
     def loaded(self, predictor: Predictor, path: str | os.PathLike[str]) -> Adapted:

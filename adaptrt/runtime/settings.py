@@ -25,7 +25,7 @@ class Settings:
     Attributes:
       model, loss, query_loss, k, per_step, cache_size: as given.
       adapted: names of the parameters that adapt.
-      opt: the optimiser as given.
+      opt: the optimiser as given, None if buffers alone adapt.
       source: reads it at every call.
       adjoint: None to choose one for each shape of data.
       backend: what runs the programs.
@@ -40,7 +40,7 @@ class Settings:
     loss: LossFunction
     query_loss: LossFunction
     adapted: frozenset[str]
-    opt: Optimizer | torch.optim.Optimizer
+    opt: Optimizer | torch.optim.Optimizer | None
     source: Source
     k: int
     adjoint: Adjoint | None
