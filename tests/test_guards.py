@@ -16,6 +16,7 @@ from adaptrt import Adapted, Adjoint, CompiledUnroll, FirstOrder, Replay, Stash,
 from adaptrt.errors import AdaptrtError, DataDependentControlFlow, InvalidArgument, InvalidType, ModelChanged, NotTraceable, ShapeChanged
 from adaptrt.inner.guard import Guards, Moment
 from tests import naive
+from tests.gradients import gradients
 from tests.models import norm_mlp as model
 from tests.models import normal, regress
 from tests.tolerances import assert_near
@@ -333,3 +334,19 @@ def test_guards_used_last_are_known() -> None:
         for bound in range(100):
             guards.find(lambda before, after, bound=bound: after.update_norm < bound)
             assert guards.find("finite") is finite
+
+
+@pytest.mark.parametrize("tasks", [False, True], ids=["single", "vmap"])
+def test_gradients_through_a_chain_of_guarded_adaptations(tasks: bool) -> None:
+    """No gradient flows through running statistics, with a guard or without."""
+    net = model()
+    unroll = compile_unroll(net, optim.sgd(lr=0.1), 2, loss=regress, backend="eager")
+    support = tuple(value[:2].clamp(-2, 2) if tasks else value[0] for value in data())
+    unroll = unroll.vmap() if tasks else unroll
+
+    def gradient(keep: Any) -> dict[str, Tensor]:
+        adapted = unroll.adapt(support, keep=keep, start=unroll.adapt(support, keep=keep))
+        assert not any(value.requires_grad for value in adapted.buffers.values())
+        return gradients(torch.stack([value.sum() for value in adapted.params.values()]).sum(), dict(net.named_parameters()))
+
+    assert_near(gradient("finite"), gradient(None), torch.float64)

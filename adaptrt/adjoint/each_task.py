@@ -38,6 +38,9 @@ class EachTask(Adjoint):
     def sees_all_data(self) -> bool:  # type: ignore[override]
         return self.adjoint.sees_all_data
 
+    def num_constant_steps(self, k: int) -> int:
+        return self.adjoint.num_constant_steps(k)
+
     def adapt(self, programs: Programs, problem: Problem, task: Task, keep: bool) -> Adaptation:
         one = _of_one(problem)
         found = [self.adjoint.adapt(programs, one, part, keep) for part in _tasks(problem, task)]

@@ -110,14 +110,18 @@ class Step:
 
     def __call__(self, carry: Carry, fixed: Fixed, batch: Batch, noise: Sequence[Tensor]) -> tuple[Carry, Tensor]:
         """Returns the carry after the step, and the loss before it (0-dim)."""
+        return self.with_output(carry, fixed, batch, noise)[:2]
+
+    def with_output(self, carry: Carry, fixed: Fixed, batch: Batch, noise: Sequence[Tensor]) -> tuple[Carry, Tensor, Tree]:
+        """Does the same, and returns the model's output, too, of which the loss was computed."""
         params = {name: value if value.requires_grad else value.detach().requires_grad_() for name, value in carry.params.items()}
         with lift_noise(noise):
-            loss, _, buffers, update = self.evaluate(params, carry.buffers, fixed, batch)
+            loss, output, buffers, update = self.evaluate(params, carry.buffers, fixed, batch)
         grads = self.gradient(loss, params)
         new_params, opt_state = self.update(grads, carry.opt_state, params, fixed.hyper)
         after = Carry(new_params, opt_state, buffers)
         _require_same_specs(carry, after)
-        return after if update is None else tree.where(update, after, carry), loss
+        return after if update is None else tree.where(update, after, carry), loss, output
 
     def update(self, grads: Mapping[str, Tensor], state: Tree, params: Mapping[str, Tensor], hyper: Tree) -> tuple[dict[str, Tensor], Tree]:
         """Returns the parameters and the optimiser's state after its update."""

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from adaptrt import tree
-from adaptrt.inner.step import Batch, Carry, Fixed
+from adaptrt.inner.step import Batch, Carry, Fixed, Step
+from adaptrt.tree import Tree
 
 StepFunction = Callable[[Carry, Fixed, Batch, Sequence[Tensor]], tuple[Carry, Tensor]]
 
@@ -55,3 +56,21 @@ def unroll(
         carry, loss = step(carry, fixed, batch_of_step(support, index // updates_per_step, per_step=per_step), noise[index])
         losses.append(loss)
     return carry, torch.stack(losses[::updates_per_step])
+
+
+def first_step(
+    step: Step, carry: Carry, fixed: Fixed, support: Batch, noise: Sequence[Sequence[Tensor]], *, per_step: bool = False
+) -> tuple[Carry, Tensor, Tree]:
+    """Does the first of k steps.
+
+    Args:
+      step, carry, fixed, support, per_step: as for `unroll`.
+      noise: what the random operations of each of the step's updates return.
+    Returns:
+      The carry after it, the loss before it (0-dim), and what the model returned for that loss.
+    """
+    batch = batch_of_step(support, 0, per_step=per_step)
+    carry, loss, output = step.with_output(carry, fixed, batch, noise[0])
+    for own in noise[1:]:
+        carry, _ = step(carry, fixed, batch, own)
+    return carry, loss, output

@@ -62,6 +62,7 @@ class Adapted:
       kept: what the guard of `adapt(keep=...)` decided, bool [] or [T]; None without a guard. Where it is false, the state is that before
         the call.
       final_loss: support loss after the last step, [] or [T], whether it was kept or not; None without a guard.
+      outputs: what the model returned for the support inputs in the first step, None unless `adapt(outputs="first")` was asked for it.
     """
 
     _predictor: Predictor
@@ -72,6 +73,7 @@ class Adapted:
     fixed: Fixed
     kept: Tensor | None
     final_loss: Tensor | None
+    outputs: Any
 
     def __init__(
         self,
@@ -82,6 +84,7 @@ class Adapted:
         num_links: int = 0,
         kept: Tensor | None = None,
         final_loss: Tensor | None = None,
+        outputs: Any = None,
     ) -> None:
         # `num_links` counts the adaptations before this one whose graphs it holds.
         held = self.__dict__  # attributes cannot be set
@@ -92,6 +95,7 @@ class Adapted:
         held["_num_links"] = num_links
         held["kept"] = kept
         held["final_loss"] = final_loss
+        held["outputs"] = outputs
 
     def __setattr__(self, name: str, value: object = None) -> NoReturn:
         del value
@@ -103,7 +107,7 @@ class Adapted:
     __delattr__ = __setattr__  # pyright: ignore
 
     def __copy__(self) -> Adapted:
-        return Adapted(self._predictor, self.state, self.losses, self.fixed, self._num_links, self.kept, self.final_loss)
+        return Adapted(self._predictor, self.state, self.losses, self.fixed, self._num_links, self.kept, self.final_loss, self.outputs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Adapted:
         def copied(value: Tensor) -> Tensor:
@@ -118,10 +122,10 @@ class Adapted:
         return other
 
     def _map(self, fn: Callable[[Tensor], Tensor], num_tasks: int | None, num_links: int) -> Adapted:
-        """Returns the adaptation with `fn` applied to all of its values: state, losses, and what a guard found."""
+        """Returns the adaptation with `fn` applied to all of its values: state, losses, what a guard found, and outputs."""
         state = dataclasses.replace(self.state.map(fn), num_tasks=num_tasks)
-        losses, *guarded = tree.map_leaves(fn, (self.losses, self.kept, self.final_loss))
-        return Adapted(self._predictor, state, losses, self.fixed, num_links, *guarded)
+        losses, *others = tree.map_leaves(fn, (self.losses, self.kept, self.final_loss, self.outputs))
+        return Adapted(self._predictor, state, losses, self.fixed, num_links, *others)
 
     def __reduce_ex__(self, protocol: Any) -> NoReturn:
         del protocol
@@ -182,7 +186,7 @@ class Adapted:
     ) -> Adapted:
         """Returns the adaptation with some values replaced, to predict with or to go on from with `start=`.
 
-        What a guard has found is not passed on.
+        What a guard has found is not passed on, and neither are outputs.
 
         Args:
           params, buffers: by name; those not named stay. With a task axis, a value without one is given to every task.
@@ -241,7 +245,7 @@ class Adapted:
 
     def __getattr__(self, name: str) -> Any:
         rows, place = self.__dict__.get("_row_of", (None, 0))
-        if rows is None or name not in ("state", "losses", "kept", "final_loss"):
+        if rows is None or name not in ("state", "losses", "kept", "final_loss", "outputs"):
             raise AttributeError(f"an Adapted has no attribute '{name}'")
         found = self.__dict__[name] = rows.values(name)[place]
         return found
@@ -314,11 +318,13 @@ class _Rows:
         return found
 
     def _taken_apart(self, name: str) -> Sequence[Any]:
-        value: State | Tensor | None = getattr(self._batch, name)
+        value: Any = getattr(self._batch, name)
         if isinstance(value, State):
             form = value.form
             return [State(row, form) for row in zip(*[leaf.unbind(0) for leaf in value.leaves], strict=True)]
-        return [None] * len(self._batch) if value is None else value.unbind(0)
+        leaves, structure = tree.flatten(value)
+        rows = zip(*[leaf.unbind(0) for leaf in leaves], strict=True) if leaves else [()] * len(self._batch)
+        return [tree.unflatten(structure, row) for row in rows]
 
 
 def _row(batch: Adapted, rows: _Rows, place: int) -> Adapted:

@@ -19,7 +19,7 @@ from adaptrt.graph.noise import restored_on_any_error, restored_on_error
 from adaptrt.inner import check
 from adaptrt.inner.guard import Guard, Guards
 from adaptrt.inner.reader import Reader, Start
-from adaptrt.inner.step import Batch, as_call
+from adaptrt.inner.step import Batch, Carry, as_call
 from adaptrt.inner.unroll import batch_of_step
 from adaptrt.runtime import nodes
 from adaptrt.runtime.adapted import Adapted
@@ -86,15 +86,19 @@ class Execution:
         warm: bool = False,
         keep: Any = None,
         k: int | None = None,
+        outputs: str | None = None,
     ) -> Adapted:
         """As `CompiledUnroll.adapt`. `warm`: whether plans may be made although data of new shapes is refused; `k`: of steps."""
         guard = None if keep is None else self._guard(keep)
         route, begin, batch, _, inputs = self.router.find(support, None, start, warm, k)
         plan = route.plan
         plan.validation.before("support", batch, plan.probe.bounds)
+        output = None
         with restored_on_error(plan.probe.noise, generator):
             try:
-                if route.whole is not None:
+                if outputs is not None:
+                    leaves, losses, output = self._with_output(route, begin, batch, generator, warm)
+                elif route.whole is not None:
                     results = route.whole.run_leaves([*begin.carry_leaves, *begin.fixed_leaves, *tree.leaves(batch)])
                     num_leaves = len(begin.carry_leaves)
                     leaves, losses = results[:num_leaves], results[num_leaves]
@@ -109,7 +113,31 @@ class Execution:
                 kept, final_loss, leaves = self._guarded(guard, route, begin, batch, leaves, losses, generator, warm)
         num_links = 0 if start is None else start.num_links_after(leaves)
         state = State(tuple(leaves), route.form, route.num_tasks)
-        return Adapted(self._predictor, state, losses, begin.fixed, num_links, kept, final_loss)
+        return Adapted(self._predictor, state, losses, begin.fixed, num_links, kept, final_loss, output)
+
+    def _with_output(
+        self, route: Route, begin: Start, support: Batch, generator: torch.Generator | None, warm: bool
+    ) -> tuple[Sequence[Tensor], Tensor, Any]:
+        """Returns the leaves of the carry after all steps, the losses, and what the model returned in the first step.
+
+        That step is a program of its own, and the others are an adaptation that goes on from it.
+        """
+        plan, problem, settings = route.plan, route.problem, self.settings
+        self.planner.require_program(plan, nodes.FIRST_STEP, "warmup(support, outputs='first')", warm)
+        noise = tuple([self.planner.draw(plan.probe.noise, generator, route.num_tasks) for _ in range(problem.updates_per_step)])
+        is_constant = plan.adjoint.num_constant_steps(problem.k) > 0
+        with torch.set_grad_enabled(torch.is_grad_enabled() and not is_constant):
+            carry, loss, output = nodes.first_step(route, Task(begin.carry, begin.fixed, support, noise))
+        leaves, losses = _constant_where_none_flows(route, carry), loss.unsqueeze(-1)
+        if problem.k > 1:
+            first = Adapted(self._predictor, State(tuple(leaves), route.form, route.num_tasks), losses, begin.fixed)
+            axis, num_left = int(self.task_axis), problem.k - 1
+            if settings.per_step:
+                support = tree.map_leaves(lambda value: value.narrow(axis, 1, num_left), support)
+            rest = self if plan.adjoint.takes_any_k else self._of_one_less
+            after = rest.adapt(support, rest._of_this(first, route.num_tasks), generator, warm, k=num_left if rest is self else None)
+            leaves, losses = after.state.leaves, torch.cat([losses, after.losses], -1)
+        return leaves, losses, output
 
     def _guard(self, keep: Any) -> Guard:
         if keep == "not_worse" and self.settings.per_step:
@@ -136,11 +164,8 @@ class Execution:
         guard_plan = self.planner.guard(route.problem.k, plan, guard, batch, begin, route.num_tasks, warm)
         noise = self.planner.draw(plan.probe.noise, generator, route.num_tasks)
         args = begin.carry, route.form.tree(leaves), begin.fixed, batch, losses, noise
-        if isinstance(plan.adjoint, EachTask):
-            kept, final_loss, carry = nodes.guard_each_task(guard_plan, args, begin.has_tasks)
-        else:
-            kept, final_loss, carry = nodes.guard(guard_plan, args)
-        return kept, final_loss, route.form.leaves(carry)
+        kept, final_loss, carry = nodes.guard(guard_plan, isinstance(plan.adjoint, EachTask), begin.has_tasks, args)
+        return kept, final_loss, _constant_where_none_flows(route, carry)
 
     def meta_loss(self, support: Any, query: Any, start: Adapted | None, generator: torch.Generator | None, warm: bool = False) -> Tensor:
         """As a call of `CompiledUnroll`: the mean over tasks of the query loss after the last step."""
@@ -212,17 +237,24 @@ class Execution:
         return self._predictor.predict(adapted.state, adapted.fixed, kwargs or args, generator, warm)
 
     def plans(self) -> tuple[list[SupportPlan], list[PredictionPlan]]:
-        """Returns all plans, those of single steps included."""
-        own = self.planner.supports.entries(), self.planner.predictions.entries()
-        if "_of_one_step" not in self.__dict__:
-            return own
-        supports, predictions = self._of_one_step.plans()
-        return [*own[0], *supports], [*own[1], *predictions]
+        """Returns all plans, those of parts of the steps included."""
+        supports, predictions = self.planner.supports.entries(), self.planner.predictions.entries()
+        for part in self._parts():
+            more = part.plans()
+            supports, predictions = [*supports, *more[0]], [*predictions, *more[1]]
+        return supports, predictions
 
     def programs(self) -> list[tuple[str, Program]]:
-        """Returns all programs with their names, those of the shapes used last at the end, and those of single steps behind them."""
-        own = self.planner.programs()
-        return [*own, *self._of_one_step.programs()] if "_of_one_step" in self.__dict__ else own
+        """Returns all programs with their names, those of the shapes used last at the end, and those of parts of the steps behind them."""
+        return [*self.planner.programs(), *[entry for part in self._parts() for entry in part.programs()]]
+
+    def _parts(self) -> list[Execution]:
+        """Returns the executions of parts of the steps that have been made."""
+        return [self.__dict__[name] for name in ("_of_one_step", "_of_one_less") if name in self.__dict__]
+
+    @functools.cached_property
+    def _of_one_less(self) -> Execution:
+        return Execution(dataclasses.replace(self.settings, k=self.settings.k - 1), self.task_axis)
 
     @functools.cached_property
     def _of_one_step(self) -> Execution:
@@ -241,3 +273,8 @@ class Execution:
         if not noise:
             return ((),) * num_updates
         return tuple([self.planner.draw(noise, generator, route.num_tasks) for _ in range(num_updates)])
+
+
+def _constant_where_none_flows(route: Route, carry: Carry) -> list[Tensor]:
+    """Returns the leaves of a carry, detached where no gradient flows from step to step, as in running statistics."""
+    return [value if flows else value.detach() for value, flows in zip(route.form.leaves(carry), route.problem.carry, strict=True)]

@@ -17,12 +17,13 @@ from torch.autograd import Function
 
 from adaptrt import tree
 from adaptrt.adjoint.base import Adaptation, Gradients, Query, Task, Wrt
-from adaptrt.adjoint.each_task import along_tasks
+from adaptrt.adjoint.each_task import EachTask, along_tasks
 from adaptrt.backend.engine import graph_is_kept, refuse_freed
 from adaptrt.backend.entry_points import entry_point
 from adaptrt.errors import NotDifferentiable
+from adaptrt.inner import unroll as inner
 from adaptrt.inner.guard import guarded
-from adaptrt.inner.step import Carry, Fixed, as_data
+from adaptrt.inner.step import Batch, Carry, Fixed, as_data
 from adaptrt.runtime.calls import Validate
 from adaptrt.runtime.plan import GuardPlan, PredictionPlan, QueryPlan, SupportPlan
 from adaptrt.runtime.route import Route
@@ -128,7 +129,7 @@ class _Computation(NamedTuple):
     name: str
     function: Callable[..., Tree]
     kinds: tuple[str, ...]
-    plan: PredictionPlan | GuardPlan
+    plan: PredictionPlan | GuardPlan | SupportPlan
     validate: Validate | None = None
 
     def __call__(self, args: Any) -> Tree:
@@ -159,17 +160,49 @@ def predict(plan: PredictionPlan, carry: Carry, fixed: Fixed, data: Tree, noise:
     return _computed(_Computation(plan.name, plan.function, _PREDICT, plan, validate), (carry, fixed, data, noise))
 
 
-def guard(plan: GuardPlan, args: tuple[Tree, ...]) -> tuple[Tensor, Tensor, Carry]:
-    """Returns what `guarded` does of these arguments, differentiable if gradients are enabled and anything requires grad."""
-    return _computed(_Computation("guard", functools.partial(guarded, plan.step), _GUARD, plan), args)
+def guard(plan: GuardPlan, each_task: bool, start_has_tasks: bool, args: tuple[Tree, ...]) -> tuple[Tensor, Tensor, Carry]:
+    """Returns what `guarded` does of these arguments, differentiable if gradients are enabled and anything requires grad.
+
+    Args:
+      plan: of the guard.
+      each_task: whether programs know of no task axis, and do one task after another.
+      start_has_tasks: whether the state before the first step has a task axis.
+      args: of `guarded`.
+    """
+    computation = _Computation("guard", functools.partial(guarded, plan.step), _GUARD, plan)
+    return _computed_each(computation, args, start_has_tasks) if each_task else _computed(computation, args)
 
 
-def guard_each_task(plan: GuardPlan, args: tuple[Tree, ...], start_has_task_axis: bool) -> tuple[Tensor, Tensor, Carry]:
-    """Does the same for one task after another, by a program that knows of no task axis."""
-    start, carry, fixed, *rest = args
-    parts = along_tasks((carry, *rest, *((start,) if start_has_task_axis else ())))
-    found = [guard(plan, (own[-1] if start_has_task_axis else start, own[0], fixed, *own[1:4])) for own in parts]
-    return tree.map_leaves(lambda *values: torch.stack(values), *found)
+FIRST_STEP = "first step"
+
+
+def first_step(route: Route, task: Task) -> tuple[Carry, Tensor, Tree]:
+    """Returns what the function of that name in `adaptrt.inner.unroll` does, differentiable in the same way, with tasks if there are."""
+    plan, problem = route.plan, route.problem
+
+    def validate(start: Carry, fixed: Fixed, support: Batch, noise: Tree) -> tuple[tuple[Any, ...], Tensor | None]:
+        support, is_valid = plan.validation.within(support, plan.probe.bounds)
+        return (start, fixed, support, noise), is_valid
+
+    computation = _Computation(
+        FIRST_STEP, functools.partial(inner.first_step, plan.step, per_step=problem.per_step), _FIRST_STEP, plan, validate
+    )
+    args = task._replace(noise=task.noise[: problem.updates_per_step])
+    if isinstance(plan.adjoint, EachTask):
+        return _computed_each(computation, args, problem.start_has_task_axis)
+    return _computed(computation, args)
+
+
+def _computed_each(computation: _Computation, args: Sequence[Tree], start_has_tasks: bool) -> Any:
+    """Does the same as `_computed` for one task after another, by programs that know of no task axis."""
+    axes = [kind != "fixed" and (kind != "start" or start_has_tasks) for kind in computation.kinds]
+    rows = along_tasks(tuple([arg for arg, axis in zip(args, axes, strict=True) if axis]))
+
+    def of_task(row: tuple[Tree, ...]) -> tuple[Tree, ...]:
+        own = iter(row)
+        return tuple([next(own) if axis else arg for arg, axis in zip(args, axes, strict=True)])
+
+    return tree.map_leaves(lambda *values: torch.stack(values), *[_computed(computation, of_task(row)) for row in rows])
 
 
 def _computed(computation: _Computation, args: tuple[Tree, ...]) -> Any:
@@ -186,6 +219,7 @@ def _computed(computation: _Computation, args: tuple[Tree, ...]) -> Any:
 
 _PREDICT = ("carry", "fixed", "batch", "noise")
 _GUARD = ("start", "carry", "fixed", "batch", "losses", "noise")
+_FIRST_STEP = ("start", "fixed", "support", "noise")
 
 
 class _Final(Function):

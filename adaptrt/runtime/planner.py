@@ -165,6 +165,11 @@ class Planner:
 
         return self.predictions.get_or_make((self._reader.mode(), _key((data, carry, fixed)), num_tasks, mode), make)
 
+    def require_program(self, plan: SupportPlan, name: str, advice: str, warm: bool) -> None:
+        """Raises ShapeChanged if the plan has no such program, and none may be compiled; `advice` says which call compiles it."""
+        if self._settings.must_be_warm and not warm and not plan.programs.has(name):
+            raise ShapeChanged(f"no program '{name}' was compiled for this data; call unroll.{advice} first")
+
     def _python(self) -> tuple[Callable[[], None], Callable[[Executed], None]]:
         """Returns what captures do about the Python values that programs are for, which are captured when they are first needed.
 

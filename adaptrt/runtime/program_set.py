@@ -116,6 +116,10 @@ class ProgramSet:
             self._in_loop(backward, loop) if backward in self._programs else run_backward,
         )
 
+    def has(self, name: str) -> bool:
+        """Whether there is a program of this name, pullbacks aside."""
+        return (name, None) in self._programs
+
     def named(self) -> list[tuple[str, Program]]:
         """Returns the programs compiled so far with their names, without those of the parent."""
         return [(key[0], program) for key, program in list(self._programs.items())]

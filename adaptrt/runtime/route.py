@@ -192,7 +192,7 @@ class Router:
             check.class_axis("support", batch, plan.probe.bounds, 1 + int(self._settings.per_step))
             if asked is not None and query_plan is not None:
                 check.class_axis("query", asked, query_plan.probe.bounds, 1)
-        if k is not None and not plan.adjoint.takes_any_k:
+        if k is not None and k != self._settings.k and not plan.adjoint.takes_any_k:
             raise InvalidArgument(
                 f"steps={k} needs programs of single steps, and {plan.adjoint} has one program of {self._settings.k} steps; pass "
                 "adjoint=Replay(), Stash(), FirstOrder() or Truncated(n) to compile_unroll"

@@ -83,6 +83,7 @@ class CompiledUnroll:
         *,
         steps: int | None = None,
         keep: Keep = None,
+        outputs: str | None = None,
         start: Adapted | None = None,
         generator: torch.Generator | None = None,
     ) -> Adapted:
@@ -101,6 +102,8 @@ class CompiledUnroll:
             result has the state that the call started from, bit for bit, optimiser and buffers included. `Adapted.kept` says what was
             decided. It takes one more evaluation of the support loss, `Adapted.final_loss`; with `per_step`, on the last step's batch.
             A gradient through steps that overflowed is NaN even where they were not kept.
+          outputs: "first" to have `Adapted.outputs`, what the model returned for the support inputs in the first step, that is before it;
+            a prediction for them then needs no second forward pass. The first step becomes a program of its own.
           start: go on from an earlier result, its optimiser state included, or from what `start()` returned, instead of from the present
             values of model and optimiser. With a task axis each task goes on from its own; a start without one is that of every task.
           generator: where random operations draw from; None for the global generator.
@@ -110,7 +113,9 @@ class CompiledUnroll:
         """
         with self._execution.planner.call():
             k = None if steps is None else check.positive_int("steps", steps)
-            return self._execution.adapt(support, start, generator, keep=keep, k=k)
+            if outputs is not None:
+                check.one_of("outputs", outputs, ("first",))
+            return self._execution.adapt(support, start, generator, keep=keep, k=k, outputs=outputs)
 
     @entry_point
     def start(
@@ -255,6 +260,7 @@ class CompiledUnroll:
         evaluate: bool = False,
         steps: int | None = None,
         keep: Keep = None,
+        outputs: str | None = None,
     ) -> CompiledUnroll:
         """Compiles for data of these shapes ahead of time; returns the unroll itself.
 
@@ -267,7 +273,7 @@ class CompiledUnroll:
             values of its own. Without one, `adapt` needs none.
           evaluate: also compile for `evaluate`, and for losses by task (`reduction="none"`) and by step; with their gradients if these are
             enabled here. It needs `query`.
-          keep, steps: also compile for calls of `adapt` with this guard; with a guard each number of steps needs a program of its own.
+          keep, steps, outputs: also compile for calls of `adapt` with these; with a guard each number of steps needs a program of its own.
         """
         if evaluate and query is None:
             raise InvalidArgument("warmup(evaluate=True) needs a query batch; pass warmup(support, query, evaluate=True)")
@@ -275,8 +281,11 @@ class CompiledUnroll:
         k = None if steps is None else check.positive_int("steps", steps)
         with torch.no_grad():
             adapted = run.adapt(support, None, generator, warm=True, keep=keep, k=k)
-            if start:
-                run.adapt(support, adapted, generator, warm=True, keep=keep, k=k)
+            for begin in (None, adapted) if start else (None,):
+                if begin is not None:
+                    run.adapt(support, begin, generator, warm=True, keep=keep, k=k)
+                if outputs is not None:
+                    run.adapt(support, begin, generator, warm=True, keep=keep, k=k, outputs=outputs)
             if query is not None:
                 run.predict(adapted, query, generator, warm=True)
         if query is not None:
