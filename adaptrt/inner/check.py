@@ -154,20 +154,19 @@ def one_of(name: str, value: Any, choices: Sequence[str]) -> str:
     return value
 
 
-def as_batch(name: str, value: Any, device: torch.device) -> Batch:
+def as_batch(name: str, value: Any, device: torch.device, weighted: bool = False) -> Batch:
     """Returns `(inputs, target)` or `(inputs,)` as a `Batch`, after checking structure, device and sizes.
+
+    `weighted`: there is one more entry behind these, the weights of the examples.
 
     Raises:
       InvalidType: not such a tuple, or without tensors.
       DeviceMismatch: a tensor on another device than the model.
       InvalidBatch: an empty tensor, or a target whose length is no batch size of the inputs.
     """
-    if not isinstance(value, tuple | list) or len(value) not in (1, 2):
-        found = f"{type(value).__name__} of {len(value)}" if isinstance(value, tuple | list) else type(value).__name__
-        raise InvalidType(f"{name} must be a tuple (inputs, target), or (inputs,) for a loss without target; got {found}")
-    batch = Batch(value[0], value[1] if len(value) == 2 else None)
+    batch = value if isinstance(value, Batch) else _parts(name, value, weighted)
     inputs, targets = tree.leaves(batch.inputs), tree.leaves(batch.target)
-    for part, value in zip(("inputs", "target"), batch, strict=True):
+    for part, value in zip(Batch._fields, batch, strict=True):
         if type(value).__module__ == "numpy":
             raise InvalidType(f"{name} {part} is a numpy.{type(value).__name__}; pass a tensor, for example torch.from_numpy(...)")
     try:
@@ -181,7 +180,7 @@ def as_batch(name: str, value: Any, device: torch.device) -> Batch:
         raise InvalidType(f"{name} holds something that is neither a tensor nor hashable ({error}); {advice}") from error
     if not inputs:
         raise InvalidType(f"{name} inputs must be a tensor, a tuple or a dict with tensors; got {type(batch.inputs).__name__}")
-    for kind, values in (("input", inputs), ("target", targets)):
+    for kind, values in (("input", inputs), ("target", targets), ("weights", tree.leaves(batch.weights))):
         for index, tensor in enumerate(values):
             if tensor.is_nested:
                 raise InvalidType(
@@ -200,6 +199,49 @@ def as_batch(name: str, value: Any, device: torch.device) -> Batch:
             if tensor.numel() == 0:
                 raise InvalidBatch(f"{name} {kind} {index} is empty ({tree.Spec.of(tensor)}); a step needs at least one example")
     return batch
+
+
+def _parts(name: str, value: Any, weighted: bool) -> Batch:
+    """Returns a user's batch by its parts."""
+    least = 2 if weighted else 1
+    if not isinstance(value, tuple | list) or len(value) not in (least, least + 1):
+        found = f"{type(value).__name__} of {len(value)}" if isinstance(value, tuple | list) else type(value).__name__
+        if weighted:
+            raise InvalidType(
+                f"{name} must be a tuple (inputs, target, weights), or (inputs, weights) for a loss without target, since "
+                f"examples='weighted'; got {found}"
+            )
+        raise InvalidType(f"{name} must be a tuple (inputs, target), or (inputs,) for a loss without target; got {found}")
+    target = value[1] if len(value) == least + 1 else None
+    if not weighted:
+        return Batch(value[0], target)
+    weights = value[-1]
+    if not isinstance(weights, Tensor) or weights.is_complex():
+        found = str(tree.Spec.of(weights)) if isinstance(weights, Tensor) else type(weights).__name__
+        raise InvalidType(f"{name} weights must be a tensor, one number for each example (0 for padding), got {found}")
+    return Batch(value[0], target, weights)
+
+
+def weights(name: str, batch: Batch) -> None:
+    """Checks that the weights of examples, if there are any, are not negative, and of each task and step not all 0.
+
+    Raises:
+      InvalidBatch: they are not so.
+    """
+    values = batch.weights
+    if values is None:
+        return
+    values = values.detach()
+    if not bool((values >= 0).all()):
+        place = (~(values >= 0)).nonzero()[0].tolist()
+        raise InvalidBatch(f"{name} weights must be at least 0, and are {values[tuple(place)].item()} at {place}")
+    totals = values.sum(-1)
+    if not bool((totals > 0).all()):
+        place = (~(totals > 0)).nonzero()[0].tolist()
+        at = f" at {place}" if place else ""
+        raise InvalidBatch(
+            f"{name} weights{at} sum to 0: there is padding alone, which has no loss; leave it out, or give an example a weight"
+        )
 
 
 def rows_differ(name: str, batch: Batch) -> str:
@@ -265,8 +307,8 @@ def finite(name: str, batch: Batch) -> None:
     Raises:
       NonFiniteInput: it does; the message names the tensor and its first such element.
     """
-    for kind, values in (("input", tree.leaves(batch.inputs)), ("target", tree.leaves(batch.target))):
-        for index, value in enumerate(values):
+    for kind, part in (("input", batch.inputs), ("target", batch.target), ("weights", batch.weights)):
+        for index, value in enumerate(tree.leaves(part)):
             # A finite sum proves finite terms, at a fraction of the cost; the sum of finite terms may overflow.
             if value.is_floating_point() and not math.isfinite(value.sum().item()) and not bool(torch.isfinite(value).all()):
                 where = (~torch.isfinite(value)).nonzero()[0].tolist()
@@ -294,6 +336,8 @@ def validated(batch: Batch, bounds: Sequence[IndexBound], finite: bool) -> tuple
             exists |= ~bound.part
         values[bound.position] = torch.where(exists, value, 0)
         found.append(exists.all())
+    if batch.weights is not None:
+        found += [(batch.weights >= 0).all(), (batch.weights.sum(-1) > 0).all()]
     return tree.unflatten(structure, values), torch.stack(found).all() if found else None
 
 

@@ -51,10 +51,15 @@ class Fixed(NamedTuple):
 
 
 class Batch(NamedTuple):
-    """Inputs of the model (a tensor, a tuple or a dict) and the target, or None for a loss without labels."""
+    """Inputs of the model (a tensor, a tuple or a dict), the target, and the weight of each example.
+
+    `target` is None for a loss without labels. `weights`, [S], is None unless the loss returns one value for each example: their mean by
+    these weights is then the loss, and an example of weight 0 is padding.
+    """
 
     inputs: Tree
     target: Tree
+    weights: Tensor | None = None
 
 
 class Evaluation(NamedTuple):
@@ -189,39 +194,53 @@ class Step:
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], fixed: Fixed, batch: Batch, *, of_query: bool = False
     ) -> Evaluation:
         """Runs model and loss. The caller decides what random operations return (`lift_noise`)."""
-        example = next(itertools.chain(params.values(), fixed.params.values()))
-        with self._precision(example):
+        loss, output, updated, update = self._evaluate(params, buffers, fixed, batch, of_query)
+        loss = _require_scalar(loss) if batch.weights is None else _weighted_mean(loss, batch.weights)
+        return Evaluation(loss if self.dtype is None else loss.to(_any_of(params, fixed).dtype), output, updated, update)
+
+    def losses_of_examples(
+        self, carry: Carry, fixed: Fixed, batch: Batch, noise: Sequence[Tensor], *, of_query: bool
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Returns the loss of each example of a batch that has weights, [S], and all buffers as model and loss leave them."""
+        with lift_noise(noise):
+            losses, _, buffers, _ = self._evaluate(carry.params, carry.buffers, fixed, batch, of_query)
+        return losses, buffers
+
+    def _evaluate(
+        self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], fixed: Fixed, batch: Batch, of_query: bool
+    ) -> tuple[Any, Tree, dict[str, Tensor], Tensor | None]:
+        """Returns what the loss returned, the model's output, all buffers, and whether to update."""
+        with self._precision(params, fixed):
             output, updated = self.apply(params, buffers, fixed, batch.inputs)
             target = () if batch.target is None else (batch.target,)
             if of_query and self.query_loss is not None:
-                loss = self._query_loss(output, target, fixed)
+                loss = self._query_loss(output, target, batch.weights, fixed)
             elif self.loss is None and not (of_query or params or target):  # buffers adapt, for which no loss is needed
-                loss = example.new_zeros(())
+                loss = _any_of(params, fixed).new_zeros(())
             else:
-                loss, updated = self._loss(output, target, fixed, updated)
+                loss, updated = self._loss(output, target, batch.weights, fixed, updated)
         loss, update = _as_update(loss)
-        loss = _require_scalar(loss)
-        if self.dtype is not None:
-            loss = loss.to(example.dtype)
-        return Evaluation(loss, output, updated, update)
+        return loss, output, updated, update
 
-    def _precision(self, param: Tensor) -> contextlib.AbstractContextManager[Any]:
+    def _precision(self, params: Mapping[str, Tensor], fixed: Fixed) -> contextlib.AbstractContextManager[Any]:
         if self.dtype is None:
             return contextlib.nullcontext()
         # Without the cache of casts: it would hand tensors of one capture to the next.
-        return torch.autocast(param.device.type, self.dtype, cache_enabled=False)
+        return torch.autocast(_any_of(params, fixed).device.type, self.dtype, cache_enabled=False)
 
-    def _loss(self, output: Tree, target: tuple[Tree, ...], fixed: Fixed, updated: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+    def _loss(
+        self, output: Tree, target: tuple[Tree, ...], weights: Tensor | None, fixed: Fixed, updated: dict[str, Tensor]
+    ) -> tuple[Any, dict[str, Tensor]]:
         """Returns the support loss, and all buffers as the loss left them."""
         if not isinstance(self.loss, nn.Module):
-            return _value_of(self.loss, output, target), updated
+            return _value_of(self.loss, output, target, weights), updated
         own = {name.removeprefix(LOSS_BUFFER): value for name, value in updated.items() if name.startswith(LOSS_BUFFER)}
         loss, own = call_module(self.loss, fixed.loss_params, own, (output, *target), {})
         return loss, updated | {LOSS_BUFFER + name: value for name, value in own.items()}
 
-    def _query_loss(self, output: Tree, target: tuple[Tree, ...], fixed: Fixed) -> Any:
+    def _query_loss(self, output: Tree, target: tuple[Tree, ...], weights: Tensor | None, fixed: Fixed) -> Any:
         if not isinstance(self.query_loss, nn.Module):
-            return _value_of(self.query_loss, output, target)
+            return _value_of(self.query_loss, output, target, weights)
         names = {name for name, _ in self.query_loss.named_parameters()}
         params = {name: value for name, value in fixed.query_loss.items() if name in names}
         buffers = {name: value for name, value in fixed.query_loss.items() if name not in names}
@@ -233,14 +252,19 @@ class Step:
         """Returns the model's output, and all buffers as the model left them."""
         args, kwargs = as_call(inputs)
         own = {name: value for name, value in buffers.items() if not name.startswith(LOSS_BUFFER)}
-        with self._precision(next(itertools.chain(params.values(), fixed.params.values()))):
+        with self._precision(params, fixed):
             output, own = call_module(self.model, {**fixed.params, **params}, own, args, kwargs)
         return output, {**buffers, **own}
 
 
-def _value_of(loss: Callable[..., Any] | None, output: Tree, target: tuple[Tree, ...]) -> Any:
+def _any_of(params: Mapping[str, Tensor], fixed: Fixed) -> Tensor:
+    """Returns a parameter of the model, whose dtype and device are those of all."""
+    return next(itertools.chain(params.values(), fixed.params.values()))
+
+
+def _value_of(loss: Callable[..., Any] | None, output: Tree, target: tuple[Tree, ...], weights: Tensor | None) -> Any:
     if loss is None:
-        return default_loss(output, *target)
+        return default_loss(output, *target, of_each=weights is not None)
     if not target and not _takes_output_alone(loss):
         raise InvalidBatch("the loss takes (output, target), but the batch has no target; pass (inputs, target), or a loss of (output)")
     return loss(output, *target)
@@ -259,8 +283,10 @@ def as_call(inputs: Tree) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (inputs,), {}
 
 
-def default_loss(output: Any, target: Tensor | None = None) -> Tensor:
+def default_loss(output: Any, target: Tensor | None = None, *, of_each: bool = False) -> Tensor:
     """Computes the output's own loss if it has one, else cross-entropy for integer targets or mean squared error for floating ones.
+
+    `of_each`: of each example, which is the mean over all axes but the first.
 
     Raises:
       InvalidLoss: none of these applies.
@@ -270,7 +296,7 @@ def default_loss(output: Any, target: Tensor | None = None) -> Tensor:
         return own
     if not isinstance(output, Tensor):
         raise InvalidLoss(f"loss=None needs a model that returns a tensor or has a `.loss`, got {type(output).__name__}; pass loss=")
-    if output.dim() == 0:
+    if output.dim() == (1 if of_each and target is None else 0):
         return output
     if target is None:
         raise InvalidLoss(
@@ -282,10 +308,16 @@ def default_loss(output: Any, target: Tensor | None = None) -> Tensor:
                 f"mean squared error of output {tree.describe(output)} against target {tree.describe(target)}: the shapes must be equal. "
                 "For cross-entropy pass class labels as integers, by .long()"
             )
-        return F.mse_loss(output, target)
+        return F.mse_loss(output, target) if not of_each else _of_each(F.mse_loss(output, target, reduction="none"))
     if target.dtype is torch.bool or target.is_complex():
         raise InvalidLoss(f"no default loss for a target of {target.dtype}; pass loss=")
+    if of_each:
+        return _of_each(F.cross_entropy(output, target.long(), reduction="none"))
     return F.cross_entropy(output, target.long())
+
+
+def _of_each(losses: Tensor) -> Tensor:
+    return losses if losses.dim() < 2 else losses.flatten(1).mean(1)
 
 
 def _takes_output_alone(loss: Callable[..., Any]) -> bool:
@@ -319,6 +351,19 @@ def _require_scalar(loss: Any) -> Tensor:
             f"the loss must be a floating-point scalar (shape []), got {tree.describe(loss)}; reduce it, for example with .mean()"
         )
     return loss
+
+
+def _weighted_mean(losses: Any, weights: Tensor) -> Tensor:
+    """Returns sum(w l) / sum(w) over the examples of a batch."""
+    if not isinstance(losses, Tensor):
+        raise InvalidLoss(f"the loss must return a tensor, got {type(losses).__name__}")
+    if losses.shape != weights.shape or not losses.is_floating_point():
+        raise InvalidLoss(
+            f"with examples='weighted' the loss must return one floating-point value for each example, got {tree.describe(losses)} for "
+            f"weights {tree.describe(weights)}; leave out its mean, for example by reduction='none'"
+        )
+    weights = weights.to(losses.dtype)
+    return (losses * weights).sum() / weights.sum()
 
 
 def _require_same_specs(before: Carry, after: Carry) -> None:

@@ -36,6 +36,7 @@ def compile_unroll(
     adjoint: Adjoint | str = "auto",
     backend: Backend | str = "auto",
     per_step: bool = False,
+    examples: str = "equal",
     on_new_shape: str = "compile",
     cache_size: int = 16,
     nonfinite: str = "error",
@@ -68,6 +69,10 @@ def compile_unroll(
       backend: "cudagraph" (compiled programs, and every call one launch), "inductor", "eager", a `Backend`, or "auto": cudagraph on CUDA,
         inductor elsewhere, and eager with a warning where no compiler is found.
       per_step: support has a leading axis of length k, one batch for each step.
+      examples: "weighted" if batches end with weights of their examples, `(inputs, target, weights)` or `(inputs, weights)`. The losses
+        then return one value for each example, [S], and sum(weights * losses) / sum(weights) is the loss, of queries too. Weights are
+        numbers of at least 0 or bools, [S], and may require grad. An example of weight 0 is padding, so that tasks of different sizes
+        fit in one batch. It is refused where an example's loss depends on others, as with BatchNorm in train mode.
       on_new_shape: what data of a shape not seen before does: "compile", or "error" to allow what `warmup` has seen only.
       cache_size: how many support shapes are kept, and query shapes for each; the least recently used is dropped.
       nonfinite: "error" refuses data with NaN or infinity, "ignore" accepts it.
@@ -100,6 +105,7 @@ def compile_unroll(
     check.positive_int("cache_size", cache_size)
     check.one_of("on_new_shape", on_new_shape, ("compile", "error"))
     check.one_of("nonfinite", nonfinite, ("error", "ignore"))
+    check.one_of("examples", examples, ("equal", "weighted"))
     if dtype is not None:
         check.precision(dict(model.named_parameters()), dtype)
     query_loss = None if query_loss is loss else query_loss
@@ -131,6 +137,7 @@ def compile_unroll(
             check_finite=nonfinite == "error",
             device=device,
             dtype=dtype,
+            weighted=examples == "weighted",
             selection=selection,
         )
     )

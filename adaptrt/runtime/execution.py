@@ -16,7 +16,6 @@ from adaptrt.adjoint.base import Query, Task
 from adaptrt.adjoint.each_task import EachTask
 from adaptrt.errors import InvalidArgument, NonFiniteInput
 from adaptrt.graph.noise import restored_on_any_error, restored_on_error
-from adaptrt.inner import check
 from adaptrt.inner.guard import Guard, Guards
 from adaptrt.inner.reader import Reader, Start
 from adaptrt.inner.step import Batch, Carry, as_call
@@ -187,7 +186,7 @@ class Execution:
 
     def evaluate(self, support: Any, query: Any, start: Adapted | None, generator: torch.Generator | None, warm: bool = False) -> Result:
         """As `CompiledUnroll.evaluate`."""
-        asked = check.as_batch("query", query, self.settings.device)
+        asked = self.settings.batch("query", query)
         with restored_on_any_error(self.settings.device, generator):
             adapted = self.adapt(support, start, generator, warm)
             losses, outputs = self._predictor.evaluate(adapted.state, adapted.fixed, asked, generator, warm)
@@ -208,7 +207,7 @@ class Execution:
                 f"every_step= and step_weights= go back through each step, which {settings.adjoint} does not; use another adjoint"
             )
         batch, num_tasks = self.router.support(support)
-        asked = check.as_batch("query", query, settings.device)
+        asked = settings.batch("query", query)
         if start is not None:
             self.router.require_start(start, num_tasks)
         adapted = one.first(None, None, None, num_tasks) if start is None else one._of_this(start, num_tasks)
@@ -233,7 +232,7 @@ class Execution:
 
     def predict(self, adapted: Adapted, query: Any, generator: torch.Generator | None, warm: bool = False) -> Any:
         """Returns the adapted model's output for the inputs of a query batch."""
-        args, kwargs = as_call(check.as_batch("query", query, self.settings.device).inputs)
+        args, kwargs = as_call(self.settings.batch("query", query).inputs)
         return self._predictor.predict(adapted.state, adapted.fixed, kwargs or args, generator, warm)
 
     def plans(self) -> tuple[list[SupportPlan], list[PredictionPlan]]:

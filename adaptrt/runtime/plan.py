@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from adaptrt.adjoint.auto import MAX_KEPT_BYTES, choose, one_by_one
 from adaptrt.adjoint.base import Adjoint, Problem
 from adaptrt.adjoint.each_task import EachTask
 from adaptrt.adjoint.steps import STEP
+from adaptrt.backend import Eager
 from adaptrt.backend.launch import Launcher
 from adaptrt.errors import InvalidArgument, NothingToAdapt
 from adaptrt.graph.capture import capture, record_operations
@@ -22,11 +24,12 @@ from adaptrt.graph.cut import varying
 from adaptrt.graph.gradient_mode import GradientMode
 from adaptrt.graph.indices import IndexBound
 from adaptrt.graph.ir import Graph
-from adaptrt.graph.noise import Noise
+from adaptrt.graph.noise import Noise, draw
 from adaptrt.inner import diagnose
 from adaptrt.inner.executed import Executed
 from adaptrt.inner.guard import Guard
 from adaptrt.inner.step import Batch, Carry, Fixed, Step, as_data
+from adaptrt.runtime import independent
 from adaptrt.runtime.cache import Cache
 from adaptrt.runtime.calls import Calls
 from adaptrt.runtime.capture import CaptureSettings, TaskAxis, capture_graph, without_leading_axis
@@ -47,6 +50,7 @@ class Arguments(NamedTuple):
       tasks: the task axis.
       require_current: raises if modes or Python values are not those that the plan is for.
       note_code: takes note of Python code that ran, and whose values the plan is for.
+      sample: returns the tensors of which `carry`, `fixed` and `data` are the specs: those of the first task, and the first step.
     """
 
     carry: Carry
@@ -56,6 +60,7 @@ class Arguments(NamedTuple):
     tasks: TaskAxis
     require_current: Callable[[], None]
     note_code: Callable[[Executed], None]
+    sample: Callable[[], tuple[Carry, Fixed, Any]]
 
     @staticmethod
     def of(
@@ -74,6 +79,11 @@ class Arguments(NamedTuple):
           per_step: whether the data has an axis of steps behind that of tasks.
         """
         one = _specs(data, tasks.num_tasks is not None)
+
+        def sample() -> tuple[Carry, Fixed, Any]:
+            axes_of_data = (tasks.num_tasks is not None) + per_step
+            return _first(carry, int(tasks.start_has_it)), fixed, _first(data, axes_of_data)
+
         return Arguments(
             _specs(carry, tasks.start_has_it),
             tree.specs(fixed),
@@ -81,7 +91,13 @@ class Arguments(NamedTuple):
             in_words(data),
             tasks,
             *python,
+            sample,
         )
+
+
+def _first(part: Tree, num_axes: int) -> Tree:
+    """Returns the tensors of the first element along each of so many leading axes."""
+    return tree.map_leaves(lambda value: value.detach()[(0,) * num_axes], part)
 
 
 def in_words(data: Tree) -> tuple[str, ...]:
@@ -204,6 +220,8 @@ def plan_support(settings: Settings, launcher: Launcher | None, step_of: Callabl
     found, forward = probe(step, "support", carry, fixed, batch)
     if not carry.params:
         _require_written_buffers(step, found, arguments)
+    if settings.weighted:
+        _require_independent(settings, "support", step, found, arguments)
     flops = num_flops(forward)
     each_task = tasks.num_tasks is not None and settings.device.type == "cpu" and one_by_one(flops)
     capturing = _capturing(settings, step, found, arguments, each_task)
@@ -239,6 +257,8 @@ def plan_query(
 ) -> QueryPlan:
     """Decides how to evaluate query batches of one shape after `plan`, in one gradient mode. Other arguments as for `plan_support`."""
     found, _ = probe(dataclasses.replace(plan.step, mode=mode), "query", arguments.carry, arguments.fixed, arguments.data)
+    if settings.weighted:
+        _require_independent(settings, "query", plan.step, found, arguments)
     num_tasks = arguments.tasks.num_tasks
     shape = () if num_tasks is None else (num_tasks,)
     with torch.inference_mode(False):
@@ -262,6 +282,8 @@ def plan_guard(settings: Settings, launcher: Launcher | None, plan: SupportPlan,
 def plan_prediction(settings: Settings, launcher: Launcher | None, step: Step, arguments: Arguments) -> PredictionPlan:
     """Decides how to predict for inputs of one shape, or to evaluate a `Batch`. Arguments as for `plan_support`."""
     found = probe_prediction(step, arguments.carry, arguments.fixed, arguments.data)
+    if settings.weighted and isinstance(arguments.data, Batch):
+        _require_independent(settings, "query", step, found, arguments)
     validation = _validation(settings, launcher, sees_all_data=False)
     inputs = arguments._replace(data=as_data(arguments.data))
     programs = ProgramSet(settings.backend, settings.modules, _capturing(settings, step, found, inputs, False))
@@ -292,6 +314,16 @@ def _require_written_buffers(step: Step, found: Probe, arguments: Arguments) -> 
             "without an optimiser only buffers adapt, and forward changes none of them: "
             f"{', '.join(carry.buffers)}. Running statistics change after model.train()"
         )
+
+
+def _require_independent(settings: Settings, name: str, step: Step, found: Probe | Prediction, arguments: Arguments) -> None:
+    """Checks that examples do not depend on each other, as `independent.require` does. `name`: of the batch."""
+    capturing = _capturing(settings, step, found, arguments._replace(tasks=TaskAxis()), False)
+    losses = functools.partial(step.losses_of_examples, of_query=name == "query")
+    run = ProgramSet(Eager(), settings.modules, capturing).program("losses of examples", losses, ("carry", "fixed", "batch", "noise"))
+    carry, fixed, batch = arguments.sample()
+    noise = draw(found.noise, torch.Generator(settings.device).manual_seed(0), None)
+    independent.require(name, settings.model, lambda batch: run(carry, fixed, batch, noise), batch, settings.dtype)
 
 
 def _require_fixed_point(settings: Settings, step: Step, found: Probe, arguments: Arguments, capturing: CaptureSettings) -> None:

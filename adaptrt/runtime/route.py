@@ -94,6 +94,7 @@ class Router:
         self._reader = reader
         self._planner = planner
         self._recent: Recent[Route] = Recent()
+        self._num_parts = 3 if settings.weighted else 2
 
     def find(self, support: Any, query: tuple[Any] | None, start: Adapted | None, warm: bool, k: int | None = None) -> Routed:
         """Returns the route of a call; one that is like the last call in all that matters takes its route.
@@ -111,7 +112,7 @@ class Router:
         if in_forward_mode():
             refuse_tangents([*begin.carry_leaves, *begin.fixed_leaves, *tree.leaves((support, query))])
         usual = start is None or form is not None
-        if warm or not usual or not _is_pair(support) or not (query is None or _is_pair(query[0])):
+        if warm or not usual or not self._is_plain(support) or not (query is None or self._is_plain(query[0])):
             return self._find_anew(support, query, start, warm, k)
         leaves = [*begin.carry_leaves, *begin.fixed_leaves, *support, *(query[0] if query is not None else ())]
         differentiable = torch.is_grad_enabled()
@@ -126,6 +127,12 @@ class Router:
         if not route.is_settled:
             route.settle(bool(inputs))
         return Routed(route, begin, Batch(*support), None if query is None else Batch(*query[0]), inputs)
+
+    def _is_plain(self, batch: Any) -> bool:
+        """Whether a batch is a tuple of tensors, all that it may have."""
+        if type(batch) is not tuple or len(batch) != self._num_parts:
+            return False
+        return all([isinstance(value, Tensor) and not value.is_nested for value in batch])
 
     def first(
         self,
@@ -213,7 +220,7 @@ class Router:
 
     def support(self, support: Any, k: int | None = None) -> tuple[Batch, int | None]:
         """Returns the checked support batch for k steps, and the number of tasks in it."""
-        batch = check.as_batch("support", support, self._settings.device)
+        batch = self._settings.batch("support", support)
         num_tasks = check.leading_axis("support", batch, 0, None, "tasks") if self._task_axis else None
         if self._settings.per_step:
             check.leading_axis("support", batch, int(self._task_axis), k or self._settings.k, "inner steps")
@@ -221,7 +228,7 @@ class Router:
 
     def _query(self, query: Any, num_tasks: int | None) -> Batch:
         """Returns the checked query batch."""
-        batch = check.as_batch("query", query, self._settings.device)
+        batch = self._settings.batch("query", query)
         if num_tasks is not None:
             check.leading_axis("query", batch, 0, num_tasks, "tasks")
         return batch
@@ -288,9 +295,3 @@ class Router:
 def _going_on(begin: Start, state: State) -> Start:
     """Returns the start of a call that goes on from a state."""
     return begin._replace(carry=state.carry, carry_leaves=state.leaves, has_tasks=state.num_tasks is not None)
-
-
-def _is_pair(batch: Any) -> bool:
-    if not (type(batch) is tuple and len(batch) == 2 and isinstance(batch[0], Tensor) and isinstance(batch[1], Tensor)):
-        return False
-    return not batch[0].is_nested and not batch[1].is_nested

@@ -12,8 +12,9 @@ from torch import nn
 from adaptrt import tree
 from adaptrt.adjoint import Adjoint
 from adaptrt.backend import Backend
+from adaptrt.inner import check
 from adaptrt.inner.reader import Selection
-from adaptrt.inner.step import LossFunction
+from adaptrt.inner.step import Batch, LossFunction
 from adaptrt.optim import Optimizer
 from adaptrt.optim.source import Source, source
 
@@ -33,6 +34,7 @@ class Settings:
       check_finite: whether data with NaN or infinity is refused.
       device: where the model was when the unroll was made.
       dtype: of the autocast that a step runs in, None if it runs in none.
+      weighted: whether batches have weights of examples, and the losses return one value for each.
       selection: what decided which parameters adapt.
     """
 
@@ -51,12 +53,17 @@ class Settings:
     check_finite: bool
     device: torch.device
     dtype: torch.dtype | None
+    weighted: bool
     selection: Selection
 
     @property
     def modules(self) -> list[nn.Module]:
         """The model, and the losses that are modules; plain tensor attributes are looked up in these."""
         return [part for part in (self.model, self.loss, self.query_loss) if isinstance(part, nn.Module)]
+
+    def batch(self, name: str, value: Any) -> Batch:
+        """Returns what the user gave as a batch, after the checks of `check.as_batch`."""
+        return check.as_batch(name, value, self.device, self.weighted)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Settings:
         """Returns the settings for copies of model, loss and optimiser."""

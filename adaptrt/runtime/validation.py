@@ -64,9 +64,10 @@ class Validation:
           batch: the data.
           bounds: which of it are class labels or indices.
         Raises:
-          LabelOutOfRange, NonFiniteInput: a value is not valid.
+          LabelOutOfRange, NonFiniteInput, InvalidBatch: a value is not valid; weights that sum to 0.
         """
         if self.validator is not Validator.LAUNCH:
+            check.weights(name, batch)
             check.indices(name, batch, bounds)
             if self.finite and self.validator is Validator.HOST:
                 check.finite(name, batch)
@@ -77,6 +78,7 @@ class Validation:
 
     def report(self, name: str, batch: Batch, bounds: Sequence[IndexBound]) -> None:
         """Raises an error that names the invalid value in data that a program or a launch has refused."""
+        check.weights(name, batch)
         check.indices(name, batch, bounds)
         if self.finite:
             check.finite(name, batch)
