@@ -11,6 +11,8 @@ from torch import Tensor
 
 from adaptrt import tree
 from adaptrt.adjoint.base import Adaptation, Adjoint, Gradients, Problem, Programs, Query, Task
+from adaptrt.inner.step import Fixed
+from adaptrt.optim.tasks import are_per_task
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -50,7 +52,7 @@ class EachTask(Adjoint):
     def adapt_pullback(
         self, programs: Programs, problem: Problem, task: Task, kept: Any, carry: Sequence[Tensor], losses: Tensor
     ) -> Gradients:
-        one, total = _of_one(problem), _Gradients(problem)
+        one, total = _of_one(problem), _Gradients(problem, task)
         for part, own, cotangent, of_losses in zip(_tasks(problem, task), kept, zip(*carry, strict=True), losses, strict=True):
             total.add(self.adjoint.adapt_pullback(programs, one, part, own, cotangent, of_losses))
         return total.result()
@@ -62,7 +64,7 @@ class EachTask(Adjoint):
     def meta_loss_and_gradients(
         self, programs: Programs, problem: Problem, task: Task, query: Query, cotangent: Tensor
     ) -> tuple[Tensor, Gradients]:
-        one, total = _of_one(problem), _Gradients(problem)
+        one, total = _of_one(problem), _Gradients(problem, task)
         losses: list[Tensor] = []
         for part, asked, weight in zip(_tasks(problem, task), along_tasks(query), cotangent, strict=True):
             loss, gradients = self.adjoint.meta_loss_and_gradients(programs, one, part, asked, weight)
@@ -74,22 +76,22 @@ class EachTask(Adjoint):
 class _Gradients:
     """Collects the gradients of all tasks: stacked where a leaf has the task axis, summed where tasks share it."""
 
-    def __init__(self, problem: Problem) -> None:
-        self._problem = problem
-        self._parts: list[Gradients] = []
-        self._shared: list[Tensor] = []
+    def __init__(self, problem: Problem, task: Task) -> None:
+        marks = zip(are_per_task(task.fixed), problem.differentiated.fixed, strict=True)
+        self._of_fixed = [mark for mark, asked in marks if asked]
+        self._of_start = [problem.start_has_task_axis] * sum(problem.differentiated.start)
+        self._rows: list[list[Any]] = []  # of each gradient, by group: one of each task, or a sum
 
     def add(self, part: Gradients) -> None:
-        shared = list(part.fixed) if self._problem.start_has_task_axis else [*part.start, *part.fixed]
-        self._shared = [old + new for old, new in zip(self._shared, shared, strict=True)] if self._parts else shared
-        self._parts.append(part._replace(start=part.start if self._problem.start_has_task_axis else (), fixed=()))
+        are_stacked = self._of_start, self._of_fixed, [True] * len(part.support), [True] * len(part.query)
+        if not self._rows:
+            self._rows = [[[] if flag else 0 for flag in flags] for flags in are_stacked]
+        for rows, values, flags in zip(self._rows, part, are_stacked, strict=True):
+            for place, (value, is_stacked) in enumerate(zip(values, flags, strict=True)):
+                rows[place] = [*rows[place], value] if is_stacked else rows[place] + value
 
     def result(self) -> Gradients:
-        start, _, support, query = (
-            [torch.stack(values) for values in zip(*group, strict=True)] for group in zip(*self._parts, strict=True)
-        )
-        num_start = 0 if self._problem.start_has_task_axis else sum(self._problem.differentiated.start)
-        return Gradients([*start, *self._shared[:num_start]], self._shared[num_start:], support, query)
+        return Gradients(*[[torch.stack(row) if isinstance(row, list) else row for row in rows] for rows in self._rows])
 
 
 def _of_one(problem: Problem) -> Problem:
@@ -99,7 +101,18 @@ def _of_one(problem: Problem) -> Problem:
 
 def _tasks(problem: Problem, task: Task) -> list[Task]:
     parts = along_tasks((task.support, task.noise, *((task.start,) if problem.start_has_task_axis else ())))
-    return [Task(start[0] if start else task.start, task.fixed, support, noise) for support, noise, *start in parts]
+    fixed = fixed_of_tasks(task.fixed, len(parts))
+    return [Task(part[2] if len(part) > 2 else task.start, own, *part[:2]) for part, own in zip(parts, fixed, strict=True)]
+
+
+def fixed_of_tasks(fixed: Fixed, num_tasks: int) -> list[Fixed]:
+    """Returns what the steps of each task share: the same for all, but for hyperparameters with a value for each task."""
+    values, structure = tree.flatten(fixed)
+    marks = are_per_task(fixed)
+    if True not in marks:
+        return [fixed] * num_tasks
+    columns = [value.unbind(0) if mark else [value] * num_tasks for value, mark in zip(values, marks, strict=True)]
+    return [tree.unflatten(structure, row) for row in zip(*columns, strict=True)]
 
 
 def along_tasks(part: Any) -> list[Any]:

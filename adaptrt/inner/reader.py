@@ -18,7 +18,7 @@ from adaptrt.inner import check
 from adaptrt.inner.model_tree import ModelTree
 from adaptrt.inner.python_state import PythonState
 from adaptrt.inner.step import LOSS_BUFFER, Carry, Fixed, LossFunction, Step
-from adaptrt.optim import Schedule
+from adaptrt.optim import PerTask, Schedule
 from adaptrt.optim.source import Reading, Source
 
 
@@ -213,6 +213,8 @@ class Reader:
                     f"the optimiser's {name} is on {hyper.device}, the model on {self._device}; call .to('{self._device}') on it"
                 )
             return hyper.to(self._device)
+        if isinstance(hyper, PerTask):
+            return PerTask(self._tensors(hyper.values, name))
         if isinstance(hyper, Schedule):
             return Schedule(hyper.fn, self._tensors(hyper.numbers, name))
         if isinstance(hyper, Mapping):

@@ -25,6 +25,7 @@ from adaptrt.functional import call_module
 from adaptrt.graph.gradient_mode import GradientMode
 from adaptrt.graph.passes.lift_noise import lift_noise
 from adaptrt.optim import Optimizer
+from adaptrt.optim.tasks import of_one_task
 from adaptrt.tree import Tree
 
 LossFunction = Callable[..., Any] | nn.Module | None
@@ -130,7 +131,7 @@ class Step:
 
     def update(self, grads: Mapping[str, Tensor], state: Tree, params: Mapping[str, Tensor], hyper: Tree) -> tuple[dict[str, Tensor], Tree]:
         """Returns the parameters and the optimiser's state after its update."""
-        result = self.optimizer.update(grads, state, params, hyper)
+        result = self.optimizer.update(grads, state, params, of_one_task(hyper))
         if not isinstance(result, tuple) or len(result) != 2 or not isinstance(result[0], Mapping):
             raise InvalidArgument(f"an optimiser's update must return (params, state), got {type(result).__name__}")
         new, state = result

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adaptrt.errors import InvalidArgument
-from adaptrt.optim.base import Number, Schedule, Value
+from adaptrt.optim.base import Number, PerTask, Schedule, Value
 
 
 def at(value: Value, name: str) -> Number:
@@ -28,11 +28,13 @@ def at(value: Value, name: str) -> Number:
     """
     if isinstance(value, Schedule):
         raise InvalidArgument("A schedule was given to an optimiser that was built without one. Build it anew with the schedule.")
-    if not isinstance(value, Mapping):
-        return value
-    if name not in value:
-        raise InvalidArgument(f"A hyperparameter given by name has no value for parameter '{name}', only for {sorted(value)}. Add one.")
-    return value[name]
+    if isinstance(value, Mapping):
+        if name not in value:
+            raise InvalidArgument(f"A hyperparameter given by name has no value for parameter '{name}', only for {sorted(value)}. Add one.")
+        value = value[name]
+    if isinstance(value, PerTask):
+        raise InvalidArgument("A value for each task was given to an optimiser's update, which is that of one task. Use it with vmap().")
+    return value
 
 
 def read(hyper: Mapping[str, Value], key: str, name: str, param: Tensor) -> Number:

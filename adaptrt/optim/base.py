@@ -40,8 +40,19 @@ class Schedule:
     numbers: Mapping[str, Any]
 
 
-Value: TypeAlias = Number | Mapping[str, Number] | Schedule
-"""A hyperparameter: one number for all parameters, one number for each parameter by name, or a function of the step."""
+@dataclass(frozen=True, slots=True, eq=False)
+class PerTask:
+    """A hyperparameter, or a part of one, that has a value for each task. `per_task` makes one.
+
+    Attributes:
+      values: along an axis of tasks, [T, ...]; within the step of one task, that task's value.
+    """
+
+    values: Tensor
+
+
+Value: TypeAlias = Number | PerTask | Mapping[str, Number | PerTask] | Schedule
+"""A hyperparameter: one number for all parameters, one number for each parameter by name, or a function of the step; by task or not."""
 
 # Both are trees, and each optimiser knows the exact type of its own; a union here would only force casts on everyone.
 State: TypeAlias = Any

@@ -11,7 +11,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from adaptrt.errors import InvalidArgument, InvalidType, OptimizerMismatch
-from adaptrt.optim.base import Number, Params, Schedule, Value
+from adaptrt.optim.base import Number, Params, PerTask, Schedule, Value
 
 
 def check_grads(grads: Params, params: Params) -> None:
@@ -79,6 +79,13 @@ def checked(key: str, value: Value, domain: Domain = NON_NEGATIVE) -> Value:
     """
     if isinstance(value, Schedule):
         return value
+    if isinstance(value, PerTask):
+        if value.values.dim() != 1:
+            raise InvalidArgument(
+                f"{key} must be a number for each task, got per_task() of a tensor of shape {list(value.values.shape)}. "
+                f"For one value per element give a mapping: {key}={{parameter name: per_task(tensor)}}."
+            )
+        return value
     if isinstance(value, Mapping):
         return {name: _checked_number(f"{key}['{name}']", entry, domain) for name, entry in value.items()}
     number = _checked_number(key, value, domain)
@@ -90,7 +97,9 @@ def checked(key: str, value: Value, domain: Domain = NON_NEGATIVE) -> Value:
     return number
 
 
-def _checked_number(key: str, value: object, domain: Domain) -> Number:
+def _checked_number(key: str, value: object, domain: Domain) -> Number | PerTask:
+    if isinstance(value, PerTask):
+        return value
     if isinstance(value, Tensor):
         if not value.is_floating_point():
             raise InvalidType(f"{key} must be a floating-point tensor, got {value.dtype}.")
@@ -129,7 +138,7 @@ def checked_moments(lr: Value, betas: object, eps: Value) -> dict[str, Value]:
     }
 
 
-def scalar(hyper: Mapping[str, Value], key: str) -> Number:
+def scalar(hyper: Mapping[str, Value], key: str) -> Any:
     """Returns hyperparameter `key` of a transform, which has one value for all parameters.
 
     Raises:

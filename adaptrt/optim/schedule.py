@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adaptrt.errors import InvalidArgument, InvalidType
-from adaptrt.optim.base import Hyper, Optimizer, Params, Schedule, State, Value
+from adaptrt.optim.base import Hyper, Optimizer, Params, PerTask, Schedule, State, Value
 from adaptrt.optim.checks import REAL, checked
 
 
@@ -54,7 +54,7 @@ def schedule(fn: Callable[..., Any], **numbers: Any) -> Schedule:
     return Schedule(fn, {key: _number(key, value) for key, value in numbers.items()})
 
 
-def per_step(values: Tensor | Sequence[float] | Mapping[str, Tensor | Sequence[float]]) -> Schedule:
+def per_step(values: Tensor | PerTask | Sequence[float] | Mapping[str, Tensor | PerTask | Sequence[float]]) -> Schedule:
     """Makes a hyperparameter that has a value for each step, for any argument of any optimiser.
 
     If `lr` is a mapping with such a table for each parameter, this is LSLR, the learning rates per layer and step of MAML++ (Antoniou et
@@ -84,6 +84,41 @@ def per_step(values: Tensor | Sequence[float] | Mapping[str, Tensor | Sequence[f
     return Schedule(_look_up, {"values": _table("values", values)})
 
 
+def per_task(values: Tensor) -> PerTask:
+    """Makes a hyperparameter that has a value for each task of a call of `vmap()`, wherever one takes a tensor.
+
+    Args:
+      values: [T], or [T, *parameter's shape] in a mapping by parameter name, or in `per_step` [T, k].
+
+    Raises:
+      InvalidType: not a floating-point tensor.
+      InvalidArgument: a tensor without axes.
+
+    Example:
+      >>> import adaptrt
+      >>> rates = torch.tensor([0.0, 0.1], requires_grad=True)
+      >>> model = torch.nn.Linear(2, 1)
+      >>> opt = adaptrt.optim.sgd(lr=per_task(rates))
+      >>> unroll = adaptrt.compile_unroll(model, opt, k=1, backend="eager").vmap()
+      >>> support = torch.ones(2, 5, 2), torch.zeros(2, 5, 1)
+      >>> adapted = unroll.adapt(support)
+      >>> (
+      ...     torch.equal(adapted.params["weight"][0], model.weight),
+      ...     torch.equal(adapted.params["weight"][1], model.weight),
+      ... )
+      (True, False)
+      >>> unroll(support, support).backward()
+      >>> rates.grad.shape
+      torch.Size([2])
+    """
+    if not isinstance(values, Tensor) or not values.is_floating_point():  # pyright: ignore[reportUnnecessaryIsInstance]
+        found = values.dtype if isinstance(values, Tensor) else type(values).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
+        raise InvalidType(f"per_task takes a floating-point tensor, one value for each task, got {found}.")
+    if not values.dim() or not len(values):
+        raise InvalidArgument(f"per_task takes a tensor with a value for each task along its first axis, got shape {list(values.shape)}.")
+    return PerTask(values)
+
+
 def _is_number(value: object) -> bool:
     return not isinstance(value, bool) and isinstance(value, Real) and math.isfinite(value)
 
@@ -91,14 +126,20 @@ def _is_number(value: object) -> bool:
 def _number(key: str, value: Any) -> Any:
     if isinstance(value, Mapping):
         return {name: _number(f"{key}['{name}']", entry) for name, entry in cast("Mapping[str, Any]", value).items()}
-    if isinstance(value, Tensor) and value.is_floating_point():
+    if isinstance(value, PerTask) or (isinstance(value, Tensor) and value.is_floating_point()):
         return value
     if not _is_number(value):
         raise InvalidType(f"schedule: {key} must be a finite number, a floating-point tensor or a mapping of those, got {value!r}.")
     return float(value)
 
 
-def _table(name: str, value: object) -> Tensor:
+def _table(name: str, value: object) -> Tensor | PerTask:
+    if isinstance(value, PerTask):
+        if value.values.dim() < 2:
+            raise InvalidArgument(
+                f"per_step: {name} must have an entry for each task and step, shape [T, k], got shape {list(value.values.shape)}."
+            )
+        return value
     if not isinstance(value, Tensor):
         entries = cast("Sequence[object]", value) if isinstance(value, Sequence) else [None]
         if not all(map(_is_number, entries)):

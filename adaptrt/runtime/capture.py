@@ -16,6 +16,7 @@ from adaptrt.graph.passes.batch import batch
 from adaptrt.graph.signature import Role
 from adaptrt.inner.executed import Executed, record_code
 from adaptrt.inner.step import Carry, Fixed
+from adaptrt.optim.tasks import are_per_task
 from adaptrt.tree import Spec, Tree
 
 
@@ -26,14 +27,27 @@ class TaskAxis:
     Attributes:
       num_tasks: its length, None without one.
       start_has_it: whether the first carry has it.
+
+    What all steps share has none, but for hyperparameters with a value for each task.
     """
 
     num_tasks: int | None = None
     start_has_it: bool = False
 
-    def is_on(self, kind: str) -> bool:
-        """Whether arguments of this kind have the axis (`adaptrt.adjoint.base.Programs` lists the kinds)."""
-        return self.num_tasks is not None and kind != "fixed" and (kind != "start" or self.start_has_it)
+    def are_on(self, kind: str, arg: Tree) -> list[bool]:
+        """Returns for each leaf of an argument whether it has the axis (`adaptrt.adjoint.base.Programs` lists the kinds)."""
+        if self.num_tasks is not None and kind == "fixed":
+            return are_per_task(arg)
+        is_on = self.num_tasks is not None and (kind != "start" or self.start_has_it)
+        return [is_on] * len(tree.leaves(arg))
+
+    def specs_of_one(self, kind: str, arg: Tree) -> Tree:
+        """Returns the specs of an argument for one task."""
+        leaves, structure = tree.flatten(arg)
+        axes = self.are_on(kind, arg)
+        return tree.unflatten(
+            structure, [without_leading_axis(leaf) if axis else Spec.of(leaf) for leaf, axis in zip(leaves, axes, strict=True)]
+        )
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -86,11 +100,11 @@ def capture_pullback(
     """
 
     def are_summed(graph: Graph) -> list[bool]:
-        gradients = graph.result.children[1] if value else graph.result
         flags = [
-            not settings.tasks.is_on(kind)
-            for kind, child in zip(arguments[:-1], gradients.children, strict=True)
-            for _ in range(child.num_leaves)
+            not axis
+            for kind, arg, asked in zip(arguments[:-1], args[:-1], wrt.args, strict=True)
+            for axis, is_asked in zip(settings.tasks.are_on(kind, arg), asked or (), strict=bool(asked))
+            if is_asked
         ]
         return [False] * (graph.result.num_leaves - len(flags)) + flags
 
@@ -131,8 +145,7 @@ def _capture(
 ) -> Graph:
     """Captures `fn`. Under a task axis, results for which `are_summed` holds are summed over the tasks."""
     tasks = settings.tasks
-    axes = [tasks.is_on(kind) for kind in arguments]
-    examples = [tree.map_leaves(without_leading_axis, arg) if axis else tree.specs(arg) for arg, axis in zip(args, axes, strict=True)]
+    examples = [tasks.specs_of_one(kind, arg) for kind, arg in zip(arguments, args, strict=True)]
     roles = [_roles(kind, example) for kind, example in zip(arguments, examples, strict=True)]
     names = ["carry" if kind == "start" else kind for kind in arguments]
     fused_attention, for_fusion = settings.fused_attention, settings.for_fusion
@@ -143,7 +156,7 @@ def _capture(
     settings.require_current()  # another thread may have changed it meanwhile
     if tasks.num_tasks is None:
         return graph
-    batched = [axis for arg, axis in zip(args, axes, strict=True) for _ in tree.leaves(arg)]
+    batched = [axis for kind, arg in zip(arguments, args, strict=True) for axis in tasks.are_on(kind, arg)]
     return batch(graph, batched, are_summed(graph), tasks.num_tasks)
 
 

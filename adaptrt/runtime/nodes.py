@@ -17,7 +17,7 @@ from torch.autograd import Function
 
 from adaptrt import tree
 from adaptrt.adjoint.base import Adaptation, Gradients, Query, Task, Wrt
-from adaptrt.adjoint.each_task import EachTask, along_tasks
+from adaptrt.adjoint.each_task import EachTask, along_tasks, fixed_of_tasks
 from adaptrt.backend.engine import graph_is_kept, refuse_freed
 from adaptrt.backend.entry_points import entry_point
 from adaptrt.errors import NotDifferentiable
@@ -195,14 +195,11 @@ def first_step(route: Route, task: Task) -> tuple[Carry, Tensor, Tree]:
 
 def _computed_each(computation: _Computation, args: Sequence[Tree], start_has_tasks: bool) -> Any:
     """Does the same as `_computed` for one task after another, by programs that know of no task axis."""
-    axes = [kind != "fixed" and (kind != "start" or start_has_tasks) for kind in computation.kinds]
-    rows = along_tasks(tuple([arg for arg, axis in zip(args, axes, strict=True) if axis]))
-
-    def of_task(row: tuple[Tree, ...]) -> tuple[Tree, ...]:
-        own = iter(row)
-        return tuple([next(own) if axis else arg for arg, axis in zip(args, axes, strict=True)])
-
-    return tree.map_leaves(lambda *values: torch.stack(values), *[_computed(computation, of_task(row)) for row in rows])
+    named = dict(zip(computation.kinds, args, strict=True))
+    rows = along_tasks({kind: arg for kind, arg in named.items() if kind != "fixed" and (kind != "start" or start_has_tasks)})
+    fixed = fixed_of_tasks(named["fixed"], len(rows))
+    of_tasks = [tuple({**named, **row, "fixed": own}.values()) for row, own in zip(rows, fixed, strict=True)]
+    return tree.map_leaves(lambda *values: torch.stack(values), *[_computed(computation, own) for own in of_tasks])
 
 
 def _computed(computation: _Computation, args: tuple[Tree, ...]) -> Any:

@@ -82,11 +82,11 @@ class Arguments(NamedTuple):
 
         def sample() -> tuple[Carry, Fixed, Any]:
             axes_of_data = (tasks.num_tasks is not None) + per_step
-            return _first(carry, int(tasks.start_has_it)), fixed, _first(data, axes_of_data)
+            return _first(carry, int(tasks.start_has_it)), tree.map_leaves(Tensor.detach, fixed), _first(data, axes_of_data)
 
         return Arguments(
             _specs(carry, tasks.start_has_it),
-            tree.specs(fixed),
+            tasks.specs_of_one("fixed", fixed),
             _specs(one, True) if per_step else one,
             in_words(data),
             tasks,

@@ -19,7 +19,8 @@ from adaptrt.graph.gradient_mode import GradientMode
 from adaptrt.graph.surroundings import refuse_recorders
 from adaptrt.inner import check
 from adaptrt.inner.reader import Reader, Start
-from adaptrt.inner.step import Batch
+from adaptrt.inner.step import Batch, Fixed
+from adaptrt.optim.tasks import are_per_task
 from adaptrt.runtime import saved
 from adaptrt.runtime.adapted import Adapted, Predictor
 from adaptrt.runtime.capture import without_leading_axis
@@ -190,6 +191,7 @@ class Router:
             fixed = begin.fixed
             of_query_loss = {name: value for name, value in fixed.query_loss.items() if isinstance(value, nn.Parameter)}
             check.precision({**begin.carry.params, **fixed.params, **fixed.loss_params, **of_query_loss}, self._settings.dtype)
+        _require_values_for_tasks(begin.fixed, num_tasks)
         plan = self._plan(batch, begin, num_tasks, warm)
         query_plan = None if asked is None else self._planner.query(plan, asked, begin, num_tasks, warm)
         mode = GradientMode.current() if query_plan is not None and query_plan.probe.asks_mode else GradientMode.GRAD
@@ -290,6 +292,15 @@ class Router:
             updates_per_step=updates_per_step,
             in_loop=self._settings.k * updates_per_step > 1,  # as the programs were compiled, whatever k is
         )
+
+
+def _require_values_for_tasks(fixed: Fixed, num_tasks: int | None) -> None:
+    """Checks that hyperparameters with a value for each task have one for each of so many tasks."""
+    leaves = zip(tree.paths(fixed.hyper), tree.leaves(fixed.hyper), are_per_task(fixed.hyper), strict=True)
+    for name, value in [(name, value) for name, value, mark in leaves if mark]:
+        if num_tasks != len(value):
+            found = "the call has no task axis; call vmap()" if num_tasks is None else f"the support batch has {num_tasks} tasks"
+            raise InvalidArgument(f"'{name.removesuffix('.values')}' has a value for each of {len(value)} tasks, and {found}")
 
 
 def _going_on(begin: Start, state: State) -> Start:
