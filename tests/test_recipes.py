@@ -139,24 +139,24 @@ def proto_maml(names: Names) -> Tensor:
     return tasks(names, one)
 
 
-def step_norm(names: Names) -> tuple[Tensor, Tensor]:
-    """The meta-loss, and the mean over tasks of the means of all steps and the query."""
+def step_norm(names: Names) -> tuple[Tensor, Params]:
+    """The meta-loss, and the mean over tasks of each step's statistics."""
     start = dict(names["normed"].named_parameters())
-    means = torch.zeros(4, 8, dtype=torch.float64)
+    means, variances = torch.zeros(5, 3, 8, dtype=torch.float64), torch.ones(5, 3, 8, dtype=torch.float64)
 
-    def forward(params: Params, x: Tensor, step: int, count: float = 0.0) -> Tensor:
+    def forward(params: Params, x: Tensor, step: int, mean: Any = None, variance: Any = None) -> Tensor:
         hidden = F.linear(x, params["0.weight"], params["0.bias"])
-        means[step] += 0.1 * count * hidden.detach().mean(0)
-        hidden = F.batch_norm(hidden, None, None, params["1.weight"][step], params["1.bias"][step], training=True)
+        hidden = F.batch_norm(hidden, mean, variance, params["1.weight"][step], params["1.bias"][step], training=True)
         return F.linear(torch.tanh(hidden), params["3.weight"], params["3.bias"])
 
     def one(a: Tensor, b: Tensor, c: Tensor, d: Tensor, task: int) -> Tensor:
         params: Params = start
         for step in range(3):
-            params = one_step(params, F.cross_entropy(forward(params, a, step, 1 / 5), b), lambda name, grad: 0.1 * grad, ("0.", "3."))
-        return F.cross_entropy(forward(params, c, 3), d)
+            output = forward(params, a, step, means[task, step], variances[task, step])
+            params = one_step(params, F.cross_entropy(output, b), lambda name, grad: 0.1 * grad, ("0.", "3."))
+        return F.cross_entropy(forward(params, c, 2), d)
 
-    return tasks(names, one), means
+    return tasks(names, one), {"1.means": means.mean(0), "1.variances": variances.mean(0)}
 
 
 def meta_curvature(names: Names) -> Tensor:
@@ -302,7 +302,7 @@ def test_reptile() -> None:
 
 def test_statistics_of_each_step() -> None:
     names = run("MAML++: batch normalisation for each step")
-    assert_near({"means": names["means"]}, {"means": step_norm(names)[1]}, torch.float64)
+    assert_near(names["statistics"], step_norm(names)[1], torch.float64)
 
 
 def test_evolution_strategies() -> None:
@@ -373,19 +373,19 @@ def meta_weight_net(names: Names) -> Params:
 def darts(names: Names) -> Params:
     mixed, (a, b), (c, d) = names["mixed"], names["train"], names["valid"]
     params = dict(mixed.named_parameters())
-    learned = {"shares": params.pop("shares")}
+    learned = {"alpha": params.pop("alpha")}
 
-    def step(params: Params, shares: Params) -> Params:
-        ahead = steps(mixed, {**params, **shares}, lambda m: F.cross_entropy(m(a), b), lambda step, name: 0.1, 1, ("head.", "ops."))[0]
+    def step(params: Params, alpha: Params) -> Params:
+        ahead = steps(mixed, {**params, **alpha}, lambda m: F.cross_entropy(m(a), b), lambda step, name: 0.1, 1, ("head.", "ops."))[0]
         return {name: ahead[name] for name in params}
 
-    return in_turn(params, learned, step, lambda p, shares: F.cross_entropy(call(mixed, {**p, **shares}, c), d), 1.0, 3, again=True)
+    return in_turn(params, learned, step, lambda p, alpha: F.cross_entropy(call(mixed, {**p, **alpha}, c), d), 1.0, 3, again=True)
 
 
 IN_TURN: dict[str, tuple[Callable[[Names], Params], Callable[[Names], Params]]] = {
     "T1-T2": (lambda names: {"log_decay": names["log_decay"]}, t1_t2),
     "Meta-Weight-Net": (lambda names: dict(names["weigh"].named_parameters()), meta_weight_net),
-    "DARTS": (lambda names: {"shares": names["mixed"].shares}, darts),
+    "DARTS": (lambda names: {"alpha": names["mixed"].alpha}, darts),
 }
 """By heading: what was learned, and parameters and what was learned by plain PyTorch, from the names before the loop."""
 
