@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -141,22 +141,23 @@ def proto_maml(names: Names) -> Tensor:
 
 def step_norm(names: Names) -> tuple[Tensor, Params]:
     """The meta-loss, and the mean over tasks of each step's statistics."""
-    start = dict(names["normed"].named_parameters())
-    means, variances = torch.zeros(5, 3, 8, dtype=torch.float64), torch.ones(5, 3, 8, dtype=torch.float64)
+    normed = names["normed"]
+    start, held = dict(normed.named_parameters()), dict(normed.named_buffers())
+    statistics = {name: held[name].repeat(5, 1, 1) for name in ("1.means", "1.variances")}
 
-    def forward(params: Params, x: Tensor, step: int, mean: Any = None, variance: Any = None) -> Tensor:
+    def forward(params: Params, x: Tensor, step: int, rows: Sequence[Tensor]) -> Tensor:
         hidden = F.linear(x, params["0.weight"], params["0.bias"])
-        hidden = F.batch_norm(hidden, mean, variance, params["1.weight"][step], params["1.bias"][step], training=True)
+        hidden = F.batch_norm(hidden, rows[0], rows[1], params["1.weight"][step], params["1.bias"][step], normed.training)
         return F.linear(torch.tanh(hidden), params["3.weight"], params["3.bias"])
 
     def one(a: Tensor, b: Tensor, c: Tensor, d: Tensor, task: int) -> Tensor:
         params: Params = start
         for step in range(3):
-            output = forward(params, a, step, means[task, step], variances[task, step])
+            output = forward(params, a, step, [value[task, step] for value in statistics.values()])
             params = one_step(params, F.cross_entropy(output, b), lambda name, grad: 0.1 * grad, ("0.", "3."))
-        return F.cross_entropy(forward(params, c, 2), d)
+        return F.cross_entropy(forward(params, c, 2, [value[task, 2].clone() for value in statistics.values()]), d)
 
-    return tasks(names, one), {"1.means": means.mean(0), "1.variances": variances.mean(0)}
+    return tasks(names, one), {name: value.mean(0) for name, value in statistics.items()}
 
 
 def meta_curvature(names: Names) -> Tensor:
@@ -303,6 +304,9 @@ def test_reptile() -> None:
 def test_statistics_of_each_step() -> None:
     names = run("MAML++: batch normalisation for each step")
     assert_near(names["statistics"], step_norm(names)[1], torch.float64)
+    names["normed"].load_state_dict(names["statistics"], strict=False)
+    names["normed"].eval()
+    assert_near({"loss": names["step_norm"](names["support"], names["query"])}, {"loss": step_norm(names)[0]}, torch.float64)
 
 
 def test_evolution_strategies() -> None:
