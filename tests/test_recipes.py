@@ -91,10 +91,13 @@ def tasks(names: Names, one: Callable[[Tensor, Tensor, Tensor, Tensor, int], Ten
     return torch.stack([one(a[t], b[t], c[t], d[t], t) for t in range(count)]).mean()
 
 
-def maml(names: Names, adapts: str = "", rate: Callable[[int, str], Any] = lambda step, name: 0.1) -> Tensor:
+def maml(
+    names: Names, adapts: str = "", rate: Callable[[int, str], Any] = lambda step, name: 0.1, sizes: Sequence[int] = (8,) * 5
+) -> Tensor:
     model = names["model"]
 
     def one(a: Tensor, b: Tensor, c: Tensor, d: Tensor, task: int) -> Tensor:
+        a, b = a[: sizes[task]], b[: sizes[task]]
         after = steps(model, dict(model.named_parameters()), lambda m: F.cross_entropy(m(a), b), rate, 3, adapts)[-1]
         return F.cross_entropy(call(model, after, c), d)
 
@@ -262,6 +265,7 @@ META: dict[str, tuple[str, str, Callable[[Names], Tensor], tuple[str, ...]]] = {
     "Meta-SGD": ("Meta-SGD", "meta_loss", lambda n: maml(n, rate=lambda step, name: n["rates"][name]), ("model", "rates")),
     "MAML++": ("MAML++", "meta_loss", maml_pp, ("model", "rates")),
     "step norm": ("MAML++: batch normalisation for each step", "meta_loss", lambda names: step_norm(names)[0], ("normed",)),
+    "sizes": ("Tasks of different sizes", "meta_loss", lambda n: maml(n, sizes=n["sizes"].tolist()), ("model",)),
     "Meta-Curvature": ("Meta-Curvature", "meta_loss", meta_curvature, ("model", "curvature")),
     "WarpGrad": ("WarpGrad", "meta_loss", warp_grad, ("warped",)),
     "CAVIA": ("CAVIA", "meta_loss", cavia, ("with_context",)),
@@ -457,9 +461,36 @@ def test_tent() -> None:
     names = run("Tent")
     eager = Stream(names)
     for x, found in zip(names["stream"], names["predictions"], strict=True):
-        eager.step(x, lambda output: entropy(output).mean())
         assert_near({"prediction": found}, {"prediction": predicted(eager.net, x)}, torch.float64)
+        eager.step(x, lambda output: entropy(output).mean())
     assert_near(state_of(names["state"]), eager.state(), torch.float64)
+
+
+def test_statistics_of_another_domain() -> None:
+    names = run("AdaBN")
+    first, norm, _, head = names["target_net"]
+    hidden = [first(x) for x in names["stream"]]
+    mean = torch.stack([h.mean(0) for h in hidden]).mean(0)
+    variance = torch.stack([h.var(0) for h in hidden]).mean(0)
+    z = torch.tanh((hidden[0] - mean) / (variance + norm.eps).sqrt() * norm.weight + norm.bias)
+    assert_near({"prediction": names["predictions"]}, {"prediction": head(z).detach()}, torch.float64)
+
+
+@torch.no_grad()
+def test_supports_of_classes() -> None:
+    """All supports in a list, of which those of least entropy are chosen at the end."""
+    names = run("T3A")
+    body, head = names["model"][:2], names["model"][2]
+    supports = [(float(entropy(head(w))), label, w) for label, w in enumerate(head.weight)]
+    for x in names["stream"]:
+        supports += [(float(entropy(head(z))), int(head(z).argmax()), z) for z in body(x)]
+    rows: list[Tensor] = []
+    for label in range(4):
+        chosen = sorted([entry for entry in supports if entry[1] == label], key=lambda entry: entry[0])[:5]
+        rows.append(F.normalize(torch.stack([z / z.norm() for *_, z in chosen]).sum(0), dim=0))
+    assert len(supports) == 4 + 48 and any(sum(entry[1] == label for entry in supports) > 5 for label in range(4))
+    right = body(names["stream"][0]) @ torch.stack(rows).T
+    assert_near({"prediction": names["predictions"]}, {"prediction": right.detach()}, torch.float64)
 
 
 def reliable(output: Tensor) -> Tensor:
@@ -597,6 +628,8 @@ def test_every_recipe_is_compared() -> None:
         "Reptile",
         "ES-MAML",
         "Tent",
+        "AdaBN",
+        "T3A",
         EATA,
         SAR,
         "Streams with rollback and reset",
