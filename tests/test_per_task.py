@@ -195,3 +195,13 @@ def test_bad_input() -> None:
     opt = optim.sgd(lr=rates)
     with pytest.raises(InvalidArgument, match="that of one task"):
         opt.update({"w": torch.zeros(2)}, opt.init({"w": torch.zeros(2)}), {"w": torch.zeros(2)}, opt.hyper)
+
+
+def test_in_the_groups_of_an_instance() -> None:
+    net, (support, query) = model(), data()
+    rates = leaf(0.1, 0.3)
+    opt = torch.optim.SGD(net.parameters(), lr=0.1)
+    opt.param_groups[0]["lr"] = optim.per_task(rates)
+    found = compile_unroll(net, opt, K, loss=regress, backend="eager").vmap()(support, query)
+    pure = compile_unroll(net, optim.sgd(lr=optim.per_task(rates)), K, loss=regress, backend="eager").vmap()(support, query)
+    assert_near(gradients(found, {"rates": rates}), gradients(pure, {"rates": rates}), torch.float64)
