@@ -329,7 +329,7 @@ def page() -> dict[str, Any]:
 @runs_the_page
 def test_every_number_that_requires_grad_is_learned(page: dict[str, Any]) -> None:
     learned = {name: tensors for name, value in page.items() if (tensors := _wanting_grad(value))}
-    expected = "lr log_lr by_parameter by_element by_step head_lr body_lr peak gamma width rule max_norm muon_lr strength model"
+    expected = "lr log_lr by_parameter by_element by_step head_lr body_lr peak gamma width rule max_norm muon_lr strength rates model"
     assert set(learned) == set(expected.split())
     for name, tensors in learned.items():
         for tensor in tensors:

@@ -371,3 +371,31 @@ def test_tasks_that_are_taken_apart_have_the_graph_of_the_moment() -> None:
     with torch.inference_mode():
         inferred = unroll.adapt(batch(1, 2)).unbind()
     assert same(inferred[1], adapted[1].detach())
+
+
+class Centred(nn.Module):
+    """A loss that remembers a mean of what it has seen."""
+
+    mean: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(2, dtype=torch.float64))
+
+    def forward(self, output: Tensor, target: Tensor) -> Tensor:
+        self.mean = 0.5 * self.mean + 0.5 * output.detach().mean(0)
+        return (output - self.mean - target).square().mean()
+
+
+def test_buffers_of_a_loss_are_part_of_a_state() -> None:
+    net = nn.Linear(3, 2).double()
+    unroll = compile_unroll(net, optim.sgd(lr=0.1), 1, loss=Centred(), backend="eager")
+    x, y = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    adapted = unroll.adapt((x, y))
+    assert adapted.buffers == {}
+    assert_near({"mean": adapted.loss_buffers["mean"]}, {"mean": 0.5 * net(x).detach().mean(0)}, torch.float64)
+    moved = unroll.start().replace(loss_buffers={"mean": torch.ones(2, dtype=torch.float64)})
+    after = unroll.adapt((x, y), start=moved, keep=lambda before, after: (before.loss_buffers["mean"] == 1).all())
+    assert_near({"mean": after.loss_buffers["mean"]}, {"mean": 0.5 + 0.5 * net(x).detach().mean(0)}, torch.float64)
+    with pytest.raises(InvalidArgument, match="loss_buffers has 'means', which is no name of what adapts; did you mean 'mean'"):
+        adapted.replace(loss_buffers={"means": torch.ones(2)})

@@ -19,7 +19,7 @@ from adaptrt.errors import InvalidArgument, InvalidType
 from adaptrt.graph.passes.lift_noise import lift_noise
 from adaptrt.inner import diagnose
 from adaptrt.inner.python_state import PythonState
-from adaptrt.inner.step import Batch, Carry, Fixed, Step, of_model
+from adaptrt.inner.step import Batch, Carry, Fixed, Step, of_loss, of_model
 from adaptrt.inner.user_code import outside
 from adaptrt.process import lock
 from adaptrt.tree import Tree
@@ -32,7 +32,7 @@ class Moment(NamedTuple):
       loss: the support loss at this moment, 0-dim.
       losses: the losses before each step, (k,).
       params: adapted parameters by name.
-      buffers: buffers by name.
+      buffers, loss_buffers: buffers of the model by name, and those of a loss that is a module.
       opt_state: the optimiser's state.
       update_norm: the Euclidean norm of the change of all parameters since the call began, 0-dim; 0 before it.
     """
@@ -41,6 +41,7 @@ class Moment(NamedTuple):
     losses: Tensor
     params: Mapping[str, Tensor]
     buffers: Mapping[str, Tensor]
+    loss_buffers: Mapping[str, Tensor]
     opt_state: Tree
     update_norm: Tensor
 
@@ -87,8 +88,11 @@ def _decision(decide: Any, start: Carry, carry: Carry, losses: Tensor, final_los
     start, carry, losses, final_loss = tree.map_leaves(Tensor.detach, (start, carry, losses, final_loss))
     squares = [(new - old).square().sum() for new, old in zip(carry.params.values(), start.params.values(), strict=True)]
     norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros_like(final_loss)
-    before = Moment(losses[0], losses, start.params, of_model(start.buffers), start.opt_state, torch.zeros_like(norm))
-    after = Moment(final_loss, losses, carry.params, of_model(carry.buffers), carry.opt_state, norm)
+
+    def moment(loss: Tensor, carry: Carry, norm: Tensor) -> Moment:
+        return Moment(loss, losses, carry.params, of_model(carry.buffers), of_loss(carry.buffers), carry.opt_state, norm)
+
+    before, after = moment(losses[0], start, torch.zeros_like(norm)), moment(final_loss, carry, norm)
     with diagnose.guarding():
         found: Any = decide(before, after)
     if not isinstance(found, Tensor) or found.dim() != 0 or found.dtype is not torch.bool:

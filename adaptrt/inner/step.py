@@ -83,6 +83,11 @@ def of_model(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in buffers.items() if not name.startswith(LOSS_BUFFER)}
 
 
+def of_loss(buffers: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Returns the buffers of a loss module in a carry, by their names in it."""
+    return {name.removeprefix(LOSS_BUFFER): value for name, value in buffers.items() if name.startswith(LOSS_BUFFER)}
+
+
 def as_data(value: Tree) -> Batch:
     """Returns a batch as it is, and the inputs of a model as a batch without target."""
     return value if isinstance(value, Batch) else Batch(value, None)
@@ -235,8 +240,7 @@ class Step:
         """Returns the support loss, and all buffers as the loss left them."""
         if not isinstance(self.loss, nn.Module):
             return _value_of(self.loss, output, target, weights), updated
-        own = {name.removeprefix(LOSS_BUFFER): value for name, value in updated.items() if name.startswith(LOSS_BUFFER)}
-        loss, own = call_module(self.loss, fixed.loss_params, own, (output, *target), {})
+        loss, own = call_module(self.loss, fixed.loss_params, of_loss(updated), (output, *target), {})
         return loss, updated | {LOSS_BUFFER + name: value for name, value in own.items()}
 
     def _query_loss(self, output: Tree, target: tuple[Tree, ...], weights: Tensor | None, fixed: Fixed) -> Any:
@@ -252,9 +256,8 @@ class Step:
     ) -> tuple[Tree, dict[str, Tensor]]:
         """Returns the model's output, and all buffers as the model left them."""
         args, kwargs = as_call(inputs)
-        own = {name: value for name, value in buffers.items() if not name.startswith(LOSS_BUFFER)}
         with self._precision(params, fixed):
-            output, own = call_module(self.model, {**fixed.params, **params}, own, args, kwargs)
+            output, own = call_module(self.model, {**fixed.params, **params}, of_model(buffers), args, kwargs)
         return output, {**buffers, **own}
 
 

@@ -145,6 +145,11 @@ class Adapted:
         return self.state.buffers
 
     @property
+    def loss_buffers(self) -> dict[str, Tensor]:
+        """Buffers of a loss that is a module, by their names in it, as the support batches left them, read-only."""
+        return self.state.loss_buffers
+
+    @property
     def opt_state(self) -> Tree:
         """The optimiser's state, with dicts that are read-only."""
         return self.state.opt_state
@@ -182,14 +187,19 @@ class Adapted:
         return self._map(Tensor.detach, self.num_tasks, 0)
 
     def replace(
-        self, *, params: Mapping[str, Tensor] | None = None, buffers: Mapping[str, Tensor] | None = None, opt_state: Tree = None
+        self,
+        *,
+        params: Mapping[str, Tensor] | None = None,
+        buffers: Mapping[str, Tensor] | None = None,
+        opt_state: Tree = None,
+        loss_buffers: Mapping[str, Tensor] | None = None,
     ) -> Adapted:
         """Returns the adaptation with some values replaced, to predict with or to go on from with `start=`.
 
         What a guard has found is not passed on, and neither are outputs.
 
         Args:
-          params, buffers: by name; those not named stay. With a task axis, a value without one is given to every task.
+          params, buffers, loss_buffers: by name; those not named stay. With a task axis, a value without one is given to every task.
           opt_state: all of the optimiser's state; None to leave it.
         Raises:
           InvalidArgument, InvalidType, DeviceMismatch: a name that is not there, something that is no tensor, or a shape, dtype, structure
@@ -202,7 +212,7 @@ class Adapted:
           >>> adapted.replace(params={"bias": torch.zeros(1)}).params["bias"]
           tensor([0.])
         """
-        state = self.state.replace(params=params, buffers=buffers, opt_state=opt_state)
+        state = self.state.replace(params=params, buffers=buffers, opt_state=opt_state, loss_buffers=loss_buffers)
         return Adapted(self._predictor, state, self.losses, self.fixed, self._num_links)
 
     def __len__(self) -> int:

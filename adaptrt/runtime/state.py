@@ -11,7 +11,7 @@ from torch import Tensor
 from adaptrt import tree
 from adaptrt.errors import DeviceMismatch, InvalidArgument, InvalidType
 from adaptrt.graph.pytrees import register
-from adaptrt.inner.step import Carry, of_model
+from adaptrt.inner.step import LOSS_BUFFER, Carry, of_loss, of_model
 from adaptrt.tree import Form, Spec, Tree
 
 register(tree.ReadOnly)
@@ -57,17 +57,24 @@ class State:
         """The model's buffers by name, read-only."""
         return tree.ReadOnly(of_model(self.carry.buffers))
 
+    @property
+    def loss_buffers(self) -> dict[str, Tensor]:
+        """The buffers of a loss that is a module, by their names in it, read-only."""
+        return tree.ReadOnly(of_loss(self.carry.buffers))
+
     def replace(
         self,
         *,
         params: Mapping[str, Tensor] | None = None,
         opt_state: Tree = None,
         buffers: Mapping[str, Tensor] | None = None,
+        loss_buffers: Mapping[str, Tensor] | None = None,
     ) -> State:
         """Returns a state with some values replaced; gradients flow to the new ones.
 
         Args:
-          params, buffers: by name; those not named stay. If the state has a task axis, a value without one is given to every task.
+          params, buffers, loss_buffers: by name; those not named stay. If the state has a task axis, a value without one is given to every
+            task.
           opt_state: all of the optimiser's state, None to leave it.
         Raises:
           InvalidArgument: a name that is not there, or a shape, dtype or structure that differs.
@@ -75,12 +82,16 @@ class State:
           DeviceMismatch: a tensor on another device.
         """
         carry = self.carry
-        own = of_model(carry.buffers)
+        of_losses = self._values("loss_buffers", of_loss(carry.buffers), loss_buffers or {})
+        replaced = {
+            **self._values("buffers", of_model(carry.buffers), buffers or {}),
+            **{LOSS_BUFFER + name: value for name, value in of_losses.items()},
+        }
         return self.of(
             Carry(
                 {**carry.params, **self._values("params", carry.params, params or {})},
                 carry.opt_state if opt_state is None else self._opt_state(carry.opt_state, opt_state),
-                {**carry.buffers, **self._values("buffers", own, buffers or {})},
+                {**carry.buffers, **replaced},
             ),
             self.num_tasks,
         )
