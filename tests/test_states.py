@@ -183,6 +183,27 @@ def test_gradients_flow_through_a_stack_and_out_of_it() -> None:
     assert_near(found, right, torch.float64)
 
 
+@pytest.mark.parametrize("places", [[0, 1, 2], [2, 0, 1], [1], [1, 1, 0, 2]], ids=str)
+def test_tasks_of_one_batch_are_put_together_again(places: list[int]) -> None:
+    """As their values are, with their gradients; without history where gradients are off."""
+    net = model()
+    adapted = make(Replay(), net=net).vmap().adapt(batch(1, T), keep="finite")
+    rows = adapted.unbind()
+    again = adaptrt.stack([rows[place] for place in places])
+    apart = adaptrt.stack([copy.copy(rows[place]) for place in places])
+    assert again.num_tasks == len(places) and same(again, apart) and torch.equal(again.losses, apart.losses)
+    assert again.kept is None and (places != [0, 1, 2] or again.state is adapted.state)
+    weights, params = torch.arange(1.0, len(places) + 1, dtype=torch.float64), list(net.parameters())
+    found, right = (
+        torch.autograd.grad((one.params["3.bias"].sin().sum(1) + one.losses.sum(1)) @ weights, params, retain_graph=True)
+        for one in (again, apart)
+    )
+    assert_near(dict(zip("abcdef", found, strict=False)), dict(zip("abcdef", right, strict=False)), torch.float64)
+    with torch.no_grad():
+        constant = adaptrt.stack([rows[place] for place in places])
+    assert same(constant, again) and not any(value.requires_grad for value in (*constant.state.leaves, constant.losses))
+
+
 def test_tasks_of_a_batch() -> None:
     stacked = make().vmap().adapt(batch(1, 4))
     assert [same(stacked[place], one) for place, one in enumerate(stacked)] == [True] * 4

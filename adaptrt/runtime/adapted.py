@@ -249,9 +249,12 @@ class Adapted:
     def unbind(self) -> list[Adapted]:
         """Returns the adaptation of each task, without a task axis; they share the memory of this one, as after `torch.unbind`."""
         num_tasks = self._over_tasks("unbind()")
-        has_graph = any([value.requires_grad for value in (*self.state.leaves, self.losses)])
-        rows = _Rows(self.detach() if has_graph and not torch.is_grad_enabled() else self)
+        rows = _Rows(self if torch.is_grad_enabled() else self.without_graph())
         return [_row(self, rows, place) for place in range(num_tasks)]
+
+    def without_graph(self) -> Adapted:
+        """Returns the adaptation itself if it has no autograd history, else what `detach` does."""
+        return self.detach() if any([value.requires_grad for value in (*self.state.leaves, self.losses)]) else self
 
     def __getattr__(self, name: str) -> Any:
         rows, place = self.__dict__.get("_row_of", (None, 0))
@@ -278,7 +281,7 @@ class Adapted:
         """Whether both are of one unroll, or of its `vmap()`, and share the parameters that did not adapt."""
         if self._predictor.unroll is not other._predictor.unroll:
             return False
-        return all(map(operator.is_, self.fixed.params.values(), other.fixed.params.values()))
+        return self.fixed is other.fixed or all(map(operator.is_, self.fixed.params.values(), other.fixed.params.values()))
 
     def num_links_after(self, leaves: Sequence[Tensor]) -> int:
         """Returns how many adaptations' graphs a result holds that was started from here and has these tensors. Warns once of many."""
@@ -316,7 +319,7 @@ class _Rows:
     """
 
     def __init__(self, batch: Adapted) -> None:
-        self._batch = batch
+        self.batch = batch
         self._found: dict[str, Sequence[Any]] = {}
 
     def values(self, name: str) -> Sequence[Any]:
@@ -328,13 +331,36 @@ class _Rows:
         return found
 
     def _taken_apart(self, name: str) -> Sequence[Any]:
-        value: Any = getattr(self._batch, name)
+        value: Any = getattr(self.batch, name)
         if isinstance(value, State):
             form = value.form
             return [State(row, form) for row in zip(*[leaf.unbind(0) for leaf in value.leaves], strict=True)]
         leaves, structure = tree.flatten(value)
-        rows = zip(*[leaf.unbind(0) for leaf in leaves], strict=True) if leaves else [()] * len(self._batch)
+        rows = zip(*[leaf.unbind(0) for leaf in leaves], strict=True) if leaves else [()] * len(self.batch)
         return [tree.unflatten(structure, row) for row in rows]
+
+
+def put_together_again(parts: Sequence[Adapted]) -> Adapted | None:
+    """Returns the batch of these adaptations, in their order, if `unbind()` has taken all of them out of one; else None.
+
+    Its tensors are then not taken apart for nothing.
+    """
+    rows, _ = vars(parts[0]).get("_row_of", (None, 0))
+    if rows is None:
+        return None
+    places: list[int] = []
+    for part in parts:
+        own, place = vars(part).get("_row_of", (None, 0))
+        if own is not rows:
+            return None
+        places.append(place)
+    batch = rows.batch if torch.is_grad_enabled() else rows.batch.without_graph()
+    state, losses = batch.state, batch.losses
+    if places != list(range(len(batch))):
+        chosen = torch.tensor(places, device=losses.device)
+        state = dataclasses.replace(state.map(lambda value: value.index_select(0, chosen)), num_tasks=len(places))
+        losses = losses.index_select(0, chosen)
+    return batch.with_state(state, losses, [batch])
 
 
 def _row(batch: Adapted, rows: _Rows, place: int) -> Adapted:

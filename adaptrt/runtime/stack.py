@@ -11,7 +11,7 @@ from torch import Tensor
 from adaptrt import tree
 from adaptrt.backend.entry_points import entry_point
 from adaptrt.errors import DeviceMismatch, InvalidArgument, InvalidType, OptimizerMismatch
-from adaptrt.runtime.adapted import Adapted
+from adaptrt.runtime.adapted import Adapted, put_together_again
 from adaptrt.tree import Spec
 
 
@@ -45,9 +45,12 @@ def stack(adapted: Sequence[Adapted]) -> Adapted:
     parts = list(adapted)
     if not parts:
         raise InvalidArgument("stack() needs at least one adaptation, in a list or tuple")
+    again = put_together_again(parts) if all([isinstance(part, Adapted) for part in parts]) else None
+    if again is not None:
+        return again
     _require_alike(parts)
     for index, part in enumerate(parts):
-        if part.num_tasks is not None:
+        if part.state.num_tasks is not None:
             raise InvalidArgument(f"adaptation {index} has a task axis already ({part.num_tasks} tasks); take it apart with unbind() first")
     rows = [part.state.leaves for part in parts]
     try:
@@ -113,7 +116,9 @@ def _require_alike(parts: Sequence[Adapted]) -> None:
                 f"adaptation {index} is of another unroll than the first, or of a copy; take all from one unroll, or from its vmap()"
             )
         form, wanted = part.state.form, first.state.form
-        if form is not wanted and form.structure != wanted.structure:
+        if form is wanted:
+            continue
+        if form.structure != wanted.structure:
             raise OptimizerMismatch(
                 f"the optimiser's state of adaptation {index} has another structure than that of the first: the optimiser was changed in "
                 f"between ({tree.difference(first.state.carry, part.state.carry)})"
