@@ -8,7 +8,7 @@ import operator
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, NoReturn, Protocol
+from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +48,23 @@ LONG_CHAIN = 64
 """How many adaptations may follow each other before a warning says that their graphs are kept."""
 
 
+V = TypeVar("V")
+
+
+class _Value(Generic[V]):
+    """An attribute of an `Adapted`. For one task of a batch it is taken out of the batch when it is first asked for."""
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, adapted: Adapted | None, owner: type | None = None) -> V:
+        if adapted is None:
+            raise AttributeError(f"'{self._name}' is an attribute of adaptations, not of their class")
+        rows, place = adapted._row_of
+        found = vars(adapted)[self._name] = rows.values(self._name)[place]
+        return found
+
+
 class Adapted:
     """A model after adaptation: its state, and the means to predict with it. It is immutable.
 
@@ -68,12 +85,12 @@ class Adapted:
     _predictor: Predictor
     _num_links: int
     _row_of: tuple[_Rows, int]
-    state: State
-    losses: Tensor
     fixed: Fixed
-    kept: Tensor | None
-    final_loss: Tensor | None
-    outputs: Any
+    state = _Value[State]()
+    losses = _Value[Tensor]()
+    kept = _Value[Tensor | None]()
+    final_loss = _Value[Tensor | None]()
+    outputs = _Value[Any]()
 
     def __init__(
         self,
@@ -255,13 +272,6 @@ class Adapted:
     def without_graph(self) -> Adapted:
         """Returns the adaptation itself if it has no autograd history, else what `detach` does."""
         return self.detach() if any([value.requires_grad for value in (*self.state.leaves, self.losses)]) else self
-
-    def __getattr__(self, name: str) -> Any:
-        rows, place = self.__dict__.get("_row_of", (None, 0))
-        if rows is None or name not in ("state", "losses", "kept", "final_loss", "outputs"):
-            raise AttributeError(f"an Adapted has no attribute '{name}'")
-        found = self.__dict__[name] = rows.values(name)[place]
-        return found
 
     def _over_tasks(self, what: str) -> int:
         if self.state.num_tasks is None:

@@ -58,8 +58,13 @@ def stack(adapted: Sequence[Adapted]) -> Adapted:
     except RuntimeError:
         _require_same_specs([list(map(Spec.of, row)) for row in rows], parts)
         raise
+    losses = [part.losses for part in parts]
+    try:
+        stacked = torch.stack(losses)
+    except RuntimeError:
+        stacked = torch.stack(_of_equal_length(losses))
     state = dataclasses.replace(parts[0].state, leaves=leaves, num_tasks=len(parts))
-    return parts[0].with_state(state, torch.stack(_of_equal_length([part.losses for part in parts])), parts)
+    return parts[0].with_state(state, stacked, parts)
 
 
 @entry_point
@@ -144,8 +149,5 @@ def _of_one(value: Tensor, num_tasks: int | None) -> Spec:
 
 def _of_equal_length(losses: Sequence[Tensor]) -> list[Tensor]:
     """Returns losses (k,) or [T, k], with NaN behind those that have fewer steps than others."""
-    lengths = [value.shape[-1] for value in losses]
-    num_steps = max(lengths)
-    if min(lengths) == num_steps:
-        return list(losses)
+    num_steps = max([value.shape[-1] for value in losses])
     return [torch.nn.functional.pad(value, (0, num_steps - value.shape[-1]), value=float("nan")) for value in losses]
