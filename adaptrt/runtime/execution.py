@@ -22,6 +22,7 @@ from adaptrt.inner.step import Batch, Carry, as_call
 from adaptrt.inner.unroll import batch_of_step
 from adaptrt.runtime import nodes
 from adaptrt.runtime.adapted import Adapted
+from adaptrt.runtime.exportable import Exporter
 from adaptrt.runtime.nodes import Call
 from adaptrt.runtime.plan import PredictionPlan, SupportPlan
 from adaptrt.runtime.planner import Planner
@@ -191,6 +192,11 @@ class Execution:
             adapted = self.adapt(support, start, generator, warm)
             losses, outputs = self._predictor.evaluate(adapted.state, adapted.fixed, asked, generator, warm)
         return Result(losses.mean(), adapted, outputs, losses)
+
+    @property
+    def exporter(self) -> Exporter:
+        """What captures programs without compiling them."""
+        return Exporter(self.settings, self.router, self.planner)
 
     def losses_of_steps(
         self, support: Any, query: Any, start: Adapted | None, generator: torch.Generator | None, warm: bool = False

@@ -224,7 +224,7 @@ def plan_support(settings: Settings, launcher: Launcher | None, step_of: Callabl
         _require_independent(settings, "support", step, found, arguments)
     flops = num_flops(forward)
     each_task = tasks.num_tasks is not None and settings.device.type == "cpu" and one_by_one(flops)
-    capturing = _capturing(settings, step, found, arguments, each_task)
+    capturing = capture_settings(settings, step, found, arguments, each_task)
     if settings.adjoint is None:
         adjoint, reason = _choose(settings, step, found.noise, arguments, capturing)
     else:
@@ -263,7 +263,7 @@ def plan_query(
     shape = () if num_tasks is None else (num_tasks,)
     with torch.inference_mode(False):
         weights = torch.full(shape, 1.0 / (num_tasks or 1), dtype=found.loss.dtype, device=found.loss.device)
-    capturing = _capturing(settings, plan.step, found, arguments, isinstance(plan.adjoint, EachTask))
+    capturing = capture_settings(settings, plan.step, found, arguments, isinstance(plan.adjoint, EachTask))
     programs = ProgramSet(settings.backend, settings.modules, capturing, plan.validation.in_program, parent=plan.programs)
     return QueryPlan(found, programs, _calls(settings, launcher, programs), arguments.shapes, weights)
 
@@ -274,7 +274,7 @@ def plan_guard(settings: Settings, launcher: Launcher | None, plan: SupportPlan,
     losses = Spec((k,), found.loss.dtype, found.loss.device)
     args = carry, carry, arguments.fixed, arguments.data, losses, noise_specs(found.noise)
     guard.python.add(probe_guard(step, args))
-    capturing = _capturing(settings, step, found, arguments, isinstance(plan.adjoint, EachTask))
+    capturing = capture_settings(settings, step, found, arguments, isinstance(plan.adjoint, EachTask))
     programs = ProgramSet(settings.backend, settings.modules, capturing)
     return GuardPlan(step, programs, _calls(settings, launcher, programs))
 
@@ -286,7 +286,7 @@ def plan_prediction(settings: Settings, launcher: Launcher | None, step: Step, a
         _require_independent(settings, "query", step, found, arguments)
     validation = _validation(settings, launcher, sees_all_data=False)
     inputs = arguments._replace(data=as_data(arguments.data))
-    programs = ProgramSet(settings.backend, settings.modules, _capturing(settings, step, found, inputs, False))
+    programs = ProgramSet(settings.backend, settings.modules, capture_settings(settings, step, found, inputs, False))
     return PredictionPlan(
         step=step,
         is_of_batch=isinstance(arguments.data, Batch),
@@ -318,7 +318,7 @@ def _require_written_buffers(step: Step, found: Probe, arguments: Arguments) -> 
 
 def _require_independent(settings: Settings, name: str, step: Step, found: Probe | Prediction, arguments: Arguments) -> None:
     """Checks that examples do not depend on each other, as `independent.require` does. `name`: of the batch."""
-    capturing = _capturing(settings, step, found, arguments._replace(tasks=TaskAxis()), False)
+    capturing = capture_settings(settings, step, found, arguments._replace(tasks=TaskAxis()), False)
     losses = functools.partial(step.losses_of_examples, of_query=name == "query")
     run = ProgramSet(Eager(), settings.modules, capturing).program("losses of examples", losses, ("carry", "fixed", "batch", "noise"))
     carry, fixed, batch = arguments.sample()
@@ -383,7 +383,7 @@ def _choose(
     return choose(graph.num_nodes, num_shared, num_updates, num_kept_bytes, settings.device)
 
 
-def _capturing(settings: Settings, step: Step, found: Probe | Prediction, arguments: Arguments, each_task: bool) -> CaptureSettings:
+def capture_settings(settings: Settings, step: Step, found: Probe | Prediction, arguments: Arguments, each_task: bool) -> CaptureSettings:
     """Says how a plan's functions are captured. `each_task`: tasks are done one after the other, by programs without a task axis."""
     tasks = TaskAxis(None, arguments.tasks.start_has_it) if each_task else arguments.tasks
     return CaptureSettings(

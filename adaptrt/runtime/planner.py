@@ -82,7 +82,7 @@ class Planner:
         def make() -> SupportPlan:
             self._require_warm("support", batch, [plan.shapes for plan in self.supports.entries()], warm, start.has_tasks)
             arguments = Arguments.of(
-                start.carry, start.fixed, batch, TaskAxis(num_tasks, start.has_tasks), self._python(), self._settings.per_step
+                start.carry, start.fixed, batch, TaskAxis(num_tasks, start.has_tasks), self.python(), self._settings.per_step
             )
             plan = plan_support(self._settings, self._launcher, self._reader.step, arguments)
             self._reader.python.add(plan.probe.executed)
@@ -106,7 +106,7 @@ class Planner:
         def make() -> QueryPlan:
             self._require_warm("query", batch, [known.shapes for known in plan.queries.entries()], warm, start.has_tasks)
             tasks = TaskAxis(num_tasks, start.has_tasks)
-            arguments = Arguments.of(start.carry, start.fixed, batch, tasks, self._python())
+            arguments = Arguments.of(start.carry, start.fixed, batch, tasks, self.python())
             query_plan = plan_query(self._settings, self._launcher, plan, arguments, mode)
             self._reader.python.add(query_plan.probe.executed)
             return query_plan
@@ -122,7 +122,7 @@ class Planner:
                     "no program was compiled for this guard; call unroll.warmup(support, keep=...) with it first, and steps="
                 )
             tasks = TaskAxis(num_tasks, start.has_tasks)
-            require_of_model, note_of_model = self._python()
+            require_of_model, note_of_model = self.python()
             number = guard.python.number()
 
             def require() -> None:
@@ -157,7 +157,7 @@ class Planner:
             is_of_batch = isinstance(data, Batch)
             known = [plan.shapes for plan in self.predictions.entries() if plan.is_of_batch is is_of_batch]
             self._require_warm("query" if is_of_batch else "input", data, known, warm, is_evaluated=is_of_batch)
-            arguments = Arguments.of(carry, fixed, data, TaskAxis(num_tasks, num_tasks is not None), self._python())
+            arguments = Arguments.of(carry, fixed, data, TaskAxis(num_tasks, num_tasks is not None), self.python())
             step = dataclasses.replace(self._reader.step(detach_gradient=False), mode=mode)
             plan = plan_prediction(self._settings, self._launcher, step, arguments)
             self._reader.python.add(plan.executed)
@@ -170,7 +170,7 @@ class Planner:
         if self._settings.must_be_warm and not warm and not plan.programs.has(name):
             raise ShapeChanged(f"no program '{name}' was compiled for this data; call unroll.{advice} first")
 
-    def _python(self) -> tuple[Callable[[], None], Callable[[Executed], None]]:
+    def python(self) -> tuple[Callable[[], None], Callable[[Executed], None]]:
         """Returns what captures do about the Python values that programs are for, which are captured when they are first needed.
 
         Returns:

@@ -135,6 +135,10 @@ class Router:
             return False
         return all([isinstance(value, Tensor) and not value.is_nested for value in batch])
 
+    def start(self) -> Start:
+        """Returns the present values of model and optimiser."""
+        return self._reader.read()
+
     def first(
         self,
         predictor: Predictor,

@@ -1,0 +1,168 @@
+"""Captures the programs that are exported, without compiling anything.
+
+An exported program is a pure function of everything: parameters, optimiser state, buffers, hyperparameters and noise are inputs of it
+beside the data. There are four for each shape of data:
+
+- adapt: (state, fixed, support, noise) -> (state, losses)
+- adapt_predict: (state, fixed, support, noise, inputs, noise of the prediction) -> (outputs, losses)
+- predict: (state without that of the optimiser, parameters that do not adapt, inputs, noise) -> outputs
+- loss: (state, fixed, batch, noise) -> the support loss, which guards compare
+
+With a task axis the state has one, too, so that each task may start from its own.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adaptrt import tree
+from adaptrt.graph.indices import IndexBound
+from adaptrt.graph.ir import Graph
+from adaptrt.graph.noise import Noise
+from adaptrt.graph.passes.lift_noise import lift_noise
+from adaptrt.inner import check
+from adaptrt.inner.reader import Start
+from adaptrt.inner.step import Batch, Carry, Fixed, Step, as_call
+from adaptrt.inner.unroll import batch_of_step, unroll
+from adaptrt.runtime.capture import TaskAxis, capture_graph
+from adaptrt.runtime.plan import Arguments, SupportPlan, capture_settings
+from adaptrt.runtime.planner import Planner
+from adaptrt.runtime.route import Router
+from adaptrt.runtime.settings import Settings
+from adaptrt.tree import Tree
+
+Specs = Tree
+"""A tree of specs."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Exportable:
+    """A program that can be exported.
+
+    Attributes:
+      name: "adapt", "adapt_predict", "predict" or "loss".
+      graph: what it computes. Its arguments and their names are those of the module's docstring.
+      noise: what its noise inputs are drawn from, in order, those of the steps first.
+      bounds: which of its inputs are indices, counted among its inputs of role DATA.
+      num_tasks: length of the task axis, None without one.
+    """
+
+    name: str
+    graph: Graph
+    noise: tuple[Noise, ...]
+    bounds: tuple[IndexBound, ...]
+    num_tasks: int | None
+
+
+class Exporter:
+    """Captures the programs of an unroll.
+
+    Args:
+      settings, router, planner: of the unroll.
+    """
+
+    def __init__(self, settings: Settings, router: Router, planner: Planner) -> None:
+        self._settings = settings
+        self._router = router
+        self._planner = planner
+
+    def start(self) -> Start:
+        """Returns the values that model and optimiser have now, without what only the query loss holds."""
+        begin = self._router.start()
+        fixed = begin.fixed._replace(query_loss={})
+        return begin._replace(fixed=fixed, fixed_leaves=tree.leaves(fixed))
+
+    def programs(self, support: Any, query: Any, for_fusion: bool) -> list[Exportable]:
+        """Captures the programs for data of one shape.
+
+        Args:
+          support: as for `CompiledUnroll.adapt`.
+          query: inputs of predictions, as one argument of an adapted model.
+          for_fusion: whether they are for a backend to which small operations cost next to nothing.
+        Raises:
+          AdaptrtError: whatever a call raises that compiles for this data.
+        """
+        begin = self.start()
+        batch, num_tasks = self._router.support(support)
+        route = self._router.find(support, None, None, warm=True).route
+        plan, k = route.plan, self._settings.k * route.problem.updates_per_step
+        args, kwargs = as_call(check.as_batch("query", (query,), self._settings.device).inputs)
+        inputs = kwargs or args
+        if num_tasks is not None:
+            check.leading_axis("query", inputs, 0, num_tasks, "tasks")
+        carry = begin.carry
+        if num_tasks is not None:
+            carry = tree.map_leaves(lambda value: value.detach().unsqueeze(0).expand(num_tasks, *value.shape), carry)
+        short, alone = Carry(carry.params, (), carry.buffers), Fixed(begin.fixed.params, {}, {}, {})
+        prediction = self._planner.prediction(inputs, short, alone, num_tasks, warm=True)
+        noise = tuple([tuple([entry.spec for entry in plan.probe.noise]) for _ in range(k)])
+        of_prediction = tuple([entry.spec for entry in prediction.noise])
+        lead = () if num_tasks is None else (num_tasks,)
+        noise, of_prediction = tree.map_leaves(lambda spec: dataclasses.replace(spec, shape=(*lead, *spec.shape)), (noise, of_prediction))
+        one_batch = batch_of_step(batch, 0, per_step=self._settings.per_step, task_axis=num_tasks is not None)
+        steps, step = _steps(plan, self._settings, k), plan.step
+
+        def adapt_predict(
+            carry: Carry, fixed: Fixed, support: Batch, noise: Sequence[Sequence[Tensor]], inputs: Tree, of_prediction: Sequence[Tensor]
+        ) -> Tree:
+            carry, losses = steps(carry, fixed, support, noise)
+            return step.predict(carry, fixed, inputs, of_prediction), losses
+
+        def predict(carry: Carry, fixed: Fixed, inputs: Tree, noise: Sequence[Tensor]) -> Tree:
+            return step.predict(carry, fixed, inputs, noise)
+
+        def loss(carry: Carry, fixed: Fixed, batch: Batch, noise: Sequence[Tensor]) -> Tensor:
+            with lift_noise(noise):
+                return step.evaluate(carry.params, carry.buffers, fixed, batch).loss
+
+        drawn, later = plan.probe.noise * k, prediction.noise
+        bounds = tuple(plan.probe.bounds)
+        num_support = len(tree.leaves(batch))
+        shifted = tuple([bound._replace(position=bound.position + num_support) for bound in prediction.bounds])
+        of_adapt = carry, begin.fixed, batch, noise
+        made = self._capture(begin, step, for_fusion, num_tasks, plan)
+        return [
+            made("adapt", steps, _ADAPT, of_adapt, drawn, bounds),
+            made("adapt_predict", adapt_predict, _BOTH, (*of_adapt, inputs, of_prediction), drawn + later, bounds + shifted),
+            made("predict", predict, _PREDICT, (short, alone, inputs, of_prediction), later, prediction.bounds),
+            made("loss", loss, _LOSS, (carry, begin.fixed, one_batch, noise[0]), plan.probe.noise, bounds),
+        ]
+
+    def _capture(self, begin: Start, step: Step, for_fusion: bool, num_tasks: int | None, plan: SupportPlan) -> Callable[..., Exportable]:
+        tasks = TaskAxis(num_tasks, num_tasks is not None)
+
+        def made(
+            name: str,
+            fn: Callable[..., Tree],
+            kinds: Sequence[str],
+            args: Sequence[Tree],
+            noise: tuple[Noise, ...],
+            bounds: Sequence[IndexBound],
+        ) -> Exportable:
+            arguments = Arguments.of(begin.carry, begin.fixed, args[2], tasks, self._planner.python())
+            settings = dataclasses.replace(capture_settings(self._settings, step, plan.probe, arguments, False), for_fusion=for_fusion)
+            with torch.no_grad():
+                graph = capture_graph(fn, kinds, args, settings)
+            return Exportable(name, graph, noise, tuple(bounds), num_tasks)
+
+        return made
+
+
+_ADAPT = ("carry", "fixed", "support", "noise")
+_BOTH = (*_ADAPT, "query", "noise")
+_PREDICT = ("carry", "fixed", "query", "noise")
+_LOSS = ("carry", "fixed", "batch", "noise")
+
+
+def _steps(plan: SupportPlan, settings: Settings, num_updates: int) -> Callable[..., tuple[Carry, Tensor]]:
+    updates_per_step = num_updates // settings.k
+
+    def run(carry: Carry, fixed: Fixed, support: Batch, noise: Sequence[Sequence[Tensor]]) -> tuple[Carry, Tensor]:
+        return unroll(plan.step, settings.k, carry, fixed, support, noise, per_step=settings.per_step, updates_per_step=updates_per_step)
+
+    return run
