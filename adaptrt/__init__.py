@@ -3,6 +3,7 @@
 from adaptrt import errors, optim
 from adaptrt.adjoint import Adjoint, FirstOrder, Implicit, Replay, Stash, Truncated, Unrolled
 from adaptrt.backend import Backend, CudaGraph, Eager, Inductor
+from adaptrt.export import Exported, load
 from adaptrt.runtime.adapted import Adapted
 from adaptrt.runtime.compile import compile_unroll
 from adaptrt.runtime.execution import Result
@@ -19,6 +20,7 @@ __all__ = [
     "CompiledUnroll",
     "CudaGraph",
     "Eager",
+    "Exported",
     "FirstOrder",
     "Implicit",
     "Inductor",
@@ -29,6 +31,7 @@ __all__ = [
     "Unrolled",
     "compile_unroll",
     "errors",
+    "load",
     "optim",
     "stack",
     "trace",

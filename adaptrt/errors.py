@@ -71,6 +71,14 @@ class InvalidState(InvalidArgument):
     """A saved state is damaged, of a newer format, or was adapted from another base than the model at hand."""
 
 
+class InvalidExport(InvalidArgument):
+    """A folder of an export is damaged, of a newer format, or for another machine."""
+
+
+class NotExportable(AdaptrtError, RuntimeError):
+    """Something in a program cannot be written in the format asked for. The message names it, and nothing was written."""
+
+
 class UnsupportedOptimizer(InvalidType, ValueError):
     """The optimiser is of a class, or uses a feature, that adaptrt does not support. It is also a ValueError, which `higher` raises."""
 

@@ -80,11 +80,16 @@ def guarded(
     """
     with lift_noise(noise):
         final_loss = step.evaluate(carry.params, carry.buffers, fixed, batch).loss
-    kept = _decision(step.guard, start, carry, losses, final_loss)
+    kept = decision(step.guard, start, carry, losses, final_loss)
     return kept, final_loss, tree.where(kept, carry, start)
 
 
-def _decision(decide: Any, start: Carry, carry: Carry, losses: Tensor, final_loss: Tensor) -> Tensor:
+def decision(decide: Any, start: Carry, carry: Carry, losses: Tensor, final_loss: Tensor) -> Tensor:
+    """Returns what a guard decides about one task (0-dim bool). Arguments are as for `guarded`; `final_loss` is after the last step.
+
+    Raises:
+      InvalidArgument: it returns something else.
+    """
     start, carry, losses, final_loss = tree.map_leaves(Tensor.detach, (start, carry, losses, final_loss))
     squares = [(new - old).square().sum() for new, old in zip(carry.params.values(), start.params.values(), strict=True)]
     norm = torch.stack(squares).sum().sqrt() if squares else torch.zeros_like(final_loss)

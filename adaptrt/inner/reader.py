@@ -152,11 +152,16 @@ class Reader:
         Args:
           values: by name. A tensor that the model knows by several names is given by the first.
         """
-        named = [*self._model.named_parameters(remove_duplicate=False), *self._model.named_buffers(remove_duplicate=False)]
-        first = canonical_names(named)
+        first = self.state_dict_names()
         return {
             name: values[first[name]].detach() if first.get(name) in values else held for name, held in self._model.state_dict().items()
         }
+
+    def state_dict_names(self) -> dict[str, str]:
+        """Returns for each tensor of the model's state dict that is a parameter or buffer the first name of it."""
+        named = [*self._model.named_parameters(remove_duplicate=False), *self._model.named_buffers(remove_duplicate=False)]
+        first = canonical_names(named)
+        return {name: first[name] for name in self._model.state_dict() if name in first}
 
     def mode(self) -> Hashable:
         """Returns what is a constant of a program: train or eval mode of every module, settings of PyTorch's, and Python values."""

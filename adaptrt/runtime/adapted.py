@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from adaptrt import tree
 from adaptrt.backend.entry_points import entry_point
-from adaptrt.errors import CannotBePickled, CannotBeSet, InvalidArgument, InvalidType, LongChain
-from adaptrt.inner.step import Fixed, as_call
+from adaptrt.errors import CannotBePickled, CannotBeSet, InvalidArgument, InvalidState, InvalidType, LongChain
+from adaptrt.inner.step import Carry, Fixed, as_call
 from adaptrt.runtime import saved
 from adaptrt.runtime.state import State
-from adaptrt.tree import Tree
+from adaptrt.tree import Spec, Tree
 
 
 class Predictor(Protocol):
@@ -320,6 +320,39 @@ class Adapted:
           OSError: the file cannot be written.
         """
         saved.write(path, saved.Saved(self.state.named_tensors(), self.losses, self.num_tasks, self._predictor.fingerprint(self.fixed)))
+
+
+def restored(predictor: Predictor, path: str | os.PathLike[str], carry: Carry, fixed: Fixed, base: Mapping[str, str]) -> Adapted:
+    """Returns the adaptation that `Adapted.save` wrote into a file.
+
+    Args:
+      predictor, fixed: of the adaptation.
+      path: of the file.
+      carry: the state of one task that is at hand, for names, shapes, dtypes and the device.
+      base: digests of what does not adapt at hand.
+    Raises:
+      InvalidState, OSError: as `CompiledUnroll.load` documents.
+    """
+    found = saved.read(path)
+    leaves, structure = tree.flatten(carry)
+    names = tree.paths(carry)
+    cpu, lead = torch.device("cpu"), () if found.num_tasks is None else (found.num_tasks,)
+    specs = [dataclasses.replace(spec, shape=(*lead, *spec.shape), device=cpu) for spec in map(Spec.of, leaves)]
+    wanted = dict(zip(names, specs, strict=True))
+    if wanted != {name: Spec.of(value) for name, value in found.tensors.items()}:
+        raise InvalidState(
+            f"{path} holds the state of another model, selection of parameters or optimiser: {tree.difference(wanted, found.tensors)}"
+        )
+    other = [name for name, digest in base.items() if found.fingerprint.get(name, digest) != digest]
+    if other:
+        raise InvalidState(
+            f"{path} was adapted from another base: {', '.join(other)} had other values then. Load the weights that the base had, and "
+            "clear attributes that only cache something"
+        )
+    device = next(value.device for value in (*leaves, *tree.leaves(fixed)))
+    leaves = [found.tensors[name].to(device) for name in names]
+    state = State(tuple(leaves), tree.form_of(structure, leaves), found.num_tasks)
+    return Adapted(predictor, state, found.losses.to(device), fixed)
 
 
 class _Rows:

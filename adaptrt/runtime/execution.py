@@ -196,7 +196,7 @@ class Execution:
     @property
     def exporter(self) -> Exporter:
         """What captures programs without compiling them."""
-        return Exporter(self.settings, self.router, self.planner)
+        return Exporter(self.settings, self.router, self.planner, self._predictor)
 
     def losses_of_steps(
         self, support: Any, query: Any, start: Adapted | None, generator: torch.Generator | None, warm: bool = False

@@ -32,6 +32,7 @@ from adaptrt.inner.unroll import batch_of_step, unroll
 from adaptrt.runtime.capture import TaskAxis, capture_graph
 from adaptrt.runtime.plan import Arguments, SupportPlan, capture_settings
 from adaptrt.runtime.planner import Planner
+from adaptrt.runtime.predict import ModelPredictor
 from adaptrt.runtime.route import Router
 from adaptrt.runtime.settings import Settings
 from adaptrt.tree import Tree
@@ -63,19 +64,28 @@ class Exporter:
     """Captures the programs of an unroll.
 
     Args:
-      settings, router, planner: of the unroll.
+      settings, router, planner, predictor: of the unroll.
     """
 
-    def __init__(self, settings: Settings, router: Router, planner: Planner) -> None:
+    def __init__(self, settings: Settings, router: Router, planner: Planner, predictor: ModelPredictor) -> None:
         self._settings = settings
         self._router = router
         self._planner = planner
+        self._predictor = predictor
 
     def start(self) -> Start:
         """Returns the values that model and optimiser have now, without what only the query loss holds."""
         begin = self._router.start()
         fixed = begin.fixed._replace(query_loss={})
         return begin._replace(fixed=fixed, fixed_leaves=tree.leaves(fixed))
+
+    def fingerprint(self) -> dict[str, str]:
+        """Returns digests of what does not adapt, as saved states have them."""
+        return self._predictor.fingerprint(self._router.start().fixed)
+
+    def state_dict_names(self) -> dict[str, str]:
+        """Returns for each tensor of the model's state dict the name of the parameter or buffer that it is."""
+        return self._predictor.state_dict_names()
 
     def programs(self, support: Any, query: Any, for_fusion: bool) -> list[Exportable]:
         """Captures the programs for data of one shape.

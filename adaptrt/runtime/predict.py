@@ -65,6 +65,10 @@ class ModelPredictor:
         """Returns the whole model's state dict, detached."""
         return self._reader.state_dict({**fixed.params, **state.params, **state.buffers})
 
+    def state_dict_names(self) -> dict[str, str]:
+        """Returns for each tensor of the model's state dict the name of the parameter or buffer that it is."""
+        return self._reader.state_dict_names()
+
     def fingerprint(self, fixed: Fixed) -> dict[str, str]:
         """Returns digests of what does not adapt: parameters, what the losses hold, and tensors that modules have as plain attributes."""
         return {

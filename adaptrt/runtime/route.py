@@ -14,15 +14,14 @@ from torch import Tensor, nn
 from adaptrt import tree
 from adaptrt.adjoint.base import Differentiated, Problem
 from adaptrt.backend.guards import in_forward_mode, refuse_tangents
-from adaptrt.errors import InvalidArgument, InvalidBatch, InvalidState, InvalidType, OptimizerMismatch
+from adaptrt.errors import InvalidArgument, InvalidBatch, InvalidType, OptimizerMismatch
 from adaptrt.graph.gradient_mode import GradientMode
 from adaptrt.graph.surroundings import refuse_recorders
 from adaptrt.inner import check
 from adaptrt.inner.reader import Reader, Start
 from adaptrt.inner.step import Batch, Fixed
 from adaptrt.optim.tasks import are_per_task
-from adaptrt.runtime import saved
-from adaptrt.runtime.adapted import Adapted, Predictor
+from adaptrt.runtime.adapted import Adapted, Predictor, restored
 from adaptrt.runtime.capture import without_leading_axis
 from adaptrt.runtime.plan import QueryPlan, SupportPlan
 from adaptrt.runtime.planner import Planner
@@ -163,27 +162,8 @@ class Router:
 
     def loaded(self, predictor: Predictor, path: str | os.PathLike[str]) -> Adapted:
         """Returns the adaptation in a file, as `CompiledUnroll.load` documents. `predictor`: of the unroll."""
-        found = saved.read(path)
         begin = self._reader.read()
-        structure = tree.flatten(begin.carry)[1]
-        names = tree.paths(begin.carry)
-        held = dict(zip(names, map(Spec.of, begin.carry_leaves), strict=True))
-        cpu, lead = torch.device("cpu"), () if found.num_tasks is None else (found.num_tasks,)
-        wanted = {name: dataclasses.replace(spec, shape=(*lead, *spec.shape), device=cpu) for name, spec in held.items()}
-        if wanted != {name: Spec.of(value) for name, value in found.tensors.items()}:
-            raise InvalidState(
-                f"{path} holds the state of another model, selection of parameters or optimiser: {tree.difference(wanted, found.tensors)}"
-            )
-        base = predictor.fingerprint(begin.fixed)
-        other = [name for name, digest in base.items() if found.fingerprint.get(name, digest) != digest]
-        if other:
-            raise InvalidState(
-                f"{path} was adapted from another base: {', '.join(other)} had other values then. Load the weights that the base had, and "
-                "clear attributes that only cache something"
-            )
-        leaves = [found.tensors[name].to(self._settings.device) for name in names]
-        state = State(tuple(leaves), tree.form_of(structure, leaves), found.num_tasks)
-        return Adapted(predictor, state, found.losses.to(self._settings.device), begin.fixed)
+        return restored(predictor, path, begin.carry, begin.fixed, predictor.fingerprint(begin.fixed))
 
     def _find_anew(self, support: Any, query: tuple[Any] | None, start: Adapted | None, warm: bool, k: int | None) -> Routed:
         batch, num_tasks = self.support(support, k)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
@@ -24,6 +25,10 @@ from adaptrt.runtime.settings import Settings
 
 Keep = str | Callable[[Moment, Moment], Tensor] | None
 """The name of a guard, or a function; None for no guard."""
+
+
+def _silent(message: str) -> None:
+    del message
 
 
 class CompiledUnroll:
@@ -239,6 +244,46 @@ class CompiledUnroll:
         """
         with self._execution.planner.call():
             return self._execution.evaluate(support, query, start, generator)
+
+    @entry_point
+    def export(
+        self,
+        directory: str | os.PathLike[str],
+        support: Any,
+        query: Any,
+        *,
+        formats: Sequence[str] | str = ("pt2", "onnx", "torchscript", "exported_program"),
+        weights: bool = True,
+        overwrite: bool = False,
+        progress: Callable[[str], None] | None = None,
+    ) -> Path:
+        """Writes the whole adaptation as files, which run without this Python code: in C++, ONNX Runtime, a browser, or `adaptrt.load`.
+
+        The programs are `adapt`, `adapt_predict`, `predict`, and `loss`, which guards need, for data of the shapes of these examples; their
+        values do not matter. Parameters, optimiser state, hyperparameters and noise are inputs of each, so the files serve other weights,
+        too. They are captured without compiling or calling the unroll. `manifest.json` says everything about them (docs/export.md).
+
+        Args:
+          directory: the folder to write. It is written under another name and renamed when it is whole.
+          support: a batch, as for `adapt`; or a list of batches of several shapes.
+          query: inputs of a prediction, as one argument of an adapted model; or a list of as many.
+          formats: "pt2" (machine code for this kind of machine, from AOTInductor), "onnx", "torchscript" or "exported_program"; or several
+            of these.
+          weights: whether to write the present weights, too.
+          overwrite: whether to replace what is there.
+          progress: called with what is done next, in words.
+        Returns:
+          The folder.
+        Raises:
+          InvalidArgument: a format that there is not or whose package is not installed, or the folder exists.
+          NotExportable: something cannot be written in a format; names it. Nothing is written then.
+          AdaptrtError: whatever `adapt` raises for this data.
+        """
+        from adaptrt.export.write import write
+
+        run = self._execution
+        with run.planner.call():
+            return write(directory, run.exporter, self._settings, support, query, formats, weights, overwrite, progress or _silent)
 
     def vmap(self) -> CompiledUnroll:
         """The same unroll over tasks: a leading task axis on support, query and results; the meta-loss is the mean over tasks.

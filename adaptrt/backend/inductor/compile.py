@@ -80,7 +80,7 @@ def _first_of(rule: Callable[..., Any], other: Callable[..., Any] | None) -> Cal
     return either
 
 
-def _keep_strides(module: torch.fx.GraphModule, num_results: int) -> torch.fx.GraphModule:
+def keep_strides(module: torch.fx.GraphModule, num_results: int) -> torch.fx.GraphModule:
     """Asks for the first `num_results` results in the memory layout that eager code gives them. The others only go to another program.
 
     Inductor chooses another layout where that is faster for a convolution. Weights in such a layout would make the eager code that follows
@@ -195,14 +195,9 @@ def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any,
         from torch._guards import TracingContext, tracing
         from torch._inductor import compile_fx, config
         from torch._inductor.cpu_vec_isa import pick_vec_isa
-        from torch._inductor.lowering import lowerings, make_fallback, register_lowering
         from torch.fx.experimental.symbolic_shapes import ShapeEnv
 
-        if _KEPT not in lowerings:
-            make_fallback(_KEPT, warn=False, override_decomp=True)
-        if computed_once not in lowerings:
-            register_lowering(computed_once, type_promotion_kind=None)(_in_memory)
-
+        register_operations()
         cache_config: Any = torch.compiler.config
         graph = apply(PASSES, graph)
         num_results = sum(not output.kept for output in graph.signature.outputs)
@@ -210,7 +205,7 @@ def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any,
         mode = FakeTensorMode(shape_env=ShapeEnv())
         inputs = fake_inputs(mode, graph.signature.inputs)
         sources = tag()
-        settings = _WORKAROUNDS | _threads(graph) | ({} if sources else {"fx_graph_cache": False})
+        settings = WORKAROUNDS | threads_for(graph) | ({} if sources else {"fx_graph_cache": False})
 
         def compile_once() -> Any:
             if waits is not None:
@@ -221,7 +216,7 @@ def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any,
             python = f"{torch.get_default_dtype()}, assertions {__debug__}"
             key = f"{sources}, {num_results} results, {machine}, {python}, exchanged: {', '.join(in_use())}"
             with cache_config.patch(cache_key_tag=key):
-                return compile_fx.compile_fx_inner(_keep_strides(copy_module(graph), num_results), inputs)
+                return compile_fx.compile_fx_inner(keep_strides(copy_module(graph), num_results), inputs)
 
         with contextlib.ExitStack() as stack:
             for context in (torch.inference_mode(False), torch.no_grad(), autocast_off(), mode, tracing(TracingContext(mode))):
@@ -241,6 +236,16 @@ def _compile(graph: Graph, waits: list[Callable[[], None]] | None) -> tuple[Any,
     return compiled, graph
 
 
+def register_operations() -> None:
+    """Has Inductor know what is left to ATen, and operations of ours."""
+    from torch._inductor.lowering import lowerings, make_fallback, register_lowering
+
+    if _KEPT not in lowerings:
+        make_fallback(_KEPT, warn=False, override_decomp=True)
+    if computed_once not in lowerings:
+        register_lowering(computed_once, type_promotion_kind=None)(_in_memory)
+
+
 @contextlib.contextmanager
 def _exchanges(waits: list[Callable[[], None]] | None) -> Generator[None]:
     """Within the block, PyTorch's compiler is changed in everything that is exchanged for a whole compilation."""
@@ -251,7 +256,7 @@ def _exchanges(waits: list[Callable[[], None]] | None) -> Generator[None]:
             quick_strides(),
             small_matmuls_in_place_of_loops(),
             assumptions_in_the_code(),
-            exchanged(SIZE_ASSERTS, lambda original: _no_assertions),  # `Program` has looked at inputs
+            exchanged(SIZE_ASSERTS, lambda original: no_assertions),  # `Program` has looked at inputs
             exchanged(COLLECTING, collecting),  # what is not in the cache is made by this function
             # It would put generators back where they were, and other threads would draw the same numbers again. Compiling draws none, and
             # autotuning, where a user asks for it, puts back what it has drawn by itself.
@@ -261,7 +266,7 @@ def _exchanges(waits: list[Callable[[], None]] | None) -> Generator[None]:
         yield
 
 
-def _no_assertions(wrapper: Any) -> None:
+def no_assertions(wrapper: Any) -> None:
     """In place of `PythonWrapperCodegen.codegen_input_size_asserts`."""
 
 
@@ -311,7 +316,7 @@ def _in_forms(run: Runner, forms: Sequence[Form] | None) -> Runner:
 _MAX_ELEMENTS_OF_ONE_THREAD = 1 << 13
 
 
-def _threads(graph: Graph) -> dict[str, Any]:
+def threads_for(graph: Graph) -> dict[str, Any]:
     """Settings of how many threads a program is for: one, if its operations are over before a second thread has started."""
     operations = [node for node in graph.module.graph.nodes if node.op == "call_function" and node.target != computed_once]
     nodes = [node for node in operations if isinstance(node.meta.get("val"), Tensor)]
@@ -325,4 +330,4 @@ def _num_elements(node: torch.fx.Node) -> int:
 
 
 # Fusing kernels that share no data makes the CPU code generator of 2.11 use a buffer before it allocates it (UnboundLocalError).
-_WORKAROUNDS: dict[str, int] = {"cpp.max_horizontal_fusion_size": 1} if torch.__version__.startswith(("2.11.", "2.12.")) else {}
+WORKAROUNDS: dict[str, int] = {"cpp.max_horizontal_fusion_size": 1} if torch.__version__.startswith(("2.11.", "2.12.")) else {}

@@ -25,6 +25,8 @@ from adaptrt.graph.exchange import exchanged
 
 _FUNCTION = """#include <torch/csrc/inductor/cpp_prefix.h>
 
+#ifndef ADAPTRT_SMALL_MATMUL  // kernels may be put together in one file
+#define ADAPTRT_SMALL_MATMUL
 // c[M, N] = a[M, K] b[K, N], with strides; c is contiguous.
 template <typename T, int M, int N, int K, int64_t a_row, int64_t a_column, int64_t b_row, int64_t b_column>
 void small_matmul(const T* __restrict__ a, const T* __restrict__ b, T* __restrict__ c) {
@@ -89,6 +91,8 @@ void small_matmul(const T* __restrict__ a, const T* __restrict__ b, T* __restric
         for (int n = 0; n < whole * L; n += columns * L) strip.template operator()<columns, L>(n);
     strip.template operator()<width - whole, N - (width - 1) * L>(whole * L);
 }
+#endif
+
 """
 
 

@@ -1,0 +1,482 @@
+"""An export, read back: it adapts and predicts like the unroll that wrote it, without the model's class and without compiling."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_bytes
+from torch import Tensor
+
+from adaptrt import tree
+from adaptrt.backend.entry_points import entry_point
+from adaptrt.errors import (
+    InvalidArgument,
+    InvalidExport,
+    InvalidType,
+    NotDifferentiable,
+    OptimizerMismatch,
+    ShapeChanged,
+)
+from adaptrt.export import manifest as manifests
+from adaptrt.export import trees
+from adaptrt.export.formats import FORMATS, Run
+from adaptrt.export.manifest import Manifest, ProgramEntry
+from adaptrt.graph.indices import IndexBound
+from adaptrt.graph.noise import Noise, draw, restored_on_any_error
+from adaptrt.inner import check
+from adaptrt.inner.guard import Guards, decision
+from adaptrt.inner.step import Batch, Carry, Fixed, as_call
+from adaptrt.inner.unroll import batch_of_step
+from adaptrt.process import lock
+from adaptrt.runtime.adapted import Adapted, restored
+from adaptrt.runtime.state import State
+from adaptrt.tree import Spec, Tree
+
+_CPU = torch.device("cpu")
+
+
+class Prediction(NamedTuple):
+    """What `Exported.adapt_predict` returns.
+
+    Attributes:
+      outputs: of the adapted model for the query inputs.
+      losses: support loss before each step, (k,) or [T, k].
+    """
+
+    outputs: Any
+    losses: Tensor
+
+
+@entry_point
+def load(
+    directory: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    weights: str | os.PathLike[str] | Mapping[str, Tensor] | None = None,
+) -> Exported:
+    """Reads what `CompiledUnroll.export` wrote.
+
+    The manifest and the hash of every file are checked before anything is opened. Nothing is unpickled. A pt2 package is machine code, and
+    a TorchScript program is code as well: load them from sources that you trust, as you would a program.
+
+    Args:
+      directory: the folder.
+      format: which of its formats runs, None for the fastest that is there.
+      weights: other weights than those of the folder, a safetensors file or tensors by the names that the manifest has.
+    Raises:
+      InvalidExport: the folder is damaged, of a newer format, or the format that was chosen cannot run on this machine.
+      InvalidArgument: there is no such format in it, or there are no weights.
+      OSError: something cannot be read.
+
+    Example:
+      >>> import tempfile
+      >>> from adaptrt import compile_unroll, optim
+      >>> unroll = compile_unroll(torch.nn.Linear(3, 2), optim.sgd(lr=0.1), k=2, backend="eager")
+      >>> support = torch.randn(6, 3), torch.randint(2, (6,))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     _ = unroll.export(f"{folder}/program", support, torch.randn(4, 3), formats="torchscript")
+      ...     exported = load(f"{folder}/program")
+      ...     adapted = exported.adapt(support)
+      >>> adapted(torch.randn(4, 3)).shape
+      torch.Size([4, 2])
+    """
+    if not isinstance(directory, str | os.PathLike):
+        raise InvalidType(f"load() takes the folder of an export, got {type(directory).__name__}")
+    folder = Path(directory)
+    if not (folder / manifests.NAME).is_file():
+        raise InvalidExport(f"{folder} has no {manifests.NAME}; load() takes the folder that unroll.export() wrote")
+    found = manifests.read(folder)
+    there = [name for name in FORMATS if all(name in program.files for program in found.programs)]
+    chosen = format if format is not None else next((name for name in there if name != "exported_program"), None)
+    if chosen not in there:
+        raise InvalidArgument(f"{folder} has the formats {', '.join(map(repr, there)) or 'none'}, not {format!r}; export with it")
+    return Exported(folder, found, chosen, _weights(folder, found, weights))
+
+
+def _weights(folder: Path, manifest: Manifest, given: str | os.PathLike[str] | Mapping[str, Tensor] | None) -> dict[str, Tensor]:
+    """Returns all weights, after checking that they are those of the manifest."""
+    if given is None:
+        if manifests.WEIGHTS not in manifest.files:
+            raise InvalidArgument(f"{folder} was exported with weights=False; pass weights=, a safetensors file or tensors by name")
+        given = folder / manifests.WEIGHTS
+    if isinstance(given, Mapping):
+        values = dict(given)
+    else:
+        try:
+            values = load_bytes(Path(given).read_bytes())
+        except (SafetensorError, ValueError, RuntimeError, KeyError) as error:
+            raise InvalidExport(f"{given} is damaged, or is no safetensors file: {error}") from error
+    wanted = {**manifest.state, **manifest.fixed, **manifest.constants}
+    for name, value in values.items():
+        if not isinstance(value, Tensor):
+            raise InvalidType(f"weights['{name}'] must be a tensor, got {type(value).__name__}")
+    if wanted != {name: Spec.of(value) for name, value in values.items()}:
+        raise InvalidExport(f"the weights are not those that the programs take: {tree.difference(wanted, values)}")
+    return {name: value.detach().contiguous() for name, value in values.items()}
+
+
+class Exported:
+    """An export, ready to run on the CPU. It is safe to call from several threads. `load` makes one.
+
+    Results have no autograd history: exported programs have no gradient.
+
+    Attributes:
+      manifest: what the folder says about itself.
+      format: which of its formats runs.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, format: str, weights: Mapping[str, Tensor]) -> None:
+        self.manifest = manifest
+        self.format = format
+        self._folder = folder
+        self._runs: dict[str, Run] = {}
+        self._lock = lock()
+        self._programs = {entry.name: _Program(entry) for entry in manifest.programs}
+        self._constants = {name: weights[name] for name in manifest.constants}
+        self._guards = Guards()
+        structure = trees.from_json(manifest.opt_state)
+        names = list(manifest.state)
+        opt = [name for name in names if name.startswith("state.opt_state")]
+        if structure.num_leaves != len(opt):
+            raise InvalidExport(
+                f"{folder}: the manifest has {len(opt)} tensors of the optimiser's state in a tree of {structure.num_leaves}"
+            )
+        params, buffers = (_by_name(weights, names, prefix) for prefix in ("state.params.", "state.buffers."))
+        self._carry = Carry(params, tree.unflatten(structure, [weights[name] for name in opt]), buffers)
+        of_model, of_loss, hyper = (_by_name(weights, manifest.fixed, f"fixed.{part}.") for part in ("params", "loss_params", "hyper"))
+        self._fixed = Fixed(of_model, of_loss, hyper, {})
+        self._fixed_leaves = [weights[name] for name in manifest.fixed]
+        self._predictor = _Predictor(self)
+        self._base = State.of(self._carry)
+        for program in self._programs.values():
+            program.require(self._base, self._fixed, self._constants, folder)
+
+    def __repr__(self) -> str:
+        shapes = [program.in_words() for program in self._programs.values() if program.entry.kind == "adapt"]
+        return f"Exported({str(self._folder)!r}, k={self.manifest.k}, format={self.format!r}, support {'; '.join(shapes)})"
+
+    @property
+    def k(self) -> int:
+        """The number of inner steps."""
+        return self.manifest.k
+
+    @entry_point
+    def start(
+        self, *, params: Mapping[str, Tensor] | None = None, opt_state: Any = None, buffers: Mapping[str, Tensor] | None = None
+    ) -> Adapted:
+        """Returns the adaptation of zero steps: the exported weights, or others, as `CompiledUnroll.start` does."""
+        state = self._base.replace(params=params, opt_state=opt_state, buffers=buffers)
+        return Adapted(self._predictor, state, self._no_losses(), self._fixed)
+
+    @entry_point
+    def load(self, path: str | os.PathLike[str]) -> Adapted:
+        """Reads the state of a user, which `Adapted.save` wrote here or where the unroll is, as `CompiledUnroll.load` does."""
+        return restored(self._predictor, path, self._carry, self._fixed, self.manifest.fingerprint)
+
+    @entry_point
+    def adapt(self, support: Any, *, keep: Any = None, start: Adapted | None = None, generator: torch.Generator | None = None) -> Adapted:
+        """Adapts the model to a support batch.
+
+        Args:
+          support: as for `CompiledUnroll.adapt`, of a shape that was exported.
+          keep: a guard, as there. A function is called on tensors, task by task.
+          start: go on from an earlier result, from `start()` or from `load()`, instead of from the exported weights.
+          generator: where noise is drawn from, None for the global generator.
+        Raises:
+          ShapeChanged: no program was exported for this shape.
+          InvalidBatch, InvalidType, LabelOutOfRange, NonFiniteInput, OptimizerMismatch: see `adaptrt.errors`.
+          NotDifferentiable: gradients are on, and the data or the start requires grad.
+        """
+        guard = None if keep is None else self._guard(keep)
+        batch = self._batch(support)
+        program = self._find("adapt", [batch])
+        begin = self._begin(start)
+        _refuse_gradients(batch, begin)
+        program.check([("support", batch)], self.manifest.check_finite)
+        with torch.no_grad(), restored_on_any_error(_CPU, generator):
+            found = self._run(program, begin.leaves, self._fixed_leaves, [batch], program.draw(generator))
+            state = State(tuple(found[: len(begin.leaves)]), begin.form, begin.num_tasks)
+            losses = found[len(begin.leaves)]
+            if guard is None:
+                return Adapted(self._predictor, state, losses, self._fixed)
+            axis = self.manifest.num_tasks is not None
+            last = batch_of_step(batch, self.k - 1, per_step=self.manifest.per_step, task_axis=axis)
+            of_loss = self._find("loss", [last])
+            (final_loss,) = self._run(of_loss, state.leaves, self._fixed_leaves, [last], of_loss.draw(generator))
+            kept, state = _kept(guard, begin, state, losses, final_loss)
+        return Adapted(self._predictor, state, losses, self._fixed, kept=kept, final_loss=final_loss)
+
+    @entry_point
+    def adapt_predict(
+        self, support: Any, query: Any, *, start: Adapted | None = None, generator: torch.Generator | None = None
+    ) -> Prediction:
+        """Adapts to a support batch and predicts for the inputs of a query, in one program that keeps nothing.
+
+        Args:
+          support, start, generator: as for `adapt`.
+          query: inputs, as one argument of an adapted model.
+        Raises:
+          As `adapt`.
+        """
+        batch, inputs = self._batch(support), self._inputs((query,))
+        program = self._find("adapt_predict", [batch, inputs])
+        begin = self._begin(start)
+        _refuse_gradients((batch, inputs), begin)
+        program.check([("support", batch), ("query", Batch(inputs, None))], self.manifest.check_finite)
+        with torch.no_grad(), restored_on_any_error(_CPU, generator):
+            found = self._run(program, begin.leaves, self._fixed_leaves, [batch, inputs], program.draw(generator))
+        return Prediction(*program.result(found))
+
+    @entry_point
+    def predict(self, query: Any, *, start: Adapted | None = None, generator: torch.Generator | None = None) -> Any:
+        """Returns what the exported model, or an adaptation of it, computes for inputs, given as one argument of it."""
+        return self._predict(self._begin(start), self._inputs((query,)), generator)
+
+    def _predict(self, state: State, inputs: Tree, generator: torch.Generator | None) -> Any:
+        program = self._find("predict", [inputs])
+        _refuse_gradients(inputs, state)
+        program.check([("input", Batch(inputs, None))], self.manifest.check_finite)
+        params, _, buffers = state.carry
+        with torch.no_grad(), restored_on_any_error(_CPU, generator):
+            held = [*params.values(), *buffers.values()]
+            return program.result(self._run(program, held, list(self._fixed.params.values()), [inputs], program.draw(generator)))
+
+    def _guard(self, keep: Any) -> Any:
+        if keep == "not_worse" and self.manifest.per_step:
+            raise InvalidArgument("keep='not_worse' compares losses on one batch, and here each step has another; give a function")
+        return self._guards.find(keep).decide
+
+    def _batch(self, support: Any) -> Batch:
+        return check.as_batch("support", support, _CPU, self.manifest.weighted)
+
+    def _inputs(self, query: tuple[Any]) -> Tree:
+        args, kwargs = as_call(check.as_batch("query", query, _CPU).inputs)
+        return kwargs or args
+
+    def _begin(self, start: Adapted | None) -> State:
+        """Returns what to start from, with a task axis if the programs have one."""
+        num_tasks = self.manifest.num_tasks
+        state = self._base if start is None else self._state_of(start)
+        if num_tasks is not None and state.num_tasks is None:
+            return state.over_tasks(num_tasks)
+        if state.num_tasks != num_tasks:
+            found = "no task axis" if state.num_tasks is None else f"{state.num_tasks} tasks"
+            raise InvalidArgument(f"start holds {found}, and the programs are for {num_tasks or 'no task axis'}")
+        return state
+
+    def _state_of(self, start: Adapted) -> State:
+        if not isinstance(start, Adapted):
+            raise InvalidType(f"start must be what adapt(), start() or load() returned, got {type(start).__name__}")
+        state = start.state
+        held, wanted = state.named_tensors(), self._base.named_tensors()
+        lead = () if state.num_tasks is None else (state.num_tasks,)
+        specs = {name: Spec((*lead, *value.shape), value.dtype, _CPU) for name, value in wanted.items()}
+        if specs != {name: Spec.of(value) for name, value in held.items()}:
+            raise OptimizerMismatch(f"start was adapted with another model or optimiser: {tree.difference(specs, held)}")
+        return State(state.leaves, self._base.form, state.num_tasks)
+
+    def _find(self, kind: str, data: Sequence[Tree]) -> _Program:
+        """Returns the program for such data."""
+        programs = [program for program in self._programs.values() if program.entry.kind == kind]
+        for program in programs:
+            if program.takes(data):
+                return program
+        known = "; ".join(dict.fromkeys(program.in_words() for program in programs)) or "none"
+        found = ", ".join(tree.describe(part) for part in data)
+        raise ShapeChanged(
+            f"no program '{kind}' was exported for {found}; there are programs for {known}. Pad the data, or export this shape"
+        )
+
+    def _run(
+        self, program: _Program, held: Sequence[Tensor], fixed: Sequence[Tensor], data: Sequence[Tree], noise: Sequence[Sequence[Tensor]]
+    ) -> Sequence[Tensor]:
+        parts = [tree.leaves(data[0]), noise[0]]
+        if len(data) > 1:
+            parts += [tree.leaves(data[1]), noise[1]]
+        values = [*held, *fixed, *[value for part in parts for value in part], *program.constants]
+        return self._runner(program)(program.as_taken(values))
+
+    def _runner(self, program: _Program) -> Run:
+        name = program.entry.name
+        run = self._runs.get(name)
+        if run is None:
+            with self._lock:
+                if name not in self._runs:
+                    path = self._folder / program.entry.files[self.format]
+                    if manifests.digest_of(path) != dict(self.manifest.files[path.name]):
+                        raise InvalidExport(f"{path} was changed after the export was loaded; export again")
+                    self._runs[name] = FORMATS[self.format].open(self.manifest, program.entry, path)
+            run = self._runs[name]
+        return run
+
+    def _no_losses(self) -> Tensor:
+        (loss,) = next(entry.outputs for entry in self.manifest.programs if entry.kind == "loss")
+        return torch.empty((0,), dtype=loss.spec.dtype)
+
+
+class _Program:
+    """A program of the manifest, and what its inputs must be."""
+
+    def __init__(self, entry: ProgramEntry) -> None:
+        self.entry = entry
+        self.constants: list[Tensor] = []
+        self._data = [trees.from_json(part) for part in entry.data]
+        self._result = trees.from_json(entry.result)
+        self._specs = [each.spec for each in entry.inputs if each.role == "data"]
+        self._bounds = [_bound(each) for each in entry.bounds]
+        self._noise = [_noise(each) for each in entry.noise]
+        self._taken = [(each.spec.shape, each.spec.dtype, each.strides) for each in entry.inputs]
+        drawn = [each.spec for each in entry.inputs if each.role == "noise"]
+        has_tasks = bool(drawn) and len(drawn[0].shape) > len(self._noise[0].spec.shape)
+        self._num_tasks = drawn[0].shape[0] if has_tasks else None
+        self._num_noise_of_steps = _num_noise_before(entry, self._data[0].num_leaves)
+
+    def require(self, base: State, fixed: Fixed, constants: Mapping[str, Tensor], folder: Path) -> None:
+        """Looks up the program's constants, and checks that its inputs and outputs are what is given to it and taken from it.
+
+        Raises:
+          InvalidExport: they are not.
+        """
+        weights = [each.weight for each in self.entry.inputs if each.weight is not None]
+        self.constants = [constants[name] for name in weights if name in constants]
+        carry = base.carry
+        held = len(base.leaves) if self.entry.kind != "predict" else len(carry.params) + len(carry.buffers)
+        shared = len(tree.leaves(fixed)) if self.entry.kind != "predict" else len(fixed.params)
+        num_data = sum(part.num_leaves for part in self._data)
+        wanted = held + shared + num_data + len(self._noise) + len(self.constants)
+        results = len(base.leaves) + 1 if self.entry.kind == "adapt" else self._result.num_leaves
+        if wanted != len(self.entry.inputs) or num_data != len(self._specs) or results != len(self.entry.outputs):
+            raise InvalidExport(f"{folder}: the inputs and outputs of program '{self.entry.name}' are not those of its kind; export again")
+
+    def takes(self, data: Sequence[Tree]) -> bool:
+        """Whether it is for data of these shapes."""
+        found = [tree.flatten(part) for part in data]
+        if len(found) != len(self._data) or not all(trees.alike(own, each[1]) for own, each in zip(self._data, found, strict=True)):
+            return False
+        return [Spec.of(value) for leaves, _ in found for value in leaves] == self._specs
+
+    def in_words(self) -> str:
+        """The data that it is for."""
+        return ", ".join(map(str, self._specs))
+
+    def check(self, parts: Sequence[tuple[str, Batch]], finite: bool) -> None:
+        """Checks the values of data: labels and indices that do not exist, weights that sum to 0, NaN and infinity."""
+        first = 0
+        for name, batch in parts:
+            num_leaves = len(tree.leaves(batch))
+            own = [bound for bound in self._bounds if first <= bound.position < first + num_leaves]
+            check.weights(name, batch)
+            check.indices(name, batch, [bound._replace(position=bound.position - first) for bound in own])
+            if finite:
+                check.finite(name, batch)
+            first += num_leaves
+
+    def draw(self, generator: torch.Generator | None) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+        """Draws the noise of the steps, and that of the prediction."""
+        drawn = draw(self._noise, generator, self._num_tasks)
+        return drawn[: self._num_noise_of_steps], drawn[self._num_noise_of_steps :]
+
+    def as_taken(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the tensors of all inputs in the memory layout in which the program takes them.
+
+        Raises:
+          InvalidArgument: one has another shape or dtype, which the program itself would not notice.
+        """
+        found: list[Tensor] = []
+        for value, (shape, dtype, strides), entry in zip(values, self._taken, self.entry.inputs, strict=True):
+            if value.shape != shape or value.dtype != dtype or value.device.type != "cpu":
+                raise InvalidArgument(f"'{entry.name}' must be {entry.spec} on the CPU, got {Spec.of(value)} on {value.device}")
+            if value.stride() != strides:
+                value = torch.empty_strided(shape, strides, dtype=dtype).copy_(value)
+            found.append(value)
+        return found
+
+    def result(self, values: Sequence[Tensor]) -> Any:
+        """Returns the tree of the program's outputs."""
+        return tree.unflatten(self._result, values)
+
+
+class _Predictor:
+    """The `Predictor` of the adaptations that an export returns."""
+
+    def __init__(self, exported: Exported) -> None:
+        self.unroll = exported
+
+    def predict(self, state: State, fixed: Fixed, inputs: Tree, generator: torch.Generator | None) -> Any:
+        del fixed
+        return self.unroll._predict(state, inputs, generator)
+
+    def state_dict(self, state: State, fixed: Fixed) -> dict[str, Tensor]:
+        values = {
+            **{f"state.{name}": value for name, value in state.named_tensors().items()},
+            **{f"fixed.params.{name}": value for name, value in fixed.params.items()},
+        }
+        return {name: values[place] for name, place in self.unroll.manifest.state_dict.items()}
+
+    def fingerprint(self, fixed: Fixed) -> dict[str, str]:
+        del fixed
+        return dict(self.unroll.manifest.fingerprint)
+
+
+def _refuse_gradients(data: Tree, state: State) -> None:
+    """Raises NotDifferentiable if the caller could ask for a gradient."""
+    if torch.is_grad_enabled() and any(value.requires_grad for value in (*tree.leaves(data), *state.leaves)):
+        raise NotDifferentiable("exported programs have no gradient; call under torch.no_grad(), or detach what requires grad")
+
+
+def _kept(decide: Any, begin: State, state: State, losses: Tensor, final_loss: Tensor) -> tuple[Tensor, State]:
+    """Returns what a guard decides, by task if there is a task axis, and the state that remains."""
+    if state.num_tasks is None:
+        kept = decision(decide, begin.carry, state.carry, losses, final_loss)
+    else:
+        rows = zip(_rows(begin), _rows(state), losses, final_loss, strict=True)
+        kept = torch.stack([decision(decide, *row) for row in rows])
+    axes = kept.dim()
+
+    def choose(new: Tensor, old: Tensor) -> Tensor:
+        return torch.where(kept.reshape((*kept.shape, *[1] * (new.dim() - axes))), new, old)
+
+    return kept, State(tuple(map(choose, state.leaves, begin.leaves)), state.form, state.num_tasks)
+
+
+def _rows(state: State) -> list[Carry]:
+    return [state.form.tree(row) for row in zip(*[value.unbind(0) for value in state.leaves], strict=True)]
+
+
+def _by_name(weights: Mapping[str, Tensor], names: Iterable[str], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): weights[name] for name in names if name.startswith(prefix)}
+
+
+def _num_noise_before(entry: ProgramEntry, num_data: int) -> int:
+    """Returns how many inputs of noise come before the data behind the first `num_data`."""
+    count = 0
+    for each in entry.inputs:
+        if each.role == "data":
+            if num_data == 0:
+                break
+            num_data -= 1
+        count += each.role == "noise"
+    return count
+
+
+def _noise(found: Mapping[str, Any]) -> Noise:
+    try:
+        spec = found["spec"]
+        dtype = manifests.DTYPES[spec["dtype"]]
+        constants, order = tuple(map(float, found["constants"])), tuple(map(int, found["order"]))
+        return Noise(str(found["kind"]), constants, Spec(tuple(map(int, spec["shape"])), dtype, _CPU), order)
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidExport(f"the manifest describes noise by {str(found)[:80]}, which is none") from error
+
+
+def _bound(found: Mapping[str, Any]) -> IndexBound:
+    try:
+        part = found["part"]
+        return IndexBound(**{**found, "part": None if part is None else torch.tensor(part, dtype=torch.bool)})
+    except (KeyError, TypeError, ValueError) as error:
+        raise InvalidExport(f"the manifest describes indices by {str(found)[:80]}, which are none") from error
