@@ -81,13 +81,19 @@ class MetaLoss(nn.Module):
           support, query, reduction, every_step, step_weights, start, generator: as for a call of the unroll.
         Raises:
           InvalidArgument: a hyperparameter, a buffer or `step_weights` requires grad and is no parameter of this module, so that its
-            gradient would be that of one process.
+            gradient would be that of one process; or layers of the model were sharded by themselves.
           AdaptrtError: whatever a call of the unroll raises.
         """
         options = {"reduction": reduction, "every_step": every_step, "step_weights": step_weights, "start": start, "generator": generator}
+        named = dict(self.named_parameters())
+        for name, value in named.items():
+            if type(value).__name__ == "DTensor":
+                raise InvalidArgument(
+                    f"parameter '{name}' is still sharded while the module runs, because a layer was sharded by itself; call fully_shard "
+                    "with unroll.module() alone"
+                )
         if not torch.is_grad_enabled():
             return self._unroll(support, query, **options)
-        named = dict(self.named_parameters())
         self._require_all_held(named, step_weights)
         loss = self._unroll(support, query, **options)
         # Parameters of the caller's, such as step weights, need not be used; nor does everything depend on those that adapt.
