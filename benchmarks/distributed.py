@@ -232,6 +232,7 @@ def work(rank: int, folder: str, names: Sequence[str], rounds: int, turn_s: floa
             with Path(folder, "rows.jsonl").open("a", encoding="utf-8") as rows:
                 rows.write(json.dumps(row) + "\n")
     dist.barrier()
+    time.sleep(0.2)  # gloo's threads may abort a process that ends at once: https://github.com/pytorch/pytorch/issues/190489
     dist.destroy_process_group()
 
 

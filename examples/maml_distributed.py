@@ -208,6 +208,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         before, after = unseen_error(learner, options.seed)
         print(f"mean squared error on unseen tasks: {before:.3f}, and {after:.3f} after two steps")
     dist.barrier()
+    time.sleep(0.2)  # gloo's threads may abort a process that ends at once: https://github.com/pytorch/pytorch/issues/190489
     dist.destroy_process_group()
 
 

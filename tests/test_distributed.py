@@ -32,7 +32,7 @@ from torch.nn.parallel import DistributedDataParallel
 from adaptrt import CompiledUnroll, Replay, Stash, Truncated, compile_unroll, optim
 from adaptrt.errors import AdaptrtError
 from adaptrt.runtime.module import MetaLoss
-from tests.processes import start
+from tests.processes import leave_group, start
 from tests.test_meta_loss_module import Batch, Net, Rule, Weighted, rate
 
 pytestmark = [
@@ -355,8 +355,7 @@ def work(rank: int, folder: str) -> None:
     found["refusals"] = refusals(rank)
     found["adapted while whole"] = adapted_while_whole()
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    leave_group()
 
 
 # --- what they found
