@@ -278,7 +278,8 @@ def markdown(rows: Sequence[dict[str, Any]], command: str) -> str:
         "|---" * (1 + len(CONTESTANTS)) + "|",
     ]
     for row in rows:
-        cells = [f"{tasks_a_second(row, contestant):,.4g} ({ratio(row, contestant):.2f} ×)" for contestant in CONTESTANTS]
+        speeds = {contestant: tasks_a_second(row, contestant) for contestant in CONTESTANTS}
+        cells = [f"{speed:,.{0 if speed > 100 else 1}f} ({ratio(row, contestant):.2f} ×)" for contestant, speed in speeds.items()]
         lines.append(f"| {row['case']}, k = {row['k']} | " + " | ".join(cells) + " |")
     lines += [
         "",
@@ -289,7 +290,7 @@ def markdown(rows: Sequence[dict[str, Any]], command: str) -> str:
     ]
     for row in rows:
         cells = [f"{100 * share:.1f}%" for share in shares(row)]
-        lines.append(f"| {row['case']} | {1e3 * row['iteration_s']:.3g} ms | {row['bytes'] / 1e3:.0f} kB | " + " | ".join(cells) + " |")
+        lines.append(f"| {row['case']} | {1e3 * row['iteration_s']:.1f} ms | {row['bytes'] / 1e3:.0f} kB | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"
 
 
