@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import launches, rewrites, time_and_memory
+from benchmarks import distributed, launches, rewrites, time_and_memory
 from benchmarks.parts import PARTS
 from benchmarks.suite import bench_latency
 from benchmarks.suite import contest as contests
@@ -162,3 +162,37 @@ def test_time_and_memory_of_a_line(tmp_path: Path) -> None:
     if importlib.util.find_spec("matplotlib") is not None:
         time_and_memory.figure(rows, tmp_path / "figure.png")
         assert (tmp_path / "figure.png").stat().st_size > 1000
+
+
+def test_report_of_one_process_and_two(tmp_path: Path) -> None:
+    times = {"1 process": [0.02, 0.04, 0.02], "1 process, 2 threads": [0.02, 0.02, 0.02], "2 processes": [0.0125, 0.025, 0.0125]}
+    sizes = {"error": 1e-7, "error_in_float64": 1e-15, "eager_error": 2e-7, "k": 5, "bytes": 7000, "num_tasks": 32, "iteration_s": 0.0125}
+    row = {"case": "sine, 32 tasks", "times_s": times, **sizes, "all_reduce_share": 0.3, "sending_share": 0.1}
+    text = distributed.markdown([row], "the command")
+    assert "the command" in text and "| 1,600 (1.00 ×) | 1,600 (1.00 ×) | 2,560 (1.60 ×) |" in text
+    assert "| 12.5 ms | 7 kB | 70.0% | 20.0% | 10.0% |" in text
+    if importlib.util.find_spec("matplotlib") is not None:
+        distributed.save([row], tmp_path / "report", "the command")
+        assert (tmp_path / "report.png").stat().st_size > 1000
+
+
+def test_averaged_gradients_are_compared_before_anything_is_timed() -> None:
+    problem = distributed.CASES["sine, 32 tasks"].problem()._replace(num_tasks=2, k=1)
+
+    def right(dtype: torch.dtype) -> list[torch.Tensor]:
+        return list(loop(problem, dtype)["meta"]())
+
+    found = distributed.gate(problem, right, checks=True)
+    assert found["error_in_float64"] == 0 < found["error"] == found["eager_error"] < TOLERANCE
+    with pytest.raises(RuntimeError, match="nothing was timed"):
+        distributed.gate(problem, lambda dtype: [1.001 * value for value in right(dtype)], checks=True)
+
+
+@pytest.mark.slow
+def test_two_processes_are_measured() -> None:
+    (row,) = distributed.rows_of(["sine, 32 tasks"], rounds=2, turn_s=0.05, backend="eager")
+    assert row["error"] < TOLERANCE and row["bytes"] == 4 * 1761
+    assert set(row["times_s"]) == set(distributed.CONTESTANTS) and all(
+        len(times) == 2 and min(times) > 0 for times in row["times_s"].values()
+    )
+    assert 0 < row["sending_share"] <= row["all_reduce_share"] < 1

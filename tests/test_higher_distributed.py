@@ -24,6 +24,7 @@ from torch.multiprocessing.spawn import spawn
 from torch.nn.parallel import DistributedDataParallel
 
 from adaptrt import higher
+from tests.processes import leave_group
 
 pytestmark = [
     pytest.mark.usefixtures("double"),
@@ -205,7 +206,7 @@ def work(rank: int, folder: str) -> None:
     found: dict[str, Any] = {name: tuple(together(case, rank)) for name, case in CASES.items()}
     found["static graph"] = static_graph_error()
     torch.save(found, f"{folder}/{rank}.pt")
-    dist.destroy_process_group()
+    leave_group()
 
 
 @pytest.fixture(scope="module")

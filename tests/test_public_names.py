@@ -45,7 +45,7 @@ def test_all_lists_every_public_name() -> None:
 @pytest.mark.parametrize(
     ("owner", "names"),
     [
-        (adaptrt.CompiledUnroll, "adapt device evaluate explain graphs k load start vmap warmup __call__"),
+        (adaptrt.CompiledUnroll, "adapt device evaluate explain graphs k load module start vmap warmup __call__"),
         (adaptrt.Adapted, "params buffers opt_state num_tasks detach replace save state_dict unbind __call__ __getitem__ __len__"),
     ],
 )

@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import Tensor, nn
-from torch.multiprocessing.spawn import spawn
-from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 
 from adaptrt import FirstOrder, Replay, Stash, Unrolled, compile_unroll, optim
@@ -229,70 +225,6 @@ def test_data_parallel_is_unwrapped() -> None:
     plain = mlp()
     plain.load_state_dict(dict(zip(plain.state_dict(), part.state_dict().values(), strict=True)))
     assert_equal(part, plain, adjoints=EXACT[:1])
-
-
-class MetaLoss(nn.Module):
-    """What the message about `DistributedDataParallel` says."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model, self.unroll = model, compile_unroll(model, optim.sgd(lr=LR), 2, loss=F.cross_entropy, backend="eager")
-
-    def forward(self, support: Batch, query: Batch) -> Tensor:
-        return self.unroll(support, query)
-
-
-OUTER_STEPS = 3
-
-
-def learner() -> nn.Sequential:
-    torch.manual_seed(1)
-    return mlp()
-
-
-def tasks_of(rank: int, step: int) -> list[Batch]:
-    generator = torch.Generator().manual_seed(2 * step + rank)
-    return [(torch.randn(6, 4, generator=generator, dtype=torch.float64), torch.randint(3, (6,), generator=generator)) for _ in range(2)]
-
-
-def train(rank: int, folder: str) -> None:
-    torch.set_num_threads(1)
-    torch.set_default_dtype(torch.float64)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
-    model = learner()
-    meta_loss = DistributedDataParallel(MetaLoss(model))
-    outer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for step in range(OUTER_STEPS):
-        outer.zero_grad()
-        meta_loss(*tasks_of(rank, step)).backward()
-        outer.step()
-    torch.save([param.detach() for param in model.parameters()], f"{folder}/{rank}.pt")
-    message = ""
-    try:
-        compile_unroll(nn.Sequential(DistributedDataParallel(learner())), optim.sgd(lr=LR), 1)
-    except InvalidType as error:
-        message = str(error)
-    Path(folder, f"{rank}.txt").write_text(message, encoding="utf-8")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="PyTorch was built without gloo")
-def test_distributed_data_parallel_around_the_meta_loss(tmp_path: Path) -> None:
-    spawn(train, (str(tmp_path),), nprocs=2)
-    model = learner()
-    unroll = compile_unroll(model, optim.sgd(lr=LR), 2, loss=F.cross_entropy, backend="eager")
-    outer = torch.optim.SGD(model.parameters(), lr=0.1)
-    for step in range(OUTER_STEPS):
-        outer.zero_grad()
-        torch.stack([unroll(*tasks_of(rank, step)) for rank in range(2)]).mean().backward()
-        outer.step()
-    for rank in range(2):
-        for got, want in zip(torch.load(tmp_path / f"{rank}.pt"), model.parameters(), strict=True):
-            torch.testing.assert_close(got, want.detach(), rtol=TOLERANCE, atol=TOLERANCE)
-        message = (tmp_path / f"{rank}.txt").read_text(encoding="utf-8")
-        assert "module '0' is wrapped" in message and "DistributedDataParallel(MetaLoss(model))" in message
 
 
 # --- buffers

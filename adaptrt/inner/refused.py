@@ -13,18 +13,17 @@ from adaptrt.errors import InvalidType, NotTraceable, UnsupportedParameter, Unsu
 from adaptrt.graph.gradient_mode import GradientMode
 from adaptrt.inner.executed import Executed
 
-_DISTRIBUTED = """DistributedDataParallel would average the gradients of the first call only. Wrap what returns the meta-loss:
-  class MetaLoss(nn.Module):
-      def __init__(self, model): super().__init__(); self.model, self.unroll = model, compile_unroll(model, ...)
-      def forward(self, support, query): return self.unroll(support, query)
-  meta_loss = DistributedDataParallel(MetaLoss(model))"""
+_DISTRIBUTED = """DistributedDataParallel would average the gradients of the first call only. Wrap the meta-loss of the plain model:
+  meta_loss = DistributedDataParallel(compile_unroll(model, ...).module())"""
+_SHARDED = """A call reads all parameters at its beginning, and these are sharded then. Shard the meta-loss of the plain model:
+  meta_loss = fully_shard(compile_unroll(model, ...).module())"""
 
 
 def unwrapped(model: Any) -> Any:
     """Returns the model in `DataParallel`, after checking that it is a module that can be compiled.
 
     Raises:
-      InvalidType: it is an exported program, or it is or holds a `DistributedDataParallel`.
+      InvalidType: it is an exported program, or it is or holds a `DistributedDataParallel` or what `fully_shard` has sharded.
     """
     while isinstance(model, nn.DataParallel):
         model = model.module
@@ -33,6 +32,8 @@ def unwrapped(model: Any) -> Any:
     for name, part in model.named_modules() if isinstance(model, nn.Module) else ():
         if isinstance(part, DistributedDataParallel):
             raise InvalidType(f"{_what('model', name)} is wrapped. {_DISTRIBUTED}")
+        if any(base.__name__ == "FSDPModule" for base in type(part).__mro__):
+            raise InvalidType(f"{_what('model', name)} is sharded. {_SHARDED}")
     return model
 
 

@@ -21,6 +21,7 @@ from adaptrt.inner.guard import Moment
 from adaptrt.runtime.adapted import Adapted
 from adaptrt.runtime.execution import Execution, Result
 from adaptrt.runtime.explain import Explanation, explain
+from adaptrt.runtime.module import MetaLoss
 from adaptrt.runtime.settings import Settings
 
 Keep = str | Callable[[Moment, Moment], Tensor] | None
@@ -294,6 +295,28 @@ class CompiledUnroll:
         if self._execution.task_axis:
             raise InvalidArgument("vmap() was called on an unroll that has a task axis already")
         return CompiledUnroll(self._settings, task_axis=True)
+
+    def module(self) -> MetaLoss:
+        """Returns an `nn.Module` whose call is the meta-loss, for `DistributedDataParallel`, `fully_shard` and checkpoints.
+
+        Its parameters are those of the model, of losses and inner optimisers that are modules, and the hyperparameters that require grad.
+        docs/distributed.md shows how to train it over several processes.
+
+        Raises:
+          InvalidArgument: a hyperparameter that requires grad is no `nn.Parameter`, or a buffer requires grad.
+
+        Example:
+          >>> from adaptrt import compile_unroll, optim
+          >>> lr = torch.nn.Parameter(torch.tensor(0.1))
+          >>> unroll = compile_unroll(torch.nn.Linear(3, 2), optim.sgd(lr=lr), k=2, backend="eager")
+          >>> meta_loss = unroll.module()
+          >>> [name for name, _ in meta_loss.named_parameters()]
+          ['model.weight', 'model.bias', 'hyper.lr']
+          >>> batch = torch.randn(6, 3), torch.randint(2, (6,))
+          >>> torch.equal(meta_loss(batch, batch), unroll(batch, batch))
+          True
+        """
+        return MetaLoss(self, self._settings)
 
     @entry_point
     def warmup(
