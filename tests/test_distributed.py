@@ -127,6 +127,7 @@ CASES: dict[str, Case] = {
     "sharded, learned loss": Case(lambda: make(loss=Weighted()), sharded=True),
     "sharded, learned rate, accumulated": Case(learned_rate, sharded=True, num_batches=2),
     "sharded, every step, truncated": Case(truncated, lambda call: call(every_step=True).sum(), sharded=True),
+    "sharded, anchored at the start": Case(lambda: make(optim.proximal(optim.sgd(lr=0.1), strength=0.5)), sharded=True),
     "sharded, tasks": Case(lambda: make().vmap(), sharded=True),
 }
 
@@ -326,7 +327,6 @@ def refusals(rank: int) -> dict[str, str]:
     attempt("sharded, called outside", outside)
     rates = {name: nn.Parameter(torch.full_like(value, 0.1)) for name, value in small().named_parameters()}
     attempt("sharded rates", lambda: shard(make(optim.sgd(lr=rates))))
-    attempt("sharded anchors", lambda: shard(make(optim.proximal(optim.sgd(lr=0.1), strength=0.5))))
     return found
 
 
@@ -434,7 +434,6 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(name: str, folder: Path,
         ("sharded layer", "InvalidArgument: parameter 'model.0.weight' is still sharded"),
         ("sharded, called outside", "InvalidType: a tensor of class DTensor"),
         ("sharded rates", "InvalidArgument: hyperparameter 'lr.0.weight' requires grad and is another tensor"),
-        ("sharded anchors", "InvalidArgument: the inner optimiser computes its first state from the parameters"),
     ],
 )
 def test_mistakes_are_refused(name: str, message: str, processes: Sequence[Mapping[str, Any]]) -> None:

@@ -310,13 +310,3 @@ def test_step_weights_that_are_not_registered() -> None:
     module, data = make().module(), batch()
     with pytest.raises(InvalidArgument, match=r"step_weights requires grad.*module\.step_weights = nn\.Parameter"):
         module(data, data, step_weights=torch.ones(K, requires_grad=True))
-
-
-def test_a_state_that_follows_other_parameters() -> None:
-    """`proximal` would hold on to the parameters that it was made for."""
-    model, data = Net(), batch()
-    module = make(optim.proximal(optim.sgd(lr=0.1), strength=0.5), model).module()
-    module(data, data)
-    model.head.weight = nn.Parameter(model.head.weight.detach() + 1)
-    with pytest.raises(InvalidArgument, match="computes its first state from the parameters that it was made for"):
-        module(data, data)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -238,3 +239,48 @@ def test_wrong(name: str) -> None:
     run, kind, message = WRONG[name]
     with pytest.raises(kind, match=message):
         run()
+
+
+def test_a_state_follows_parameters_that_are_replaced() -> None:
+    """The anchor is where an adaptation starts, whichever tensors the model holds."""
+    net = model()
+    opt = optim.proximal(optim.sgd(lr=0.1), strength=0.5)
+    unroll = compile_unroll(net, opt, K, loss=regress, backend="eager")
+    unroll.adapt(batch())
+    net[0].weight = nn.Parameter(net[0].weight.detach() + 1)  # type: ignore[index]
+    found, fresh = (made.adapt(batch()) for made in (unroll, compile_unroll(net, opt, K, loss=regress, backend="eager")))
+    assert_near(dict(found.detach().params), dict(fresh.detach().params), torch.float64)
+    assert torch.equal(found.opt_state.anchor["0.weight"], net[0].weight)  # type: ignore[index]
+
+
+class Rule(nn.Module):
+    """A learned rule with a learned initial state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rate = nn.Parameter(torch.tensor(0.1, dtype=torch.float64))
+        self.first = nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def initial_state(self, param: Tensor) -> Tensor:
+        return self.first * torch.ones_like(param)
+
+    def forward(self, grad: Tensor, state: Tensor) -> tuple[Tensor, Tensor]:
+        state = 0.5 * state + grad if self.training else 0.25 * state + grad
+        return -self.rate * state, state
+
+
+@pytest.mark.parametrize("around", [lambda opt: opt, lambda opt: optim.ema(optim.proximal(opt, 0.1), 0.5)], ids=["alone", "wrapped"])
+def test_a_copy_has_a_rule_of_its_own(around: Callable[[Any], Any]) -> None:
+    net, rule = model(), Rule()
+    unroll = compile_unroll(net, around(optim.learned(rule)), K, loss=regress, backend="eager")
+    before = unroll(batch(), batch()).detach()
+    copied = copy.deepcopy(unroll)
+    own = next(part for part in copied._settings.source.optimizer().modules if isinstance(part, Rule))
+    copied(batch(), batch()).backward()
+    assert own is not rule and own.first.grad is not None and bool(own.first.grad != 0) and rule.first.grad is None
+    with torch.no_grad():
+        own.first.add_(1.0)
+    own.eval()
+    assert torch.equal(unroll(batch(), batch()).detach(), before)
+    changed = compile_unroll(net, around(optim.learned(own)), K, loss=regress, backend="eager")
+    assert_near({"loss": copied(batch(), batch()).detach()}, {"loss": changed(batch(), batch()).detach()}, torch.float64)

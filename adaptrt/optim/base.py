@@ -9,9 +9,12 @@ Known limits: bias corrections are computed in float64, which MPS devices do not
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field, fields
+from types import CellType, FunctionType
+from typing import Any, TypeAlias, cast
 
 from torch import Tensor, nn
 
@@ -101,6 +104,9 @@ class Optimizer:
     def __post_init__(self) -> None:
         check_count("updates_per_step", self.updates_per_step)
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Optimizer:
+        return memo.setdefault(id(self), Optimizer(*[_copied(getattr(self, field.name), memo) for field in fields(self)]))
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Transform:
@@ -117,6 +123,37 @@ class Transform:
     update: Callable[[Params, State, Params, Hyper], tuple[dict[str, Tensor], State]]
     hyper: Hyper = field(default_factory=_nothing)
     init_is_constant: bool = False
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Transform:
+        return memo.setdefault(id(self), Transform(*[_copied(getattr(self, field.name), memo) for field in fields(self)]))
+
+
+def _copied(value: Any, memo: dict[int, Any]) -> Any:
+    """Returns a deep copy. That of a function has copies of the modules, optimisers and functions that it closes over.
+
+    `copy.deepcopy` takes a function for a constant, and so the copy of an optimiser would call the modules of the original.
+    """
+    if not isinstance(value, FunctionType) or value.__closure__ is None:
+        return copy.deepcopy(value, memo)
+    if id(value) not in memo:
+        cells = tuple([CellType() for _ in value.__closure__])
+        made = FunctionType(value.__code__, value.__globals__, value.__name__, value.__defaults__, cells)
+        made.__kwdefaults__ = value.__kwdefaults__
+        vars(made).update(vars(value))
+        memo[id(value)] = made
+        for cell, old in zip(cells, value.__closure__, strict=True):
+            with contextlib.suppress(ValueError):  # of a variable that has no value yet
+                content = old.cell_contents
+                cell.cell_contents = _copied(content, memo) if _may_hold_modules(content) else content
+    return memo[id(value)]
+
+
+def _may_hold_modules(content: Any) -> bool:
+    if isinstance(content, Mapping):
+        content = tuple(cast("Mapping[Any, Any]", content).values())
+    if isinstance(content, tuple | list):
+        return any(map(_may_hold_modules, cast("tuple[Any, ...]", content)))
+    return isinstance(content, nn.Module | Optimizer | Transform | FunctionType)
 
 
 def check_count(key: str, value: object) -> None:

@@ -53,6 +53,11 @@ class PureSource(Source):
     def state_for(self, params: Params) -> State | None:
         return None if self._optimizer.init_is_constant else self._optimizer.init(params)
 
+    def read(self) -> Reading:
+        # Whoever reads gets a state that depends on values by `state_for`, of the parameters that the model has now.
+        state = self.state() if self._optimizer.init_is_constant else ()
+        return Reading(self.structure(), self.hyper(), state)
+
 
 class TorchSource(Source):
     """A `torch.optim` instance. Its current settings and state are read at every call, and never written to."""

@@ -57,8 +57,6 @@ class MetaLoss(nn.Module):
         if own:
             self.hyper = _named_parameters(own)
         self._known = frozenset([name for name, _ in self.named_parameters()])
-        # An optimiser may compute its first state from the parameters. It reads those it was made for.
-        self._anchors = () if optimizer.init_is_constant else tuple(self._adapting())
         self._require_all_held(dict(self.named_parameters()))
 
     @entry_point
@@ -106,9 +104,6 @@ class MetaLoss(nn.Module):
     def extra_repr(self) -> str:
         return repr(self._unroll)
 
-    def _adapting(self) -> Iterator[nn.Parameter]:
-        return (value for name, value in self.model.named_parameters() if name in self._settings.adapted)
-
     def _require_all_held(self, named: Mapping[str, nn.Parameter], step_weights: Tensor | None = None) -> None:
         """Checks that whatever the meta-loss is differentiated by is one of these parameters.
 
@@ -128,11 +123,6 @@ class MetaLoss(nn.Module):
             raise InvalidArgument(
                 "step_weights requires grad and is no parameter of the module, so its gradient would be that of one process; set "
                 "module.step_weights = nn.Parameter(...) before the module is wrapped, and pass that"
-            )
-        if any(one is not other for one, other in zip(self._anchors, self._adapting(), strict=False)):
-            raise InvalidArgument(
-                "the inner optimiser computes its first state from the parameters that it was made for, and the model has others in their "
-                "place now, as after fully_shard; wrap the module in DistributedDataParallel, or take another inner optimiser"
             )
 
 
