@@ -167,10 +167,43 @@ def test_what_cannot_adapt_is_refused() -> None:
     net = model()
     with pytest.raises(NothingToAdapt, match="only buffers adapt, and Linear has none"):
         compile_unroll(nn.Linear(2, 2), None, 1)
-    with pytest.raises(InvalidArgument, match="leave params= out"):
+    with pytest.raises(InvalidArgument, match="leave one of them out"):
         compile_unroll(net, None, 1, params="features.*")
     with pytest.raises(NothingToAdapt, match=r"forward changes none of them: count, points\. Running statistics"):
         make(net.eval(), False).adapt((data(False)[0],))
     with pytest.raises(InvalidArgument, match="without an optimiser only buffers adapt"):
         make(model(), False, adjoint=Implicit()).adapt((data(False)[0],))
     assert compile_unroll(net, optim.sgd(lr=0.1), 1).k == 1
+
+
+def test_models_without_parameters_and_losses_with_buffers() -> None:
+    x, (c, _) = data(False)
+    norm = nn.BatchNorm1d(3, affine=False, momentum=None).double()
+    adapted = make(norm, False, k=1).adapt((x,))
+    assert_near({"mean": adapted.buffers["running_mean"]}, {"mean": x.mean(0)}, torch.float64)
+    norm.eval()
+    assert_near({"out": adapted(c)}, {"out": (c - x.mean(0)) / (x.var(0) + norm.eps).sqrt()}, torch.float64)
+    assert adapted.losses.dtype is torch.float64
+
+    class Seen(nn.Module):
+        total: Tensor
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("total", torch.zeros((), dtype=torch.float64))
+
+        def forward(self, output: Tensor) -> Tensor:
+            self.total = self.total + output.detach().sum()
+            return output.square().mean()
+
+    net = nn.Linear(3, 2).double()
+    after = make(net, False, loss=Seen()).adapt((x,))
+    assert_near({"total": after.loss_buffers["total"]}, {"total": K * net(x).detach().sum()}, torch.float64)
+
+
+def test_without_losses() -> None:
+    net, (x, _) = model(), data(False)
+    with pytest.raises(InvalidArgument, match="keep='not_worse' compares losses, and there is none here"):
+        make(net, False).adapt((x,), keep="not_worse")
+    with pytest.raises(InvalidArgument, match="buffer 'points' after a forward pass of the support batch depends on other examples"):
+        make(net, False, examples="weighted").adapt((x, torch.ones(5)))

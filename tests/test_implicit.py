@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Generator, Tensor, nn
 
-from adaptrt import CompiledUnroll, Implicit, Replay, compile_unroll, optim
+from adaptrt import Adjoint, CompiledUnroll, Implicit, Replay, compile_unroll, optim
 from adaptrt.errors import AdaptrtError, InvalidArgument, InvalidType, NotConverged
 from tests.gradients import gradients
 from tests.models import normal, regress
@@ -99,19 +99,82 @@ def test_what_adapt_returns_is_differentiable() -> None:
     assert_near({"strength": values[0]}, {"strength": values[1]}, torch.float64)
 
 
-def make(adjoint: Implicit, k: int = K, opt: Any = None, **options: Any) -> CompiledUnroll:
+def make(adjoint: Adjoint, k: int = K, opt: Any = None, **options: Any) -> CompiledUnroll:
     opt = optim.sgd(lr=torch.tensor(0.2, requires_grad=True), weight_decay=0.1) if opt is None else opt
     return compile_unroll(linear(), opt, k, loss=regress, adjoint=adjoint, backend="eager", **options)
 
 
 def test_steps_that_have_not_converged_are_warned_of() -> None:
     unroll = make(SOLVERS[0], k=3)
-    with pytest.warns(NotConverged, match="share of the way that the last step made is 0.*make more steps"):
+    with pytest.warns(NotConverged, match="distance to the fixed point, relative to the parameters is .*make more steps"):
         unroll(data(False), data(False, 2))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         unroll(data(False), data(False, 2))  # once
         make(SOLVERS[0])(data(False), data(False, 2))
+
+
+def test_slow_steps_are_told_from_converged_ones() -> None:
+    """Many steps that are too small are warned of; one that starts where others have ended is not."""
+    opt = optim.sgd(lr=1e-4, weight_decay=0.1)
+    with pytest.warns(NotConverged, match="distance to the fixed point"):
+        make(SOLVERS[0], k=50, opt=opt)(data(False), data(False, 2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for dtype in (torch.float64, torch.float32):
+            net = linear().to(dtype)
+            batch = tuple(value.to(dtype) for value in data(False))
+            unroll = compile_unroll(net, optim.sgd(lr=0.2, weight_decay=0.1), K, loss=regress, adjoint=Implicit(), backend="eager")
+            unroll.adapt(batch, start=unroll.adapt(batch, start=unroll.adapt(batch).detach()).detach())
+
+
+def test_systems_that_are_not_symmetric_are_warned_of() -> None:
+    """Rotated gradients: conjugate gradients do not solve that, the series does."""
+    turn = torch.tensor([[0.8, 0.6, 0.0], [-0.6, 0.8, 0.0], [0.0, 0.0, 1.0]], dtype=torch.float64)
+    rotation = optim.Transform(lambda p: (), lambda g, state, p, hyper: ({n: v @ turn for n, v in g.items()}, state), init_is_constant=True)
+    decay = torch.tensor(0.3, dtype=torch.float64, requires_grad=True)
+    opt = optim.chain(rotation, optim.sgd(lr=0.1, weight_decay=decay))
+    with pytest.warns(NotConverged) as caught:
+        make(Implicit(), opt=opt)(data(False), data(False, 2))
+    assert any("asymmetry" in str(each.message) and "use Implicit(solver='neumann')" in str(each.message) for each in caught)
+    found, right = (make(adjoint, 400, opt)(data(False), data(False, 2)) for adjoint in (Implicit("neumann", iterations=300), Replay()))
+    assert_near(gradients(found, {"decay": decay}), gradients(right, {"decay": decay}), torch.float64)
+
+
+@pytest.mark.parametrize("adjoint", [Implicit(), Implicit("neumann", iterations=200)], ids=["cg", "neumann"])
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e-23), (torch.float16, 1e-3)], ids=str)
+def test_small_numbers(dtype: torch.dtype, scale: float, adjoint: Implicit) -> None:
+    """Gradients whose squares are 0 in their precision."""
+    net, decay = linear().to(dtype), torch.tensor(0.5, requires_grad=True)
+    batch, query = (tuple(value.to(dtype) for value in data(False, seed)) for seed in (1, 2))
+
+    def gradient(adjoint: Any) -> float:
+        opt = optim.sgd(lr=0.2, weight_decay=decay)
+        loss = compile_unroll(net, opt, K, loss=regress, query_loss=lambda o, y: regress(o, y) * scale, adjoint=adjoint, backend="eager")(
+            batch, query
+        )
+        return torch.autograd.grad(loss, decay)[0].item() / scale
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotConverged)  # in half precision steps end before they converge
+        assert gradient(adjoint) == pytest.approx(gradient(Replay()), rel=0.1 if dtype is torch.float16 else 1e-3)
+
+
+def test_outputs_and_numbers_of_steps() -> None:
+    """Losses are constant with outputs or without; the outputs are not."""
+    unroll = make(SOLVERS[0], opt=optim.sgd(lr=0.2, weight_decay=0.1))
+    net = unroll._settings.model
+    batch = data(False)
+    adapted, plain = unroll.adapt(batch, outputs="first"), unroll.adapt(batch)
+    (of_losses,) = torch.autograd.grad(adapted.losses.sum(), list(net.parameters()))
+    assert not of_losses.any() and torch.equal(adapted.params["weight"], plain.params["weight"])
+    (of_outputs,) = torch.autograd.grad(adapted.outputs.sum(), list(net.parameters()))
+    assert_near({"weight": of_outputs}, {"weight": batch[0].sum(0, keepdim=True)}, torch.float64)
+    assert unroll.adapt(batch, steps=40).losses.shape == (40,)
+    several: list[dict[str, Any]] = [{}, {"outputs": "first"}]
+    for options in several:
+        with pytest.raises(InvalidArgument, match="steps=1 is too few"):
+            unroll.adapt(batch, steps=1, **options)
 
 
 def test_a_solver_that_has_not_converged_is_warned_of() -> None:
@@ -124,7 +187,10 @@ def test_the_residual_is_reported() -> None:
     unroll = make(SOLVERS[0])
     unroll(data(False), data(False, 2))
     text = str(unroll.explain())
-    assert "residual of the linear system in the last call: " in text and "share of the way" in text
+    assert all(
+        f"{name} in the last call: " in text
+        for name in ("residual of the linear system", "relative to the parameters", "asymmetry of the linear system")
+    )
 
 
 def test_damping_makes_the_system_better_posed() -> None:
@@ -169,6 +235,11 @@ WRONG: dict[str, tuple[Callable[[], Any], type[AdaptrtError], str]] = {
         "remembers 'weight.momentum_buffer'",
     ),
     "adam": (lambda: make(SOLVERS[0], opt=optim.adam(lr=0.1)).adapt(BATCH), InvalidArgument, "the optimiser remembers"),
+    "schedule": (
+        lambda: make(SOLVERS[0], opt=optim.sgd(lr=optim.schedule(lambda step: 0.1 * 0.9**step))).adapt(BATCH),
+        InvalidArgument,
+        "remembers 'num_updates', which every step changes. Take one whose steps are all alike",
+    ),
     "lbfgs": (lambda: make(SOLVERS[0], opt=optim.lbfgs(lr=0.1)).adapt(BATCH), InvalidArgument, "updates a step"),
     "dropout": (
         lambda: compile_unroll(

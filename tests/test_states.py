@@ -193,6 +193,13 @@ def test_tasks_of_one_batch_are_put_together_again(places: list[int]) -> None:
     apart = adaptrt.stack([copy.copy(rows[place]) for place in places])
     assert again.num_tasks == len(places) and same(again, apart) and torch.equal(again.losses, apart.losses)
     assert again.kept is None and (places != [0, 1, 2] or again.state is adapted.state)
+    leaf = adapted.detach().unbind()
+    value = leaf[1].params["3.bias"].requires_grad_()
+    (found,) = torch.autograd.grad(adaptrt.stack([leaf[place] for place in places]).params["3.bias"].sum(), value)
+    assert torch.equal(found, torch.full((2,), float(places.count(1)), dtype=torch.float64))
+    taken = rows[1].params["3.bias"]
+    (found,) = torch.autograd.grad(adaptrt.stack([rows[place] for place in places]).params["3.bias"].sum(), taken, retain_graph=True)
+    assert torch.equal(found, torch.full((2,), float(places.count(1)), dtype=torch.float64))
     weights, params = torch.arange(1.0, len(places) + 1, dtype=torch.float64), list(net.parameters())
     found, right = (
         torch.autograd.grad((one.params["3.bias"].sin().sum(1) + one.losses.sum(1)) @ weights, params, retain_graph=True)

@@ -193,9 +193,18 @@ def contrastive(output: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(output @ output.T, torch.arange(len(output)), reduction="none") + 0 * target
 
 
+def in_pairs(output: Tensor, target: Tensor) -> Tensor:
+    """Of two views of each example, one behind the other."""
+    return (output - output.roll(4, 0)).square().sum(-1) + 0 * target
+
+
+def train_norm() -> nn.Module:
+    return nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).double()
+
+
 MIXING: dict[str, tuple[nn.Module, Any, str]] = {
     "batch norm": (
-        nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)),
+        train_norm(),
         losses_of,
         r"the loss of an example of the support batch .*; '1' \(BatchNorm1d\) in train mode does so: call eval\(\) on it",
     ),
@@ -203,6 +212,7 @@ MIXING: dict[str, tuple[nn.Module, Any, str]] = {
     "first": (Centred(True), losses_of, "compute it for each example by itself"),
     "buffer": (Counted(), losses_of, "buffer 'seen' after a forward pass of the support batch depends on other examples"),
     "loss": (nn.Linear(3, 3), contrastive, "the loss of an example"),
+    "pairs": (nn.Linear(3, 3), in_pairs, "the loss of an example"),
 }
 
 
@@ -210,11 +220,60 @@ MIXING: dict[str, tuple[nn.Module, Any, str]] = {
 def test_examples_that_depend_on_each_other_are_refused(name: str) -> None:
     net, loss, message = MIXING[name]
     net = net.double()
-    batch = (*data(1, S), torch.ones(S))
+    batch = (*data(1, 8), torch.ones(8))
     with pytest.raises(InvalidArgument, match=message):
         make(net, loss=loss).adapt(batch)
     with pytest.raises(InvalidArgument, match=message):
         make(net, loss=loss).vmap().adapt(tuple(value[None] for value in batch))
+
+
+@pytest.mark.parametrize("nonfinite", ["error", "ignore"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_first_batch_that_shows_nothing(value: float, nonfinite: str) -> None:
+    """What was found out of bad data does not hold for the next."""
+    x, y = data(1, S)
+    unroll = make(train_norm(), nonfinite=nonfinite)
+    bad = x.clone()
+    bad[2] = value
+    for first in (bad, x * value):
+        with pytest.raises(NonFiniteInput):
+            unroll.adapt((first, y, torch.ones(S)))
+        with pytest.raises(InvalidArgument, match="depends on other examples"):
+            unroll.adapt((x, y, torch.ones(S)))
+
+
+class Words(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.norm, self.head = nn.Embedding(7, 4), nn.BatchNorm1d(4), nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.table(x.long()).mean(1)))
+
+
+def test_dummy_data_shows_it_too() -> None:
+    zeros, y = torch.zeros(S, 3), torch.zeros(S, dtype=torch.long)
+    for net, x in ((train_norm(), zeros.double()), (train_norm(), zeros.double() + 0.25), (Words().double(), zeros.long())):
+        with pytest.raises(InvalidArgument, match="depends on other examples"):
+            make(net).warmup((x, y, torch.ones(S)))
+
+
+def test_a_weak_dependence_in_half_precision() -> None:
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return losses_of(output, target) + 0.01 * output.mean()
+
+    x, y = data(1, S)
+    with pytest.raises(InvalidArgument, match="depends on other examples"):
+        make(model().float(), loss=loss, dtype=torch.bfloat16).adapt((x.float(), y, torch.ones(S)))
+
+
+def test_a_loss_that_says_whether_to_update_is_refused() -> None:
+    def loss(output: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+        found = losses_of(output, target)
+        return found, found.mean() < 50
+
+    with pytest.raises(InvalidLoss, match="without update: that would be computed from padding, too"):
+        make(model(), loss=loss).adapt((*data(1, S), torch.ones(S)))
 
 
 def test_query_examples_that_depend_on_each_other_are_refused() -> None:
@@ -226,10 +285,19 @@ def test_query_examples_that_depend_on_each_other_are_refused() -> None:
 
 
 def test_independent_examples_are_accepted() -> None:
-    """Normalisation in eval mode, dropout, data that has the examples on its second axis, and data that all examples share."""
-    batch = (*data(1, S), torch.ones(S))
-    assert make(nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)).double().eval()).adapt(batch)
-    assert make(nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 3)).double()).adapt(batch)
+    """Normalisation in eval mode, dropout, indices that are floats, examples on the second axis, and data that all of them share."""
+    x, y = data(1, S)
+
+    def check(net: nn.Module, inputs: Any) -> None:
+        generator = [torch.Generator().manual_seed(3) for _ in range(2)]
+        found = make(net).adapt((inputs, y, torch.ones(S)), generator=generator[0])
+        plain = compile_unroll(net, optim.sgd(**HYPER), K, loss=F.cross_entropy, backend="eager")
+        right = plain.adapt((inputs, y), generator=generator[1])
+        assert_near(dict(found.detach().params), dict(right.detach().params), torch.float64)
+
+    check(train_norm().eval(), x)
+    check(nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 3)).double(), x)
+    check(Words().double().eval(), torch.tensor([[0.0, 6.0], [3.0, 5.0], [1.0, 1.0], [2.0, 4.0], [6.0, 6.0]]))
 
     class Second(nn.Module):
         def __init__(self) -> None:
@@ -241,7 +309,37 @@ def test_independent_examples_are_accepted() -> None:
 
     for length in (2, S):
         x = normal(Generator().manual_seed(2), length, S, 3)
-        assert make(Second().double()).adapt(((x, torch.ones(3).double()), *batch[1:]))
+        check(Second().double(), (x, torch.ones(3).double()))
+
+
+def test_weights_that_the_losses_could_not_hold() -> None:
+    """The mean is formed in a precision in which they are neither 0 nor infinite."""
+    x, y = data(1, S)
+    for net, weights in (
+        (model().float(), torch.full((S,), 1e-50, dtype=torch.float64)),
+        (model().half(), torch.full((S,), 60000.0, dtype=torch.float16)),
+        (model().half(), torch.full((S,), 1e-9)),
+    ):
+        dtype = next(net.parameters()).dtype
+        unroll = make(net, loss=lambda output, target: (output.float() - target[:, None]).square().mean(1).to(output.dtype))
+        found, plain = (unroll.adapt((x.to(dtype), y, each)).losses for each in (weights, torch.ones(S)))
+        assert bool(found.isfinite().all())
+        torch.testing.assert_close(found, plain, rtol=1e-3, atol=1e-3)
+
+
+def test_labels_that_are_ignored() -> None:
+    """With the default loss an example of a sequence is the mean over the labels that count."""
+
+    class Each(nn.Linear):
+        def forward(self, input: Tensor) -> Tensor:
+            return super().forward(input).mT  # [S, classes, length]
+
+    x, y = data(1, S, 4)
+    y[:, 2:] = -100
+    net = Each(3, 3).double()
+    found = make(net, loss=None).adapt((x, y, torch.ones(S))).losses
+    plain = compile_unroll(net, optim.sgd(**HYPER), K, backend="eager").adapt((x, y)).losses
+    assert_near({"losses": found.detach()}, {"losses": plain.detach()}, torch.float64)
 
 
 def test_in_half_precision() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -15,8 +16,9 @@ from adaptrt.adjoint.steps import STEP, batch_of_update, first_carry, loop_of, n
 from adaptrt.errors import InvalidArgument, InvalidType
 from adaptrt.inner.step import Carry
 
-RESIDUAL, STILL_MOVES = "residual of the linear system", "share of the way that the last step made"
-MAX_RESIDUAL, MAX_STILL_MOVES = 0.01, 0.05
+RESIDUAL, ASYMMETRY = "residual of the linear system", "asymmetry of the linear system"
+DISTANCE = "distance to the fixed point, relative to the parameters"
+MAX_RESIDUAL, MAX_ASYMMETRY, MAX_DISTANCE = 0.01, 1e-3, 0.05
 """Above which a warning says that the gradient is not to be trusted."""
 
 
@@ -29,16 +31,17 @@ class Implicit(Adjoint):
     pullback at the last state. Memory does not depend on k; and as the fixed point does not depend on where the steps started, the start
     gets a gradient of zero, but for what the optimiser remembers of it, such as the anchor of `optim.proximal` (iMAML).
 
-    It is wrong by as much as the steps have not converged. `explain()` says how far the last step went, compared with the whole way, and
-    the residual of the linear system; where one of them is large, there is a warning (on the CPU, where looking costs little). The losses
-    that `adapt` returns are constants.
+    It is wrong by as much as the steps have not converged. `explain()` says how far the fixed point still is, which is estimated from the
+    last two steps as if each were the same multiple of the one before, and the residual of the linear system; with "cg" also how far the
+    system is from a symmetric one. Where one of them is large, there is a warning (on the CPU, where looking costs little). The losses that
+    `adapt` returns are constants.
 
     Args:
-      solver: "cg" for conjugate gradients, which need a symmetric dS/dphi: one learning rate for all parameters. "neumann" for the
-        series, which needs steps that contract, as all steps that converge do.
-      iterations: Hessian-vector products, at least 1.
+      solver: "cg" for conjugate gradients, which need a symmetric dS/dphi: one learning rate for all parameters, and no rule that mixes
+        them. "neumann" for the series, which needs steps that contract, as all steps that converge do.
+      iterations: Hessian-vector products, at least 1. All of them are made.
       damping: added to the diagonal of I - dS/dphi, at least 0; for "cg" where the Hessian is singular or has negative curvature.
-      tolerance: conjugate gradients leave a task alone once its residual, relative to the right-hand side, is below this.
+      tolerance: conjugate gradients change the result for a task no more once its residual, relative to the right-hand side, is below this.
     """
 
     solver: str = "cg"
@@ -62,15 +65,15 @@ class Implicit(Adjoint):
 
     def adapt(self, programs: Programs, problem: Problem, task: Task, keep: bool) -> Adaptation:
         step = programs.program("step", problem.step, STEP, loop_of(problem))
-        carry = before = first = first_carry(problem, task)
+        carry = first_carry(problem, task)
+        last = [carry]
         losses: list[Tensor] = []
         for index in range(num_updates(problem)):
-            before = carry
             carry, loss = step(carry, task.fixed, batch_of_update(problem, task, index), task.noise[index])
             losses.append(loss)
+            last = [*last[-2:], carry]
         if keep:
-            way, last = (_norm(problem, _difference(carry, other)) for other in (first, before))
-            programs.report(STILL_MOVES, last / torch.where(way > 0, way, 1.0), MAX_STILL_MOVES, _ADVICE)
+            programs.report(DISTANCE, _distance_left(problem, last), MAX_DISTANCE, _OF_STEPS)
         return Adaptation(carry, reported(problem, losses), carry if keep else None)
 
     def adapt_pullback(
@@ -89,23 +92,39 @@ class Implicit(Adjoint):
         def product(vector: Tensor) -> Tensor:
             return (1.0 + self.damping) * vector - layout.joined(pull(vector)[0][:num_params])
 
+        # Scaled, and in single precision at least, so that squares of small numbers are not 0.
         right = layout.joined(carry[:num_params])
-        solve = self._conjugate_gradients if self.solver == "cg" else self._neumann
-        found = solve(layout, product, right)
+        right = right.to(torch.promote_types(right.dtype, torch.float32))
+        largest = right.abs().amax(-1)
+        unit = layout.wide(torch.where(largest > 0, largest, 1.0))
+        if self.solver == "cg":
+            found, asymmetry = self._conjugate_gradients(layout, product, right / unit)
+            programs.report(ASYMMETRY, asymmetry, MAX_ASYMMETRY, _OF_SYMMETRY)
+        else:
+            found = self._neumann(layout, product, right / unit)
+        found = found * unit
         of_carry, of_fixed, of_batch, _ = pull(found)
         residual = right - ((1.0 + self.damping) * found - layout.joined(of_carry[:num_params]))
-        size = layout.norm(right)
-        programs.report(RESIDUAL, layout.norm(residual) / torch.where(size > 0, size, 1.0), MAX_RESIDUAL, _ADVICE)
+        size = layout.norm(right / unit)
+        programs.report(RESIDUAL, layout.norm(residual / unit) / torch.where(size > 0, size, 1.0), MAX_RESIDUAL, _OF_SOLVER)
         of_state = [own + through for own, through in zip(state, of_carry[num_params:], strict=True)]
         of_start = start_gradients(problem, [*[torch.zeros_like(value) for value in carry[:num_params]], *of_state])
         return Gradients(of_start, of_fixed, of_batch, ())
 
-    def _conjugate_gradients(self, layout: _Layout, product: Callable[[Tensor], Tensor], right: Tensor) -> Tensor:
+    def _conjugate_gradients(self, layout: _Layout, product: Callable[[Tensor], Tensor], right: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the iterate of the least residual, and how far the products were from those of a symmetric matrix, relative to them."""
         found, residual = torch.zeros_like(right), right
         direction, square = right, layout.dot(right, right)
         limit = square * self.tolerance**2
+        best, least, asymmetry = found, square, torch.zeros_like(square)
+        last: tuple[Tensor, Tensor] | None = None
         for _ in range(self.iterations):
             image = product(direction)
+            if last is not None:
+                difference = (layout.dot(direction, last[1]) - layout.dot(last[0], image)).abs()
+                size = layout.norm(direction) * layout.norm(last[1])
+                asymmetry = torch.where((square > limit) & (size > 0), torch.maximum(asymmetry, difference / size), asymmetry)
+            last = direction, image
             curvature = layout.dot(direction, image)
             length = torch.where((square > limit) & (curvature != 0), square / torch.where(curvature != 0, curvature, 1.0), 0.0)
             found = found + layout.wide(length) * direction
@@ -113,7 +132,9 @@ class Implicit(Adjoint):
             after = layout.dot(residual, residual)
             direction = residual + layout.wide(after / torch.where(square > 0, square, 1.0)) * direction
             square = after
-        return found
+            is_better = square < least
+            best, least = torch.where(layout.wide(is_better), found, best), torch.where(is_better, square, least)
+        return best, asymmetry
 
     def _neumann(self, layout: _Layout, product: Callable[[Tensor], Tensor], right: Tensor) -> Tensor:
         scale = 1.0 / (1.0 + self.damping)
@@ -123,9 +144,12 @@ class Implicit(Adjoint):
         return found
 
 
-_ADVICE = (
-    "the meta-gradient of Implicit() is not that of a fixed point; make more steps or larger ones, allow the solver more iterations, or "
-    "use an exact adjoint. unroll.explain() has the number"
+_WRONG = "the meta-gradient of Implicit() is not to be trusted; "
+_OF_STEPS = _WRONG + "make more steps or larger ones, or use an exact adjoint. unroll.explain() has the number"
+_OF_SOLVER = _WRONG + "allow the solver more iterations, or some damping, or use an exact adjoint. unroll.explain() has the number"
+_OF_SYMMETRY = (
+    _WRONG + "conjugate gradients need one learning rate for all parameters, and an optimiser that does not mix them; use "
+    "Implicit(solver='neumann'), or an exact adjoint"
 )
 
 
@@ -158,6 +182,17 @@ def _difference(one: Carry, other: Carry) -> list[Tensor]:
     return [new - old for new, old in zip(one.params.values(), other.params.values(), strict=True)]
 
 
+def _distance_left(problem: Problem, last: Sequence[Carry]) -> Tensor:
+    """Returns how far the fixed point is from the last of three states, relative to its norm, as if steps shrank by the same factor."""
+    before, move = (_norm(problem, _difference(new, old)) for old, new in itertools.pairwise(last))
+    size = _norm(problem, list(last[-1].params.values()))
+    size = torch.where(size > 0, size, 1.0)
+    factor = torch.where(before > 0, move / torch.where(before > 0, before, 1.0), 0.0)
+    left = move / (1.0 - factor).clamp(min=1e-6) / size
+    return torch.where(move <= 8 * torch.finfo(move.dtype).eps * size, 0.0, left)  # which is rounding
+
+
 def _norm(problem: Problem, values: Sequence[Tensor]) -> Tensor:
     layout = _Layout(problem, values)
-    return layout.norm(layout.joined(values))
+    joined = layout.joined(values)
+    return layout.norm(joined.to(torch.promote_types(joined.dtype, torch.float32)))

@@ -17,8 +17,10 @@ from adaptrt.inner.refused import refuse_parts, refuse_script
 from adaptrt.inner.step import Batch
 
 
-def model_device(model: nn.Module) -> torch.device:
+def model_device(model: nn.Module, may_lack_parameters: bool = False) -> torch.device:
     """Returns the device of the model, after checking that its parameters can be adapted and are all on one device.
+
+    `may_lack_parameters`: a model that has none is on the device of its buffers, or the CPU.
 
     Raises:
       InvalidType: not a module, or a script.
@@ -46,6 +48,8 @@ def model_device(model: nn.Module) -> torch.device:
         if param.layout is not torch.strided:
             raise UnsupportedParameter(f"parameter '{name}' has layout {param.layout}; only dense parameters can be adapted")
         devices.setdefault(param.device, name)
+    if not devices and may_lack_parameters:
+        return next((buffer.device for buffer in model.buffers()), torch.device("cpu"))
     if not devices:
         raise InvalidArgument("the model has no parameters")
     if len(devices) > 1:

@@ -184,7 +184,7 @@ class Reader:
         flags = self._read_flags()
         if flags == self._flags or self._selection is None:
             return
-        device = check.model_device(self._model)
+        device = check.model_device(self._model, may_lack_parameters=not self._adapted)
         if device != self._device:
             raise ModelChanged(
                 f"the model was moved from {self._device} to {device} after compile_unroll; make a new unroll, or move it back"
@@ -299,12 +299,13 @@ class Selection(NamedTuple):
     model: nn.Module
     opt: Any
     select: Select
+    loss: object = None
 
     def __call__(self) -> frozenset[str]:
-        return adapted_names(self.model, self.opt, self.select)
+        return adapted_names(self.model, self.opt, self.select, self.loss)
 
 
-def adapted_names(model: nn.Module, opt: Any, select: Select) -> frozenset[str]:
+def adapted_names(model: nn.Module, opt: Any, select: Select, loss: object = None) -> frozenset[str]:
     """Returns the names of the parameters that adapt, by the rules that `compile_unroll` documents.
 
     Raises:
@@ -318,7 +319,7 @@ def adapted_names(model: nn.Module, opt: Any, select: Select) -> frozenset[str]:
             raise InvalidArgument(
                 f"params={select!r} selects parameters, and without an optimiser only buffers adapt; leave one of them out"
             )
-        if not dict(model.named_buffers()):
+        if not any(dict(part.named_buffers()) for part in (model, loss) if isinstance(part, nn.Module)):
             raise NothingToAdapt(f"without an optimiser only buffers adapt, and {type(model).__name__} has none")
         return frozenset()
     held = {id(param) for group in opt.param_groups for param in group["params"]} if isinstance(opt, torch.optim.Optimizer) else None

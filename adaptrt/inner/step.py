@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -202,37 +201,50 @@ class Step:
         """Runs model and loss. The caller decides what random operations return (`lift_noise`)."""
         loss, output, updated, update = self._evaluate(params, buffers, fixed, batch, of_query)
         loss = _require_scalar(loss) if batch.weights is None else _weighted_mean(loss, batch.weights)
-        return Evaluation(loss if self.dtype is None else loss.to(_any_of(params, fixed).dtype), output, updated, update)
+        return Evaluation(loss if self.dtype is None else loss.to(any_of(params, fixed, buffers).dtype), output, updated, update)
 
     def losses_of_examples(
         self, carry: Carry, fixed: Fixed, batch: Batch, noise: Sequence[Tensor], *, of_query: bool
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Returns the loss of each example of a batch that has weights, [S], and all buffers as model and loss leave them."""
+        """Returns the loss of each example of a batch that has weights, [S], and all buffers as model and loss leave them.
+
+        Raises:
+          InvalidLoss: the loss says whether to update, which padding would decide as well.
+        """
         with lift_noise(noise):
-            losses, _, buffers, _ = self._evaluate(carry.params, carry.buffers, fixed, batch, of_query)
+            losses, _, buffers, update = self._evaluate(carry.params, carry.buffers, fixed, batch, of_query)
+        if update is not None:
+            raise InvalidLoss(
+                "with examples='weighted' the loss must return the losses alone, without update: that would be computed from padding, too. "
+                "Give examples that are not to count the weight 0"
+            )
         return losses, buffers
 
     def _evaluate(
         self, params: Mapping[str, Tensor], buffers: Mapping[str, Tensor], fixed: Fixed, batch: Batch, of_query: bool
     ) -> tuple[Any, Tree, dict[str, Tensor], Tensor | None]:
         """Returns what the loss returned, the model's output, all buffers, and whether to update."""
-        with self._precision(params, fixed):
+        with self._precision(params, fixed, buffers):
             output, updated = self.apply(params, buffers, fixed, batch.inputs)
             target = () if batch.target is None else (batch.target,)
             if of_query and self.query_loss is not None:
                 loss = self._query_loss(output, target, batch.weights, fixed)
             elif self.loss is None and not (of_query or params or target):  # buffers adapt, for which no loss is needed
-                loss = _any_of(params, fixed).new_zeros(())
+                example = any_of(params, fixed, buffers)
+                dtype = example.dtype if example.is_floating_point() else torch.get_default_dtype()
+                loss = torch.zeros(() if batch.weights is None else batch.weights.shape, dtype=dtype, device=example.device)
             else:
                 loss, updated = self._loss(output, target, batch.weights, fixed, updated)
         loss, update = _as_update(loss)
         return loss, output, updated, update
 
-    def _precision(self, params: Mapping[str, Tensor], fixed: Fixed) -> contextlib.AbstractContextManager[Any]:
+    def _precision(
+        self, params: Mapping[str, Tensor], fixed: Fixed, buffers: Mapping[str, Tensor]
+    ) -> contextlib.AbstractContextManager[Any]:
         if self.dtype is None:
             return contextlib.nullcontext()
         # Without the cache of casts: it would hand tensors of one capture to the next.
-        return torch.autocast(_any_of(params, fixed).device.type, self.dtype, cache_enabled=False)
+        return torch.autocast(any_of(params, fixed, buffers).device.type, self.dtype, cache_enabled=False)
 
     def _loss(
         self, output: Tree, target: tuple[Tree, ...], weights: Tensor | None, fixed: Fixed, updated: dict[str, Tensor]
@@ -256,14 +268,15 @@ class Step:
     ) -> tuple[Tree, dict[str, Tensor]]:
         """Returns the model's output, and all buffers as the model left them."""
         args, kwargs = as_call(inputs)
-        with self._precision(params, fixed):
+        with self._precision(params, fixed, buffers):
             output, own = call_module(self.model, {**fixed.params, **params}, of_model(buffers), args, kwargs)
         return output, {**buffers, **own}
 
 
-def _any_of(params: Mapping[str, Tensor], fixed: Fixed) -> Tensor:
-    """Returns a parameter of the model, whose dtype and device are those of all."""
-    return next(itertools.chain(params.values(), fixed.params.values()))
+def any_of(params: Mapping[str, Tensor], fixed: Fixed, buffers: Mapping[str, Tensor]) -> Tensor:
+    """Returns a parameter of the model, or a buffer if it has none, of a floating-point dtype if there is any: that of its losses."""
+    values = [*params.values(), *fixed.params.values(), *buffers.values()]
+    return next((value for value in values if value.is_floating_point()), values[0])
 
 
 def _value_of(loss: Callable[..., Any] | None, output: Tree, target: tuple[Tree, ...], weights: Tensor | None) -> Any:
@@ -290,7 +303,7 @@ def as_call(inputs: Tree) -> tuple[tuple[Any, ...], dict[str, Any]]:
 def default_loss(output: Any, target: Tensor | None = None, *, of_each: bool = False) -> Tensor:
     """Computes the output's own loss if it has one, else cross-entropy for integer targets or mean squared error for floating ones.
 
-    `of_each`: of each example, which is the mean over all axes but the first.
+    `of_each`: of each example, the mean over all axes but the first, of cross-entropy over the labels that are not -100.
 
     Raises:
       InvalidLoss: none of these applies.
@@ -312,16 +325,16 @@ def default_loss(output: Any, target: Tensor | None = None, *, of_each: bool = F
                 f"mean squared error of output {tree.describe(output)} against target {tree.describe(target)}: the shapes must be equal. "
                 "For cross-entropy pass class labels as integers, by .long()"
             )
-        return F.mse_loss(output, target) if not of_each else _of_each(F.mse_loss(output, target, reduction="none"))
+        if of_each:
+            return F.mse_loss(output, target, reduction="none").reshape(len(target), -1).mean(1)
+        return F.mse_loss(output, target)
     if target.dtype is torch.bool or target.is_complex():
         raise InvalidLoss(f"no default loss for a target of {target.dtype}; pass loss=")
     if of_each:
-        return _of_each(F.cross_entropy(output, target.long(), reduction="none"))
+        target = target.long()
+        counts = (target != -100).reshape(len(target), -1).sum(1)
+        return F.cross_entropy(output, target, reduction="none").reshape(len(target), -1).sum(1) / counts.clamp(min=1)
     return F.cross_entropy(output, target.long())
-
-
-def _of_each(losses: Tensor) -> Tensor:
-    return losses if losses.dim() < 2 else losses.flatten(1).mean(1)
 
 
 def _takes_output_alone(loss: Callable[..., Any]) -> bool:
@@ -366,8 +379,11 @@ def _weighted_mean(losses: Any, weights: Tensor) -> Tensor:
             f"with examples='weighted' the loss must return one floating-point value for each example, got {tree.describe(losses)} for "
             f"weights {tree.describe(weights)}; leave out its mean, for example by reduction='none'"
         )
-    weights = weights.to(losses.dtype)
-    return (losses * weights).sum() / weights.sum()
+    # Not in the losses' dtype, in which weights or their sum may be 0 or infinite.
+    dtype = torch.promote_types(losses.dtype, torch.float32)
+    dtype = torch.promote_types(dtype, weights.dtype) if weights.is_floating_point() else dtype
+    weights = weights.to(dtype)
+    return ((losses.to(dtype) * weights).sum() / weights.sum()).to(losses.dtype)
 
 
 def _require_same_specs(before: Carry, after: Carry) -> None:

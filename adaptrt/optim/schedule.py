@@ -85,7 +85,9 @@ def per_step(values: Tensor | PerTask | Sequence[float] | Mapping[str, Tensor | 
 
 
 def per_task(values: Tensor) -> PerTask:
-    """Makes a hyperparameter that has a value for each task of a call of `vmap()`, wherever one takes a tensor.
+    """Makes a hyperparameter that has a value for each task of a call of `vmap()`, for any argument of any optimiser here.
+
+    A `torch.optim` instance takes it in its `param_groups`, not in its constructor.
 
     Args:
       values: [T], or [T, *parameter's shape] in a mapping by parameter name, or in `per_step` [T, k].

@@ -386,7 +386,7 @@ class _Rows:
 def put_together_again(parts: Sequence[Adapted]) -> Adapted | None:
     """Returns the batch of these adaptations, in their order, if `unbind()` has taken all of them out of one; else None.
 
-    Its tensors are then not taken apart for nothing.
+    Its tensors are then not taken apart for nothing. None, too, where gradients could be asked for by tensors that were taken out.
     """
     rows, _ = vars(parts[0]).get("_row_of", (None, 0))
     if rows is None:
@@ -394,7 +394,7 @@ def put_together_again(parts: Sequence[Adapted]) -> Adapted | None:
     places: list[int] = []
     for part in parts:
         own, place = vars(part).get("_row_of", (None, 0))
-        if own is not rows:
+        if own is not rows or (torch.is_grad_enabled() and _taken_out_requires_grad(part)):
             return None
         places.append(place)
     batch = rows.batch if torch.is_grad_enabled() else rows.batch.without_graph()
@@ -404,6 +404,13 @@ def put_together_again(parts: Sequence[Adapted]) -> Adapted | None:
         state = dataclasses.replace(state.map(lambda value: value.index_select(0, chosen)), num_tasks=len(places))
         losses = losses.index_select(0, chosen)
     return batch.with_state(state, losses, [batch])
+
+
+def _taken_out_requires_grad(row: Adapted) -> bool:
+    held = vars(row)
+    state: State | None = held.get("state")
+    values = [*(() if state is None else state.leaves), *([held["losses"]] if "losses" in held else ())]
+    return any([value.requires_grad for value in values])
 
 
 def _row(batch: Adapted, rows: _Rows, place: int) -> Adapted:

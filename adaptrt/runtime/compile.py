@@ -100,7 +100,7 @@ def compile_unroll(
       torch.Size([2, 3])
     """
     model = unwrapped(model)
-    device = check.model_device(model)
+    device = check.model_device(model, may_lack_parameters=opt is None)
     check.positive_int("k", k)
     check.positive_int("cache_size", cache_size)
     check.one_of("on_new_shape", on_new_shape, ("compile", "error"))
@@ -117,7 +117,7 @@ def compile_unroll(
         raise kind(
             f"adjoint must be 'auto', Unrolled(), Replay(every=n), Stash(), FirstOrder(), Truncated(n) or Implicit(), got {adjoint!r}"
         )
-    selection = Selection(model, opt, params)
+    selection = Selection(model, opt, params, loss)
     adapted = selection()
     check.shared_tensors(model, losses, adapted)
     return CompiledUnroll(

@@ -92,12 +92,14 @@ class Execution:
         guard = None if keep is None else self._guard(keep)
         route, begin, batch, _, inputs = self.router.find(support, None, start, warm, k)
         plan = route.plan
+        if keep == "not_worse" and self.settings.opt is None and self.settings.loss is None and batch.target is None:
+            raise InvalidArgument("keep='not_worse' compares losses, and there is none here; pass loss=, or a function of (before, after)")
         plan.validation.before("support", batch, plan.probe.bounds)
         output = None
         with restored_on_error(plan.probe.noise, generator):
             try:
                 if outputs is not None:
-                    leaves, losses, output = self._with_output(route, begin, batch, generator, warm)
+                    leaves, losses, output = self._with_output(route, begin, batch, generator, warm, inputs)
                 elif route.whole is not None:
                     results = route.whole.run_leaves([*begin.carry_leaves, *begin.fixed_leaves, *tree.leaves(batch)])
                     num_leaves = len(begin.carry_leaves)
@@ -116,7 +118,7 @@ class Execution:
         return Adapted(self._predictor, state, losses, begin.fixed, num_links, kept, final_loss, output)
 
     def _with_output(
-        self, route: Route, begin: Start, support: Batch, generator: torch.Generator | None, warm: bool
+        self, route: Route, begin: Start, support: Batch, generator: torch.Generator | None, warm: bool, inputs: tuple[Tensor, ...]
     ) -> tuple[Sequence[Tensor], Tensor, Any]:
         """Returns the leaves of the carry after all steps, the losses, and what the model returned in the first step.
 
@@ -128,6 +130,9 @@ class Execution:
         is_constant = plan.adjoint.num_constant_steps(problem.k) > 0
         with torch.set_grad_enabled(torch.is_grad_enabled() and not is_constant):
             carry, loss, output = nodes.first_step(route, Task(begin.carry, begin.fixed, support, noise))
+        if plan.adjoint.needs_fixed_point:  # what it makes of the first state is none of its steps alone
+            leaves, losses = nodes.adapt(Call(route, Task(begin.carry, begin.fixed, support, noise * problem.k), None, inputs))
+            return leaves, losses, output
         leaves, losses = _constant_where_none_flows(route, carry), loss.unsqueeze(-1)
         if problem.k > 1:
             first = Adapted(self._predictor, State(tuple(leaves), route.form, route.num_tasks), losses, begin.fixed)

@@ -25,7 +25,7 @@ from adaptrt.graph.gradient_mode import GradientMode
 from adaptrt.graph.indices import IndexBound
 from adaptrt.graph.ir import Graph
 from adaptrt.graph.noise import Noise, draw
-from adaptrt.inner import diagnose
+from adaptrt.inner import check, diagnose
 from adaptrt.inner.executed import Executed
 from adaptrt.inner.guard import Guard
 from adaptrt.inner.step import Batch, Carry, Fixed, Step, as_data
@@ -318,12 +318,17 @@ def _require_written_buffers(step: Step, found: Probe, arguments: Arguments) -> 
 
 def _require_independent(settings: Settings, name: str, step: Step, found: Probe | Prediction, arguments: Arguments) -> None:
     """Checks that examples do not depend on each other, as `independent.require` does. `name`: of the batch."""
+    carry, fixed, batch = arguments.sample()
+    check.weights(name, batch)
+    check.indices(name, batch, found.bounds)
+    if settings.check_finite:
+        check.finite(name, batch)
+    step = dataclasses.replace(step, dtype=None)
     capturing = capture_settings(settings, step, found, arguments._replace(tasks=TaskAxis()), False)
     losses = functools.partial(step.losses_of_examples, of_query=name == "query")
     run = ProgramSet(Eager(), settings.modules, capturing).program("losses of examples", losses, ("carry", "fixed", "batch", "noise"))
-    carry, fixed, batch = arguments.sample()
     noise = draw(found.noise, torch.Generator(settings.device).manual_seed(0), None)
-    independent.require(name, settings.model, lambda batch: run(carry, fixed, batch, noise), batch, settings.dtype)
+    independent.require(name, settings.model, lambda batch: run(carry, fixed, batch, noise), batch, found.bounds)
 
 
 def _require_fixed_point(settings: Settings, step: Step, found: Probe, arguments: Arguments, capturing: CaptureSettings) -> None:
@@ -352,10 +357,11 @@ def _require_fixed_point(settings: Settings, step: Step, found: Probe, arguments
     graph = capturing.explain_failure(lambda: capture(step, carry, fixed, batch, ()))
     names = tree.paths(carry.opt_state)
     for place, (name, spec) in enumerate(zip(names, map(tree.Spec.of, tree.leaves(carry.opt_state)), strict=True), len(carry.params)):
-        if spec.dtype.is_floating_point and not returns_input(graph, place):
-            refuse(
-                f"the optimiser remembers '{name}', which every step changes", "Take one without memory, such as optim.sgd without momentum"
-            )
+        if not returns_input(graph, place):
+            advice = "Take one without memory, such as optim.sgd without momentum"
+            if not spec.dtype.is_floating_point:
+                advice = "Take one whose steps are all alike, without a schedule"
+            refuse(f"the optimiser remembers '{name}', which every step changes", advice)
 
 
 def _choose(

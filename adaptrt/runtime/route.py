@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -19,7 +18,7 @@ from adaptrt.graph.gradient_mode import GradientMode
 from adaptrt.graph.surroundings import refuse_recorders
 from adaptrt.inner import check
 from adaptrt.inner.reader import Reader, Start
-from adaptrt.inner.step import Batch, Fixed
+from adaptrt.inner.step import Batch, Fixed, any_of
 from adaptrt.optim.tasks import are_per_task
 from adaptrt.runtime.adapted import Adapted, Predictor, restored
 from adaptrt.runtime.capture import without_leading_axis
@@ -156,8 +155,9 @@ class Router:
             opt_state = self._reader.opt_state_for(state.carry.params, num_tasks is not None)
         if opt_state is not None:
             state = state.replace(opt_state=opt_state)
-        param = next(itertools.chain(begin.carry.params.values(), begin.fixed.params.values()))
-        losses = param.new_empty((0,) if num_tasks is None else (num_tasks, 0))
+        example = any_of(begin.carry.params, begin.fixed, begin.carry.buffers)
+        dtype = example.dtype if example.is_floating_point() else torch.get_default_dtype()
+        losses = example.new_empty((0,) if num_tasks is None else (num_tasks, 0), dtype=dtype)
         return Adapted(predictor, state, losses, begin.fixed)
 
     def loaded(self, predictor: Predictor, path: str | os.PathLike[str]) -> Adapted:
@@ -190,6 +190,8 @@ class Router:
                 f"steps={k} needs programs of single steps, and {plan.adjoint} has one program of {self._settings.k} steps; pass "
                 "adjoint=Replay(), Stash(), FirstOrder() or Truncated(n) to compile_unroll"
             )
+        if k is not None and k < 2 and plan.adjoint.needs_fixed_point:
+            raise InvalidArgument(f"steps={k} is too few for {plan.adjoint}, whose steps must converge; make as many as that takes")
         problem, inputs = self._problem(plan, begin, batch, asked, mode, k or self._settings.k)
         form = tree.form_of(tree.flatten(begin.carry)[1], begin.carry_leaves)
         return Routed(Route(plan, query_plan, problem, num_tasks, form), begin, batch, asked, inputs)

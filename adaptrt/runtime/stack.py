@@ -19,8 +19,9 @@ from adaptrt.tree import Spec
 def stack(adapted: Sequence[Adapted]) -> Adapted:
     """Puts adaptations of one task each together on a task axis, so that one call of `vmap()` goes on from all of them.
 
-    `batch[i]` and `batch.unbind()` take them apart again. Gradients flow through both. Rows of `losses` are as long as the longest, and end
-    with NaN for tasks that had fewer steps.
+    `batch[i]` and `batch.unbind()` take them apart again. Gradients flow through both. What `unbind()` took apart in this order shares its
+    memory. Rows of `losses` are as long as the longest, and end with NaN for tasks that had fewer steps. What a guard has found is not
+    passed on, and neither are outputs.
 
     Args:
       adapted: made by `adapt` or `start` of one unroll, or of its `vmap()`; none has a task axis.
