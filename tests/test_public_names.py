@@ -12,13 +12,13 @@ _OPTIMISERS = "adadelta adafactor adagrad adam adamax adamw asgd lbfgs muon nada
 _TAPE = "SGD Adam AdamW Adadelta Adagrad Adamax ASGD RMSprop Rprop NAdam RAdam Adafactor Muon"
 
 NAMES = {
-    "adaptrt": "Adapted Adjoint Backend CompiledUnroll CudaGraph Eager FirstOrder Implicit Inductor Replay Result Stash Truncated "
-    "Unrolled compile_unroll errors optim stack trace where",
-    "adaptrt.optim": f"{_OPTIMISERS} Optimizer Schedule Transform chain clip_by_global_norm ema learned partition per_step proximal "
-    "scale_by_schedule schedule scheduled sharpness_aware skip_not_finite",
+    "adaptrt": "Adapted Adjoint Backend CompiledUnroll CudaGraph Eager Exported FirstOrder Implicit Inductor Replay Result Stash Truncated "
+    "Unrolled compile_unroll errors load optim stack trace where",
+    "adaptrt.optim": f"{_OPTIMISERS} Optimizer PerTask Schedule Transform chain clip_by_global_norm ema learned partition per_step "
+    "per_task proximal scale_by_schedule schedule scheduled sharpness_aware skip_not_finite",
     "adaptrt.errors": "AdaptrtError AlreadyImported CannotBePickled CannotBeSet CannotRecord CompilerUnavailable DataDependentControlFlow "
-    "DeviceMismatch InvalidArgument InvalidBatch InvalidGraph InvalidLoss InvalidState InvalidType LabelOutOfRange "
-    "LongChain ModelChanged NonFiniteInput NotALeaf NotConverged NotDifferentiable NotTraceable NothingToAdapt "
+    "DeviceMismatch InvalidArgument InvalidBatch InvalidExport InvalidGraph InvalidLoss InvalidState InvalidType LabelOutOfRange "
+    "LongChain ModelChanged NonFiniteInput NotALeaf NotConverged NotDifferentiable NotExportable NotTraceable NothingToAdapt "
     "OptimizerMismatch OutOfDeviceMemory RecordingFailed ShapeChanged UnknownPyTorch UnsupportedOptimizer "
     "UnsupportedParameter UnsupportedRandomness WithinTransform",
     "adaptrt.adjoint": "Adjoint FirstOrder Implicit Replay Stash Truncated Unrolled",

@@ -65,7 +65,7 @@ def load(
     a TorchScript program is code as well: load them from sources that you trust, as you would a program.
 
     Args:
-      directory: the folder.
+      directory: the folder. Each program is opened, and its file compared once more, when it is first called.
       format: which of its formats runs, None for the fastest that is there.
       weights: other weights than those of the folder, a safetensors file or tensors by the names that the manifest has.
     Raises:
@@ -81,8 +81,7 @@ def load(
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     _ = unroll.export(f"{folder}/program", support, torch.randn(4, 3), formats="torchscript")
       ...     exported = load(f"{folder}/program")
-      ...     adapted = exported.adapt(support)
-      >>> adapted(torch.randn(4, 3)).shape
+      ...     exported.adapt(support)(torch.randn(4, 3)).shape
       torch.Size([4, 2])
     """
     if not isinstance(directory, str | os.PathLike):

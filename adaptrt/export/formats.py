@@ -90,8 +90,8 @@ class TorchScript(Format):
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
                 traced = torch.jit.trace_module(_Module(graph), {"forward": tuple(_examples(graph))}, check_trace=False)
-            found[name] = f"{name}.ts"
-            torch.jit.save(traced, str(folder / found[name]))
+                found[name] = f"{name}.ts"
+                torch.jit.save(traced, str(folder / found[name]))
         return found
 
     def open(self, manifest: Manifest, entry: ProgramEntry, path: Path) -> Run:

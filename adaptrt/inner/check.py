@@ -311,8 +311,11 @@ def finite(name: str, batch: Batch) -> None:
     Raises:
       NonFiniteInput: it does; the message names the tensor and its first such element.
     """
-    for kind, part in (("input", batch.inputs), ("target", batch.target), ("weights", batch.weights)):
-        for index, value in enumerate(tree.leaves(part)):
+    parts = [("input", tree.leaves(batch.inputs)), ("target", tree.leaves(batch.target))]
+    if batch.weights is not None:
+        parts.append(("weights", [batch.weights]))
+    for kind, values in parts:
+        for index, value in enumerate(values):
             # A finite sum proves finite terms, at a fraction of the cost; the sum of finite terms may overflow.
             if value.is_floating_point() and not math.isfinite(value.sum().item()) and not bool(torch.isfinite(value).all()):
                 where = (~torch.isfinite(value)).nonzero()[0].tolist()

@@ -112,9 +112,9 @@ class Reader:
         if state is not reading.state:  # most often it is one that never changes
             state, state_leaves = self._state = reading.state, tree.leaves(reading.state)
         params, buffers, frozen, loss_params, of_query_loss = self._read_tensors()
-        own = self._source.state_for(params)
-        if own is not None:  # it depends on the values
-            state, state_leaves = own, tree.leaves(own)
+        if self._source.starts_from_values:
+            state = self._source.state_for(params)
+            state_leaves = tree.leaves(state)
         return Start(
             Carry(params, state, buffers),
             Fixed(frozen, loss_params, hyper, of_query_loss),

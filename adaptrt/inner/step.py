@@ -232,7 +232,7 @@ class Step:
             elif self.loss is None and not (of_query or params or target):  # buffers adapt, for which no loss is needed
                 example = any_of(params, fixed, buffers)
                 dtype = example.dtype if example.is_floating_point() else torch.get_default_dtype()
-                loss = torch.zeros(() if batch.weights is None else batch.weights.shape, dtype=dtype, device=example.device)
+                loss = example.new_zeros(() if batch.weights is None else batch.weights.shape, dtype=dtype)
             else:
                 loss, updated = self._loss(output, target, batch.weights, fixed, updated)
         loss, update = _as_update(loss)

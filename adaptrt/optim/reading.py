@@ -21,7 +21,13 @@ class Reading(NamedTuple):
 
 
 class Source(abc.ABC):
-    """An optimiser for certain parameters, whose settings and state may change between calls."""
+    """An optimiser for certain parameters, whose settings and state may change between calls.
+
+    Attributes:
+      starts_from_values: whether `state_for` has to be asked for the state to start from.
+    """
+
+    starts_from_values: bool = False
 
     @abc.abstractmethod
     def structure(self) -> Hashable:

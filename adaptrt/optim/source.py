@@ -31,6 +31,7 @@ class PureSource(Source):
         self._optimizer = optimizer
         self._params = params
         self._initial: tuple[Hashable, State] = None, None
+        self.starts_from_values = not optimizer.init_is_constant
         self.state()
 
     def structure(self) -> Hashable:

@@ -67,7 +67,8 @@ class Validation:
           LabelOutOfRange, NonFiniteInput, InvalidBatch: a value is not valid; weights that sum to 0.
         """
         if self.validator is not Validator.LAUNCH:
-            check.weights(name, batch)
+            if batch.weights is not None:
+                check.weights(name, batch)
             check.indices(name, batch, bounds)
             if self.finite and self.validator is Validator.HOST:
                 check.finite(name, batch)
