@@ -1,4 +1,4 @@
-"""The command line: `adaptrt demo` and `adaptrt inspect module:factory`.
+"""The command line: `adaptrt demo`, `adaptrt inspect module:factory` and `adaptrt export module:factory`.
 
 After a wrong input, the command prints one line on standard error and ends with exit code 2. After Ctrl-C, it prints one line and ends with
 exit code 130. Neither prints a traceback.
@@ -11,6 +11,7 @@ import enum
 import importlib
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, NoReturn
@@ -72,6 +73,47 @@ def inspect(
         for name, graph in unroll.graphs().items():
             typer.echo(f"{name}: {graph}\n\nsignature of {name}\n{graph.signature}\n")
         typer.echo(str(unroll.explain()))
+
+
+class FormatChoice(enum.StrEnum):
+    """Names of formats, as the command line spells them."""
+
+    PT2 = "pt2"
+    ONNX = "onnx"
+    TORCHSCRIPT = "torchscript"
+    EXPORTED_PROGRAM = "exported_program"
+
+
+@app.command()
+def export(
+    target: Annotated[str, typer.Argument(metavar="MODULE:FACTORY", help="factory() returns (unroll, support, query).")],
+    out: Annotated[Path, typer.Option(help="The folder to write.")] = Path("adaptrt-export"),
+    formats: Annotated[list[FormatChoice], typer.Option("--format", help="Give it several times for several formats.")] = [  # noqa: B006
+        FormatChoice.PT2
+    ],
+    weights: Annotated[bool, typer.Option(help="Write the present weights, too.")] = True,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the folder.")] = False,
+    check: Annotated[bool, typer.Option("--check", help="Only say whether it can be exported, and write nothing.")] = False,
+) -> None:
+    """Write the whole adaptation as files, which run without Python or without PyTorch."""
+    names = [choice.value for choice in formats]
+    with _one_line_errors():
+        unroll, support, query = _build(target)
+        if query is None:
+            _fail(f"{target}() must return (unroll, support, query) for export: the programs are for these shapes")
+        inputs = query[0] if isinstance(query, tuple | list) else query
+        if check:
+            unroll.check_export(support, inputs, formats=names)
+            typer.echo(f"{target} can be exported as {', '.join(names)}")
+            return
+        began = time.perf_counter()
+
+        def progress(stage: str) -> None:
+            typer.echo(f"{time.perf_counter() - began:6.1f} s  {stage}")
+
+        folder = unroll.export(out, support, inputs, formats=names, weights=weights, overwrite=overwrite, progress=progress)
+        size = sum(path.stat().st_size for path in folder.iterdir())
+        typer.echo(f"{time.perf_counter() - began:6.1f} s  wrote {folder}, {size / 1e6:.1f} MB")
 
 
 def _build(target: str) -> tuple[CompiledUnroll, Any, Any]:

@@ -28,6 +28,9 @@ Keep = str | Callable[[Moment, Moment], Tensor] | None
 """The name of a guard, or a function; None for no guard."""
 
 
+FORMATS_OF_EXPORT = ("pt2", "onnx", "torchscript", "exported_program")
+
+
 def _silent(message: str) -> None:
     del message
 
@@ -253,7 +256,7 @@ class CompiledUnroll:
         support: Any,
         query: Any,
         *,
-        formats: Sequence[str] | str = ("pt2", "onnx", "torchscript", "exported_program"),
+        formats: Sequence[str] | str = FORMATS_OF_EXPORT,
         weights: bool = True,
         overwrite: bool = False,
         progress: Callable[[str], None] | None = None,
@@ -285,6 +288,15 @@ class CompiledUnroll:
         run = self._execution
         with run.planner.call():
             return write(directory, run.exporter, self._settings, support, query, formats, weights, overwrite, progress or _silent)
+
+    @entry_point
+    def check_export(self, support: Any, query: Any, *, formats: Sequence[str] | str = FORMATS_OF_EXPORT) -> None:
+        """Raises what `export` would raise about the programs, and writes nothing. Arguments are as there."""
+        from adaptrt.export.write import capture
+
+        run = self._execution
+        with run.planner.call():
+            capture(run.exporter, self._settings, support, query, formats, _silent)
 
     def vmap(self) -> CompiledUnroll:
         """The same unroll over tasks: a leading task axis on support, query and results; the meta-loss is the mean over tasks.

@@ -1,0 +1,410 @@
+"""Exports: what is written, what is read back, and what is refused. The programs themselves are compared with the unroll."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Generator, Tensor, nn
+
+import adaptrt
+from adaptrt import CompiledUnroll, Exported, compile_unroll, optim
+from adaptrt.errors import (
+    AdaptrtError,
+    InvalidArgument,
+    InvalidBatch,
+    InvalidExport,
+    InvalidState,
+    InvalidType,
+    LabelOutOfRange,
+    NonFiniteInput,
+    NotDifferentiable,
+    OptimizerMismatch,
+    ShapeChanged,
+)
+from adaptrt.export import manifest as manifests
+from tests.tolerances import assert_near
+
+K, T = 3, 2
+SCHEMA = json.loads((Path(__file__).parents[1] / "docs" / "manifest.schema.json").read_text())
+
+
+class Net(nn.Module):
+    """Statistics, noise, indices, a frozen layer, a tied weight, a constant, and outputs that are a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words = nn.Embedding(7, 4)
+        self.norm, self.drop = nn.BatchNorm1d(4), nn.Dropout(0.3)
+        self.body, self.head = nn.Linear(4, 4, bias=False), nn.Linear(4, 3)
+        self.again = self.body
+        self.body.weight.requires_grad_(False)
+        self.shift = torch.tensor([0.1, 0.2, 0.3])
+
+    def forward(self, tokens: Tensor, scale: Tensor) -> dict[str, Tensor]:
+        x = self.drop(self.norm(self.words(tokens).mean(1))) * scale[:, None]
+        return {"logits": self.head(torch.tanh(self.again(self.body(x)))) + self.shift}
+
+
+def model(seed: int = 0) -> Net:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return Net()
+
+
+def loss_of(output: Mapping[str, Tensor], target: Tensor) -> Tensor:
+    return F.cross_entropy(output["logits"], target)
+
+
+def make(net: nn.Module, tasks: bool = False, **options: Any) -> CompiledUnroll:
+    opt = torch.optim.Adam([value for value in net.parameters() if value.requires_grad], lr=0.05)
+    unroll = compile_unroll(net, opt, K, loss=loss_of, backend="eager", **options)
+    return unroll.vmap() if tasks else unroll
+
+
+def data(n: int = 6, *lead: int, seed: int = 1) -> tuple[Any, Tensor]:
+    generator = Generator().manual_seed(seed)
+    tokens = torch.randint(7, (*lead, n, 5), generator=generator)
+    return (tokens, torch.rand(*lead, n, generator=generator) + 0.5), torch.randint(3, (*lead, n), generator=generator)
+
+
+def inputs(n: int = 4, *lead: int) -> Any:
+    return data(n, *lead, seed=2)[0]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two shapes, as TorchScript."""
+    support, query = [data(6), data(3)], [inputs(4), inputs(2)]
+    return make(model()).export(tmp_path_factory.mktemp("export") / "net", support, query, formats="torchscript")
+
+
+def generator() -> Generator:
+    return Generator().manual_seed(5)
+
+
+def same(found: Any, right: Any) -> None:
+    """Whether two adaptations have the same numbers."""
+    assert_near(found.state.named_tensors(), {n: v.detach() for n, v in right.state.named_tensors().items()}, torch.float32)
+    assert_near({"losses": found.losses}, {"losses": right.losses.detach()}, torch.float32)
+
+
+def check(unroll: CompiledUnroll, exported: Exported, support: Any, query: Any) -> None:
+    """Everything that an export computes, against the unroll, with the same draws."""
+    adapted, right = (each.adapt(support, generator=generator()) for each in (exported, unroll))
+    same(adapted, right)
+    assert_near(adapted(query, generator=generator()), right.detach()(query, generator=generator()), torch.float32)
+    draws = generator()
+    wanted = unroll.adapt(support, generator=draws).detach()(query, generator=draws)
+    found = exported.adapt_predict(support, query, generator=generator())
+    assert_near(found.outputs, {name: value.detach() for name, value in wanted.items()}, torch.float32)
+    assert_near({"losses": found.losses}, {"losses": right.losses.detach()}, torch.float32)
+    base = exported.predict(query, generator=generator())
+    start = unroll.start(num_tasks=exported.manifest.num_tasks)
+    assert_near(base, {n: v.detach() for n, v in start(query, generator=generator()).items()}, torch.float32)
+    same(exported.adapt(support, start=adapted, generator=generator()), unroll.adapt(support, start=right, generator=generator()))
+    for keep in ("finite", "not_worse", lambda before, after: after.update_norm < 1e-3):
+        kept, wanted = (each.adapt(support, keep=keep, generator=generator()) for each in (exported, unroll))
+        assert torch.equal(kept.kept, wanted.kept)  # type: ignore[arg-type]
+        same(kept, wanted)
+        assert_near({"final": kept.final_loss}, {"final": wanted.final_loss.detach()}, torch.float32)  # type: ignore[union-attr, dict-item]
+    assert adapted.state_dict().keys() == unroll._settings.model.state_dict().keys()
+
+
+def test_what_an_export_computes(folder: Path) -> None:
+    unroll, exported = make(model()), adaptrt.load(folder)
+    for n, m in ((6, 4), (3, 2)):
+        check(unroll, exported, data(n), inputs(m))
+    assert exported.k == K and exported.format == "torchscript" and "float32[6]" in repr(exported)
+
+
+def test_over_tasks(tmp_path: Path) -> None:
+    unroll = make(model(), tasks=True)
+    support, query = data(6, T), inputs(4, T)
+    exported = adaptrt.load(unroll.export(tmp_path / "net", support, query, formats="torchscript"))
+    check(unroll, exported, support, query)
+    users = adaptrt.stack(exported.adapt(support).unbind()[::-1])
+    assert exported.adapt(support, start=users)[0].num_tasks is None
+
+
+def test_a_batch_for_each_step_and_weights_of_examples(tmp_path: Path) -> None:
+    net = nn.Linear(3, 2)
+    x, y = torch.randn(K, 5, 3), torch.randint(2, (K, 5))
+    unroll = compile_unroll(
+        net, optim.sgd(lr=0.1), K, loss=nn.CrossEntropyLoss(reduction="none"), per_step=True, examples="weighted", backend="eager"
+    )
+    batch = x, y, torch.rand(K, 5)
+    exported = adaptrt.load(unroll.export(tmp_path / "net", batch, x[0], formats="torchscript"))
+    same(exported.adapt(batch), unroll.adapt(batch))
+    same(exported.adapt(batch, keep="finite"), unroll.adapt(batch, keep="finite"))
+    with pytest.raises(InvalidBatch, match="sum to 0"):
+        exported.adapt((x, y, torch.zeros(K, 5)))
+
+
+@pytest.mark.slow
+def test_machine_code(tmp_path: Path) -> None:
+    """A pt2 package, loaded in a process that has not the model's class."""
+    unroll, support, query = make(model()), data(), inputs()
+    path = unroll.export(tmp_path / "net", support, query, formats=("pt2", "exported_program"))
+    exported = adaptrt.load(path)
+    assert exported.format == "pt2"
+    check(unroll, exported, support, query)
+    # A weight in another memory layout, which the package itself would not notice.
+    turned = exported.start(params={"head.weight": unroll._settings.model.head.weight.detach().T.contiguous().T})  # type: ignore[union-attr]
+    same(exported.adapt(support, start=turned, generator=generator()), unroll.adapt(support, generator=generator()))
+    code = f"""
+import torch, adaptrt
+exported = adaptrt.load({str(path)!r})
+generator = torch.Generator().manual_seed(1)
+tokens, scale = torch.randint(7, (6, 5), generator=generator), torch.rand(6, generator=generator) + 0.5
+adapted = exported.adapt(((tokens, scale), torch.randint(3, (6,), generator=generator)), generator=torch.Generator().manual_seed(5))
+torch.save(dict(adapted.params), {str(tmp_path / "params.pt")!r})
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=tmp_path, env={**os.environ, "PYTHONPATH": os.getcwd()})
+    assert_near(torch.load(tmp_path / "params.pt"), dict(exported.adapt(support, generator=generator()).params), torch.float32)
+    manifest = json.loads((path / "manifest.json").read_text())
+    manifest["machine"]["instruction_sets"].append("avx9000")
+    for change, message in (
+        ({"machine": {**manifest["machine"]}}, "a processor with avx9000, which this one has not"),
+        ({"machine": {**manifest["machine"], "architecture": "pdp11"}}, "compiled for architecture 'pdp11'"),
+        ({"made_by": {"adaptrt": "0.1.0", "torch": "1.0"}}, "compiled with PyTorch 1.0"),
+    ):
+        rewrite(path, {**manifest, **change})
+        with pytest.raises(InvalidExport, match=message):
+            adaptrt.load(path).adapt(support)
+
+
+def rewrite(path: Path, fields: dict[str, Any]) -> None:
+    """Writes a manifest whose digest is right."""
+    fields = {key: value for key, value in fields.items() if key != "digest"}
+    (path / "manifest.json").write_text(json.dumps({**fields, "digest": manifests._digest(fields)}))
+
+
+def test_the_manifest(folder: Path) -> None:
+    fields = json.loads((folder / "manifest.json").read_text())
+    jsonschema.validate(fields, SCHEMA)
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    names = [program["name"] for program in fields["programs"]]
+    assert names == ["adapt", "adapt_predict", "predict", "loss", *(f"{kind}_2" for kind in ("adapt", "adapt_predict", "predict", "loss"))]
+    adapt = fields["programs"][0]
+    roles = {entry["role"] for entry in adapt["inputs"]}
+    assert roles == {"param", "state", "buffer", "hyper", "noise", "data", "const"}
+    assert {entry["weight"] for entry in adapt["inputs"] if entry["weight"]} == {*fields["state"], *fields["fixed"], *fields["constants"]}
+    assert [entry["weight"] for entry in adapt["outputs"]] == [*fields["state"], None]
+    assert len(adapt["noise"]) == K and adapt["noise"][0]["kind"] == "bernoulli"
+    assert {bound["size"] for bound in adapt["bounds"]} == {7, 3}
+    assert set(fields["files"]) == {path.name for path in folder.iterdir()} - {"manifest.json"}
+
+
+def test_saved_states_go_both_ways(folder: Path, tmp_path: Path) -> None:
+    unroll, exported = make(model()), adaptrt.load(folder)
+    mine, theirs = exported.adapt(data(), generator=generator()), unroll.adapt(data(), generator=generator())
+    mine.save(tmp_path / "mine.safetensors")
+    theirs.save(tmp_path / "theirs.safetensors")
+    same(unroll.load(tmp_path / "mine.safetensors"), exported.load(tmp_path / "theirs.safetensors"))
+    other = make(model(1)).adapt(data())
+    other.save(tmp_path / "other.safetensors")
+    with pytest.raises(InvalidState, match="another base"):
+        exported.load(tmp_path / "other.safetensors")
+
+
+def test_other_weights(folder: Path, tmp_path: Path) -> None:
+    path = make(model()).export(tmp_path / "without", data(), inputs(), formats="torchscript", weights=False)
+    with pytest.raises(InvalidArgument, match="exported with weights=False; pass weights="):
+        adaptrt.load(path)
+    same(
+        adaptrt.load(path, weights=folder / "weights.safetensors").adapt(data(), generator=generator()),
+        make(model()).adapt(data(), generator=generator()),
+    )
+    with pytest.raises(InvalidExport, match="not those that the programs take"):
+        adaptrt.load(path, weights={"state.params.head.weight": torch.zeros(3, 4)})
+    with pytest.raises(InvalidType, match=r"weights\['x'\] must be a tensor, got int"):
+        adaptrt.load(path, weights={"x": 1})  # type: ignore[dict-item]
+
+
+# --- damaged and foreign files
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(draw=st.data())
+def test_flipped_and_truncated_files_are_refused_or_equal(draw: st.DataObject, folder: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.rmtree(copy, ignore_errors=True)
+    shutil.copytree(folder, copy)
+    path = draw.draw(st.sampled_from(sorted(copy.iterdir())))
+    content = bytearray(path.read_bytes())
+    place = draw.draw(st.integers(0, len(content) - 1))
+    if draw.draw(st.booleans()):
+        content[place] ^= draw.draw(st.integers(1, 255))
+    else:
+        del content[place:]
+    path.write_bytes(content)
+    try:
+        found = adaptrt.load(copy).adapt(data(), generator=generator())
+    except InvalidExport:
+        return
+    same(found, adaptrt.load(folder).adapt(data(), generator=generator()))
+
+
+def edited(change: Callable[[dict[str, Any], Path], Any]) -> Callable[[Path], None]:
+    """A change of the manifest, with a digest that is right."""
+
+    def run(path: Path) -> None:
+        fields = json.loads((path / "manifest.json").read_text())
+        change(fields, path)
+        rewrite(path, fields)
+
+    return run
+
+
+def outside(fields: dict[str, Any], path: Path) -> None:
+    shutil.copy(path / "adapt.ts", path.parent / "adapt.ts")
+    fields["files"]["../adapt.ts"] = fields["files"].pop("adapt.ts")
+    fields["programs"][0]["files"]["torchscript"] = "../adapt.ts"
+
+
+def linked(path: Path) -> None:
+    shutil.move(path / "adapt.ts", path.parent / "elsewhere.ts")
+    (path / "adapt.ts").symlink_to(path.parent / "elsewhere.ts")
+
+
+FOREIGN: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "no manifest": (lambda path: (path / "manifest.json").unlink(), r"has no manifest\.json"),
+    "another file": (lambda path: (path / "manifest.json").write_text("{}"), "is no manifest of an export"),
+    "digest": (
+        lambda path: (path / "manifest.json").write_text((path / "manifest.json").read_text().replace('"k": 3', '"k": 4')),
+        "its digest",
+    ),
+    "newer": (edited(lambda fields, path: fields.update(format_version=2)), "written in format 2, this adaptrt reads formats up to 1"),
+    "missing": (lambda path: (path / "adapt.ts").unlink(), "adapt.ts is missing"),
+    "extra": (lambda path: (path / "extra.txt").write_text(""), "extra.txt is in the folder, and the manifest does not know it"),
+    "changed": (lambda path: (path / "adapt.ts").write_bytes(b"x"), "adapt.ts is not the file that was exported"),
+    "link": (linked, "adapt.ts is a link to another place"),
+    "outside": (edited(outside), "'../adapt.ts' is no name of a file in the folder"),
+    "size": (edited(lambda fields, path: fields["state"]["state.params.head.bias"].update(shape=[1 << 50])), "which is too large"),
+    "type": (edited(lambda fields, path: fields.update(k="three")), "'k' must be a whole number of at least 1, got 'three'"),
+    "entries": (edited(lambda fields, path: fields.pop("machine")), "its entries are"),
+    "tree": (edited(lambda fields, path: fields["programs"][0].update(data=[{"set": []}])), "describes a tree by"),
+    "inputs": (edited(lambda fields, path: fields["programs"][0]["inputs"].pop()), "inputs and outputs of program 'adapt' are not those"),
+    "noise": (edited(lambda fields, path: fields["programs"][0]["noise"][0].pop("kind")), "describes noise by"),
+    "huge": (lambda path: (path / "manifest.json").write_bytes(b" " * ((1 << 26) + 1)), "which no manifest has"),
+    "nested": (lambda path: (path / "manifest.json").write_text("[" * 100_000), "is damaged, or is no manifest"),
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_foreign_folders(name: str, folder: Path, tmp_path: Path) -> None:
+    change, message = FOREIGN[name]
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    change(copy)
+    with pytest.raises(InvalidExport, match=message):
+        adaptrt.load(copy)
+
+
+def test_a_file_that_changes_after_it_was_loaded(folder: Path, tmp_path: Path) -> None:
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    exported = adaptrt.load(copy)
+    (copy / "adapt.ts").write_bytes(b"something else")
+    with pytest.raises(InvalidExport, match="was changed after the export was loaded"):
+        exported.adapt(data())
+
+
+# --- wrong calls
+
+
+(TOKENS, SCALE), LABELS = data()
+CALLS: dict[str, tuple[Callable[[Exported], Any], type[AdaptrtError], str]] = {
+    "shape": (lambda e: e.adapt(data(5)), ShapeChanged, r"no program 'adapt' was exported for int64\[5, 5\].*only for int64\[6, 5\]"),
+    "dtype": (lambda e: e.adapt(((TOKENS, SCALE.double()), LABELS)), ShapeChanged, r"float64\[6\]"),
+    "structure": (lambda e: e.adapt(({"tokens": TOKENS, "scale": SCALE}, LABELS)), ShapeChanged, "no program 'adapt'"),
+    "label": (lambda e: e.adapt(((TOKENS, SCALE), LABELS + 3)), LabelOutOfRange, "support target holds"),
+    "index": (lambda e: e.predict((data(4)[0][0] + 7, data(4)[0][1])), LabelOutOfRange, "input"),
+    "NaN": (lambda e: e.adapt(((TOKENS, SCALE / 0 * 0), LABELS)), NonFiniteInput, "holds nan"),
+    "no batch": (lambda e: e.adapt(TOKENS), InvalidType, r"must be a tuple \(inputs, target\)"),
+    "start": (lambda e: e.adapt(data(), start="base"), InvalidType, "start must be what"),
+    "other start": (
+        lambda e: e.adapt(data(), start=compile_unroll(nn.Linear(2, 1), optim.sgd(lr=0.1), 1, backend="eager").start()),
+        OptimizerMismatch,
+        "another model or optimiser",
+    ),
+    "tasks": (lambda e: e.adapt(data(), start=adaptrt.stack([e.adapt(data())] * 2)), InvalidArgument, "start holds 2 tasks"),
+    "guard": (lambda e: e.adapt(data(), keep="best"), InvalidArgument, "keep must be"),
+    "gradient": (lambda e: e.adapt(((TOKENS, SCALE.clone().requires_grad_()), LABELS)), NotDifferentiable, r"torch\.no_grad\(\)"),
+    "parameter": (lambda e: e.start(params={"head.weights": torch.zeros(3, 4)}), InvalidArgument, "did you mean 'head.weight'"),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_wrong_calls(name: str, folder: Path) -> None:
+    call, error, message = CALLS[name]
+    with pytest.raises(error, match=message):
+        call(adaptrt.load(folder))
+
+
+def test_wrong_exports(folder: Path, tmp_path: Path) -> None:
+    unroll = make(model())
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InvalidArgument, match="formats must be among .* got 'zip'"):
+        unroll.export(tmp_path / "net", data(), inputs(), formats=("torchscript", "zip"))
+    with pytest.raises(InvalidArgument, match="formats must name at least one"):
+        unroll.export(tmp_path / "net", data(), inputs(), formats=())
+    with pytest.raises(InvalidArgument, match="exists already; give another directory, or pass overwrite=True"):
+        unroll.export(folder, data(), inputs(), formats="torchscript")
+    with pytest.raises(InvalidType, match="support is a list of 2 batches, so query must be a list of as many"):
+        unroll.export(tmp_path / "net", [data(), data(3)], inputs(), formats="torchscript")
+    with pytest.raises(InvalidBatch):
+        unroll.export(tmp_path / "net", data(), torch.randn(4, 9), formats="torchscript")
+    assert sorted(tmp_path.iterdir()) == before
+    with pytest.raises(InvalidArgument, match="has the formats 'torchscript', not 'pt2'"):
+        adaptrt.load(folder, format="pt2")
+    with pytest.raises(InvalidType, match="load\\(\\) takes the folder"):
+        adaptrt.load(3)  # type: ignore[arg-type]
+
+
+def test_an_interrupted_export_leaves_nothing(tmp_path: Path) -> None:
+    unroll = make(model())
+
+    def interrupt(stage: str) -> None:
+        if stage == "writing weights":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        unroll.export(tmp_path / "net", data(), inputs(), formats="torchscript", progress=interrupt)
+    assert list(tmp_path.iterdir()) == []
+    unroll.export(tmp_path / "net", data(), inputs(), formats="torchscript")
+    before = (tmp_path / "net" / "manifest.json").read_bytes()
+    with pytest.raises(KeyboardInterrupt):
+        unroll.export(tmp_path / "net", data(3), inputs(), formats="torchscript", overwrite=True, progress=interrupt)
+    assert (tmp_path / "net" / "manifest.json").read_bytes() == before
+    unroll.export(tmp_path / "net", data(3), inputs(), formats="torchscript", overwrite=True)
+    assert adaptrt.load(tmp_path / "net").adapt(data(3)) and [path.name for path in tmp_path.iterdir()] == ["net"]
+
+
+def test_an_export_compiles_and_changes_nothing(tmp_path: Path) -> None:
+    net = model()
+    before = {name: value.clone() for name, value in net.state_dict().items()}
+    unroll = compile_unroll(net, torch.optim.Adam([net.head.weight, net.head.bias], lr=0.1), K, loss=loss_of, on_new_shape="error")
+    state = torch.get_rng_state()
+    unroll.export(tmp_path / "net", data(), inputs(), formats="torchscript")
+    unroll.check_export(data(), inputs(), formats="torchscript")
+    assert unroll.graphs() == {} and torch.equal(torch.get_rng_state(), state)
+    assert all(torch.equal(value, before[name]) for name, value in net.state_dict().items())
+
+
+def test_what_is_imported() -> None:
+    """`import adaptrt` imports nothing that only exports need."""
+    code = "import sys, adaptrt; print(*[name for name in ('onnx', 'onnxruntime', 'onnxscript', 'torch._inductor.compile_fx') if name in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert found.strip() == ""
