@@ -99,6 +99,10 @@ class NotDifferentiable(AdaptrtError, RuntimeError):
     """The gradient of an operation has no derivative. The message names the operation and the module that called it."""
 
 
+class NotExportable(AdaptrtError, RuntimeError):
+    """A program cannot be written in a format. The message names every operation that the format does not have."""
+
+
 class WithinTransform(AdaptrtError, RuntimeError):
     """An unroll, or a result of one, was called within a transformation of `torch.func` or within what records operations."""
 

@@ -18,7 +18,7 @@ NAMES = {
     "scale_by_schedule schedule scheduled sharpness_aware skip_not_finite",
     "adaptrt.errors": "AdaptrtError AlreadyImported CannotBePickled CannotBeSet CannotRecord CompilerUnavailable DataDependentControlFlow "
     "DeviceMismatch InvalidArgument InvalidBatch InvalidGraph InvalidLoss InvalidState InvalidType LabelOutOfRange "
-    "LongChain ModelChanged NonFiniteInput NotALeaf NotConverged NotDifferentiable NotTraceable NothingToAdapt "
+    "LongChain ModelChanged NonFiniteInput NotALeaf NotConverged NotDifferentiable NotExportable NotTraceable NothingToAdapt "
     "OptimizerMismatch OutOfDeviceMemory RecordingFailed ShapeChanged UnknownPyTorch UnsupportedOptimizer "
     "UnsupportedParameter UnsupportedRandomness WithinTransform",
     "adaptrt.adjoint": "Adjoint FirstOrder Implicit Replay Stash Truncated Unrolled",

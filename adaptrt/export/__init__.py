@@ -1,0 +1,1 @@
+"""Writes an unroll as files: the whole adaptation, and not only the adapted model."""
