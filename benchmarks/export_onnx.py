@@ -196,7 +196,12 @@ def _double(value: Any) -> Any:
 
 def unroll_of(case: Case, model: nn.Module, backend: str) -> adaptrt.CompiledUnroll:
     return adaptrt.compile_unroll(
-        model, case.optimizer(_adapting(model)), case.k, loss=case.loss, adjoint=Unrolled(), backend="eager" if backend == "eager" else "auto"
+        model,
+        case.optimizer(_adapting(model)),
+        case.k,
+        loss=case.loss,
+        adjoint=Unrolled(),
+        backend="eager" if backend == "eager" else "auto",
     )
 
 

@@ -2,6 +2,10 @@
 
 ONNX counts the places of maxima through the whole tensor, PyTorch through each image. The gradient of a pool takes ONNX's own; whoever
 else needs the places gets PyTorch's.
+
+Where windows fill an image without overlap, the gradient finds the maxima anew by comparisons, because ONNX Runtime's pool is twenty times
+as fast if it need not say where they are. All of it are operations on whole tensors: enlarge the maxima and compare; of equal elements in
+a window, the first has the highest rank; enlarge the highest ranks and compare again; enlarge the gradient and multiply.
 """
 
 from __future__ import annotations
@@ -13,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptrt.export.onnx.writer import Name, Refused, Rule, Value, Writer
+from adaptrt.export.onnx.writer import Name, Pool, Refused, Rule, Value, Writer
 
 aten = torch.ops.aten
 
@@ -50,7 +54,7 @@ def _max_pool(num_axes: int) -> Rule:
         images = torch.Size(x.shape[:-num_axes])
         first = torch.arange(images.numel()).reshape(*images, *[1] * num_axes) * math.prod(x.shape[-num_axes:])
         in_image = write("Sub", places, write.constant(first))
-        write.whole[in_image] = places
+        write.pools[in_image] = Pool(found, places)
         return [found, in_image]
 
     return rule
@@ -69,14 +73,18 @@ def _max_pool_backward(num_axes: int) -> Rule:
         ceil_mode: bool,
         indices: Value,
     ) -> Name:
-        places = write.whole.get(indices.name)
-        if places is None:
+        pool = write.pools.get(indices.name)
+        if pool is None:
             raise Refused(" of places that no pool has found")
         taps = _spread(kernel, num_axes)
         strides = _spread(stride, num_axes) if stride else taps
         overlap = any(step < (tap - 1) * spread + 1 for step, tap, spread in zip(strides, taps, _spread(dilation, num_axes), strict=True))
         simple = strides == taps and not any(_spread(padding, num_axes)) and not overlap
-        if simple and x.dim == 4 and like.dtype == torch.float32:
+        is_plain = simple and x.dim == 4 and like.dtype == torch.float32
+        if is_plain and not any(size % tap for size, tap in zip(x.shape[2:], taps, strict=True)):
+            return _compared(write, write.get(gradient), write.get(x), pool.maxima, x.shape, taps)
+        places = pool.places
+        if is_plain:
             shape = write.integers(x.shape)
             return write("MaxUnpool", write.get(gradient), places, shape, kernel_shape=taps, strides=strides)
         size = torch.Size(x.shape).numel()
@@ -85,6 +93,27 @@ def _max_pool_backward(num_axes: int) -> Rule:
         return write.reshape(write("ScatterElements", zeros, *flat, axis=0, reduction="add" if overlap else "none"), x.shape)
 
     return rule
+
+
+def _compared(write: Writer, gradient: Name, x: Name, maxima: Name, shape: Sequence[int], taps: Sequence[int]) -> Name:
+    """The gradient of a pool of float32 whose windows fill the images without overlap."""
+
+    def enlarged(name: Name) -> Name:
+        return write("Resize", name, "", "", write.integers(list(shape)), **_REPEATED)
+
+    def equal(one: Name, other: Name) -> Name:
+        return write.cast(write("Equal", one, other), torch.float32)
+
+    size = math.prod(taps)
+    ranks = torch.arange(size, 0, -1, dtype=torch.float32).reshape(*taps)
+    ranks = ranks.repeat(*[length // tap for length, tap in zip(shape[2:], taps, strict=True)])
+    of_maxima = write("Mul", equal(x, enlarged(maxima)), write.constant(ranks))
+    highest = write("MaxPool", of_maxima, kernel_shape=list(taps), strides=list(taps))
+    return write("Mul", enlarged(gradient), equal(of_maxima, enlarged(highest)))
+
+
+_REPEATED = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor", "mode": "nearest"}
+"""Resizing by repeating elements."""
 
 
 def _avg_pool(num_axes: int) -> Rule:
@@ -119,8 +148,7 @@ def _nearest(
     factors = [new / old for new, old in zip(like.shape, x.shape, strict=True)]
     if any(factor != int(factor) for factor in factors):
         raise Refused(" by factors that are no integers")
-    options = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor", "mode": "nearest"}
-    return write("Resize", write.get(x), "", "", write.integers(like.shape), **options)
+    return write("Resize", write.get(x), "", "", write.integers(like.shape), **_REPEATED)
 
 
 RULES: dict[Any, Rule] = {

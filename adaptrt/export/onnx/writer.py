@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -69,6 +69,13 @@ OneName = Callable[..., Name]
 Rules = Mapping[Any, Rule]
 
 
+class Pool(NamedTuple):
+    """A pool's maxima, and their places, counted through the whole tensor."""
+
+    maxima: Name
+    places: Name
+
+
 class Writer:
     """Collects the nodes and initialisers of one graph.
 
@@ -77,7 +84,7 @@ class Writer:
       initialisers: tensors that are the same in every call, equal ones once.
       label: what the names of new nodes start with.
       exchanged: for the names of some values, the value of which they are the transpose, its last two axes exchanged.
-      whole: for the names of places in images, as a pool finds them, the places in the whole tensor.
+      pools: for the names of places of maxima, the pool that found them.
     """
 
     def __init__(self) -> None:
@@ -85,7 +92,7 @@ class Writer:
         self.initialisers: list[onnx.TensorProto] = []
         self.label = ""
         self.exchanged: dict[Name, Value] = {}
-        self.whole: dict[Name, Name] = {}
+        self.pools: dict[Name, Pool] = {}
         self._names: dict[Any, Name] = {}  # of initialisers and casts
         self._count = 0
 

@@ -10,7 +10,8 @@ With x the images, w the weights and g the gradient of y = conv(x, w):
 A transposed convolution is the transpose of a plain one with the same weights. So its dx is that plain convolution, and its dw is that
 convolution's with g and x in exchanged roles.
 
-Known limits: groups are products in a batch, so many groups of few channels (depthwise convolutions) are slow.
+Known limits: groups are products in a batch, so many groups of few channels (depthwise convolutions) are slow. The double backward of a
+convolution is made of these same operations.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,36 +88,48 @@ def _of_transposed(gradient: Tensor, x: Tensor, weight: Tensor, numbers: Numbers
 
 
 def _of_weight(gradient: Tensor, x: Tensor, weight: Tensor, numbers: Numbers) -> Tensor:
-    # N = images, P = taps, C = channels of x in a group, O = channels of the gradient in a group, L = places
+    # N = images, G = groups, C = channels of x in a group, O = channels of the gradient in a group, P = taps, L = places in all images
     groups, num_images, num_taps = numbers.groups, x.shape[0], math.prod(weight.shape[2:])
-    num_out, num_in, num_places = weight.shape[0] // groups, weight.shape[1], math.prod(gradient.shape[2:])
-    windows = _windows(x, weight.shape[2:], gradient.shape[2:], numbers)
-    shape = (num_images, groups, num_out, num_places) if groups > 1 else (num_images, num_out, num_places)
-    left = aten.reshape.default(gradient, shape)
-    if groups == 1:  # each image's product, which batch and threads share, and no copy of the windows in another order
-        right = aten.reshape.default(windows, (num_images, num_taps * num_in, num_places))
-        each = aten.bmm.default(left, aten.permute.default(right, [0, 2, 1]))
-        found = aten.reshape.default(aten.sum.dim_IntList(each, [0]), (num_out, num_taps, num_in))
-        return aten.reshape.default(aten.permute.default(found, [0, 2, 1]), weight.shape)
-    right = aten.reshape.default(windows, (num_images, num_taps, groups, num_in, num_places))
-    right = aten.reshape.default(aten.permute.default(right, [2, 0, 4, 3, 1]), (groups, num_images * num_places, num_in * num_taps))
-    left = aten.reshape.default(aten.permute.default(left, [1, 2, 0, 3]), (groups, num_out, num_images * num_places))
-    return aten.reshape.default(aten.bmm.default(left, right), weight.shape)
+    num_out, num_in, num_places = weight.shape[0] // groups, weight.shape[1], num_images * math.prod(gradient.shape[2:])
+    left = _channels_first(gradient, groups).reshape(groups, num_out, num_places)
+    windows = [window.reshape(groups, num_in, num_places) for window in _windows(_channels_first(x, groups), gradient, weight, numbers)]
+    if num_in >= _MANY_CHANNELS or num_taps == 1:
+        each = torch.stack([_product(left, window) for window in windows], -1)  # [G, O, C, P]
+    else:
+        all_taps = _product(left, torch.cat(windows, 1))  # [G, O, P * C]
+        each = all_taps.reshape(groups, num_out, num_taps, num_in).transpose(2, 3)
+    return each.reshape(weight.shape)
 
 
-def _windows(x: Tensor, taps: Sequence[int], places: Sequence[int], numbers: Numbers) -> Tensor:
-    """Returns for each tap the element of the image that it meets at each place, one tap's channels after another's."""
+_MANY_CHANNELS = 16
+"""From so many on, a product for each tap is faster than one product for all, whose windows have to be put together first."""
+
+
+def _channels_first(x: Tensor, groups: int) -> Tensor:
+    """[G, channels of a group, N, ...]"""
+    return x.reshape(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]).permute(1, 2, 0, *range(3, x.dim() + 1))
+
+
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """[G, O, L] times [G, C, L], summed over L."""
+    if left.shape[0] == 1:
+        return torch.mm(left.reshape(left.shape[1:]), right.reshape(right.shape[1:]).t()).unsqueeze(0)
+    return torch.bmm(left, right.transpose(1, 2))
+
+
+def _windows(x: Tensor, gradient: Tensor, weight: Tensor, numbers: Numbers) -> list[Tensor]:
+    """Returns for each tap the elements of the images, [G, C, N, ...], that it meets at each place."""
+    taps, places = weight.shape[2:], gradient.shape[2:]
     axes = range(len(taps))
-    padded = x
     if any(numbers.padding):
-        padded = aten.constant_pad_nd.default(x, [size for i in reversed(axes) for size in (numbers.padding[i],) * 2])
+        x = aten.constant_pad_nd.default(x, [size for i in reversed(axes) for size in (numbers.padding[i],) * 2])
     parts: list[Tensor] = []
     for tap in itertools.product(*map(range, taps)):
-        part: Any = padded
+        part = x
         for i in axes:
             first, step = tap[i] * numbers.dilation[i], numbers.stride[i]
             last = first + (places[i] - 1) * step + 1
-            if (first, last, step) != (0, part.shape[2 + i], 1):
-                part = aten.slice.Tensor(part, 2 + i, first, last, step)
+            if (first, last, step) != (0, part.shape[3 + i], 1):
+                part = aten.slice.Tensor(part, 3 + i, first, last, step)
         parts.append(part)
-    return aten.cat.default(parts, 1) if len(parts) > 1 else parts[0]
+    return parts

@@ -1,8 +1,8 @@
 """Brings a graph to a small set of forward ATen operations, which interpreters of other libraries have, too.
 
-Every gradient is written in terms of operations that also stand in forward passes, but for one: `max_pool2d_with_indices_backward` stays,
-because what runs the graph can put values back to where its own pool found them. The rest is PyTorch's core set, from which these are
-taken out:
+Every gradient is written in terms of operations that also stand in forward passes, but for two that say more than their parts:
+`max_pool2d_with_indices_backward`, because what runs the graph may know better where its own pool found the maxima, and
+`threshold_backward`, the gradient of ReLU. The rest is PyTorch's core set, from which these are taken out:
 
 - views of one kind only (`reshape`, `permute`, `slice`, `select`, `expand`), batch and group normalisation, `stack`, `unbind`;
 - operations that are two others in sequence, such as `addcmul`, `leaky_relu` or `masked_fill`;
@@ -38,7 +38,7 @@ from adaptrt.graph.passes.remove_identities import remove_identities
 
 aten = torch.ops.aten
 
-_KEPT = (aten.silu.default, aten.cumsum.default, aten.upsample_nearest2d.default)
+_KEPT = (aten.silu.default, aten.threshold_backward.default, aten.upsample_nearest2d.default)
 """Of the core set's decompositions, those that are not used: there are kernels."""
 
 _BEYOND_THE_CORE = (
