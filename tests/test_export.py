@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import jsonschema
 import pytest
@@ -280,6 +280,11 @@ def linked(path: Path) -> None:
     (path / "adapt.ts").symlink_to(path.parent / "elsewhere.ts")
 
 
+def another_k(path: Path) -> None:
+    text = (path / "manifest.json").read_text()
+    (path / "manifest.json").write_text(text.replace('"k": 3', '"k": 4'))
+
+
 FOREIGN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "no manifest": (lambda path: (path / "manifest.json").unlink(), r"has no manifest\.json"),
     "another file": (lambda path: (path / "manifest.json").write_text("{}"), "is no manifest of an export"),
@@ -297,7 +302,7 @@ FOREIGN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "type": (edited(lambda fields, path: fields.update(k="three")), "'k' must be a whole number of at least 1, got 'three'"),
     "entries": (edited(lambda fields, path: fields.pop("machine")), "its entries are"),
     "tree": (edited(lambda fields, path: fields["programs"][0].update(data=[{"set": []}])), "describes a tree by"),
-    "inputs": (edited(lambda fields, path: fields["programs"][0]["inputs"].pop()), "inputs and outputs of program 'adapt' are not those"),
+    "inputs": (edited(lambda fields, path: fields["programs"][0]["inputs"].pop(0)), "inputs and outputs of program 'adapt' are not those"),
     "noise": (edited(lambda fields, path: fields["programs"][0]["noise"][0].pop("kind")), "describes noise by"),
     "huge": (lambda path: (path / "manifest.json").write_bytes(b" " * ((1 << 26) + 1)), "which no manifest has"),
     "nested": (lambda path: (path / "manifest.json").write_text("[" * 100_000), "is damaged, or is no manifest"),
@@ -333,7 +338,7 @@ CALLS: dict[str, tuple[Callable[[Exported], Any], type[AdaptrtError], str]] = {
     "index": (lambda e: e.predict((data(4)[0][0] + 7, data(4)[0][1])), LabelOutOfRange, "input"),
     "NaN": (lambda e: e.adapt(((TOKENS, SCALE / 0 * 0), LABELS)), NonFiniteInput, "holds nan"),
     "no batch": (lambda e: e.adapt(TOKENS), InvalidType, r"must be a tuple \(inputs, target\)"),
-    "start": (lambda e: e.adapt(data(), start="base"), InvalidType, "start must be what"),
+    "start": (lambda e: e.adapt(data(), start=cast(Any, "base")), InvalidType, "start must be what"),
     "other start": (
         lambda e: e.adapt(data(), start=compile_unroll(nn.Linear(2, 1), optim.sgd(lr=0.1), 1, backend="eager").start()),
         OptimizerMismatch,
@@ -356,7 +361,7 @@ def test_wrong_calls(name: str, folder: Path) -> None:
 def test_wrong_exports(folder: Path, tmp_path: Path) -> None:
     unroll = make(model())
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(InvalidArgument, match="formats must be among .* got 'zip'"):
+    with pytest.raises(InvalidArgument, match=r"formats must be among .* got 'zip'"):
         unroll.export(tmp_path / "net", data(), inputs(), formats=("torchscript", "zip"))
     with pytest.raises(InvalidArgument, match="formats must name at least one"):
         unroll.export(tmp_path / "net", data(), inputs(), formats=())
@@ -405,6 +410,7 @@ def test_an_export_compiles_and_changes_nothing(tmp_path: Path) -> None:
 
 def test_what_is_imported() -> None:
     """`import adaptrt` imports nothing that only exports need."""
-    code = "import sys, adaptrt; print(*[name for name in ('onnx', 'onnxruntime', 'onnxscript', 'torch._inductor.compile_fx') if name in sys.modules])"
+    names = "onnx", "onnxruntime", "torch._inductor.compile_fx"
+    code = f"import sys, adaptrt; print(*[name for name in {names} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert found.strip() == ""

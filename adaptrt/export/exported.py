@@ -287,9 +287,7 @@ class Exported:
                 return program
         known = "; ".join(dict.fromkeys(program.in_words() for program in programs)) or "none"
         found = ", ".join(tree.describe(part) for part in data)
-        raise ShapeChanged(
-            f"no program '{kind}' was exported for {found}; there are programs for {known}. Pad the data, or export this shape"
-        )
+        raise ShapeChanged(f"no program '{kind}' was exported for {found}, only for {known}; pad the data, or export this shape, too")
 
     def _run(
         self, program: _Program, held: Sequence[Tensor], fixed: Sequence[Tensor], data: Sequence[Tree], noise: Sequence[Sequence[Tensor]]

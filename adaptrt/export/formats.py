@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import abc
-import dataclasses
 import importlib.util
 import tempfile
 import warnings
@@ -19,6 +18,7 @@ from adaptrt.errors import InvalidArgument
 from adaptrt.export import manifest as manifests
 from adaptrt.export.manifest import Manifest, ProgramEntry
 from adaptrt.graph.ir import Graph
+from adaptrt.graph.passes.lower_to_forward import lower_to_forward
 
 Run = Callable[[list[Tensor]], Sequence[Tensor]]
 """From the tensors of all inputs, in order, to those of all outputs."""
@@ -89,7 +89,7 @@ class TorchScript(Format):
             progress(f"tracing {name}")
             with warnings.catch_warnings(), torch.no_grad():
                 warnings.simplefilter("ignore")
-                traced = torch.jit.trace_module(_Module(graph), {"forward": tuple(_examples(graph))}, check_trace=False)
+                traced = torch.jit.trace_module(_Module(lower_to_forward(graph)), {"forward": tuple(_examples(graph))}, check_trace=False)
                 found[name] = f"{name}.ts"
                 torch.jit.save(traced, str(folder / found[name]))
         return found
@@ -123,18 +123,52 @@ class ExportedProgram(Format):
         raise InvalidArgument("format='exported_program' is for other tools; load 'pt2', 'torchscript' or 'onnx'")
 
 
-FORMATS: dict[str, Format] = {each.name: each for each in (Pt2(), TorchScript(), ExportedProgram())}
+class Onnx(Format):
+    """An ONNX model of each program, for ONNX Runtime on servers, devices and in browsers."""
+
+    name = "onnx"
+
+    def require(self) -> None:
+        _require_packages(self.name, "onnx")
+
+    def refuse(self, name: str, graph: Graph) -> None:
+        from adaptrt.export.onnx import to_onnx
+
+        to_onnx(graph, name)
+
+    def write(self, graphs: Mapping[str, Graph], folder: Path, progress: Callable[[str], None]) -> dict[str, str]:
+        from adaptrt.export.onnx import to_onnx
+
+        found: dict[str, str] = {}
+        for name, graph in graphs.items():
+            progress(f"translating {name}")
+            found[name] = f"{name}.onnx"
+            (folder / found[name]).write_bytes(to_onnx(graph, name).SerializeToString())
+        return found
+
+    def open(self, manifest: Manifest, entry: ProgramEntry, path: Path) -> Run:
+        del manifest
+        _require_packages(self.name, "onnxruntime")
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+        inputs, outputs = ([each.name for each in part] for part in (entry.inputs, entry.outputs))
+
+        def run(values: list[Tensor]) -> Sequence[Tensor]:
+            found = session.run(outputs, {name: value.numpy() for name, value in zip(inputs, values, strict=True)})
+            return [torch.from_numpy(value) for value in found]
+
+        return run
+
+
+FORMATS: dict[str, Format] = {each.name: each for each in (Pt2(), Onnx(), TorchScript(), ExportedProgram())}
 """By name, the one that `load` prefers first."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Needs:
-    package: str
-    extra: str
-
-    def require(self, format: str) -> None:
-        if importlib.util.find_spec(self.package) is None:
-            raise InvalidArgument(f"format='{format}' needs the package {self.package}; pip install 'adaptrt[{self.extra}]'")
+def _require_packages(format: str, *packages: str) -> None:
+    for package in packages:
+        if importlib.util.find_spec(package) is None:
+            raise InvalidArgument(f"format '{format}' needs the package {package}, which is not installed; pip install 'adaptrt[export]'")
 
 
 class _Module(nn.Module):
