@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+import adaptrt
 from adaptrt.cli import app
 
 FACTORIES = """
@@ -25,6 +26,11 @@ def unroll():
 
 def both(): return unroll(), support, query
 def support_only(): return unroll(), support
+class Spectrum(torch.nn.Module):
+    def forward(self, x): return torch.fft.rfft(x).abs()
+def spectrum():
+    net = torch.nn.Sequential(torch.nn.Linear(3, 4), Spectrum(), torch.nn.Linear(3, 2))
+    return adaptrt.compile_unroll(net, adaptrt.optim.sgd(lr=0.1), k=1, loss=F.cross_entropy, backend="eager"), support, query
 def number(): return 3
 def wrong_tuple(): return model, support, query
 def raises(): raise RuntimeError("no data\\nsecond line")
@@ -110,3 +116,25 @@ def test_demo_without_its_extra_says_what_to_install(invoke: Invoke, monkeypatch
     result = invoke("demo", "--backend", "eager")
     assert result.exit_code == 2
     assert "pip install 'adaptrt[demo]'" in result.output
+
+
+def test_export_writes_and_says_what_it_does(invoke: Invoke, tmp_path: Path) -> None:
+    result = invoke("export", "adaptrt_test_factories:both", "--format", "torchscript", "--out", "net")
+    assert result.exit_code == 0, result.output
+    for expected in ("capturing", "tracing adapt_predict", "writing weights", "wrote net"):
+        assert expected in result.output
+    assert adaptrt.load(tmp_path / "net").k == 2
+    again = invoke("export", "adaptrt_test_factories:both", "--format", "torchscript", "--out", "net")
+    assert again.exit_code == 2 and "pass overwrite=True" in again.output
+    assert invoke("export", "adaptrt_test_factories:both", "--format", "torchscript", "--out", "net", "--overwrite").exit_code == 0
+
+
+def test_export_checks_without_writing(invoke: Invoke, tmp_path: Path) -> None:
+    before = sorted(tmp_path.iterdir())
+    result = invoke("export", "adaptrt_test_factories:both", "--format", "torchscript", "--format", "onnx", "--out", "net", "--check")
+    assert result.exit_code == 0 and "can be exported as torchscript, onnx" in result.output
+    result = invoke("export", "adaptrt_test_factories:spectrum", "--format", "onnx", "--out", "net")
+    assert result.exit_code == 2 and "NotExportable" in result.output and "'_fft_r2c' is called by '1'" in result.output
+    result = invoke("export", "adaptrt_test_factories:support_only", "--out", "net")
+    assert result.exit_code == 2 and "must return (unroll, support, query) for export" in result.output
+    assert sorted(tmp_path.iterdir()) == before

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -222,8 +223,18 @@ def capture(exporter: Exporter, settings: Settings, support: Any, query: Any, fo
                 programs.append(known[key])
     for each in chosen:
         for program in programs:
-            each.refuse(program.name, program.of[each.for_fusion].graph)
+            try:
+                each.refuse(program.name, program.of[each.for_fusion].graph)
+            except NotExportable as error:
+                raise NotExportable(f"{error}{_callers(exporter, str(error), _pairs(support, query)[0][1])}") from error
     return Captured(exporter, settings, chosen, programs)
+
+
+def _callers(exporter: Exporter, message: str, query: Any) -> str:
+    """Says which modules of the model call the operations that a message names, if that is known."""
+    names = set(re.findall(r"\baten\.(\w+)", message))
+    callers = {name: path for name, path in exporter.callers(query).items() if name in names and path}
+    return "".join(f"\n  '{name}' is called by '{path}'" for name, path in callers.items())
 
 
 def _formats(formats: Sequence[str] | str) -> list[Format]:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from adaptrt import tree
+from adaptrt.graph.capture import record_operations
 from adaptrt.graph.indices import IndexBound
 from adaptrt.graph.ir import Graph
 from adaptrt.graph.noise import Noise
@@ -86,6 +87,25 @@ class Exporter:
     def state_dict_names(self) -> dict[str, str]:
         """Returns for each tensor of the model's state dict the name of the parameter or buffer that it is."""
         return self._predictor.state_dict_names()
+
+    def callers(self, query: Any) -> dict[str, str]:
+        """Returns for each operation of a prediction, such as "addmm", the path of the module that calls it first.
+
+        Args:
+          query: as for `programs`.
+        """
+        begin = self.start()
+        args, kwargs = as_call(check.as_batch("query", (query,), self._settings.device).inputs)
+        inputs = kwargs or args
+        if self._router.has_task_axis:
+            inputs = tree.map_leaves(lambda value: value[0], inputs)
+        short, alone = Carry(begin.carry.params, (), begin.carry.buffers), Fixed(begin.fixed.params, {}, {}, {})
+        prediction = self._planner.prediction(inputs, short, alone, None, warm=True)
+        noise = tuple([entry.spec for entry in prediction.noise])
+        found: dict[str, str] = {}
+        for name, path in record_operations(prediction.step.predict, begin.carry, begin.fixed, inputs, noise):
+            found.setdefault(name, path)
+        return found
 
     def programs(self, support: Any, query: Any, for_fusion: bool) -> list[Exportable]:
         """Captures the programs for data of one shape.

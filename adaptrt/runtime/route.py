@@ -89,7 +89,7 @@ class Router:
 
     def __init__(self, settings: Settings, task_axis: bool, reader: Reader, planner: Planner) -> None:
         self._settings = settings
-        self._task_axis = task_axis
+        self.has_task_axis = task_axis
         self._reader = reader
         self._planner = planner
         self._recent: Recent[Route] = Recent()
@@ -181,7 +181,7 @@ class Router:
         mode = GradientMode.current() if query_plan is not None and query_plan.probe.asks_mode else GradientMode.GRAD
         if asked is not None and mode is not GradientMode.GRAD:
             query_plan = self._planner.query(plan, asked, begin, num_tasks, True, mode)
-        if self._task_axis:
+        if self.has_task_axis:
             check.class_axis("support", batch, plan.probe.bounds, 1 + int(self._settings.per_step))
             if asked is not None and query_plan is not None:
                 check.class_axis("query", asked, query_plan.probe.bounds, 1)
@@ -209,9 +209,9 @@ class Router:
     def support(self, support: Any, k: int | None = None) -> tuple[Batch, int | None]:
         """Returns the checked support batch for k steps, and the number of tasks in it."""
         batch = self._settings.batch("support", support)
-        num_tasks = check.leading_axis("support", batch, 0, None, "tasks") if self._task_axis else None
+        num_tasks = check.leading_axis("support", batch, 0, None, "tasks") if self.has_task_axis else None
         if self._settings.per_step:
-            check.leading_axis("support", batch, int(self._task_axis), k or self._settings.k, "inner steps")
+            check.leading_axis("support", batch, int(self.has_task_axis), k or self._settings.k, "inner steps")
         return batch, num_tasks
 
     def _query(self, query: Any, num_tasks: int | None) -> Batch:
@@ -273,7 +273,7 @@ class Router:
             per_step=self._settings.per_step,
             differentiated=differentiated,
             carry=tuple([flows or asked for flows, asked in zip(plan.carry, differentiated.start, strict=True)]),
-            task_axis=self._task_axis,
+            task_axis=self.has_task_axis,
             start_has_task_axis=start_has_task_axis,
             updates_per_step=updates_per_step,
             in_loop=self._settings.k * updates_per_step > 1,  # as the programs were compiled, whatever k is
