@@ -127,12 +127,15 @@ class Exported:
     Attributes:
       manifest: what the folder says about itself.
       format: which of its formats runs.
+      folder: where the files are.
+      weights: all tensors that programs take besides data and noise, by the names that the manifest has.
     """
 
     def __init__(self, folder: Path, manifest: Manifest, format: str, weights: Mapping[str, Tensor]) -> None:
         self.manifest = manifest
         self.format = format
-        self._folder = folder
+        self.folder = folder
+        self.weights = weights
         self._runs: dict[str, Run] = {}
         self._lock = lock()
         self._programs = {entry.name: _Program(entry) for entry in manifest.programs}
@@ -157,7 +160,7 @@ class Exported:
 
     def __repr__(self) -> str:
         shapes = [program.in_words() for program in self._programs.values() if program.entry.kind == "adapt"]
-        return f"Exported({str(self._folder)!r}, k={self.manifest.k}, format={self.format!r}, support {'; '.join(shapes)})"
+        return f"Exported({str(self.folder)!r}, k={self.manifest.k}, format={self.format!r}, support {'; '.join(shapes)})"
 
     @property
     def k(self) -> int:
@@ -304,7 +307,7 @@ class Exported:
         if run is None:
             with self._lock:
                 if name not in self._runs:
-                    path = self._folder / program.entry.files[self.format]
+                    path = self.folder / program.entry.files[self.format]
                     if manifests.digest_of(path) != dict(self.manifest.files[path.name]):
                         raise InvalidExport(f"{path} was changed after the export was loaded; export again")
                     self._runs[name] = FORMATS[self.format].open(self.manifest, program.entry, path)
