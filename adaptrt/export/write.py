@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +121,7 @@ class Captured:
 
         of_opt = tree.flatten(self._carry.opt_state)[1]
         return Manifest(
-            made_by={"adaptrt": version("adaptrt"), "torch": torch.__version__},
+            made_by={"adaptrt": importlib.import_module("adaptrt").__version__, "torch": torch.__version__},
             machine=manifests.machine(settings.device, processor.instruction_sets()),
             k=settings.k,
             per_step=settings.per_step,
