@@ -90,7 +90,8 @@ def load(
     if not (folder / manifests.NAME).is_file():
         raise InvalidExport(f"{folder} has no {manifests.NAME}; load() takes the folder that unroll.export() wrote")
     found = manifests.read(folder)
-    there = [name for name in FORMATS if all(name in program.files for program in found.programs)]
+    kinds = {program.kind for program in found.programs}
+    there = [name for name in FORMATS if kinds == {program.kind for program in found.programs if name in program.files}]
     chosen = format if format is not None else next((name for name in there if name != "exported_program"), None)
     if chosen not in there:
         raise InvalidArgument(f"{folder} has the formats {', '.join(map(repr, there)) or 'none'}, not {format!r}; export with it")
@@ -138,7 +139,7 @@ class Exported:
         self.weights = weights
         self._runs: dict[str, Run] = {}
         self._lock = lock()
-        self._programs = {entry.name: _Program(entry) for entry in manifest.programs}
+        self._programs = {entry.name: _Program(entry) for entry in manifest.programs if format in entry.files}
         self._constants = {name: weights[name] for name in manifest.constants}
         self._guards = Guards()
         structure = trees.from_json(manifest.opt_state)

@@ -55,9 +55,8 @@ def write(
         files: dict[str, dict[str, str]] = {program.name: {} for program in captured.programs}
         for chosen in captured.formats:
             progress(f"writing {chosen.name}")
-            written = chosen.write(
-                {program.name: program.of[chosen.for_fusion].graph for program in captured.programs}, temporary, progress
-            )
+            graphs = {program.name: program.of[chosen.for_fusion].graph for program in captured.programs if chosen.for_fusion in program.of}
+            written = chosen.write(graphs, temporary, progress)
             for name, file in written.items():
                 files[name][chosen.name] = file
         if weights:
@@ -211,18 +210,20 @@ def capture(exporter: Exporter, settings: Settings, support: Any, query: Any, fo
     for number, (one_support, one_query) in enumerate(_pairs(support, query)):
         progress(f"capturing the programs of shape {number + 1}")
         found: dict[bool, list[Exportable]] = {
-            for_fusion: exporter.programs(one_support, one_query, for_fusion) for for_fusion in {each.for_fusion for each in chosen}
+            for_fusion: exporter.programs(one_support, one_query, for_fusion) for for_fusion in sorted({each.for_fusion for each in chosen})
         }
         for same in zip(*found.values(), strict=True):
-            first = same[0]
-            key = first.name, first.graph.arguments, tuple([entry.spec for entry in first.graph.signature.inputs])
-            if key not in known:
-                count = sum(program.any.name == first.name for program in programs)
-                name = first.name if not count else f"{first.name}_{count + 1}"
-                known[key] = _Program(name, dict(zip(found, same, strict=True)))
-                programs.append(known[key])
+            of = dict(zip(found, same, strict=True))
+            varieties = [of] if len({_signature(each) for each in same}) == 1 else [{key: each} for key, each in of.items()]
+            for variety in varieties:  # one of them may hold other constants
+                first = next(iter(variety.values()))
+                key = first.name, first.graph.arguments, _signature(first)
+                if key not in known:
+                    count = sum(program.any.name == first.name for program in programs)
+                    known[key] = _Program(first.name if not count else f"{first.name}_{count + 1}", variety)
+                    programs.append(known[key])
     for each in chosen:
-        for program in programs:
+        for program in [program for program in programs if each.for_fusion in program.of]:
             try:
                 each.refuse(program.name, program.of[each.for_fusion].graph)
             except NotExportable as error:
@@ -235,6 +236,10 @@ def _callers(exporter: Exporter, message: str, query: Any) -> str:
     names = set(re.findall(r"\baten\.(\w+)", message))
     callers = {name: path for name, path in exporter.callers(query).items() if name in names and path}
     return "".join(f"\n  '{name}' is called by '{path}'" for name, path in callers.items())
+
+
+def _signature(captured: Exportable) -> tuple[tuple[str, Spec], ...]:
+    return tuple([(entry.name, entry.spec) for entry in captured.graph.signature.inputs])
 
 
 def _formats(formats: Sequence[str] | str) -> list[Format]:
