@@ -27,6 +27,12 @@ def _spread(value: Sequence[int] | int, num_axes: int) -> list[int]:
     return values * (num_axes if len(values) == 1 else 1)
 
 
+def _first(x: Value, num_axes: int) -> Tensor:
+    """The place of each image's first element in the whole tensor."""
+    images = torch.Size(x.shape[:-num_axes])
+    return torch.arange(images.numel()).reshape(*images, *[1] * num_axes) * math.prod(x.shape[-num_axes:])
+
+
 def _max_pool(num_axes: int) -> Rule:
     def rule(
         write: Writer,
@@ -51,9 +57,7 @@ def _max_pool(num_axes: int) -> Rule:
         found, places = write.node("MaxPool", source, outputs=2, **options)
         if lead:
             found, places = write.reshape(found, like[0].shape), write.reshape(places, like[1].shape)
-        images = torch.Size(x.shape[:-num_axes])
-        first = torch.arange(images.numel()).reshape(*images, *[1] * num_axes) * math.prod(x.shape[-num_axes:])
-        in_image = write("Sub", places, write.constant(first))
+        in_image = write("Sub", places, write.constant(_first(x, num_axes)))
         write.pools[in_image] = Pool(found, places)
         return [found, in_image]
 
@@ -74,16 +78,16 @@ def _max_pool_backward(num_axes: int) -> Rule:
         indices: Value,
     ) -> Name:
         pool = write.pools.get(indices.name)
-        if pool is None:
-            raise Refused(" of places that no pool has found")
         taps = _spread(kernel, num_axes)
         strides = _spread(stride, num_axes) if stride else taps
         overlap = any(step < (tap - 1) * spread + 1 for step, tap, spread in zip(strides, taps, _spread(dilation, num_axes), strict=True))
-        simple = strides == taps and not any(_spread(padding, num_axes)) and not overlap
-        is_plain = simple and x.dim == 4 and like.dtype == torch.float32
-        if is_plain and not any(size % tap for size, tap in zip(x.shape[2:], taps, strict=True)):
+        # Windows side by side, none of which reaches beyond an image.
+        sizes = zip(x.shape[-num_axes:], gradient.shape[-num_axes:], taps, strict=True)
+        simple = strides == taps and not any(_spread(padding, num_axes)) and all(tap * count <= size for size, count, tap in sizes)
+        is_plain = simple and not overlap and num_axes == 2 and x.dim == 4 and like.dtype == torch.float32
+        if pool is not None and is_plain and not any(size % tap for size, tap in zip(x.shape[2:], taps, strict=True)):
             return _compared(write, write.get(gradient), write.get(x), pool.maxima, x.shape, taps)
-        places = pool.places
+        places = write("Add", write.get(indices), write.constant(_first(x, num_axes))) if pool is None else pool.places
         if is_plain:
             shape = write.integers(x.shape)
             return write("MaxUnpool", write.get(gradient), places, shape, kernel_shape=taps, strides=strides)
@@ -156,7 +160,6 @@ RULES: dict[Any, Rule] = {
     aten.max_pool3d_with_indices.default: _max_pool(3),
     aten.max_pool2d_with_indices_backward.default: _max_pool_backward(2),
     aten.max_pool3d_with_indices_backward.default: _max_pool_backward(3),
-    aten.avg_pool1d.default: _avg_pool(1),
     aten.avg_pool2d.default: _avg_pool(2),
     aten.avg_pool3d.default: _avg_pool(3),
     aten.upsample_nearest2d.default: _nearest,
