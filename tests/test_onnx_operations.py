@@ -671,8 +671,7 @@ def test_a_number_in_float64_is_converted_once() -> None:
 
 def test_a_pool_whose_places_nothing_needs_does_not_find_them() -> None:
     model = to_onnx(capture(lambda x: torch.nn.functional.max_pool2d(x, 2), normal(1, 1, 4, 4)), "predict")
-    assert kinds(model) == ["MaxPool"]
-    assert [len(node.output) for node in model.graph.node] == [1]
+    assert [len(node.output) for node in model.graph.node if node.op_type == "MaxPool"] == [1]
 
 
 def test_a_reshape_that_undoes_another_is_left_out() -> None:

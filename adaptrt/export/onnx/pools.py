@@ -27,6 +27,11 @@ def _spread(value: Sequence[int] | int, num_axes: int) -> list[int]:
     return values * (num_axes if len(values) == 1 else 1)
 
 
+def _one_channel(write: Writer, x: Name, shape: Sequence[int], num_axes: int) -> Name:
+    """Returns the images with one channel each. With several, ONNX Runtime reorders them before the pool and back after it."""
+    return write.reshape(x, [math.prod(shape[:-num_axes]), 1, *shape[-num_axes:]])
+
+
 def _first(x: Value, num_axes: int) -> Tensor:
     """The place of each image's first element in the whole tensor."""
     images = torch.Size(x.shape[:-num_axes])
@@ -52,11 +57,8 @@ def _max_pool(num_axes: int) -> Rule:
             "dilations": _spread(dilation, num_axes),
             "ceil_mode": int(ceil_mode),
         }
-        lead = [1] * (num_axes + 2 - x.dim)
-        source = write.reshape(write.get(x), [*lead, *x.shape]) if lead else write.get(x)
-        found, places = write.node("MaxPool", source, outputs=2, **options)
-        if lead:
-            found, places = write.reshape(found, like[0].shape), write.reshape(places, like[1].shape)
+        found, places = write.node("MaxPool", _one_channel(write, write.get(x), x.shape, num_axes), outputs=2, **options)
+        found, places = write.reshape(found, like[0].shape), write.reshape(places, like[1].shape)
         in_image = write("Sub", places, write.constant(_first(x, num_axes)))
         write.pools[in_image] = Pool(found, places)
         return [found, in_image]
@@ -112,7 +114,8 @@ def _compared(write: Writer, gradient: Name, x: Name, maxima: Name, shape: Seque
     ranks = torch.arange(size, 0, -1, dtype=torch.float32).reshape(*taps)
     ranks = ranks.repeat(*[length // tap for length, tap in zip(shape[2:], taps, strict=True)])
     of_maxima = write("Mul", equal(x, enlarged(maxima)), write.constant(ranks))
-    highest = write("MaxPool", of_maxima, kernel_shape=list(taps), strides=list(taps))
+    highest = write("MaxPool", _one_channel(write, of_maxima, shape, 2), kernel_shape=list(taps), strides=list(taps))
+    highest = write.reshape(highest, [*shape[:2], *[length // tap for length, tap in zip(shape[2:], taps, strict=True)]])
     return write("Mul", enlarged(gradient), equal(of_maxima, enlarged(highest)))
 
 

@@ -126,7 +126,7 @@ def _windows(x: Tensor, gradient: Tensor, weight: Tensor, numbers: Numbers) -> l
     parts: list[Tensor] = []
     for tap in itertools.product(*map(range, taps)):
         part = x
-        for i in axes:
+        for i in reversed(axes):  # the other slices are then copies of whole rows, and several taps share the first
             first, step = tap[i] * numbers.dilation[i], numbers.stride[i]
             last = first + (places[i] - 1) * step + 1
             if (first, last, step) != (0, part.shape[3 + i], 1):
