@@ -180,7 +180,7 @@ INDICES = torch.tensor([[0, 2], [-1, 1]])
 CASES: dict[Any, list[Case]] = {
     **{target.default: unary(target.default) for target in (aten.neg, aten.exp, aten.abs, aten.sin, aten.cos, aten.tanh, aten.sigmoid)},
     **{target.default: unary(target.default) for target in (aten.atan, aten.sinh, aten.cosh, aten.asinh, aten.erf, aten.tan, aten.exp2)},
-    **{target.default: unary(target.default) for target in (aten.silu, aten.relu, aten.sign)},
+    **{target.default: unary(target.default) for target in (aten.relu, aten.sign)},
     **{
         target.default: unary(target.default, positive)
         for target in (aten.log, aten.sqrt, aten.rsqrt, aten.reciprocal, aten.log2, aten.log10)
@@ -502,7 +502,7 @@ LOWERED: dict[str, list[Case]] = {
     ],
     "activations": [
         call(getattr(torch.nn.functional, name), 2 * normal(3, 4))
-        for name in ("elu", "softplus", "hardswish", "leaky_relu", "mish", "celu", "glu", "logsigmoid")
+        for name in ("elu", "softplus", "hardswish", "leaky_relu", "silu", "mish", "celu", "glu", "logsigmoid")
     ],
     "reductions": [
         *[

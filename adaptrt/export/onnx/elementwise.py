@@ -145,11 +145,6 @@ def _expm1(write: Writer, like: Tensor, x: Operand) -> Name:
     return write("Where", far, less, small)
 
 
-def _silu(write: Writer, like: Tensor, x: Operand) -> Name:
-    value = write.get(x)
-    return write("Mul", value, write("Sigmoid", value))
-
-
 def _gelu(write: Writer, like: Tensor, x: Operand, *, approximate: str = "none") -> Name:
     dtype, value = like.dtype, write.get(x)
     if approximate == "tanh":
@@ -287,7 +282,6 @@ def _table() -> dict[Any, Rule]:
         aten.log1p.default: _log1p,
         aten.exp2.default: _exp2,
         aten.expm1.default: _expm1,
-        aten.silu.default: _silu,
         aten.gelu.default: _gelu,
         aten.where.self: _where,
         aten.clamp.default: _clamp,

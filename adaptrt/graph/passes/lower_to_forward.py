@@ -8,7 +8,8 @@ Every gradient is written in terms of operations that also stand in forward pass
 - operations that are two others in sequence, such as `addcmul`, `leaky_relu` or `masked_fill`;
 - tensors without values (`empty`), which are zeros.
 
-`silu`, `gelu`, `_softmax`, `_log_softmax` and, in float32, `native_layer_norm` stay, for which there are kernels everywhere.
+`gelu`, `_softmax`, `_log_softmax` and, in float32, `native_layer_norm` stay, for which there are kernels everywhere. `silu` does not, so that
+it shares the sigmoid with its gradient.
 """
 
 # pyright: reportPrivateUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -39,7 +40,7 @@ from adaptrt.graph.passes.remove_identities import remove_identities
 
 aten = torch.ops.aten
 
-_KEPT = (aten.silu.default, aten.threshold_backward.default, aten.upsample_nearest2d.default)
+_KEPT = (aten.threshold_backward.default, aten.upsample_nearest2d.default)
 """Of the core set's decompositions, those that are not used: there are kernels."""
 
 _BEYOND_THE_CORE = (
