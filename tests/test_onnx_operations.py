@@ -494,6 +494,10 @@ LOWERED: dict[str, list[Case]] = {
         call(aten.upsample_bilinear2d.default, normal(2, 3, 4, 5), [7, 9], False, None, None),
         call(aten.upsample_bilinear2d_backward.default, normal(2, 3, 7, 9), [7, 9], [2, 3, 4, 5], True, None, None),
     ],
+    "sigmoid and tanh": [
+        call(aten.sigmoid_backward.default, normal(3, 4), positive(3, 4)),
+        call(aten.tanh_backward.default, normal(3, 4), within(3, 4)),
+    ],
     "losses": [
         call(torch.nn.functional.binary_cross_entropy_with_logits, normal(3, 4), positive(3, 4)),
         call(torch.nn.functional.cross_entropy, normal(6, 4), whole(6, low=0, high=4), label_smoothing=0.1),
