@@ -353,7 +353,7 @@ CASES: dict[Any, list[Case]] = {
     **{getattr(aten, f"max_pool{axes}d_with_indices_backward").default: pool_gradients(axes) for axes in (2, 3)},
     aten.avg_pool2d.default: [
         call(aten.avg_pool2d.default, normal(2, 3, 7, 6), *rest)
-        for rest in (([2, 2],), ([3, 2], [2, 1], [1, 1]), ([3, 3], [2, 2], [1, 1], False, False), ([2, 2], [2, 2], [0, 0], False, True, 3))
+        for rest in (([2, 2],), ([3, 2], [2, 1], [1, 1]), ([3, 3], [2, 2], [1, 1], False, False))
     ]
     + [call(aten.avg_pool2d.default, normal(3, 6, 6), [2])],
     aten.avg_pool3d.default: [call(aten.avg_pool3d.default, normal(2, 3, 4, 5, 6), [2, 2, 2])],
@@ -489,10 +489,25 @@ LOWERED: dict[str, list[Case]] = {
             ([2, 2], [2, 2], [0, 0], True, True, 3),
         )
     ],
+    "avg_pool": [
+        call(aten.avg_pool2d.default, normal(2, 3, 7, 6), [3, 2], [2, 2], [1, 1], True, with_padding, divisor)
+        for with_padding in (True, False)
+        for divisor in (None, 3)
+    ],
+    "avg_pool3d": [
+        call(aten.avg_pool3d.default, normal(1, 2, 5, 4, 5), [2, 2, 2], [], [0, 0, 0], True),
+        call(aten.avg_pool3d_backward.default, normal(1, 2, 2, 2, 2), normal(1, 2, 5, 4, 5), [2], [], [0], False, True, None),
+        call(aten.avg_pool3d_backward.default, normal(1, 2, 3, 2, 3), normal(1, 2, 5, 4, 5), [2], [], [0], True, True, None),
+    ],
     "resizing": [
+        call(torch.nn.functional.interpolate, normal(2, 3, 4, 5), 7),
+        call(aten.upsample_nearest1d_backward.default, normal(2, 3, 7), [7], [2, 3, 4]),
         call(aten.upsample_nearest2d_backward.default, normal(2, 3, 7, 9), [7, 9], [2, 3, 4, 5], None, None),
+        call(aten.upsample_nearest3d_backward.default, normal(2, 1, 2, 3, 4), [2, 3, 4], [2, 1, 2, 2, 2]),
+        call(aten.upsample_linear1d_backward.default, normal(2, 3, 7), [7], [2, 3, 4], False),
         call(aten.upsample_bilinear2d.default, normal(2, 3, 4, 5), [7, 9], False, None, None),
         call(aten.upsample_bilinear2d_backward.default, normal(2, 3, 7, 9), [7, 9], [2, 3, 4, 5], True, None, None),
+        call(aten.upsample_trilinear3d_backward.default, normal(2, 1, 2, 3, 4), [2, 3, 4], [2, 1, 2, 2, 2], False),
     ],
     "sigmoid and tanh": [
         call(aten.sigmoid_backward.default, normal(3, 4), positive(3, 4)),
@@ -611,8 +626,6 @@ def test_everything_that_is_unsupported_is_named_at_once() -> None:
         (call(torch.exp, normal(3).to(torch.complex64)), "an input of dtype complex64"),
         (call(lambda x: torch.view_as_complex(x).abs(), normal(3, 2)), "aten.view_as_complex.default of dtype complex64"),
         (call(lambda x: x.as_strided([2, 2], [1, 2]), normal(6)), "aten.as_strided.default to another layout"),
-        (call(torch.nn.functional.avg_pool2d, normal(1, 1, 5, 5), 2, ceil_mode=True), "aten.avg_pool2d.default with ceil_mode"),
-        (call(torch.nn.functional.interpolate, normal(1, 1, 4, 4), 6), "aten.upsample_nearest2d.default by factors"),
         (call(torch.Tensor.scatter_reduce, normal(4), 0, whole(4, low=0, high=4), normal(4), "mean"), "aten.scatter_reduce.two with"),
     ],
     ids=lambda value: value.split()[0] if isinstance(value, str) else "",

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptrt.export.onnx.writer import Name, Pool, Refused, Rule, Value, Writer
+from adaptrt.export.onnx.writer import Name, OneName, Pool, Rule, Value, Writer
 
 aten = torch.ops.aten
 
@@ -123,7 +123,7 @@ _REPEATED = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "fl
 """Resizing by repeating elements."""
 
 
-def _avg_pool(num_axes: int) -> Rule:
+def _avg_pool(num_axes: int) -> OneName:
     def rule(
         write: Writer,
         like: Tensor,
@@ -135,26 +135,19 @@ def _avg_pool(num_axes: int) -> Rule:
         count_include_pad: bool = True,
         divisor: int | None = None,
     ) -> Name:
+        assert not ceil_mode and divisor is None, "these are lowered"
         taps = _spread(kernel, num_axes)
         options = {"kernel_shape": taps, "strides": _spread(stride, num_axes) if stride else taps, "pads": _spread(padding, num_axes) * 2}
-        if ceil_mode or (divisor is not None and any(options["pads"]) and not count_include_pad):
-            raise Refused(" with ceil_mode or a divisor of its own")
         lead = [1] * (num_axes + 2 - x.dim)
         source = write.reshape(write.get(x), [*lead, *x.shape]) if lead else write.get(x)
         found = write("AveragePool", source, count_include_pad=int(count_include_pad), **options)
-        if divisor is not None:
-            found = write("Mul", found, write.number(math.prod(taps) / divisor, like.dtype))
         return write.reshape(found, like.shape) if lead else found
 
     return rule
 
 
-def _nearest(
-    write: Writer, like: Tensor, x: Value, size: Sequence[int], scale_h: float | None = None, scale_w: float | None = None
-) -> Name:
-    factors = [new / old for new, old in zip(like.shape, x.shape, strict=True)]
-    if any(factor != int(factor) for factor in factors):
-        raise Refused(" by factors that are no integers")
+def _nearest(write: Writer, like: Tensor, x: Value, *rest: Any) -> Name:
+    """By integer factors; others are lowered."""
     return write("Resize", write.get(x), "", "", write.integers(like.shape), **_REPEATED)
 
 

@@ -69,6 +69,10 @@ OneName = Callable[..., Name]
 Rules = Mapping[Any, Rule]
 
 
+_MANY = 64
+"""Larger tensors whose elements are all equal are stored as one of them."""
+
+
 class Pool(NamedTuple):
     """A pool's maxima, and their places, counted through the whole tensor."""
 
@@ -111,7 +115,7 @@ class Writer:
     def constant(self, value: Tensor | np.ndarray[Any, Any]) -> Name:
         """Returns the name of an initialiser, or of an Expand of one if all elements are equal."""
         tensor = torch.as_tensor(value).detach().cpu()
-        if tensor.numel() > 1 and tensor.dtype != torch.bool and bool((tensor == tensor.flatten()[0]).all()):
+        if tensor.numel() > _MANY and tensor.dtype != torch.bool and bool((tensor == tensor.flatten()[0]).all()):
             return self("Expand", self._initialiser(tensor.flatten()[0].numpy()), self.integers(tensor.shape))
         return self._initialiser(tensor.numpy())
 

@@ -8,8 +8,8 @@ Every gradient is written in terms of operations that also stand in forward pass
 - operations that are two others in sequence, such as `addcmul`, `leaky_relu` or `masked_fill`;
 - tensors without values (`empty`), which are zeros.
 
-`gelu`, `_softmax`, `_log_softmax` and, in float32, `native_layer_norm` stay, for which there are kernels everywhere. `silu` does not, so that
-it shares the sigmoid with its gradient.
+`gelu`, `_softmax`, `_log_softmax` and, in float32, `native_layer_norm` stay, for which there are kernels everywhere. `silu` does not, so
+that it shares the sigmoid with its gradient.
 """
 
 # pyright: reportPrivateUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -40,12 +40,19 @@ from adaptrt.graph.passes.remove_identities import remove_identities
 
 aten = torch.ops.aten
 
-_KEPT = (aten.threshold_backward.default, aten.upsample_nearest2d.default)
+_KEPT = (aten.threshold_backward.default,)
 """Of the core set's decompositions, those that are not used: there are kernels."""
 
 _BEYOND_THE_CORE = (
     *(aten.elu.default, aten.leaky_relu.default, aten.hardtanh.default, aten.linalg_vector_norm.default),
-    *(aten.upsample_bilinear2d.default, aten.any.default, aten.any.dim, aten.any.dims),
+    *(
+        aten.upsample_bilinear2d.default,
+        aten.upsample_linear1d.default,
+        aten.upsample_trilinear3d.default,
+        aten.any.default,
+        aten.any.dim,
+        aten.any.dims,
+    ),
 )
 """Operations of the core set that PyTorch has a decomposition for all the same."""
 
