@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import collections
 import copy
+import importlib
 import json
 import shlex
 import statistics
@@ -88,12 +89,11 @@ class Bert(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        from transformers import BertConfig, BertModel  # pyright: ignore[reportMissingImports]
-
-        config = BertConfig(
+        transformers = importlib.import_module("transformers")
+        config = transformers.BertConfig(
             vocab_size=64, hidden_size=64, num_hidden_layers=2, num_attention_heads=4, intermediate_size=128, max_position_embeddings=16
         )
-        self.bert = BertModel(config).eval().requires_grad_(False)
+        self.bert = transformers.BertModel(config).eval().requires_grad_(False)
         for layer in self.bert.encoder.layer:
             for name in ("query", "value"):
                 setattr(layer.attention.self, name, LowRank(64, 64, 4))
@@ -195,14 +195,8 @@ def _double(value: Any) -> Any:
 
 
 def unroll_of(case: Case, model: nn.Module, backend: str) -> adaptrt.CompiledUnroll:
-    return adaptrt.compile_unroll(
-        model,
-        case.optimizer(_adapting(model)),
-        case.k,
-        loss=case.loss,
-        adjoint=Unrolled(),
-        backend="eager" if backend == "eager" else "auto",
-    )
+    opt = case.optimizer(_adapting(model))
+    return adaptrt.compile_unroll(model, opt, case.k, loss=case.loss, adjoint=Unrolled(), backend=backend)
 
 
 # --- measuring

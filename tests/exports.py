@@ -41,7 +41,7 @@ def inputs_of(program: Exportable, start: Mapping[str, Tensor], data: Sequence[A
     """
     inputs = program.graph.signature.inputs
     given = iter(tree.leaves(tuple(data)))
-    noise = iter(draw(program.noise, torch.Generator().manual_seed(seed)))
+    noise = iter(draw(program.noise, torch.Generator().manual_seed(seed), program.num_tasks))
     constants = iter(program.graph.constants)
     found: Named = {}
     for entry in inputs:

@@ -266,6 +266,30 @@ def test_a_chain_of_writes_is_exchanged_where_it_stands(monkeypatch: pytest.Monk
     functionalise.run(raw(lambda x, w: (x @ w).add_(1.0).mul_(2.0).sub_(0.5), x, w))
 
 
+def parts_written_to(x: Tensor, w: Tensor) -> Tensor:
+    """As recurrent cells do: the parts have gaps between their rows, and what replaces them has none."""
+    one, two, _ = torch.unsafe_split(x @ w, 2, 1)
+    return (one.sigmoid_() * two.tanh_()).view(-1) + one.t().reshape(-1)
+
+
+def parts_by_strides(x: Tensor, w: Tensor) -> Tensor:
+    """Nor may the strides change where an operation counts in memory."""
+    one, *_ = torch.unsafe_split(x @ w, 2, 1)
+    return one.sigmoid_().as_strided([3, 2], [5, 1], 0).clone()
+
+
+def test_writes_to_parts_of_a_split_tensor_are_exchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, w = torch.randn(3, 4, dtype=torch.float64), torch.randn(4, 5, dtype=torch.float64)
+    by_strides = raw(parts_by_strides, x, w)
+    monkeypatch.setattr(functionalise_file, "retrace", lambda graph, transform: graph)
+    assert functionalise.run(by_strides) is by_strides, "it was not traced again"
+    monkeypatch.setattr(functionalise_file, "retrace", lambda *args: pytest.fail("traced again"))
+    found = functionalise.run(raw(parts_written_to, x, w))
+    assert_equal(found.run(x, w), parts_written_to(x, w))
+    product = next(node for node in found.module.graph.nodes if node.target is aten.mul.Tensor)
+    assert [node.meta["val"].stride() for node in product.all_input_nodes] == [(2, 1), (2, 1)]
+
+
 def test_functionalise_refuses_what_writes_to_an_argument() -> None:
     """The write would be lost, or change the caller's tensor."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -53,10 +52,6 @@ def _binary(kind: str, of_bools: str | None = None) -> OneName:
 
 def _pair(write: Writer, like: Tensor, a: Operand, b: Operand, dtype: torch.dtype) -> tuple[Name, Name]:
     return write.get_broadcast(a, dtype, [b], like.shape), write.get_broadcast(b, dtype, [a], like.shape)
-
-
-def _reversed(rule: OneName) -> OneName:
-    return lambda write, like, a, b, alpha=1: rule(write, like, b, a, alpha=alpha)
 
 
 def _compared(kind: str, negated: bool = False) -> OneName:
@@ -150,11 +145,6 @@ def _expm1(write: Writer, like: Tensor, x: Operand) -> Name:
     return write("Where", far, less, small)
 
 
-def _silu(write: Writer, like: Tensor, x: Operand) -> Name:
-    value = write.get(x)
-    return write("Mul", value, write("Sigmoid", value))
-
-
 def _gelu(write: Writer, like: Tensor, x: Operand, *, approximate: str = "none") -> Name:
     dtype, value = like.dtype, write.get(x)
     if approximate == "tanh":
@@ -185,10 +175,6 @@ def _clamp(write: Writer, like: Tensor, x: Operand, low: Operand | None = None, 
         if bound is not None:
             found = write(kind, found, write.get(bound, wide))
     return found if wide == dtype else write.cast(found, dtype)
-
-
-def _clamp_max(write: Writer, like: Tensor, x: Operand, high: Operand) -> Name:
-    return _clamp(write, like, x, None, high)
 
 
 def _divided(write: Writer, like: Tensor, a: Operand, b: Operand, *, rounding_mode: str | None = None) -> Name:
@@ -251,30 +237,30 @@ def _to_copy(write: Writer, like: Tensor, x: Operand, **options: Any) -> Name:
 
 
 def _both(packet: Any, rule: Rule) -> dict[Any, Rule]:
-    """The rule for an operation with a tensor and with a number."""
-    return {getattr(packet, overload): rule for overload in ("Tensor", "Scalar", "default") if overload in packet.overloads()}
+    """The rule for an operation of two tensors, and of a tensor and a number."""
+    return {packet.Tensor: rule, packet.Scalar: rule}
 
 
 def _table() -> dict[Any, Rule]:
     rules: dict[Any, Rule] = {}
-    unary: dict[str, Callable[..., Any]] = {
+    unary: dict[str, Any] = {
         **{"Neg": aten.neg, "Exp": aten.exp, "Log": aten.log, "Sqrt": aten.sqrt, "Abs": aten.abs, "Reciprocal": aten.reciprocal},
         **{"Sin": aten.sin, "Cos": aten.cos, "Tan": aten.tan, "Asin": aten.asin, "Acos": aten.acos, "Atan": aten.atan},
         **{"Sinh": aten.sinh, "Cosh": aten.cosh, "Asinh": aten.asinh, "Acosh": aten.acosh, "Atanh": aten.atanh},
         **{"Tanh": aten.tanh, "Sigmoid": aten.sigmoid, "Erf": aten.erf},
     }
     for kind, packet in unary.items():
-        rules |= _both(packet, _unary(kind))
+        rules[packet.default] = _unary(kind)
     for kind, packet in {"Floor": aten.floor, "Ceil": aten.ceil, "Round": aten.round}.items():
-        rules |= _both(packet, _same_for_integers(kind))
+        rules[packet.default] = _same_for_integers(kind)
     for kind, of_bools, packet in (("Add", "Or", aten.add), ("Sub", None, aten.sub), ("Mul", "And", aten.mul), ("Div", None, aten.div)):
         rules |= _both(packet, _binary(kind, of_bools))
     for kind, of_bools, packet in (("Max", "Or", aten.maximum), ("Min", "And", aten.minimum)):
-        rules |= _both(packet, _binary(kind, of_bools))
+        rules[packet.default] = _binary(kind, of_bools)
     for kind, packet in (("And", aten.bitwise_and), ("Or", aten.bitwise_or), ("Xor", aten.bitwise_xor)):
         rules |= _both(packet, _binary(f"Bitwise{kind}", kind))
     for kind, packet in (("And", aten.logical_and), ("Or", aten.logical_or), ("Xor", aten.logical_xor)):
-        rules |= _both(packet, _logical(kind))
+        rules[packet.default] = _logical(kind)
     for kind, packet in (("Less", aten.lt), ("LessOrEqual", aten.le), ("Greater", aten.gt), ("GreaterOrEqual", aten.ge)):
         rules |= _both(packet, _compared(kind))
     return {
@@ -285,8 +271,6 @@ def _table() -> dict[Any, Rule]:
         **_both(aten.fmod, _fmod),
         **dict.fromkeys((aten.pow.Tensor_Tensor, aten.pow.Tensor_Scalar, aten.pow.Scalar), _pow),
         **dict.fromkeys((aten.div.Tensor_mode, aten.div.Scalar_mode), _divided),
-        aten.rsub.Tensor: _reversed(_binary("Sub")),
-        aten.rsub.Scalar: _reversed(_binary("Sub")),
         aten.rsqrt.default: _chained("Sqrt", "Reciprocal"),
         aten.logical_not.default: _not,
         aten.bitwise_not.default: _bitwise_not,
@@ -298,13 +282,10 @@ def _table() -> dict[Any, Rule]:
         aten.log1p.default: _log1p,
         aten.exp2.default: _exp2,
         aten.expm1.default: _expm1,
-        aten.silu.default: _silu,
         aten.gelu.default: _gelu,
         aten.where.self: _where,
         aten.clamp.default: _clamp,
         aten.clamp.Tensor: _clamp,
-        aten.clamp_min.default: _clamp,
-        aten.clamp_max.default: _clamp_max,
         aten.trunc.default: _trunc,
         aten.isnan.default: _is_nan,
         aten.isinf.default: _is_inf,

@@ -123,6 +123,6 @@ RULES: dict[Any, Rule] = {
     **dict.fromkeys((aten.scatter.src, aten.scatter.value), _scatter("none")),
     aten.scatter_add.default: _scatter("add"),
     aten.scatter_reduce.two: _scatter_reduce,
-    **dict.fromkeys((aten.index.Tensor, aten._unsafe_index.Tensor), _index),
-    **dict.fromkeys((aten.index_put.default, aten._unsafe_index_put.default), _index_put),
+    aten.index.Tensor: _index,
+    aten.index_put.default: _index_put,
 }

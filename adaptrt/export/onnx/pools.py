@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptrt.export.onnx.writer import Name, Pool, Refused, Rule, Value, Writer
+from adaptrt.export.onnx.writer import Name, OneName, Pool, Rule, Value, Writer
 
 aten = torch.ops.aten
 
@@ -25,6 +25,17 @@ aten = torch.ops.aten
 def _spread(value: Sequence[int] | int, num_axes: int) -> list[int]:
     values = [value] if isinstance(value, int) else list(value)
     return values * (num_axes if len(values) == 1 else 1)
+
+
+def _one_channel(write: Writer, x: Name, shape: Sequence[int], num_axes: int) -> Name:
+    """Returns the images with one channel each. With several, ONNX Runtime reorders them before the pool and back after it."""
+    return write.reshape(x, [math.prod(shape[:-num_axes]), 1, *shape[-num_axes:]])
+
+
+def _first(x: Value, num_axes: int) -> Tensor:
+    """The place of each image's first element in the whole tensor."""
+    images = torch.Size(x.shape[:-num_axes])
+    return torch.arange(images.numel()).reshape(*images, *[1] * num_axes) * math.prod(x.shape[-num_axes:])
 
 
 def _max_pool(num_axes: int) -> Rule:
@@ -46,14 +57,9 @@ def _max_pool(num_axes: int) -> Rule:
             "dilations": _spread(dilation, num_axes),
             "ceil_mode": int(ceil_mode),
         }
-        lead = [1] * (num_axes + 2 - x.dim)
-        source = write.reshape(write.get(x), [*lead, *x.shape]) if lead else write.get(x)
-        found, places = write.node("MaxPool", source, outputs=2, **options)
-        if lead:
-            found, places = write.reshape(found, like[0].shape), write.reshape(places, like[1].shape)
-        images = torch.Size(x.shape[:-num_axes])
-        first = torch.arange(images.numel()).reshape(*images, *[1] * num_axes) * math.prod(x.shape[-num_axes:])
-        in_image = write("Sub", places, write.constant(first))
+        found, places = write.node("MaxPool", _one_channel(write, write.get(x), x.shape, num_axes), outputs=2, **options)
+        found, places = write.reshape(found, like[0].shape), write.reshape(places, like[1].shape)
+        in_image = write("Sub", places, write.constant(_first(x, num_axes)))
         write.pools[in_image] = Pool(found, places)
         return [found, in_image]
 
@@ -74,16 +80,16 @@ def _max_pool_backward(num_axes: int) -> Rule:
         indices: Value,
     ) -> Name:
         pool = write.pools.get(indices.name)
-        if pool is None:
-            raise Refused(" of places that no pool has found")
         taps = _spread(kernel, num_axes)
         strides = _spread(stride, num_axes) if stride else taps
         overlap = any(step < (tap - 1) * spread + 1 for step, tap, spread in zip(strides, taps, _spread(dilation, num_axes), strict=True))
-        simple = strides == taps and not any(_spread(padding, num_axes)) and not overlap
-        is_plain = simple and x.dim == 4 and like.dtype == torch.float32
-        if is_plain and not any(size % tap for size, tap in zip(x.shape[2:], taps, strict=True)):
+        # Windows side by side, none of which reaches beyond an image.
+        sizes = zip(x.shape[-num_axes:], gradient.shape[-num_axes:], taps, strict=True)
+        simple = strides == taps and not any(_spread(padding, num_axes)) and all(tap * count <= size for size, count, tap in sizes)
+        is_plain = simple and not overlap and num_axes == 2 and x.dim == 4 and like.dtype == torch.float32
+        if pool is not None and is_plain and not any(size % tap for size, tap in zip(x.shape[2:], taps, strict=True)):
             return _compared(write, write.get(gradient), write.get(x), pool.maxima, x.shape, taps)
-        places = pool.places
+        places = write("Add", write.get(indices), write.constant(_first(x, num_axes))) if pool is None else pool.places
         if is_plain:
             shape = write.integers(x.shape)
             return write("MaxUnpool", write.get(gradient), places, shape, kernel_shape=taps, strides=strides)
@@ -108,7 +114,8 @@ def _compared(write: Writer, gradient: Name, x: Name, maxima: Name, shape: Seque
     ranks = torch.arange(size, 0, -1, dtype=torch.float32).reshape(*taps)
     ranks = ranks.repeat(*[length // tap for length, tap in zip(shape[2:], taps, strict=True)])
     of_maxima = write("Mul", equal(x, enlarged(maxima)), write.constant(ranks))
-    highest = write("MaxPool", of_maxima, kernel_shape=list(taps), strides=list(taps))
+    highest = write("MaxPool", _one_channel(write, of_maxima, shape, 2), kernel_shape=list(taps), strides=list(taps))
+    highest = write.reshape(highest, [*shape[:2], *[length // tap for length, tap in zip(shape[2:], taps, strict=True)]])
     return write("Mul", enlarged(gradient), equal(of_maxima, enlarged(highest)))
 
 
@@ -116,7 +123,7 @@ _REPEATED = {"coordinate_transformation_mode": "asymmetric", "nearest_mode": "fl
 """Resizing by repeating elements."""
 
 
-def _avg_pool(num_axes: int) -> Rule:
+def _avg_pool(num_axes: int) -> OneName:
     def rule(
         write: Writer,
         like: Tensor,
@@ -128,26 +135,19 @@ def _avg_pool(num_axes: int) -> Rule:
         count_include_pad: bool = True,
         divisor: int | None = None,
     ) -> Name:
+        assert not ceil_mode and divisor is None, "these are lowered"
         taps = _spread(kernel, num_axes)
         options = {"kernel_shape": taps, "strides": _spread(stride, num_axes) if stride else taps, "pads": _spread(padding, num_axes) * 2}
-        if ceil_mode or (divisor is not None and any(options["pads"]) and not count_include_pad):
-            raise Refused(" with ceil_mode or a divisor of its own")
         lead = [1] * (num_axes + 2 - x.dim)
         source = write.reshape(write.get(x), [*lead, *x.shape]) if lead else write.get(x)
         found = write("AveragePool", source, count_include_pad=int(count_include_pad), **options)
-        if divisor is not None:
-            found = write("Mul", found, write.number(math.prod(taps) / divisor, like.dtype))
         return write.reshape(found, like.shape) if lead else found
 
     return rule
 
 
-def _nearest(
-    write: Writer, like: Tensor, x: Value, size: Sequence[int], scale_h: float | None = None, scale_w: float | None = None
-) -> Name:
-    factors = [new / old for new, old in zip(like.shape, x.shape, strict=True)]
-    if any(factor != int(factor) for factor in factors):
-        raise Refused(" by factors that are no integers")
+def _nearest(write: Writer, like: Tensor, x: Value, *rest: Any) -> Name:
+    """By integer factors; others are lowered."""
     return write("Resize", write.get(x), "", "", write.integers(like.shape), **_REPEATED)
 
 
@@ -156,7 +156,6 @@ RULES: dict[Any, Rule] = {
     aten.max_pool3d_with_indices.default: _max_pool(3),
     aten.max_pool2d_with_indices_backward.default: _max_pool_backward(2),
     aten.max_pool3d_with_indices_backward.default: _max_pool_backward(3),
-    aten.avg_pool1d.default: _avg_pool(1),
     aten.avg_pool2d.default: _avg_pool(2),
     aten.avg_pool3d.default: _avg_pool(3),
     aten.upsample_nearest2d.default: _nearest,

@@ -31,17 +31,6 @@ def _reduced(kind: str) -> OneName:
     return rule
 
 
-def _any(kind: str) -> Rule:
-    """Whether any or all elements are true: the largest or smallest of them."""
-    reduced = _reduced(kind)
-
-    def rule(write: Writer, like: Tensor, x: Value, dim: Axes = None, keepdim: bool = False) -> Name:
-        truth = Value(write.get(x, torch.bool), torch.bool, x.shape)
-        return write.cast(reduced(write, like, truth, dim, keepdim), like.dtype)
-
-    return rule
-
-
 def _product(write: Writer, like: Tensor, x: Value, dim: int | None = None, keepdim: bool = False, *, dtype: Any = None) -> Name:
     return _reduced("ReduceProd")(write, like, x, dim, keepdim)
 
@@ -94,11 +83,9 @@ def _stable_sort(
 
 
 RULES: dict[Any, Rule] = {
-    **dict.fromkeys((aten.sum.default, aten.sum.dim_IntList), _reduced("ReduceSum")),
+    aten.sum.dim_IntList: _reduced("ReduceSum"),
     **dict.fromkeys((aten.mean.default, aten.mean.dim), _reduced("ReduceMean")),
     **dict.fromkeys((aten.prod.default, aten.prod.dim_int), _product),
-    **dict.fromkeys((aten.any.default, aten.any.dim, aten.any.dims), _any("ReduceMax")),
-    **dict.fromkeys((aten.all.default, aten.all.dim, aten.all.dims), _any("ReduceMin")),
     aten.amax.default: _reduced("ReduceMax"),
     aten.amin.default: _reduced("ReduceMin"),
     aten.argmax.default: _extreme_place("ArgMax"),

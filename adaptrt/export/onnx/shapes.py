@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adaptrt.export.onnx.writer import Name, Operand, Refused, Rule, Value, Writer
+from adaptrt.export.onnx.writer import Name, Refused, Rule, Value, Writer
 
 aten = torch.ops.aten
 
@@ -18,7 +18,7 @@ def _same(write: Writer, like: Tensor, x: Value, *args: Any, **options: Any) -> 
 
 
 def _reshape(write: Writer, like: Tensor, x: Value, *args: Any) -> Name:
-    return write.reshape(write.get(x), like.shape) if x.shape != tuple(like.shape) else write.get(x)
+    return write.reshape_value(x, like.shape)
 
 
 def _permute(write: Writer, like: Tensor, x: Value, axes: Sequence[int]) -> Name:
@@ -95,17 +95,9 @@ def _as_strided(write: Writer, like: Tensor, x: Value, size: Sequence[int], stri
     return _reshape(write, like, x)
 
 
-def _triangle(upper: int) -> Rule:
-    def rule(write: Writer, like: Tensor, x: Operand, diagonal: int = 0) -> Name:
-        return write("Trilu", write.get(x), write.integers(diagonal), upper=upper)
-
-    return rule
-
-
 RULES: dict[Any, Rule] = {
-    **dict.fromkeys((aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default), _same),
-    **dict.fromkeys((aten.reshape.default, aten.view.default, aten._unsafe_view.default, aten.unsqueeze.default), _reshape),
-    **dict.fromkeys((aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims), _reshape),
+    aten.clone.default: _same,
+    **dict.fromkeys((aten.reshape.default, aten.unsqueeze.default, aten.squeeze.dims), _reshape),
     aten.permute.default: _permute,
     aten.expand.default: _expand,
     aten.cat.default: _cat,
@@ -118,6 +110,4 @@ RULES: dict[Any, Rule] = {
     aten.full_like.default: _full_like,
     aten.diagonal.default: _diagonal,
     aten.as_strided.default: _as_strided,
-    aten.tril.default: _triangle(0),
-    aten.triu.default: _triangle(1),
 }

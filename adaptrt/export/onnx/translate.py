@@ -52,8 +52,8 @@ def to_onnx(graph: Graph, name: str) -> onnx.ModelProto:
     translated = _translate(lower_to_forward(graph))
     if translated.refused:
         raise NotExportable(
-            f"{name} cannot become an ONNX model, because of {', '.join(translated.refused)}. Write what the model or the loss does "
-            "there in terms of other operations, or export to another format"
+            f"{name} cannot become an ONNX model, because of {', '.join(translated.refused)}. "
+            "Write what the model or the loss does there in terms of other operations, or export to another format"
         )
     signature, writer = graph.signature, translated.writer
     nodes = _named(_needed(writer.nodes, translated.outputs), translated.outputs, [entry.name for entry in signature.outputs])
@@ -135,7 +135,7 @@ def _wrapped(like: Any, names: Sequence[Name]) -> Any:
     """Returns a value for each name. An operation may have fewer names than results, if nothing uses the last ones."""
     several = isinstance(like, list | tuple)
     parts = cast("Sequence[Tensor]", like) if several else [like]
-    values = [Value(name, part.dtype, tuple(part.shape)) for name, part in zip(names, parts, strict=False)]
+    values = [None if part is None else Value(name, part.dtype, tuple(part.shape)) for name, part in zip(names, parts, strict=False)]
     return values if several else values[0]
 
 

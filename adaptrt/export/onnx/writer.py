@@ -69,6 +69,10 @@ OneName = Callable[..., Name]
 Rules = Mapping[Any, Rule]
 
 
+_MANY = 64
+"""Larger tensors whose elements are all equal are stored as one of them."""
+
+
 class Pool(NamedTuple):
     """A pool's maxima, and their places, counted through the whole tensor."""
 
@@ -94,6 +98,7 @@ class Writer:
         self.exchanged: dict[Name, Value] = {}
         self.pools: dict[Name, Pool] = {}
         self._names: dict[Any, Name] = {}  # of initialisers and casts
+        self._reshaped: dict[Name, Value] = {}
         self._count = 0
 
     def node(self, kind: str, *inputs: Name, outputs: int, **attributes: Any) -> list[Name]:
@@ -110,7 +115,7 @@ class Writer:
     def constant(self, value: Tensor | np.ndarray[Any, Any]) -> Name:
         """Returns the name of an initialiser, or of an Expand of one if all elements are equal."""
         tensor = torch.as_tensor(value).detach().cpu()
-        if tensor.numel() > 1 and tensor.dtype != torch.bool and bool((tensor == tensor.flatten()[0]).all()):
+        if tensor.numel() > _MANY and tensor.dtype != torch.bool and bool((tensor == tensor.flatten()[0]).all()):
             return self("Expand", self._initialiser(tensor.flatten()[0].numpy()), self.integers(tensor.shape))
         return self._initialiser(tensor.numpy())
 
@@ -156,7 +161,17 @@ class Writer:
         return self._names[key]
 
     def reshape(self, name: Name, shape: Sequence[int]) -> Name:
-        return self("Reshape", name, self.integers(list(shape)))
+        options = {"allowzero": 1} if 0 in shape else {}  # else a 0 stands for the size that there was
+        return self("Reshape", name, self.integers(list(shape)), **options)
+
+    def reshape_value(self, value: Value, shape: Sequence[int]) -> Name:
+        """Reshapes what the value itself was reshaped from, if it was."""
+        source = self._reshaped.get(value.name, value)
+        if source.shape == tuple(shape):
+            return self.get(source)
+        name = self.reshape(self.get(source), shape)
+        self._reshaped[name] = source
+        return name
 
     def full(self, value: float, dtype: torch.dtype, shape: Sequence[int]) -> Name:
         return self("Expand", self.number(value, dtype), self.integers(list(shape))) if len(shape) else self.number(value, dtype)

@@ -91,30 +91,25 @@ def _of_weight(gradient: Tensor, x: Tensor, weight: Tensor, numbers: Numbers) ->
     # N = images, G = groups, C = channels of x in a group, O = channels of the gradient in a group, P = taps, L = places in all images
     groups, num_images, num_taps = numbers.groups, x.shape[0], math.prod(weight.shape[2:])
     num_out, num_in, num_places = weight.shape[0] // groups, weight.shape[1], num_images * math.prod(gradient.shape[2:])
-    left = _channels_first(gradient, groups).reshape(groups, num_out, num_places)
-    windows = [window.reshape(groups, num_in, num_places) for window in _windows(_channels_first(x, groups), gradient, weight, numbers)]
+    lead = (groups,) if groups > 1 else ()
+    left = _channels_first(gradient, groups).reshape(*lead, num_out, num_places)
+    windows = [window.reshape(*lead, num_in, num_places) for window in _windows(_channels_first(x, groups), gradient, weight, numbers)]
     if num_in >= _MANY_CHANNELS or num_taps == 1:
-        each = torch.stack([_product(left, window) for window in windows], -1)  # [G, O, C, P]
+        each = [torch.matmul(left, window.transpose(-1, -2)) for window in windows]
+        found = torch.cat(each).reshape(num_taps, groups * num_out, num_in).permute(1, 2, 0)
     else:
-        all_taps = _product(left, torch.cat(windows, 1))  # [G, O, P * C]
-        each = all_taps.reshape(groups, num_out, num_taps, num_in).transpose(2, 3)
-    return each.reshape(weight.shape)
+        all_taps = torch.matmul(left, torch.cat(windows, -2).transpose(-1, -2))
+        found = all_taps.reshape(groups * num_out, num_taps, num_in).transpose(1, 2)
+    return found.reshape(weight.shape)
 
 
-_MANY_CHANNELS = 16
+_MANY_CHANNELS = 8
 """From so many on, a product for each tap is faster than one product for all, whose windows have to be put together first."""
 
 
 def _channels_first(x: Tensor, groups: int) -> Tensor:
     """[G, channels of a group, N, ...]"""
     return x.reshape(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]).permute(1, 2, 0, *range(3, x.dim() + 1))
-
-
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """[G, O, L] times [G, C, L], summed over L."""
-    if left.shape[0] == 1:
-        return torch.mm(left.reshape(left.shape[1:]), right.reshape(right.shape[1:]).t()).unsqueeze(0)
-    return torch.bmm(left, right.transpose(1, 2))
 
 
 def _windows(x: Tensor, gradient: Tensor, weight: Tensor, numbers: Numbers) -> list[Tensor]:
@@ -126,7 +121,7 @@ def _windows(x: Tensor, gradient: Tensor, weight: Tensor, numbers: Numbers) -> l
     parts: list[Tensor] = []
     for tap in itertools.product(*map(range, taps)):
         part = x
-        for i in axes:
+        for i in reversed(axes):  # the other slices are then copies of whole rows, and several taps share the first
             first, step = tap[i] * numbers.dilation[i], numbers.stride[i]
             last = first + (places[i] - 1) * step + 1
             if (first, last, step) != (0, part.shape[3 + i], 1):

@@ -8,7 +8,8 @@ Every gradient is written in terms of operations that also stand in forward pass
 - operations that are two others in sequence, such as `addcmul`, `leaky_relu` or `masked_fill`;
 - tensors without values (`empty`), which are zeros.
 
-`silu`, `gelu`, `_softmax`, `_log_softmax` and, in float32, `native_layer_norm` stay, for which there are kernels everywhere.
+`gelu`, `_softmax`, `_log_softmax` and, in float32, `native_layer_norm` stay, for which there are kernels everywhere. `silu` does not, so
+that it shares the sigmoid with its gradient.
 """
 
 # pyright: reportPrivateUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false
@@ -39,13 +40,19 @@ from adaptrt.graph.passes.remove_identities import remove_identities
 
 aten = torch.ops.aten
 
-_KEPT = (aten.silu.default, aten.threshold_backward.default, aten.upsample_nearest2d.default)
+_KEPT = (aten.threshold_backward.default,)
 """Of the core set's decompositions, those that are not used: there are kernels."""
 
 _BEYOND_THE_CORE = (
-    *(aten.elu.default, aten.leaky_relu.default, aten.hardtanh.default),
-    *(aten.linalg_vector_norm.default, aten.new_empty_strided.default, aten.slice_scatter.default, aten.diagonal_scatter.default),
-    *(aten.upsample_bilinear2d.default, aten.unfold.default, aten.any.default, aten.any.dim, aten.any.dims),
+    *(aten.elu.default, aten.leaky_relu.default, aten.hardtanh.default, aten.linalg_vector_norm.default),
+    *(
+        aten.upsample_bilinear2d.default,
+        aten.upsample_linear1d.default,
+        aten.upsample_trilinear3d.default,
+        aten.any.default,
+        aten.any.dim,
+        aten.any.dims,
+    ),
 )
 """Operations of the core set that PyTorch has a decomposition for all the same."""
 
@@ -63,6 +70,15 @@ def _zeros(size: Sequence[int], **options: Any) -> Tensor:
 def _zeros_like(x: Tensor, *size: Any, **options: Any) -> Tensor:
     shape = size[0] if size else x.shape
     return aten.full.default(shape, 0, dtype=options.get("dtype") or x.dtype, device=options.get("device") or x.device)
+
+
+def _sigmoid_backward(gradient: Tensor, output: Tensor) -> Tensor:
+    """PyTorch's own rule is the same, but takes five times as long to trace, which recurrent networks do hundreds of times."""
+    return gradient * (output * (1 - output))
+
+
+def _tanh_backward(gradient: Tensor, output: Tensor) -> Tensor:
+    return gradient * (1 - output * output)
 
 
 def _trilinear(
@@ -119,6 +135,38 @@ def _select_scatter(x: Tensor, source: Tensor, dim: int, index: int) -> Tensor:
     return torch.cat([part for part in parts if part.shape[dim]], dim)
 
 
+def _slice_scatter(x: Tensor, source: Tensor, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Tensor:
+    places = torch.arange(x.shape[dim], device=x.device)[start:end:step]
+    return aten.index_put.default(x, [*[None] * (dim % x.dim()), places], source)
+
+
+def _diagonal_scatter(x: Tensor, source: Tensor, offset: int = 0, dim1: int = 0, dim2: int = 1) -> Tensor:
+    turned = x.movedim((dim1, dim2), (-2, -1))
+    rows, columns = turned.shape[-2:]
+    places = torch.arange(rows * columns, device=x.device).reshape(rows, columns).diagonal(offset)
+    flat = aten.index_put.default(turned.flatten(-2), [*[None] * (x.dim() - 2), places], source)
+    return flat.reshape(turned.shape).movedim((-2, -1), (dim1, dim2))
+
+
+def _unfold(x: Tensor, dim: int, size: int, step: int) -> Tensor:
+    moved, axis = x.movedim(dim, -1), dim % x.dim()
+    first = torch.arange(0, x.shape[dim] - size + 1, step, device=x.device)
+    places = first.unsqueeze(1) + torch.arange(size, device=x.device)
+    return aten.index.Tensor(moved, [*[None] * (x.dim() - 1), places]).movedim(-2, axis)
+
+
+def _var_mean(x: Tensor, dim: Sequence[int] | None = None, *, correction: float | None = None, keepdim: bool = False) -> Any:
+    axes = list(dim) if dim else list(range(x.dim()))
+    mean = x.mean(axes, keepdim=True)
+    count = math.prod(x.shape[axis] for axis in axes) - (1 if correction is None else correction)
+    var = (x - mean).square().sum(axes, keepdim=keepdim) / max(count, 0)
+    return var, mean if keepdim else mean.reshape(var.shape)
+
+
+def _var(x: Tensor, dim: Sequence[int] | None = None, *, correction: float | None = None, keepdim: bool = False) -> Tensor:
+    return _var_mean(x, dim, correction=correction, keepdim=keepdim)[0]
+
+
 def _max_pool(x: Tensor, kernel: Any, stride: Any = (), padding: Any = 0, dilation: Any = 1, ceil_mode: bool = False) -> Tensor:
     return aten.max_pool2d_with_indices.default(x, kernel, stride, padding, dilation, ceil_mode)[0]
 
@@ -139,6 +187,8 @@ def _rules() -> Rules:
         **pool_rules.RULES,
         aten.convolution_backward.default: convolution_backward,
         aten.copy.default: _copy,
+        aten.sigmoid_backward.default: _sigmoid_backward,
+        aten.tanh_backward.default: _tanh_backward,
         aten._trilinear.default: _trilinear,
         aten.var_mean.correction: _var_mean,
         aten.var.correction: _var,
@@ -148,6 +198,11 @@ def _rules() -> Rules:
         aten.max.default: _max,
         aten.min.default: _min,
         aten.select_scatter.default: _select_scatter,
+        aten.slice_scatter.default: _slice_scatter,
+        aten.diagonal_scatter.default: _diagonal_scatter,
+        aten.unfold.default: _unfold,
+        aten.var_mean.correction: _var_mean,
+        aten.var.correction: _var,
         aten.max_pool2d.default: _max_pool,
     }
 

@@ -7,14 +7,18 @@ compute them once. Maxima of adaptive pools are looked up in tables of the windo
 Known limits: a product with a matrix costs more than a pool where images are large, such as 224 by 224 pixels.
 """
 
+# pyright: reportPrivateUsage=false, reportUnknownMemberType=false, reportUnknownVariableType=false
+
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._decomp import decomposition_table
 
 aten = torch.ops.aten
 
@@ -94,47 +98,108 @@ def adaptive_max_pool2d_backward(gradient: Tensor, x: Tensor, indices: Tensor) -
     return flat.scatter_add(-1, indices.flatten(-2), gradient.flatten(-2)).reshape(x.shape)
 
 
-def _pair(value: Sequence[int]) -> list[int]:
-    return [value[0], value[-1]]
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Windows:
+    """The windows of an average pool along one axis."""
+
+    size: int
+    tap: int
+    step: int
+    pad: int
+    ceil_mode: bool
+
+    @property
+    def count(self) -> int:
+        """How many there are. With `ceil_mode` the last may reach beyond the padding, but must begin before it."""
+        room = self.size + 2 * self.pad - self.tap
+        if not self.ceil_mode:
+            return room // self.step + 1
+        count = -(-room // self.step) + 1
+        return count - 1 if (count - 1) * self.step >= self.size + self.pad else count
 
 
-def avg_pool2d_backward(
-    gradient: Tensor,
-    x: Tensor,
-    kernel: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    ceil_mode: bool,
-    count_include_pad: bool,
-    divisor: int | None,
-) -> Tensor:
-    """`aten.avg_pool2d_backward`."""
-    taps, pads = _pair(kernel), _pair(padding)
-    steps = _pair(stride) if stride else taps
-    sizes, counts = x.shape[-2:], gradient.shape[-2:]
-    axes = list(zip(sizes, counts, taps, steps, pads, strict=True))
-    even = all(tap == step and pad == 0 and tap * count <= size for size, count, tap, step, pad in axes)
-    if even and not ceil_mode:
-        spread = (gradient / (divisor or math.prod(taps))).unsqueeze(-1).unsqueeze(-3)
-        spread = spread.expand([*gradient.shape[:-2], counts[0], taps[0], counts[1], taps[1]])
-        spread = spread.reshape([*gradient.shape[:-2], counts[0] * taps[0], counts[1] * taps[1]])
-        rest = [sizes[0] - spread.shape[-2], sizes[1] - spread.shape[-1]]
-        return aten.constant_pad_nd.default(spread, [0, rest[1], 0, rest[0]]) if any(rest) else spread
-    matrices = [_uneven(*axis, gradient, count_include_pad, divisor is None) for axis in axes]
-    found = _along(gradient, matrices, True)
-    return found if divisor is None else found / divisor
+def _windows(sizes: Sequence[int], kernel: Sequence[int], stride: Sequence[int], padding: Sequence[int], ceil_mode: bool) -> list[_Windows]:
+    numbers = [list(value) * (len(sizes) if len(value) == 1 else 1) for value in (kernel, stride or kernel, padding)]
+    return [_Windows(size, tap, step, pad, ceil_mode) for size, tap, step, pad in zip(sizes, *numbers, strict=True)]
 
 
-def _uneven(size: int, count: int, tap: int, step: int, pad: int, like: Tensor, with_padding: bool, averaged: bool) -> Tensor:
+def _avg_pool(num_axes: int) -> Callable[..., Any]:
+    """`aten.avg_pool2d` and its like, where ONNX and other interpreters mean something else by the same numbers."""
+
+    def rule(
+        x: Tensor,
+        kernel: Sequence[int],
+        stride: Sequence[int] = (),
+        padding: Sequence[int] = (0,),
+        ceil_mode: bool = False,
+        count_include_pad: bool = True,
+        divisor: int | None = None,
+    ) -> Tensor:
+        if not ceil_mode and divisor is None:
+            return NotImplemented
+        windows = _windows(x.shape[-num_axes:], kernel, stride, padding, ceil_mode)
+        found = _along(x, [_uneven(entry, x, count_include_pad, divisor is None) for entry in windows], False)
+        return found if divisor is None else found / divisor
+
+    return rule
+
+
+def _avg_pool_backward(num_axes: int) -> Callable[..., Tensor]:
+    """`aten.avg_pool2d_backward` and its like."""
+
+    def rule(
+        gradient: Tensor,
+        x: Tensor,
+        kernel: Sequence[int],
+        stride: Sequence[int],
+        padding: Sequence[int],
+        ceil_mode: bool,
+        count_include_pad: bool,
+        divisor: int | None,
+    ) -> Tensor:
+        windows = _windows(x.shape[-num_axes:], kernel, stride, padding, ceil_mode)
+        if all(entry.tap == entry.step and entry.pad == 0 and entry.tap * entry.count <= entry.size for entry in windows):
+            return _spread(gradient / (divisor or math.prod(entry.tap for entry in windows)), x, windows)
+        found = _along(gradient, [_uneven(entry, gradient, count_include_pad, divisor is None) for entry in windows], True)
+        return found if divisor is None else found / divisor
+
+    return rule
+
+
+def _spread(value: Tensor, x: Tensor, windows: Sequence[_Windows]) -> Tensor:
+    """Repeats each value all over its window, with zeros where no window is."""
+    num_axes = len(windows)
+    for place in range(num_axes):
+        value = value.unsqueeze(value.dim() - 2 * place)
+    shape = [size for entry in windows for size in (entry.count, entry.tap)]
+    value = value.expand([*x.shape[:-num_axes], *shape])
+    value = value.reshape([*x.shape[:-num_axes], *[entry.count * entry.tap for entry in windows]])
+    rest = [size for entry in reversed(windows) for size in (0, entry.size - entry.count * entry.tap)]
+    return aten.constant_pad_nd.default(value, rest) if any(rest) else value
+
+
+def _uneven(windows: _Windows, like: Tensor, with_padding: bool, averaged: bool) -> Tensor:
     """[windows, elements]: each row averages, or sums, one window of an average pool with stride and padding."""
-    window, element = _counted(count, like).unsqueeze(1), _counted(size, like)
-    first = window * step - pad
-    last = torch.clamp(first + tap, max=size + pad)
+    size = windows.size
+    window, element = _counted(windows.count, like).unsqueeze(1), _counted(size, like)
+    first = window * windows.step - windows.pad
+    last = torch.clamp(first + windows.tap, max=size + windows.pad)
     inside = (element >= first) & (element < last)
     if not averaged:
         return inside.to(like.dtype)
     length = last - first if with_padding else torch.clamp(last, max=size) - torch.clamp(first, min=0)
     return torch.where(inside, 1.0 / length.to(like.dtype), 0.0).to(like.dtype)
+
+
+def _nearest(x: Tensor, output_size: Sequence[int], *scales: float | None) -> Any:
+    """`aten.upsample_nearest2d` by factors that are no integers; the others stay."""
+    if all(new % old == 0 for new, old in zip(output_size, x.shape[-2:], strict=True)):
+        return NotImplemented
+    return _decomposition(aten.upsample_nearest2d.default)(x, output_size, *scales)
+
+
+def _decomposition(target: Any) -> Callable[..., Any]:
+    return cast(Any, decomposition_table)[target]
 
 
 def _resized(resize: Callable[[Tensor], Tensor], size: int, like: Tensor) -> Tensor:
@@ -143,31 +208,30 @@ def _resized(resize: Callable[[Tensor], Tensor], size: int, like: Tensor) -> Ten
     return resize(units).squeeze(1).t()
 
 
-def upsample_nearest2d_backward(
-    gradient: Tensor, output_size: Sequence[int], input_size: Sequence[int], scale_h: float | None = None, scale_w: float | None = None
-) -> Tensor:
-    """`aten.upsample_nearest2d_backward`."""
-    matrices = [
-        _resized(lambda units, out=out, scale=scale: aten.upsample_nearest1d.default(units, [out], scale), size, gradient)
-        for out, size, scale in zip(output_size, input_size[-2:], (scale_h, scale_w), strict=True)
-    ]
-    return _along(gradient, matrices, True)
+def _nearest_backward(gradient: Tensor, output_size: Sequence[int], input_size: Sequence[int], *scales: float | None) -> Tensor:
+    """`aten.upsample_nearest2d_backward` and its like."""
+    return _along(
+        gradient,
+        [
+            _resized(lambda units, out=out, scale=scale: aten.upsample_nearest1d.default(units, [out], scale), size, gradient)
+            for out, size, scale in zip(output_size, input_size[2:], scales or [None] * len(output_size), strict=True)
+        ],
+        True,
+    )
 
 
-def upsample_bilinear2d_backward(
-    gradient: Tensor,
-    output_size: Sequence[int],
-    input_size: Sequence[int],
-    align_corners: bool,
-    scale_h: float | None = None,
-    scale_w: float | None = None,
+def _linear_backward(
+    gradient: Tensor, output_size: Sequence[int], input_size: Sequence[int], align_corners: bool, *scales: float | None
 ) -> Tensor:
-    """`aten.upsample_bilinear2d_backward`."""
-    matrices = [
-        _resized(lambda units, out=out, scale=scale: aten.upsample_linear1d.default(units, [out], align_corners, scale), size, gradient)
-        for out, size, scale in zip(output_size, input_size[-2:], (scale_h, scale_w), strict=True)
-    ]
-    return _along(gradient, matrices, True)
+    """`aten.upsample_bilinear2d_backward` and its like."""
+    return _along(
+        gradient,
+        [
+            _resized(lambda units, out=out, scale=scale: aten.upsample_linear1d.default(units, [out], align_corners, scale), size, gradient)
+            for out, size, scale in zip(output_size, input_size[2:], scales or [None] * len(output_size), strict=True)
+        ],
+        True,
+    )
 
 
 RULES: dict[Any, Callable[..., Any]] = {
@@ -177,7 +241,15 @@ RULES: dict[Any, Callable[..., Any]] = {
     aten._adaptive_avg_pool3d_backward.default: adaptive_avg_pool3d_backward,
     aten.adaptive_max_pool2d.default: adaptive_max_pool2d,
     aten.adaptive_max_pool2d_backward.default: adaptive_max_pool2d_backward,
-    aten.avg_pool2d_backward.default: avg_pool2d_backward,
-    aten.upsample_nearest2d_backward.default: upsample_nearest2d_backward,
-    aten.upsample_bilinear2d_backward.default: upsample_bilinear2d_backward,
+    aten.avg_pool2d.default: _avg_pool(2),
+    aten.avg_pool3d.default: _avg_pool(3),
+    aten.avg_pool2d_backward.default: _avg_pool_backward(2),
+    aten.avg_pool3d_backward.default: _avg_pool_backward(3),
+    aten.upsample_nearest2d.default: _nearest,
+    aten.upsample_nearest1d_backward.default: _nearest_backward,
+    aten.upsample_nearest2d_backward.default: _nearest_backward,
+    aten.upsample_nearest3d_backward.default: _nearest_backward,
+    aten.upsample_linear1d_backward.default: _linear_backward,
+    aten.upsample_bilinear2d_backward.default: _linear_backward,
+    aten.upsample_trilinear3d_backward.default: _linear_backward,
 }
