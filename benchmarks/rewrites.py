@@ -101,7 +101,7 @@ REWRITES: dict[str, Rewrite] = {
     "GELU by a sigmoid": Rewrite(patched(GeluBySigmoid, "functions", ())),
     "computed once": Rewrite(without(inductor, "PASSES", compute_once)),
     "kernels recorded": Rewrite(patched(inductor, "record", lambda *args: None)),
-    "one thread for small operations": Rewrite(patched(inductor, "_threads", lambda graph: {})),
+    "one thread for small operations": Rewrite(patched(inductor, "threads_for", lambda graph: {})),
     "tasks one by one": Rewrite(patched(auto, "MIN_FLOPS_OF_A_TASK", sys.maxsize)),
     "what steps share computed once": Rewrite(patched(program_set, "hoist", lambda graph, same: None)),
 }

@@ -25,8 +25,6 @@ from adaptrt.graph.exchange import exchanged
 
 _FUNCTION = """#include <torch/csrc/inductor/cpp_prefix.h>
 
-#ifndef ADAPTRT_SMALL_MATMUL  // kernels may be put together in one file
-#define ADAPTRT_SMALL_MATMUL
 // c[M, N] = a[M, K] b[K, N], with strides; c is contiguous.
 template <typename T, int M, int N, int K, int64_t a_row, int64_t a_column, int64_t b_row, int64_t b_column>
 void small_matmul(const T* __restrict__ a, const T* __restrict__ b, T* __restrict__ c) {
@@ -91,8 +89,6 @@ void small_matmul(const T* __restrict__ a, const T* __restrict__ b, T* __restric
         for (int n = 0; n < whole * L; n += columns * L) strip.template operator()<columns, L>(n);
     strip.template operator()<width - whole, N - (width - 1) * L>(whole * L);
 }
-#endif
-
 """
 
 
@@ -114,10 +110,14 @@ class _Product(NamedTuple):
     dtype: torch.dtype
 
 
-def small_matmuls_in_place_of_loops() -> contextlib.AbstractContextManager[None]:
-    """A block in which the operation `small_matmul` is compiled to calls of that function."""
+def small_matmuls_in_place_of_loops(in_one_file: bool = False) -> contextlib.AbstractContextManager[None]:
+    """A block in which the operation `small_matmul` is compiled to calls of that function.
+
+    `in_one_file`: all kernels of a program are written into one file and one namespace, which then has the function once.
+    """
     _register()
-    others = (_only_others, _only_others, _finalize, _codegen)
+    function = f"#ifndef ADAPTRT_SMALL_MATMUL\n#define ADAPTRT_SMALL_MATMUL\n{_FUNCTION}#endif\n\n" if in_one_file else _FUNCTION
+    others = (_only_others, _only_others, _finalize, functools.partial(_codegen, function))
     return exchanged(SMALL_MATMULS, *[functools.partial(functools.partial, other) for other in others])
 
 
@@ -160,9 +160,9 @@ def _place(pointer: str, operand: _Operand) -> str:
     return f"{pointer} + {operand.offset} + task * {stride}"
 
 
-def _codegen(original: Callable[..., str], self: Any, *args: Any, **kwargs: Any) -> str:
+def _codegen(function: str, original: Callable[..., str], self: Any, *args: Any, **kwargs: Any) -> str:
     code = original(self, *args, **kwargs)
-    return _FUNCTION + code if "small_matmul<" in code else code
+    return function + code if "small_matmul<" in code else code
 
 
 @functools.cache

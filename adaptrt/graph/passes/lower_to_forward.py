@@ -111,24 +111,6 @@ def _min(x: Tensor) -> Tensor:
     return x.amin(list(range(x.dim())))
 
 
-def _var_mean(
-    x: Tensor, dim: Sequence[int] | None = None, *, correction: float | None = None, keepdim: bool = False
-) -> tuple[Tensor, Tensor]:
-    axes = [axis % x.dim() for axis in dim or range(x.dim())]
-    count = math.prod(x.shape[axis] for axis in axes)
-    mean = x.mean(axes, keepdim=True)
-    variance = (x - mean).square().sum(axes, keepdim=keepdim) / max(count - (1 if correction is None else correction), 0)
-    return variance, mean if keepdim else mean.reshape(variance.shape)
-
-
-def _var(x: Tensor, dim: Sequence[int] | None = None, **options: Any) -> Tensor:
-    return _var_mean(x, dim, **options)[0]
-
-
-def _std(x: Tensor, dim: Sequence[int] | None = None, **options: Any) -> Tensor:
-    return _var(x, dim, **options).sqrt()
-
-
 def _select_scatter(x: Tensor, source: Tensor, dim: int, index: int) -> Tensor:
     size, index = x.shape[dim], index % x.shape[dim]
     parts = (aten.slice.Tensor(x, dim, 0, index), source.unsqueeze(dim), aten.slice.Tensor(x, dim, index + 1, size))
@@ -190,9 +172,6 @@ def _rules() -> Rules:
         aten.sigmoid_backward.default: _sigmoid_backward,
         aten.tanh_backward.default: _tanh_backward,
         aten._trilinear.default: _trilinear,
-        aten.var_mean.correction: _var_mean,
-        aten.var.correction: _var,
-        aten.std.correction: _std,
         aten.max.dim: _max_dim,
         aten.min.dim: _min_dim,
         aten.max.default: _max,
