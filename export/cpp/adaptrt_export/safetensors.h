@@ -38,17 +38,19 @@ inline constexpr Dtype kDtypes[] = {
 
 inline constexpr int64_t kMaxElements = int64_t{1} << 40;
 
-// Returns the number of elements of a shape, or -1 if it is no shape of a tensor that could be.
+// Returns the number of elements of a shape, or -1 if it is no shape of a tensor that could be. Axes of length 0 do not excuse others that are
+// too long, since PyTorch multiplies those when it computes strides.
 inline int64_t num_elements(const std::vector<int64_t>& shape) {
   if (shape.size() > 64) return -1;
-  int64_t count = 1;
+  int64_t room = 1;
+  bool empty = false;
   for (const int64_t size : shape) {
     if (size < 0) return -1;
-    if (size == 0) count = 0;
-    if (count > 0 && size > kMaxElements / count) return -1;
-    count *= size;
+    if (size > kMaxElements / room) return -1;
+    room *= std::max<int64_t>(size, 1);
+    empty = empty || size == 0;
   }
-  return count;
+  return empty ? 0 : room;
 }
 
 namespace detail {
