@@ -7,7 +7,7 @@ import os
 import random
 import shutil
 import subprocess
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +67,34 @@ def runner(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run_adapt"
 
 
+MANY = """
+// Calls the runner's main once for each line of standard input, whose arguments are between tabs, in one process.
+#define main run_adapt_main
+#include "run_adapt.cpp"
+#undef main
+
+int main() {
+  for (std::string line; std::getline(std::cin, line);) {
+    std::vector<std::string> parts = {"run_adapt"};
+    std::istringstream stream(line);
+    for (std::string part; std::getline(stream, part, '\\t');) parts.push_back(part);
+    std::vector<char*> arguments;
+    for (std::string& part : parts) arguments.push_back(part.data());
+    const int code = run_adapt_main(static_cast<int>(arguments.size()), arguments.data());
+    std::fprintf(stderr, "\\x1d%d\\x1e", code);
+  }
+}
+"""
+
+
 @pytest.fixture(scope="module")
 def checked(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The runner, built so that every wrong access to memory and every undefined operation ends it."""
+    """The runner for many calls, built so that every wrong access to memory and every undefined operation ends it."""
     options = "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-sanitize=vptr"
+    folder = tmp_path_factory.mktemp("checked")
+    (folder / "many.cpp").write_text(MANY)
     try:
-        return compiled(SOURCE / "run_adapt.cpp", tmp_path_factory.mktemp("checked") / "run_adapt", *options)
+        return compiled(folder / "many.cpp", folder / "many", *options)
     except subprocess.CalledProcessError as error:
         pytest.skip(f"this compiler cannot build with sanitizers: {error.stderr.splitlines()[-1:]}")
 
@@ -85,8 +107,27 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(program: Path, *arguments: Path | str) -> subprocess.CompletedProcess[str]:
-    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:exitcode=99", "UBSAN_OPTIONS": "print_stacktrace=1"}
-    return subprocess.run([program, *arguments], capture_output=True, text=True, errors="replace", env=environment, timeout=300)
+    return subprocess.run([program, *arguments], capture_output=True, text=True, errors="replace", timeout=300)
+
+
+def run_many(checked: Path, cases: Sequence[Sequence[Path | str]]) -> list[tuple[int, str]]:
+    """Exit code and standard error of each call."""
+    # Too large a tensor is an exception outside of the sanitizer, and so it is here.
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0:allocator_may_return_null=1:max_allocation_size_mb=4096"}
+    lines = "".join("\t".join(map(str, case)) + "\n" for case in cases)
+    found = subprocess.run([checked], input=lines, capture_output=True, text=True, errors="replace", env=environment, timeout=600)
+    ends = [(part.rpartition("\x1d")[2], part.rpartition("\x1d")[0]) for part in found.stderr.split("\x1e")]
+    assert found.returncode == 0, f"call {len(ends) - 1}, {cases[len(ends) - 1]}: {found.stderr[-6000:]}"
+    assert len(ends) == len(cases) + 1
+    return [(int(code), text) for code, text in ends[:-1]]
+
+
+def refusals(checked: Path, cases: Sequence[Sequence[Path | str]]) -> list[str]:
+    """The one line that the runner says for each call."""
+    found = run_many(checked, cases)
+    for case, (code, text) in zip(cases, found, strict=True):
+        assert (code, text.count("\n"), text[:11]) == (1, 1, "run_adapt: "), (case, code, text)
+    return [text for _, text in found]
 
 
 def results(program: Path, folder: Path, kind: str, given: Data, scratch: Path, *options: Path | str) -> dict[str, Tensor]:
@@ -169,7 +210,15 @@ def test_what_it_computes(runner: Path, folder: Path, tmp_path: Path) -> None:
 
 
 def test_under_sanitizers(checked: Path, folder: Path, tmp_path: Path) -> None:
-    check(checked, folder, data(6), inputs(4), tmp_path)
+    """The calls that are right, too, touch no memory that is not theirs."""
+    exported = adaptrt.load(folder)
+    parts = {"support": batch(data()), "batch": batch(data()), "query": inputs()}
+    cases: list[list[Path | str]] = []
+    for kind in ("adapt", "adapt_predict", "predict", "loss"):
+        save_file(named(exported, kind, **parts), tmp_path / kind)
+        cases += [[folder, kind, tmp_path / kind, tmp_path / f"{kind}.out", "--repeat", "2"]]
+    cases += [[*case, "--start", tmp_path / "adapt.out"] for case in cases]
+    assert run_many(checked, cases) == [(0, "")] * len(cases)
 
 
 def test_over_tasks(runner: Path, tmp_path: Path) -> None:
@@ -254,11 +303,14 @@ WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
 
 def test_wrong_data(checked: Path, folder: Path, tmp_path: Path) -> None:
     right = named(adaptrt.load(folder), "adapt", support=batch(data()))
-    for change, message in WRONG.values():
+    cases: list[list[Path | str]] = []
+    for name, (change, _) in WRONG.items():
         given = dict(right)
         change(given)
-        save_file(given, tmp_path / "data.safetensors")
-        assert message in refusal(checked, folder, "adapt", tmp_path / "data.safetensors", tmp_path / "out.safetensors")
+        save_file(given, tmp_path / name)
+        cases.append([folder, "adapt", tmp_path / name, tmp_path / "out.safetensors"])
+    for found, (_, message) in zip(refusals(checked, cases), WRONG.values(), strict=True):
+        assert message in found
     assert not (tmp_path / "out.safetensors").exists()
 
 
@@ -274,7 +326,7 @@ def test_wrong_calls(checked: Path, folder: Path, tmp_path: Path) -> None:
     save_file(named(adaptrt.load(folder), "adapt", support=batch(data())), tmp_path / "data.safetensors")
     given, out = tmp_path / "data.safetensors", tmp_path / "out.safetensors"
     (tmp_path / "empty").mkdir()
-    for arguments, message in (
+    said: list[tuple[tuple[Path | str, ...], str]] = [
         ((), "usage:"),
         ((folder, "adapt", given), "usage:"),
         ((folder, "adapt", given, out, "--repeat"), "usage:"),
@@ -289,8 +341,9 @@ def test_wrong_calls(checked: Path, folder: Path, tmp_path: Path) -> None:
         ((folder, "adapt", given, tmp_path / "none" / "out"), "cannot be written"),
         ((tmp_path / "none", "adapt", given, out), "manifest.json is missing"),
         ((tmp_path / "empty", "adapt", given, out), "manifest.json is missing"),
-    ):
-        assert message in refusal(checked, *arguments)
+    ]
+    for found, (_, message) in zip(refusals(checked, [arguments for arguments, _ in said]), said, strict=True):
+        assert message in found
 
 
 # --- damaged and foreign files
@@ -331,9 +384,11 @@ FILES: dict[str, tuple[bytes, str]] = {
 
 
 def test_files_of_tensors(checked: Path, folder: Path, tmp_path: Path) -> None:
-    for content, message in FILES.values():
-        (tmp_path / "data.safetensors").write_bytes(content)
-        assert message in refusal(checked, folder, "adapt", tmp_path / "data.safetensors", tmp_path / "out.safetensors")
+    for name, (content, _) in FILES.items():
+        (tmp_path / name).write_bytes(content)
+    cases = [(folder, "adapt", tmp_path / name, tmp_path / "out.safetensors") for name in FILES]
+    for found, (_, message) in zip(refusals(checked, cases), FILES.values(), strict=True):
+        assert message in found
 
 
 SAID = {
@@ -351,22 +406,24 @@ SAID = {
 """Where it says something else than Python. It takes inputs by name, so it need not have all that Python gives."""
 
 
+def linked_manifest(path: Path) -> None:
+    shutil.move(path / "manifest.json", path.parent)
+    (path / "manifest.json").symlink_to(path.parent / "manifest.json")
+
+
 def test_foreign_folders(checked: Path, folder: Path, tmp_path: Path) -> None:
-    save_file(named(adaptrt.load(folder), "adapt", support=batch(data())), tmp_path / "data.safetensors")
-    for number, (name, (change, message)) in enumerate(FOREIGN.items()):
-        message = SAID.get(name, message)
-        if message is None:
-            continue
-        (tmp_path / str(number)).mkdir()
-        copy = shutil.copytree(folder, tmp_path / str(number) / "copy")
+    given = tmp_path / "data.safetensors"
+    save_file(named(adaptrt.load(folder), "adapt", support=batch(data())), given)
+    changes = {**FOREIGN, "linked manifest": (linked_manifest, "is a link to another place")}
+    wanted = {name: SAID.get(name, message.replace("\\", "")) for name, (_, message) in changes.items()}
+    cases: list[list[Path | str]] = []
+    for name, (change, _) in changes.items():
+        copy = shutil.copytree(folder, tmp_path / name / "copy")
         change(copy)
-        found = refusal(checked, copy, "adapt", tmp_path / "data.safetensors", tmp_path / "out.safetensors")
-        assert message.replace("\\", "") in found, name
-    (tmp_path / "linked").mkdir()
-    copy = shutil.copytree(folder, tmp_path / "linked" / "copy")
-    shutil.move(copy / "manifest.json", tmp_path / "linked")
-    (copy / "manifest.json").symlink_to(tmp_path / "linked" / "manifest.json")
-    assert "is a link" in refusal(checked, copy, "adapt", tmp_path / "data.safetensors", tmp_path / "out.safetensors")
+        if wanted[name] is not None:
+            cases.append([copy, "adapt", given, tmp_path / "out.safetensors"])
+    for found, message in zip(refusals(checked, cases), filter(None, wanted.values()), strict=True):
+        assert message in found
 
 
 def test_digests_are_those_of_python(runner: Path, folder: Path, tmp_path: Path) -> None:
@@ -385,26 +442,29 @@ def test_flipped_and_truncated_files(checked: Path, folder: Path, tmp_path: Path
     draw = random.Random(0)
     right = tmp_path / "right.safetensors"
     save_file(named(adaptrt.load(folder), "predict", query=inputs()), right)
-    for number in range(36):
-        copy = shutil.copytree(folder, tmp_path / f"net{number}")
-        own = shutil.copy(right, tmp_path / "data.safetensors")
+    cases: list[list[Path | str]] = []
+    changed: list[Path] = []
+    for number in range(200):
         name = ("manifest.json", "weights.safetensors", "predict.ts", "data")[number % 4]
-        path = own if name == "data" else copy / name
-        content = bytearray(path.read_bytes())
+        own = shutil.copytree(folder, tmp_path / f"net{number}") if name != "data" else folder
+        given = right if name != "data" else tmp_path / f"data{number}"
+        path = given if name == "data" else own / name
+        content = bytearray((right if name == "data" else path).read_bytes())
         place = draw.randrange(len(content) if name != "data" or number % 8 == 3 else 300)
         if number % 3:
             content[place] ^= draw.randrange(1, 256)
         else:
             del content[place:]
         path.write_bytes(content)
-        arguments = copy, "predict", own, tmp_path / "out.safetensors"
-        found = run(checked, *arguments)
-        if name == "data" and found.returncode == 0:
-            assert found.stderr == ""
-        elif name != "manifest.json" or found.returncode != 0:
-            assert refusal(checked, *arguments)
-        else:  # a blank that was changed into another, which says the same
-            assert json.loads(content) == json.loads((folder / "manifest.json").read_bytes())
+        changed.append(path)
+        cases.append([own, "predict", given, tmp_path / "out.safetensors"])
+    codes: dict[str, list[int]] = {}
+    for path, (code, text) in zip(changed, run_many(checked, cases), strict=True):
+        codes.setdefault(path.name.rstrip("0123456789"), []).append(code)
+        assert code in (0, 1) and text.count("\n") == code, (path, text)
+        if path.name == "manifest.json" and code == 0:  # a blank that was changed into another
+            assert json.loads(path.read_bytes()) == json.loads((folder / "manifest.json").read_bytes())
+    assert set(codes["weights.safetensors"]) == set(codes["predict.ts"]) == {1}
 
 
 def test_manifests_of_another_form(checked: Path, folder: Path, tmp_path: Path) -> None:
@@ -412,20 +472,23 @@ def test_manifests_of_another_form(checked: Path, folder: Path, tmp_path: Path) 
     draw = random.Random(1)
     given = tmp_path / "data.safetensors"
     save_file(named(adaptrt.load(folder), "predict", query=inputs()), given)
-    copy = shutil.copytree(folder, tmp_path / "net")
     others = [None, True, -1, 0, 1 << 62, 10**25, 0.5, "", "../x", [], {}, [[]], [1 << 40] * 70]
-    for _ in range(40):
+    cases: list[list[Path | str]] = []
+    for number in range(300):
         fields = json.loads((folder / "manifest.json").read_text())
         at: Any = fields
-        if draw.random() < 0.7:
+        if draw.random() < 0.8:
             at = draw.choice([program for program in fields["programs"] if program["name"] == "predict"])
         while True:
-            keys = list(at) if isinstance(at, dict) else range(len(at))
-            key = draw.choice(list(keys))
+            key = draw.choice(list(at) if isinstance(at, dict) else range(len(at)))
             if not isinstance(at[key], dict | list) or not at[key] or draw.random() < 0.15:
                 break
             at = at[key]
         at[key] = draw.choice(others)
+        copy = shutil.copytree(folder, tmp_path / f"net{number}")
         rewrite(copy, fields)
-        found = run(checked, copy, "predict", given, tmp_path / "out.safetensors")
-        assert found.returncode in (0, 1) and found.stderr.count("\n") == found.returncode, (key, at[key], found.stderr[:2000])
+        cases.append([copy, "predict", given, tmp_path / "out.safetensors"])
+    found = run_many(checked, cases)
+    for case, (code, text) in zip(cases, found, strict=True):
+        assert code in (0, 1) and text.count("\n") == code, (case, text)
+    assert {code for code, _ in found} == {0, 1}
