@@ -290,7 +290,10 @@ WRONG: dict[str, tuple[Callable[[dict[str, Tensor]], Any], str]] = {
     "missing": (lambda given: given.pop("support.target"), "lacks 'support.target'"),
     "no noise": (lambda given: given.pop("noise.1.0"), "'noise.1.0' is missing, float32[6, 4]: noise, which is the caller's to draw"),
     "unknown": (lambda given: given.update(extra=torch.zeros(1)), "'extra' is no input of program 'adapt', which takes support.inputs.0"),
-    "shape": (with_("support.target", lambda value: value[:-1]), "was exported for this data, only for support.inputs.0 int64[6, 5]"),
+    "shape": (
+        with_("support.target", lambda value: value[:-1]),
+        "whose 'support.target' is int64[5], only for support.inputs.0 int64[6, 5]",
+    ),
     "dtype": (with_("support.inputs.1", Tensor.double), "only for support.inputs.0 int64[6, 5]"),
     "noise of another shape": (with_("noise.0.0", lambda value: value[:, :3]), "'noise.0.0' must be float32[6, 4], got float32[6, 3]"),
     "noise of another kind": (with_("noise.0.0", lambda value: value + 0.5), "draws of 'bernoulli' are 0 or 1"),

@@ -2,7 +2,7 @@
 //
 //   adaptrt::Export program("folder");
 //   adaptrt::Tensors adapted = program.run("adapt", {{"support.inputs", x}, {"support.target", y}});
-//   adaptrt::Tensors predicted = program.run("predict", {{"query", q}}, adapted);
+//   adaptrt::Tensors predicted = program.run("predict", {{"query.0", q}}, adapted);
 //
 // Tensors go by the names of inputs and outputs in the manifest. The manifest and the hash of every file are checked before anything that
 // holds code is opened. A program is code all the same: the digest shows damage, and not who wrote the folder. Take exports from sources that
@@ -172,8 +172,7 @@ class Export {
   }
 
   size_t find(const std::string& kind, const Tensors& data) const {
-    std::string known;
-    std::string missing;
+    std::string known, unfit;
     for (size_t number = 0; number < manifest_.programs.size(); ++number) {
       const Program& program = manifest_.programs[number];
       if (program.kind != kind) continue;
@@ -183,14 +182,16 @@ class Export {
         const Entry& entry = program.inputs[place];
         words += (words.empty() ? "" : ", ") + entry.name + " " + in_words(entry.spec);
         const auto own = data.find(entry.name);
-        if (own == data.end() && missing.empty()) missing = entry.name;
-        fits = fits && own != data.end() && own->second.defined() && spec_of(own->second) == entry.spec;
+        const bool there = own != data.end() && own->second.defined();
+        if (there && spec_of(own->second) == entry.spec) continue;
+        fits = false;
+        if (unfit.empty()) unfit = there ? "whose '" + entry.name + "' is " + in_words(spec_of(own->second)) : "which lacks '" + entry.name + "'";
       }
       if (fits) return number;
       known += (known.empty() ? "" : "; or ") + words;
     }
     if (known.empty()) throw Error("no program '" + kind + "' was exported");
-    throw Error("no program '" + kind + "' was exported for this data, " + (missing.empty() ? "" : "which lacks '" + missing + "', ") + "only for " + known);
+    throw Error("no program '" + kind + "' was exported for this data, " + unfit + ", only for " + known);
   }
 
   static void require_known(const Program& program, const std::string& name) {
