@@ -72,7 +72,12 @@ def compile_ahead(graph: Graph, folder: str) -> Sequence[Any]:
         with contextlib.ExitStack() as stack:
             for context in (torch.inference_mode(False), torch.no_grad(), autocast_off(), mode, tracing(TracingContext(mode))):
                 stack.enter_context(context)
-            for context in (config.patch(settings), quick_strides(), small_matmuls_in_place_of_loops(in_one_file=True), assumptions_in_the_code()):
+            for context in (
+                config.patch(settings),
+                quick_strides(),
+                small_matmuls_in_place_of_loops(in_one_file=True),
+                assumptions_in_the_code(),
+            ):
                 stack.enter_context(context)
             stack.enter_context(V.set_aot_compilation(True))
             compiled = trusting_the_processor(compile_once)
