@@ -1,13 +1,12 @@
 """What a call of an exported pt2 package costs beside the compiled unroll that it was exported from. Numbers are compared first.
 
-python benchmarks/export_pt2.py [--only sine] [--rounds 300] [--out FILE]
+python -m benchmarks.export_pt2 [--only sine] [--rounds 300] [--out FILE]
 """
 
 from __future__ import annotations
 
 import argparse
 import platform
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -20,20 +19,10 @@ import adaptrt
 from adaptrt import tree
 from adaptrt.export.formats import FORMATS
 from benchmarks.export_onnx import CASES, Case, unroll_of
+from benchmarks.states import times
 
 TOLERANCE = 1e-4
 """Relative error of outputs between two ways to compile the same program, in float32."""
-
-
-def times(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    """Returns median seconds of calls that are made by turns."""
-    found: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            began = time.perf_counter()
-            call()
-            found[name].append(time.perf_counter() - began)
-    return {name: statistics.median(values[rounds // 10 :]) for name, values in found.items()}
 
 
 def program_alone(exported: adaptrt.Exported, name: str, data: list[Any]) -> Callable[[], object]:
