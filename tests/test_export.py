@@ -133,8 +133,10 @@ def test_what_an_export_computes(folder: Path) -> None:
 def test_over_tasks(tmp_path: Path) -> None:
     unroll = make(model(), tasks=True)
     support, query = data(6, T), inputs(4, T)
-    exported = adaptrt.load(unroll.export(tmp_path / "net", support, query, formats="torchscript"))
-    check(unroll, exported, support, query)
+    path = unroll.export(tmp_path / "net", support, query, formats=("torchscript", "onnx"))
+    for format in ("onnx", "torchscript"):
+        exported = adaptrt.load(path, format=format)
+        check(unroll, exported, support, query)
     users = adaptrt.stack(exported.adapt(support).unbind()[::-1])
     assert exported.adapt(support, start=users)[0].num_tasks is None
 
