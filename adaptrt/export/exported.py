@@ -61,8 +61,8 @@ def load(
 ) -> Exported:
     """Reads what `CompiledUnroll.export` wrote.
 
-    The manifest and the hash of every file are checked before anything is opened. Python unpickles nothing. A pt2 package is machine code, and
-    a TorchScript program is code as well: load them from sources that you trust, as you would a program.
+    The manifest and the hash of every file are checked before anything is opened. Python unpickles nothing. A pt2 package is machine code,
+    and a TorchScript program is code as well: load them from sources that you trust, as you would a program.
 
     Args:
       directory: the folder. Each program is opened, and its file compared once more, when it is first called.
