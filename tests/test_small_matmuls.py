@@ -67,7 +67,7 @@ def has_vectors() -> bool:
 
 @pytest.mark.parametrize("threads", [1, 2])
 def test_numbers_of_several_tasks(threads: int, libraries: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(inductor, "_threads", lambda graph: {"cpp.threads": threads})
+    monkeypatch.setattr(inductor, "threads_for", lambda graph: {"cpp.threads": threads})
     values = pairs([*SIZES[:4], (31, 9, 65)], torch.float32, 3)
     check(in_all_layouts, *values)
     # A factor that all tasks share, a part of each, and one product between those of all tasks.
