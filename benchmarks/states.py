@@ -86,7 +86,7 @@ def measure(name: str, made: tuple[nn.Module, Tensor, Tensor], loss: Callable[..
                 "16 users": lambda: many.adapt((x, y)),
                 "16 users, start=": lambda: many.adapt((x, y), start=batch),
                 "16 users stacked, adapted, unstacked": served,
-                "the same 16 users once more": served_again,
+                "16 users, the same once more": served_again,
                 "16 users, start=, keep='not_worse'": lambda: many.adapt((x, y), start=batch, keep="not_worse"),
                 "save": lambda: first.save(folder / "user.safetensors"),
                 "load": lambda: unroll.load(folder / "user.safetensors"),
