@@ -39,13 +39,18 @@ class Format(abc.ABC):
         """Raises InvalidArgument if a package is missing that the format needs."""
         return
 
-    def refuse(self, name: str, graph: Graph) -> None:
-        """Raises NotExportable if a program cannot be written in this format."""
-        del name, graph
+    def prepare(self, name: str, graph: Graph) -> Any:
+        """Returns what `write` takes of a program, before anything is written.
+
+        Raises:
+          NotExportable: it cannot be written in this format.
+        """
+        del name
+        return graph
 
     @abc.abstractmethod
-    def write(self, graphs: Mapping[str, Graph], folder: Path, progress: Callable[[str], None]) -> dict[str, str]:
-        """Writes programs, and returns the name of the file of each."""
+    def write(self, graphs: Mapping[str, Any], folder: Path, progress: Callable[[str], None]) -> dict[str, str]:
+        """Writes what was prepared of programs, by name, and returns the name of the file of each."""
 
     @abc.abstractmethod
     def open(self, manifest: Manifest, entry: ProgramEntry, path: Path) -> Run:
@@ -131,20 +136,16 @@ class Onnx(Format):
     def require(self) -> None:
         _require_packages(self.name, "onnx")
 
-    def refuse(self, name: str, graph: Graph) -> None:
+    def prepare(self, name: str, graph: Graph) -> Any:
         from adaptrt.export.onnx import to_onnx
 
-        to_onnx(graph, name)
+        return to_onnx(graph, name)
 
-    def write(self, graphs: Mapping[str, Graph], folder: Path, progress: Callable[[str], None]) -> dict[str, str]:
-        from adaptrt.export.onnx import to_onnx
-
-        found: dict[str, str] = {}
-        for name, graph in graphs.items():
-            progress(f"translating {name}")
-            found[name] = f"{name}.onnx"
-            (folder / found[name]).write_bytes(to_onnx(graph, name).SerializeToString())
-        return found
+    def write(self, graphs: Mapping[str, Any], folder: Path, progress: Callable[[str], None]) -> dict[str, str]:
+        del progress
+        for name, model in graphs.items():
+            (folder / f"{name}.onnx").write_bytes(model.SerializeToString())
+        return {name: f"{name}.onnx" for name in graphs}
 
     def open(self, manifest: Manifest, entry: ProgramEntry, path: Path) -> Run:
         del manifest

@@ -55,8 +55,7 @@ def write(
         files: dict[str, dict[str, str]] = {program.name: {} for program in captured.programs}
         for chosen in captured.formats:
             progress(f"writing {chosen.name}")
-            graphs = {program.name: program.of[chosen.for_fusion].graph for program in captured.programs if chosen.for_fusion in program.of}
-            written = chosen.write(graphs, temporary, progress)
+            written = chosen.write(captured.prepared[chosen.name], temporary, progress)
             for name, file in written.items():
                 files[name][chosen.name] = file
         if weights:
@@ -92,8 +91,16 @@ class _Program:
 class Captured:
     """Everything that an export consists of, before anything is written."""
 
-    def __init__(self, exporter: Exporter, settings: Settings, formats: Sequence[Format], programs: Sequence[_Program]) -> None:
+    def __init__(
+        self,
+        exporter: Exporter,
+        settings: Settings,
+        formats: Sequence[Format],
+        programs: Sequence[_Program],
+        prepared: Mapping[str, Mapping[str, Any]],
+    ) -> None:
         self.formats = formats
+        self.prepared = prepared
         self.programs = programs
         self._settings = settings
         self._exporter = exporter
@@ -222,13 +229,15 @@ def capture(exporter: Exporter, settings: Settings, support: Any, query: Any, fo
                     count = sum(program.any.name == first.name for program in programs)
                     known[key] = _Program(first.name if not count else f"{first.name}_{count + 1}", variety)
                     programs.append(known[key])
+    prepared: dict[str, dict[str, Any]] = {each.name: {} for each in chosen}
     for each in chosen:
+        progress(f"preparing {each.name}")
         for program in [program for program in programs if each.for_fusion in program.of]:
             try:
-                each.refuse(program.name, program.of[each.for_fusion].graph)
+                prepared[each.name][program.name] = each.prepare(program.name, program.of[each.for_fusion].graph)
             except NotExportable as error:
                 raise NotExportable(f"{error}{_callers(exporter, str(error), _pairs(support, query)[0][1])}") from error
-    return Captured(exporter, settings, chosen, programs)
+    return Captured(exporter, settings, chosen, programs, prepared)
 
 
 def _callers(exporter: Exporter, message: str, query: Any) -> str:
