@@ -311,17 +311,15 @@ def finite(name: str, batch: Batch) -> None:
     Raises:
       NonFiniteInput: it does; the message names the tensor and its first such element.
     """
-    parts = [("input", tree.leaves(batch.inputs)), ("target", tree.leaves(batch.target))]
-    if batch.weights is not None:
-        parts.append(("weights", [batch.weights]))
-    for kind, values in parts:
-        for index, value in enumerate(values):
-            # A finite sum proves finite terms, at a fraction of the cost; the sum of finite terms may overflow.
-            if value.is_floating_point() and not math.isfinite(value.sum().item()) and not bool(torch.isfinite(value).all()):
-                where = (~torch.isfinite(value)).nonzero()[0].tolist()
-                raise NonFiniteInput(
-                    f'{name} {kind} {index} holds {value[tuple(where)].item()} at {where}; clean the data, or pass nonfinite="ignore"'
-                )
+    for position, value in enumerate(tree.leaves(batch)):
+        # A finite sum proves finite terms, at a fraction of the cost; the sum of finite terms may overflow.
+        if value.is_floating_point() and not math.isfinite(value.sum().item()) and not bool(torch.isfinite(value).all()):
+            parts = zip(("input", "target", "weights"), map(tree.leaves, batch), strict=True)
+            kind, index = [(kind, index) for kind, values in parts for index in range(len(values))][position]
+            where = (~torch.isfinite(value)).nonzero()[0].tolist()
+            raise NonFiniteInput(
+                f'{name} {kind} {index} holds {value[tuple(where)].item()} at {where}; clean the data, or pass nonfinite="ignore"'
+            )
 
 
 def validated(batch: Batch, bounds: Sequence[IndexBound], finite: bool) -> tuple[Batch, Tensor | None]:

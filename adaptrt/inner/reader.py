@@ -26,18 +26,24 @@ class Start(NamedTuple):
     """What a call starts from.
 
     Attributes:
-      carry, fixed: what steps change, and what they share.
-      carry_leaves, fixed_leaves: the tensors in them, in order.
+      held: the carry, or the form that makes it of its leaves; most calls need its leaves alone.
+      fixed: what steps share.
+      carry_leaves, fixed_leaves: the tensors in carry and `fixed`, in order.
       structure: everything besides the shapes of its arguments that makes another step: modes, and the form of the optimiser.
       has_tasks: whether the carry has a task axis already, because it comes from an earlier adaptation.
     """
 
-    carry: Carry
+    held: Carry | tree.Form
     fixed: Fixed
     carry_leaves: Sequence[Tensor]
     fixed_leaves: Sequence[Tensor]
     structure: Hashable
     has_tasks: bool = False
+
+    @property
+    def carry(self) -> Carry:
+        """What steps change."""
+        return self.held if isinstance(self.held, Carry) else self.held.tree(self.carry_leaves)
 
 
 class Reader:

@@ -8,7 +8,7 @@ import operator
 import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any, Generic, NoReturn, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +18,7 @@ from adaptrt.backend.entry_points import entry_point
 from adaptrt.errors import CannotBePickled, CannotBeSet, InvalidArgument, InvalidState, InvalidType, LongChain
 from adaptrt.inner.step import Carry, Fixed, as_call
 from adaptrt.runtime import saved
+from adaptrt.runtime.rows import Rows, Value
 from adaptrt.runtime.state import State
 from adaptrt.tree import Spec, Tree
 
@@ -48,23 +49,6 @@ LONG_CHAIN = 64
 """How many adaptations may follow each other before a warning says that their graphs are kept."""
 
 
-V = TypeVar("V")
-
-
-class _Value(Generic[V]):
-    """An attribute of an `Adapted`. For one task of a batch it is taken out of the batch when it is first asked for."""
-
-    def __set_name__(self, owner: type, name: str) -> None:
-        self._name = name
-
-    def __get__(self, adapted: Adapted | None, owner: type | None = None) -> V:
-        if adapted is None:
-            raise AttributeError(f"'{self._name}' is an attribute of adaptations, not of their class")
-        rows, place = adapted._row_of
-        found = vars(adapted)[self._name] = rows.values(self._name)[place]
-        return found
-
-
 class Adapted:
     """A model after adaptation: its state, and the means to predict with it. It is immutable.
 
@@ -82,15 +66,14 @@ class Adapted:
       outputs: what the model returned for the support inputs in the first step, None unless `adapt(outputs="first")` was asked for it.
     """
 
-    _predictor: Predictor
-    _num_links: int
-    _row_of: tuple[_Rows, int]
-    fixed: Fixed
-    state = _Value[State]()
-    losses = _Value[Tensor]()
-    kept = _Value[Tensor | None]()
-    final_loss = _Value[Tensor | None]()
-    outputs = _Value[Any]()
+    _predictor = Value[Predictor]()
+    _num_links = Value[int]()
+    fixed = Value[Fixed]()
+    state = Value[State]()
+    losses = Value[Tensor]()
+    kept = Value[Tensor | None]()
+    final_loss = Value[Tensor | None]()
+    outputs = Value[Any]()
 
     def __init__(
         self,
@@ -266,45 +249,12 @@ class Adapted:
     def unbind(self) -> list[Adapted]:
         """Returns the adaptation of each task, without a task axis; they share the memory of this one, as after `torch.unbind`."""
         num_tasks = self._over_tasks("unbind()")
-        rows = _Rows(self if torch.is_grad_enabled() else self.without_graph())
-        return [_row(self, rows, place) for place in range(num_tasks)]
-
-    def without_graph(self) -> Adapted:
-        """Returns the adaptation itself if it has no autograd history, else what `detach` does."""
-        return self.detach() if any([value.requires_grad for value in (*self.state.leaves, self.losses)]) else self
+        return Rows(self if torch.is_grad_enabled() else without_graph(self), num_tasks).taken_out(Adapted)
 
     def _over_tasks(self, what: str) -> int:
         if self.state.num_tasks is None:
             raise InvalidType(f"{what} needs an adaptation over tasks, made by vmap() or adaptrt.stack(); this one has no task axis")
         return self.state.num_tasks
-
-    def with_state(self, state: State, losses: Tensor, parts: Sequence[Adapted]) -> Adapted:
-        """Returns an adaptation of the same unroll that was made of others.
-
-        Args:
-          state, losses: its values.
-          parts: what it was made of.
-        """
-        return Adapted(self._predictor, state, losses, self.fixed, max(part._num_links for part in parts))
-
-    def is_of_unroll_of(self, other: Adapted) -> bool:
-        """Whether both are of one unroll, or of its `vmap()`, and share the parameters that did not adapt."""
-        if self._predictor.unroll is not other._predictor.unroll:
-            return False
-        return self.fixed is other.fixed or all(map(operator.is_, self.fixed.params.values(), other.fixed.params.values()))
-
-    def num_links_after(self, leaves: Sequence[Tensor]) -> int:
-        """Returns how many adaptations' graphs a result holds that was started from here and has these tensors. Warns once of many."""
-        if not any([value.grad_fn is not None for value in leaves]) or not any([value.grad_fn is not None for value in self.state.leaves]):
-            return 0
-        if self._num_links + 1 == LONG_CHAIN:
-            warnings.warn(
-                f"{LONG_CHAIN} adaptations follow each other by start=, and each keeps what backward() through all of them needs. If there "
-                "is no such backward(), call detach() on what start= is given, or adapt under torch.inference_mode()",
-                LongChain,
-                stacklevel=4,
-            )
-        return self._num_links + 1
 
     def state_dict(self) -> dict[str, Tensor]:
         """Returns the whole model's state after adaptation, detached, under the names of `model.state_dict()`."""
@@ -320,6 +270,39 @@ class Adapted:
           OSError: the file cannot be written.
         """
         saved.write(path, saved.Saved(self.state.named_tensors(), self.losses, self.num_tasks, self._predictor.fingerprint(self.fixed)))
+
+
+def made_of(parts: Sequence[Adapted], state: State, losses: Tensor) -> Adapted:
+    """Returns the adaptation that was made of others of its unroll. `state`, `losses`: its values."""
+    first = parts[0]
+    return Adapted(first._predictor, state, losses, first.fixed, max([part._num_links for part in parts]))
+
+
+def without_graph(adapted: Adapted) -> Adapted:
+    """Returns the adaptation itself if it has no autograd history, else what `detach` does."""
+    return adapted.detach() if any([value.requires_grad for value in (*adapted.state.leaves, adapted.losses)]) else adapted
+
+
+def are_of_one_unroll(one: Adapted, other: Adapted) -> bool:
+    """Whether both are of one unroll, or of its `vmap()`, and share the parameters that did not adapt."""
+    if one._predictor is not other._predictor and one._predictor.unroll is not other._predictor.unroll:
+        return False
+    own, others = one.fixed.params, other.fixed.params
+    return not own or own is others or all(map(operator.is_, own.values(), others.values()))
+
+
+def num_links_after(start: Adapted, leaves: Sequence[Tensor]) -> int:
+    """Returns how many adaptations' graphs a result holds that was started from `start` and has these tensors. Warns once of many."""
+    if not any([value.grad_fn is not None for value in leaves]) or not any([value.grad_fn is not None for value in start.state.leaves]):
+        return 0
+    if start._num_links + 1 == LONG_CHAIN:
+        warnings.warn(
+            f"{LONG_CHAIN} adaptations follow each other by start=, and each keeps what backward() through all of them needs. If there "
+            "is no such backward(), call detach() on what start= is given, or adapt under torch.inference_mode()",
+            LongChain,
+            stacklevel=4,
+        )
+    return start._num_links + 1
 
 
 def restored(predictor: Predictor, path: str | os.PathLike[str], carry: Carry, fixed: Fixed, base: Mapping[str, str]) -> Adapted:
@@ -353,72 +336,3 @@ def restored(predictor: Predictor, path: str | os.PathLike[str], carry: Carry, f
     leaves = [found.tensors[name].to(device) for name in names]
     state = State(tuple(leaves), tree.form_of(structure, leaves), found.num_tasks)
     return Adapted(predictor, state, found.losses.to(device), fixed)
-
-
-class _Rows:
-    """The values of each task of a batch, which are taken apart when the first is asked for.
-
-    Views of all tensors of all tasks take longer than the steps of a small model, and often few of them are needed.
-    """
-
-    def __init__(self, batch: Adapted) -> None:
-        self.batch = batch
-        self._found: dict[str, Sequence[Any]] = {}
-
-    def values(self, name: str) -> Sequence[Any]:
-        """Returns an attribute of `Adapted` for every task."""
-        found = self._found.get(name)
-        if found is None:
-            with torch.inference_mode(False), torch.enable_grad():  # as they were made, in whatever mode the first is asked for
-                found = self._found[name] = self._taken_apart(name)
-        return found
-
-    def _taken_apart(self, name: str) -> Sequence[Any]:
-        value: Any = getattr(self.batch, name)
-        if isinstance(value, State):
-            form = value.form
-            return [State(row, form) for row in zip(*[leaf.unbind(0) for leaf in value.leaves], strict=True)]
-        leaves, structure = tree.flatten(value)
-        rows = zip(*[leaf.unbind(0) for leaf in leaves], strict=True) if leaves else [()] * len(self.batch)
-        return [tree.unflatten(structure, row) for row in rows]
-
-
-def put_together_again(parts: Sequence[Adapted]) -> Adapted | None:
-    """Returns the batch of these adaptations, in their order, if `unbind()` has taken all of them out of one; else None.
-
-    Its tensors are then not taken apart for nothing. None, too, where gradients could be asked for by tensors that were taken out.
-    """
-    rows, _ = vars(parts[0]).get("_row_of", (None, 0))
-    if rows is None:
-        return None
-    places: list[int] = []
-    for part in parts:
-        own, place = vars(part).get("_row_of", (None, 0))
-        if own is not rows or (torch.is_grad_enabled() and _taken_out_requires_grad(part)):
-            return None
-        places.append(place)
-    batch = rows.batch if torch.is_grad_enabled() else rows.batch.without_graph()
-    state, losses = batch.state, batch.losses
-    if places != list(range(len(batch))):
-        chosen = torch.tensor(places, device=losses.device)
-        state = dataclasses.replace(state.map(lambda value: value.index_select(0, chosen)), num_tasks=len(places))
-        losses = losses.index_select(0, chosen)
-    return batch.with_state(state, losses, [batch])
-
-
-def _taken_out_requires_grad(row: Adapted) -> bool:
-    held = vars(row)
-    state: State | None = held.get("state")
-    values = [*(() if state is None else state.leaves), *([held["losses"]] if "losses" in held else ())]
-    return any([value.requires_grad for value in values])
-
-
-def _row(batch: Adapted, rows: _Rows, place: int) -> Adapted:
-    """Returns the adaptation of one task of several, whose values it takes when they are needed."""
-    row = Adapted.__new__(Adapted)
-    held = row.__dict__
-    held["_predictor"] = batch._predictor
-    held["fixed"] = batch.fixed
-    held["_num_links"] = batch._num_links
-    held["_row_of"] = rows, place
-    return row

@@ -21,7 +21,7 @@ from adaptrt.inner.reader import Reader, Start
 from adaptrt.inner.step import Batch, Carry, as_call
 from adaptrt.inner.unroll import batch_of_step
 from adaptrt.runtime import nodes
-from adaptrt.runtime.adapted import Adapted
+from adaptrt.runtime.adapted import Adapted, num_links_after
 from adaptrt.runtime.exportable import Exporter
 from adaptrt.runtime.nodes import Call
 from adaptrt.runtime.plan import PredictionPlan, SupportPlan
@@ -113,7 +113,7 @@ class Execution:
             kept = final_loss = None
             if guard is not None:
                 kept, final_loss, leaves = self._guarded(guard, route, begin, batch, leaves, losses, generator, warm)
-        num_links = 0 if start is None else start.num_links_after(leaves)
+        num_links = num_links_after(start, leaves) if start is not None and torch.is_grad_enabled() else 0
         state = State(tuple(leaves), route.form, route.num_tasks)
         return Adapted(self._predictor, state, losses, begin.fixed, num_links, kept, final_loss, output)
 

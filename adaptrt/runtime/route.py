@@ -291,4 +291,4 @@ def _require_values_for_tasks(fixed: Fixed, num_tasks: int | None) -> None:
 
 def _going_on(begin: Start, state: State) -> Start:
     """Returns the start of a call that goes on from a state."""
-    return begin._replace(carry=state.carry, carry_leaves=state.leaves, has_tasks=state.num_tasks is not None)
+    return Start(state.form, begin.fixed, state.leaves, begin.fixed_leaves, begin.structure, state.num_tasks is not None)

@@ -11,7 +11,9 @@ from torch import Tensor
 from adaptrt import tree
 from adaptrt.backend.entry_points import entry_point
 from adaptrt.errors import DeviceMismatch, InvalidArgument, InvalidType, OptimizerMismatch
-from adaptrt.runtime.adapted import Adapted, put_together_again
+from adaptrt.runtime.adapted import Adapted, are_of_one_unroll, made_of, without_graph
+from adaptrt.runtime.rows import Rows
+from adaptrt.runtime.state import State
 from adaptrt.tree import Spec
 
 
@@ -46,14 +48,15 @@ def stack(adapted: Sequence[Adapted]) -> Adapted:
     parts = list(adapted)
     if not parts:
         raise InvalidArgument("stack() needs at least one adaptation, in a list or tuple")
-    again = put_together_again(parts) if all([isinstance(part, Adapted) for part in parts]) else None
+    again = _put_together_again(parts)
     if again is not None:
         return again
     _require_alike(parts)
-    for index, part in enumerate(parts):
-        if part.state.num_tasks is not None:
-            raise InvalidArgument(f"adaptation {index} has a task axis already ({part.num_tasks} tasks); take it apart with unbind() first")
-    rows = [part.state.leaves for part in parts]
+    states = [part.state for part in parts]
+    for index, num_tasks in enumerate([state.num_tasks for state in states]):
+        if num_tasks is not None:
+            raise InvalidArgument(f"adaptation {index} has a task axis already ({num_tasks} tasks); take it apart with unbind() first")
+    rows = [state.leaves for state in states]
     try:
         leaves = tuple([torch.stack(values) for values in zip(*rows, strict=True)])
     except RuntimeError:
@@ -64,8 +67,7 @@ def stack(adapted: Sequence[Adapted]) -> Adapted:
         stacked = torch.stack(losses)
     except RuntimeError:
         stacked = torch.stack(_of_equal_length(losses))
-    state = dataclasses.replace(parts[0].state, leaves=leaves, num_tasks=len(parts))
-    return parts[0].with_state(state, stacked, parts)
+    return made_of(parts, State(leaves, states[0].form, len(parts)), stacked)
 
 
 @entry_point
@@ -104,7 +106,41 @@ def where(condition: Tensor, first: Adapted, second: Adapted) -> Adapted:
 
     leaves = tuple([choose(one, other) for one, other in zip(first.state.leaves, second.state.leaves, strict=True)])
     losses = choose(*_of_equal_length([first.losses, second.losses]))
-    return first.with_state(dataclasses.replace(first.state, leaves=leaves, num_tasks=num_tasks), losses, [first, second])
+    return made_of([first, second], dataclasses.replace(first.state, leaves=leaves, num_tasks=num_tasks), losses)
+
+
+def _put_together_again(parts: Sequence[Adapted]) -> Adapted | None:
+    """Returns the batch of these adaptations, in their order, if `unbind()` has taken all of them out of one; else None.
+
+    Its tensors are then not taken apart for nothing. None, too, where gradients could be asked for by tensors that were taken out.
+    """
+    rows = _rows_of(parts[0])[0]
+    if rows is None:
+        return None
+    places: list[int] = []
+    for part in parts:
+        own, place = _rows_of(part)
+        if own is not rows or (torch.is_grad_enabled() and _taken_out_requires_grad(part)):
+            return None
+        places.append(place)
+    batch: Adapted = rows.batch if torch.is_grad_enabled() else without_graph(rows.batch)
+    state, losses = batch.state, batch.losses
+    if places != list(range(len(batch))):
+        chosen = torch.tensor(places, device=losses.device)
+        state = dataclasses.replace(state.map(lambda value: value.index_select(0, chosen)), num_tasks=len(places))
+        losses = losses.index_select(0, chosen)
+    return made_of([batch], state, losses)
+
+
+def _rows_of(part: object) -> tuple[Rows | None, int]:
+    return Rows.of(part) if isinstance(part, Adapted) else (None, 0)
+
+
+def _taken_out_requires_grad(row: Adapted) -> bool:
+    held = vars(row)
+    state: State | None = held.get("state")
+    values = [*(() if state is None else state.leaves), *([held["losses"]] if "losses" in held else ())]
+    return any([value.requires_grad for value in values])
 
 
 def _require_alike(parts: Sequence[Adapted]) -> None:
@@ -117,13 +153,15 @@ def _require_alike(parts: Sequence[Adapted]) -> None:
     for index, part in enumerate(parts):
         if not isinstance(part, Adapted):
             raise InvalidType(f"expected what adapt() or start() returned, got {type(part).__name__} at {index}")
-        if not part.is_of_unroll_of(first):
+        if not are_of_one_unroll(part, first):
             raise InvalidArgument(
                 f"adaptation {index} is of another unroll than the first, or of a copy; take all from one unroll, or from its vmap()"
             )
-        form, wanted = part.state.form, first.state.form
+    wanted = first.state.form
+    for index, form in enumerate([part.state.form for part in parts]):
         if form is wanted:
             continue
+        part = parts[index]
         if form.structure != wanted.structure:
             raise OptimizerMismatch(
                 f"the optimiser's state of adaptation {index} has another structure than that of the first: the optimiser was changed in "
