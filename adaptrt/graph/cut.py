@@ -1,19 +1,25 @@
-"""Cuts a graph in two at the place where the fewest bytes have to be kept."""
+"""Cuts a graph in two at the place where the fewest bytes have to be kept, and takes parts out of it."""
 
 # pyright: reportUnknownMemberType=false, reportUnknownVariableType=false, reportUnknownArgumentType=false
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import operator
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Collection, Sequence
+from typing import Any, TypeVar
 
 import networkx
 import torch
 from torch import Tensor, fx
 
+from adaptrt import tree
 from adaptrt.graph.ir import Graph
 from adaptrt.graph.operations import is_pointwise, is_view
+from adaptrt.graph.signature import Signature
+
+V = TypeVar("V")
 
 aten = torch.ops.aten
 _CHEAP = {
@@ -93,3 +99,43 @@ def extract(whole: Graph, inputs: list[fx.Node], outputs: list[fx.Node]) -> fx.G
             copies[node] = graph.node_copy(node, copies.__getitem__)
     graph.output(tuple(copies[node] for node in outputs))
     return fx.GraphModule(whole.module, graph)
+
+
+def part(whole: Graph, arguments: Sequence[int], results: Sequence[int]) -> Graph:
+    """Returns the graph that computes some results from some arguments.
+
+    Args:
+      whole: a graph whose result is a tuple.
+      arguments: which ones the part takes, in their order. It reads no others.
+      results: which entries of the tuple it returns, in this order.
+    """
+    placeholders = [node for node in whole.module.graph.nodes if node.op == "placeholder"]
+    split = len(placeholders) - len(whole.constants)
+    of_arguments = _groups(list(zip(placeholders[:split], whole.signature.inputs[:split], strict=True)), whole.arguments.children)
+    outputs: Any = whole.module.graph.output_node().args[0]
+    of_results = _groups(list(zip(outputs, whole.signature.outputs, strict=True)), whole.result.children)
+    taken = [pair for index in arguments for pair in of_arguments[index]]
+    given = [
+        (node, dataclasses.replace(entry, name=entry.name.replace(f"result.{index}", f"result.{place}", 1)))
+        for place, index in enumerate(results)
+        for node, entry in of_results[index]
+    ]
+    needed = leading_to([node for node, _ in given], {node for node, _ in taken})
+    constants = list(zip(placeholders[split:], whole.signature.inputs[split:], whole.constants, strict=True))
+    constants = [entry for entry in constants if entry[0] in needed]
+    module = extract(whole, [node for node, _ in taken] + [node for node, _, _ in constants], [node for node, _ in given])
+    names = [dataclasses.replace(entry, name=f"const.{index}") for index, (_, entry, _) in enumerate(constants)]
+    return Graph(
+        module,
+        Signature((*[entry for _, entry in taken], *names), tuple([entry for _, entry in given])),
+        tuple([value for _, _, value in constants]),
+        tree.tuple_of([whole.arguments.children[index] for index in arguments]),
+        tree.tuple_of([whole.result.children[index] for index in results]),
+        whole.history,
+    )
+
+
+def _groups(leaves: list[V], children: Sequence[tree.Structure]) -> list[list[V]]:
+    """Returns the leaves of each subtree."""
+    rest = iter(leaves)
+    return [list(itertools.islice(rest, child.num_leaves)) for child in children]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from adaptrt import tree
 from adaptrt.graph.capture import record_operations
+from adaptrt.graph.cut import part
 from adaptrt.graph.indices import IndexBound
 from adaptrt.graph.ir import Graph
 from adaptrt.graph.noise import Noise
@@ -137,11 +138,11 @@ class Exporter:
         one_batch = batch_of_step(batch, 0, per_step=self._settings.per_step, task_axis=num_tasks is not None)
         steps, step = _steps(plan, self._settings, k), plan.step
 
-        def adapt_predict(
+        def both(
             carry: Carry, fixed: Fixed, support: Batch, noise: Sequence[Sequence[Tensor]], inputs: Tree, of_prediction: Sequence[Tensor]
         ) -> Tree:
             carry, losses = steps(carry, fixed, support, noise)
-            return step.predict(carry, fixed, inputs, of_prediction), losses
+            return carry, losses, step.predict(carry, fixed, inputs, of_prediction)
 
         def predict(carry: Carry, fixed: Fixed, inputs: Tree, noise: Sequence[Tensor]) -> Tree:
             return step.predict(carry, fixed, inputs, noise)
@@ -154,37 +155,30 @@ class Exporter:
         bounds = tuple(plan.probe.bounds)
         num_support = len(tree.leaves(batch))
         shifted = tuple([bound._replace(position=bound.position + num_support) for bound in prediction.bounds])
-        of_adapt = carry, begin.fixed, batch, noise
-        made = self._capture(begin, step, for_fusion, num_tasks, plan)
+        captured = self._capture(begin, step, for_fusion, num_tasks, plan)
+        whole = captured(both, _BOTH, (carry, begin.fixed, batch, noise, inputs, of_prediction))
+        of_predict = captured(predict, _PREDICT, (short, alone, inputs, of_prediction))
+        of_loss = captured(loss, _LOSS, (carry, begin.fixed, one_batch, noise[0]))
         return [
-            made("adapt", steps, _ADAPT, of_adapt, drawn, bounds),
-            made("adapt_predict", adapt_predict, _BOTH, (*of_adapt, inputs, of_prediction), drawn + later, bounds + shifted),
-            made("predict", predict, _PREDICT, (short, alone, inputs, of_prediction), later, prediction.bounds),
-            made("loss", loss, _LOSS, (carry, begin.fixed, one_batch, noise[0]), plan.probe.noise, bounds),
+            Exportable("adapt", part(whole, (0, 1, 2, 3), (0, 1)), drawn, bounds, num_tasks),
+            Exportable("adapt_predict", part(whole, range(6), (2, 1)), drawn + later, bounds + shifted, num_tasks),
+            Exportable("predict", of_predict, later, tuple(prediction.bounds), num_tasks),
+            Exportable("loss", of_loss, plan.probe.noise, bounds, num_tasks),
         ]
 
-    def _capture(self, begin: Start, step: Step, for_fusion: bool, num_tasks: int | None, plan: SupportPlan) -> Callable[..., Exportable]:
+    def _capture(self, begin: Start, step: Step, for_fusion: bool, num_tasks: int | None, plan: SupportPlan) -> Callable[..., Graph]:
         tasks = TaskAxis(num_tasks, num_tasks is not None)
 
-        def made(
-            name: str,
-            fn: Callable[..., Tree],
-            kinds: Sequence[str],
-            args: Sequence[Tree],
-            noise: tuple[Noise, ...],
-            bounds: Sequence[IndexBound],
-        ) -> Exportable:
+        def captured(fn: Callable[..., Tree], kinds: Sequence[str], args: Sequence[Tree]) -> Graph:
             arguments = Arguments.of(begin.carry, begin.fixed, args[2], tasks, self._planner.python())
             settings = dataclasses.replace(capture_settings(self._settings, step, plan.probe, arguments, False), for_fusion=for_fusion)
             with torch.no_grad():
-                graph = capture_graph(fn, kinds, args, settings)
-            return Exportable(name, graph, noise, tuple(bounds), num_tasks)
+                return capture_graph(fn, kinds, args, settings)
 
-        return made
+        return captured
 
 
-_ADAPT = ("carry", "fixed", "support", "noise")
-_BOTH = (*_ADAPT, "query", "noise")
+_BOTH = ("carry", "fixed", "support", "noise", "query", "noise")
 _PREDICT = ("carry", "fixed", "query", "noise")
 _LOSS = ("carry", "fixed", "batch", "noise")
 
