@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -358,6 +359,80 @@ def test_wrong_calls(name: str, folder: Path) -> None:
     call, error, message = CALLS[name]
     with pytest.raises(error, match=message):
         call(adaptrt.load(folder))
+
+
+@pytest.fixture(scope="module")
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Exported:
+    """A model of one tensor, whose second call is compared with the first, and which has been called in every way."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    unroll = compile_unroll(net, optim.adam(lr=0.1), K, loss=F.cross_entropy, backend="eager")
+    folder = unroll.export(tmp_path_factory.mktemp("plain") / "net", plain_data(), plain_data()[0], formats="torchscript")
+    exported = adaptrt.load(folder)
+    for _ in range(2):
+        every_call(exported, plain_data(), plain_data()[0], exported.start())
+    return exported
+
+
+def plain_data() -> tuple[Tensor, Tensor]:
+    generator = Generator().manual_seed(3)
+    return torch.randn(6, 4, generator=generator), torch.randint(3, (6,), generator=generator)
+
+
+def every_call(exported: Exported, support: Any, query: Any, start: Any) -> dict[str, Tensor]:
+    """The numbers of all calls."""
+    adapted = exported.adapt(support, start=start)
+    outputs, losses = exported.adapt_predict(support, query, start=start)
+    predicted = {"predict": exported.predict(query, start=start), "adapted": adapted(query)}
+    return {**adapted.state.named_tensors(), "losses": adapted.losses, "outputs": outputs, "losses too": losses, **predicted}
+
+
+def in_columns(value: Tensor) -> Tensor:
+    return value.t().contiguous().t() if value.dim() == 2 else value
+
+
+LIKE_AND_UNLIKE: dict[str, tuple[Callable[[Tensor, Tensor, Any], tuple[Any, Any, Any]], type[Exception] | None]] = {
+    "the same": (lambda x, y, start: ((x, y), x, start), None),
+    "no start": (lambda x, y, start: ((x, y), x, None), None),
+    "a list": (lambda x, y, start: ([x, y], x, start), None),
+    "columns": (lambda x, y, start: ((in_columns(x), y), in_columns(x), start), None),
+    "a start in columns": (
+        lambda x, y, start: ((x, y), x, start.replace(params={n: in_columns(v) for n, v in start.params.items()})),
+        None,
+    ),
+    "a negated view": (lambda x, y, start: ((torch._neg_view(-x), y), torch._neg_view(-x), start), None),
+    "float64": (lambda x, y, start: ((x.double(), y), x.double(), start), ShapeChanged),
+    "fewer rows": (lambda x, y, start: ((x[:5], y[:5]), x[:5], start), ShapeChanged),
+    "a gradient": (lambda x, y, start: ((x.clone().requires_grad_(), y), x, start), NotDifferentiable),
+    "NaN": (lambda x, y, start: ((x * float("nan"), y), x, start), NonFiniteInput),
+    "a label too large": (lambda x, y, start: ((x, y + 3), x, start), LabelOutOfRange),
+    "no start at all": (lambda x, y, start: ((x, y), x, "start"), InvalidType),
+}
+
+
+@pytest.mark.parametrize("name", LIKE_AND_UNLIKE)
+def test_a_call_behind_one_that_was_right(name: str, plain: Exported) -> None:
+    change, error = LIKE_AND_UNLIKE[name]
+    x, y = plain_data()
+    wanted = every_call(plain, (x, y), x, plain.start())
+    support, query, start = change(x, y, plain.start())
+    if error is None:
+        assert_near(every_call(plain, support, query, start), wanted, torch.float32)
+    else:
+        for call in (lambda: plain.adapt(support, start=start), lambda: plain.adapt_predict(support, query, start=start)):
+            with pytest.raises(error):
+                call()
+
+
+def test_tangents_are_refused(plain: Exported) -> None:
+    x, y = plain_data()
+    with torch.autograd.forward_ad.dual_level(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # PyTorch's own, when it loads its rules for forward mode
+        dual = torch.autograd.forward_ad.make_dual(x, torch.ones_like(x))
+        for call in (lambda: plain.adapt((dual, y)), lambda: plain.predict(dual)):
+            with pytest.raises(NotDifferentiable):
+                call()
 
 
 def test_wrong_exports(folder: Path, tmp_path: Path) -> None:

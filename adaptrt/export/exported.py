@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import operator
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from adaptrt import tree
 from adaptrt.backend.entry_points import entry_point
+from adaptrt.backend.guards import in_forward_mode, refuse_tangents
 from adaptrt.errors import (
     InvalidArgument,
     InvalidExport,
@@ -34,10 +37,12 @@ from adaptrt.inner.step import Batch, Carry, Fixed, as_call
 from adaptrt.inner.unroll import batch_of_step
 from adaptrt.process import lock
 from adaptrt.runtime.adapted import Adapted, restored
+from adaptrt.runtime.recent import Recent
 from adaptrt.runtime.state import State
 from adaptrt.tree import Spec, Tree
 
 _CPU = torch.device("cpu")
+_NOTHING = contextlib.nullcontext()
 
 
 class Prediction(NamedTuple):
@@ -120,6 +125,24 @@ def _weights(folder: Path, manifest: Manifest, given: str | os.PathLike[str] | M
     return {name: value.detach().contiguous() for name, value in values.items()}
 
 
+class _Known(NamedTuple):
+    """What a call is compared with others by, and the program of the last one if that was like it in all that matters."""
+
+    mode: tuple[str, bool, bool]
+    structure: Any
+    tensors: list[Tensor]
+    program: Program | None
+
+
+class _Call(NamedTuple):
+    """A call before it runs: its program, its support batch and inputs, what it starts from, and what is known of its tensors."""
+
+    program: Program
+    data: tuple[Any, ...]
+    begin: State
+    known: _Known | None
+
+
 class Exported:
     """An export, ready to run on the CPU. It is safe to call from several threads. `load` makes one.
 
@@ -142,6 +165,8 @@ class Exported:
         self._programs = {entry.name: Program(entry) for entry in manifest.programs if format in entry.files}
         self._constants = {name: weights[name] for name in manifest.constants}
         self._guards = Guards()
+        self._recent: Recent[Program] = Recent()
+        self._num_parts = 3 if manifest.weighted else 2
         structure = trees.from_json(manifest.opt_state)
         names = list(manifest.state)
         opt = [name for name in names if name.startswith("state.opt_state")]
@@ -196,13 +221,11 @@ class Exported:
           NotDifferentiable: gradients are on, and the data or the start requires grad.
         """
         guard = None if keep is None else self._guard(keep)
-        batch = self._batch(support)
-        program = self._find("adapt", [batch])
-        begin = self._begin(start)
-        _refuse_gradients(batch, begin)
+        call = self._call("adapt", support, None, start)
+        program, begin, batch = call.program, call.begin, call.data[0]
         program.check([("support", batch)], self.manifest.check_finite)
-        with torch.no_grad(), restored_on_any_error(_CPU, generator):
-            found = self._run(program, begin.leaves, self._fixed_leaves, [batch], program.draw(generator))
+        with torch.no_grad(), self._restored(program, generator, guard is not None):
+            found = self._run(program, begin.leaves, self._fixed_leaves, call.data, program.draw(generator), call.known)
             state = State(tuple(found[: len(begin.leaves)]), begin.form, begin.num_tasks)
             losses = found[len(begin.leaves)]
             if guard is None:
@@ -226,28 +249,64 @@ class Exported:
         Raises:
           As `adapt`.
         """
-        batch, inputs = self._batch(support), self._inputs((query,))
-        program = self._find("adapt_predict", [batch, inputs])
-        begin = self._begin(start)
-        _refuse_gradients((batch, inputs), begin)
+        call = self._call("adapt_predict", support, (query,), start)
+        program, (batch, inputs) = call.program, call.data
         program.check([("support", batch), ("query", Batch(inputs, None))], self.manifest.check_finite)
-        with torch.no_grad(), restored_on_any_error(_CPU, generator):
-            found = self._run(program, begin.leaves, self._fixed_leaves, [batch, inputs], program.draw(generator))
+        with torch.no_grad(), self._restored(program, generator):
+            found = self._run(program, call.begin.leaves, self._fixed_leaves, call.data, program.draw(generator), call.known)
         return Prediction(*program.result(found))
 
     @entry_point
     def predict(self, query: Any, *, start: Adapted | None = None, generator: torch.Generator | None = None) -> Any:
         """Returns what the exported model, or an adaptation of it, computes for inputs, given as one argument of it."""
-        return self._predict(self._begin(start), self._inputs((query,)), generator)
+        return self._predict(self._begin(start), (query,) if isinstance(query, Tensor) else query, generator)
 
     def _predict(self, state: State, inputs: Tree, generator: torch.Generator | None) -> Any:
-        program = self._find("predict", [inputs])
-        _refuse_gradients(inputs, state)
-        program.check([("input", Batch(inputs, None))], self.manifest.check_finite)
         params, _, buffers = state.carry
-        with torch.no_grad(), restored_on_any_error(_CPU, generator):
-            held = [*params.values(), *buffers.values()]
-            return program.result(self._run(program, held, list(self._fixed.params.values()), [inputs], program.draw(generator)))
+        held, fixed = [*params.values(), *buffers.values()], list(self._fixed.params.values())
+        known = self._known("predict", state, held, fixed, inputs) if type(inputs) is tuple else None
+        program = known.program if known is not None else None
+        if program is None:
+            inputs = self._inputs((inputs,))
+            program = self._find("predict", [inputs])
+            _refuse_derivatives(inputs, state)
+        program.check([("input", Batch(inputs, None))], self.manifest.check_finite)
+        with torch.no_grad(), self._restored(program, generator):
+            return program.result(self._run(program, held, fixed, [inputs], program.draw(generator), known))
+
+    def _call(self, kind: str, support: Any, query: tuple[Any] | None, start: Adapted | None) -> _Call:
+        """Finds the program of a call with a support batch, and checks the form of its arguments.
+
+        Raises:
+          As `adapt`.
+        """
+        known = None
+        if type(support) is tuple and len(support) == self._num_parts and (start is None or type(start) is Adapted):
+            state = self._base if start is None else start.state
+            if state.num_tasks == self.manifest.num_tasks:
+                known = self._known(kind, state, state.leaves, self._fixed_leaves, (*support, *(query or ())))
+                if known is not None and known.program is not None:
+                    data = (Batch(*support),) if query is None else (Batch(*support), query)
+                    return _Call(known.program, data, State(state.leaves, self._base.form, state.num_tasks), known)
+        batch = self._batch(support)
+        data = (batch,) if query is None else (batch, self._inputs(query))
+        program = self._find(kind, data)
+        begin = self._begin(start)
+        _refuse_derivatives(data, begin)
+        return _Call(program, data, begin, known)
+
+    def _known(self, kind: str, state: State, held: Sequence[Tensor], fixed: Sequence[Tensor], data: tuple[Any, ...]) -> _Known | None:
+        """Compares a call with the last one of its kind. None if it cannot be compared, as `data` is not tensors alone."""
+        if in_forward_mode() or not all([isinstance(value, Tensor) and not value.is_nested for value in data]):
+            return None
+        of_call = (kind, torch.is_grad_enabled(), torch.is_inference_mode_enabled()), (state.form, state.num_tasks), [*held, *fixed, *data]
+        return _Known(*of_call, self._recent.find(*of_call))
+
+    def _restored(
+        self, program: Program, generator: torch.Generator | None, is_guarded: bool = False
+    ) -> contextlib.AbstractContextManager[object]:
+        """Returns a context that takes back what is drawn in it if it raises."""
+        return restored_on_any_error(_CPU, generator) if program.entry.noise or is_guarded else _NOTHING
 
     def _guard(self, keep: Any) -> Any:
         if keep == "not_worse" and self.manifest.per_step:
@@ -294,13 +353,25 @@ class Exported:
         raise ShapeChanged(f"no program '{kind}' was exported for {found}, only for {known}; pad the data, or export this shape, too")
 
     def _run(
-        self, program: Program, held: Sequence[Tensor], fixed: Sequence[Tensor], data: Sequence[Tree], noise: Sequence[Sequence[Tensor]]
+        self,
+        program: Program,
+        held: Sequence[Tensor],
+        fixed: Sequence[Tensor],
+        data: Sequence[Tree],
+        noise: Sequence[Sequence[Tensor]],
+        known: _Known | None = None,
     ) -> Sequence[Tensor]:
+        """Runs a program on tensors in the layout that it takes."""
         parts = [tree.leaves(data[0]), noise[0]]
         if len(data) > 1:
             parts += [tree.leaves(data[1]), noise[1]]
         values = [*held, *fixed, *[value for part in parts for value in part], *program.constants]
-        return self._runner(program)(program.as_taken(values))
+        if known is not None and known.program is not None:
+            return self._runner(program)(values)
+        taken = program.as_taken(values)
+        if known is not None and all(map(operator.is_, taken, values)):
+            self._recent.keep(known.mode, known.structure, known.tensors, program)
+        return self._runner(program)(taken)
 
     def _runner(self, program: Program) -> Run:
         name = program.entry.name
@@ -342,8 +413,10 @@ class _Predictor:
         return dict(self.unroll.manifest.fingerprint)
 
 
-def _refuse_gradients(data: Tree, state: State) -> None:
-    """Raises NotDifferentiable if the caller could ask for a gradient."""
+def _refuse_derivatives(data: Tree, state: State) -> None:
+    """Raises NotDifferentiable if the caller could ask for a gradient, or something has a tangent."""
+    if in_forward_mode():
+        refuse_tangents([*tree.leaves(data), *state.leaves])
     if torch.is_grad_enabled() and any(value.requires_grad for value in (*tree.leaves(data), *state.leaves)):
         raise NotDifferentiable("exported programs have no gradient; call under torch.no_grad(), or detach what requires grad")
 

@@ -269,7 +269,8 @@ class Export {
     }
     const std::string& name = program.files.at(format_);
     if (format_ == "pt2") {
-      check_file(folder_, name, manifest_.files.at(name));  // once more: it may have been changed since
+      const FileEntry& wanted = manifest_.files.at(name);
+      if (File(folder_ / name, false).identity() != wanted.checked) check_file(folder_, name, wanted);  // it has been changed since
       auto loader = std::make_shared<torch::inductor::AOTIModelPackageLoader>((folder_ / name).string(), program.name);
       made->run = [loader](std::vector<at::Tensor> values) { return loader->boxed_run(std::move(values)); };
     } else {

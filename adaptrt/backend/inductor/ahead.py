@@ -64,6 +64,8 @@ def compile_ahead(graph: Graph, folder: str) -> Sequence[Any]:
             "aot_inductor.output_path": f"{folder}/",
             "aot_inductor.allow_stack_allocation": True,
         }
+        if hasattr(config.aot_inductor, "enable_line_tables"):  # PyTorch >= 2.13: debug information, two thirds of a small program
+            settings["aot_inductor.enable_line_tables"] = False
 
         def compile_once() -> Any:
             module = keep_strides(copy_module(graph), len(graph.signature.outputs))
@@ -85,10 +87,13 @@ def compile_ahead(graph: Graph, folder: str) -> Sequence[Any]:
 
 
 def package(path: str | os.PathLike[str], files: Mapping[str, Sequence[Any]]) -> None:
-    """Puts the files of several programs, by name, into one package."""
+    """Puts the files of several programs, by name, into one package.
+
+    Their sources are left out: nothing reads them, and they name folders of the machine that compiled them.
+    """
     from torch._inductor.package.package import package_aoti
 
-    package_aoti(os.fspath(path), {name: list(own) for name, own in files.items()})
+    package_aoti(os.fspath(path), {name: [file for file in own if not str(file).endswith(".cpp")] for name, own in files.items()})
 
 
 def load_package(path: str | os.PathLike[str], name: str) -> Callable[[list[Tensor]], list[Tensor]]:

@@ -110,12 +110,18 @@ class File {
       throw Error(path.string() + " is no ordinary file");
     }
     size_ = static_cast<uint64_t>(found.st_size);
+    identity_ = {static_cast<int64_t>(found.st_dev), static_cast<int64_t>(found.st_ino), static_cast<int64_t>(found.st_size),
+                 found.st_mtim.tv_sec, found.st_mtim.tv_nsec, found.st_ctim.tv_sec, found.st_ctim.tv_nsec};
   }
   File(const File&) = delete;
   File& operator=(const File&) = delete;
   ~File() { ::close(descriptor_); }
 
   uint64_t size() const { return size_; }
+
+  // Which file it is, and when it was last changed: equal as long as nothing writes to it and no other takes its place.
+  using Identity = std::array<int64_t, 7>;
+  Identity identity() const { return identity_; }
 
   // Gives all bytes to `take(data, size)`, in parts.
   template <typename Take>
@@ -141,6 +147,7 @@ class File {
   fs::path path_;
   int descriptor_;
   uint64_t size_ = 0;
+  Identity identity_{};
 };
 
 inline std::string sha256(std::string_view data) {

@@ -76,6 +76,7 @@ struct Program {
 struct FileEntry {
   std::string sha256;
   uint64_t bytes;
+  File::Identity checked{};  // of the file whose hash was compared
 };
 
 struct Machine {
@@ -348,7 +349,7 @@ class Reading {
 }  // namespace detail
 
 // Compares a file of the folder with what the manifest says, and hands its bytes to `keep` if that is not null.
-inline void check_file(const fs::path& folder, const std::string& name, const FileEntry& wanted, std::string* keep = nullptr) {
+inline File::Identity check_file(const fs::path& folder, const std::string& name, const FileEntry& wanted, std::string* keep = nullptr) {
   File file(folder / name, false);
   Sha256 hash;
   uint64_t bytes = 0;
@@ -361,6 +362,7 @@ inline void check_file(const fs::path& folder, const std::string& name, const Fi
   }
   if (bytes != wanted.bytes || hash.hex() != wanted.sha256)
     throw Error((folder / name).string() + " is not the file that was exported: its hash differs. Copy the folder again, or export again");
+  return file.identity();
 }
 
 // Reads the manifest of a folder, and compares every file in it with what the manifest says. `weights` receives those of the folder.
@@ -392,7 +394,7 @@ inline Manifest read_manifest(const fs::path& folder, std::string* weights) {
       throw Error(each->path().string() + " is in the folder, and the manifest does not know it; remove it, or export again");
   }
   if (error) throw Error(folder.string() + " cannot be read: " + error.message());
-  for (const auto& [name, wanted] : manifest.files) check_file(folder, name, wanted, name == kWeights ? weights : nullptr);
+  for (auto& [name, wanted] : manifest.files) wanted.checked = check_file(folder, name, wanted, name == kWeights ? weights : nullptr);
   return manifest;
 }
 
