@@ -392,6 +392,11 @@ def in_columns(value: Tensor) -> Tensor:
     return value.t().contiguous().t() if value.dim() == 2 else value
 
 
+def negated(value: Tensor) -> Tensor:
+    """A view whose values are the negatives of those in its memory."""
+    return torch.complex(torch.zeros_like(value), value).conj().imag
+
+
 LIKE_AND_UNLIKE: dict[str, tuple[Callable[[Tensor, Tensor, Any], tuple[Any, Any, Any]], type[Exception] | None]] = {
     "the same": (lambda x, y, start: ((x, y), x, start), None),
     "no start": (lambda x, y, start: ((x, y), x, None), None),
@@ -401,7 +406,7 @@ LIKE_AND_UNLIKE: dict[str, tuple[Callable[[Tensor, Tensor, Any], tuple[Any, Any,
         lambda x, y, start: ((x, y), x, start.replace(params={n: in_columns(v) for n, v in start.params.items()})),
         None,
     ),
-    "a negated view": (lambda x, y, start: ((torch._neg_view(-x), y), torch._neg_view(-x), start), None),
+    "a negated view": (lambda x, y, start: ((negated(-x), y), negated(-x), start), None),
     "float64": (lambda x, y, start: ((x.double(), y), x.double(), start), ShapeChanged),
     "fewer rows": (lambda x, y, start: ((x[:5], y[:5]), x[:5], start), ShapeChanged),
     "a gradient": (lambda x, y, start: ((x.clone().requires_grad_(), y), x, start), NotDifferentiable),
