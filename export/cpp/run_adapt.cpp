@@ -8,6 +8,10 @@
 #include <string>
 #include <vector>
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 #include "adaptrt_export.h"
 
 namespace {
@@ -91,6 +95,11 @@ int fail(std::string message) {
 }  // namespace
 
 int main(int argc, char** argv) {
+#ifdef __GLIBC__
+  // Otherwise the memory of a call's largest tensors goes back to the system after each call, and every page of it is made anew.
+  mallopt(M_MMAP_THRESHOLD, 32 << 20);
+  mallopt(M_TRIM_THRESHOLD, 1 << 30);
+#endif
   try {
     run(parse(std::vector<std::string>(argv + 1, argv + argc)));
     return 0;
