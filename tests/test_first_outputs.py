@@ -16,12 +16,12 @@ from adaptrt.errors import InvalidArgument, NonFiniteInput, ShapeChanged
 from tests import naive
 from tests.gradients import gradients
 from tests.models import norm_mlp, normal, regress
+from tests.pairs import ONE_BATCH_AND_PER_STEP, SINGLE_AND_TASKS, by_name, over_pairs
 from tests.tolerances import assert_near
 
 T = 2
 LR = torch.tensor(0.1, dtype=torch.float64, requires_grad=True)
 ADJOINTS: list[Adjoint] = [Unrolled(), Replay(), Stash(), FirstOrder(), Truncated(2)]
-over_adjoints = pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
 over_tasks = pytest.mark.parametrize("tasks", [False, True], ids=["single", "vmap"])
 
 
@@ -83,9 +83,7 @@ def check(adjoint: Adjoint | str, tasks: bool, k: int, per_step: bool, backend: 
     return unroll
 
 
-@pytest.mark.parametrize("per_step", [False, True], ids=["one batch", "per step"])
-@over_tasks
-@over_adjoints
+@over_pairs(adjoint=by_name(ADJOINTS), tasks=SINGLE_AND_TASKS, per_step=ONE_BATCH_AND_PER_STEP)
 def test_outputs_and_gradients(adjoint: Adjoint, tasks: bool, per_step: bool) -> None:
     check(adjoint, tasks, 3, per_step, "eager")
 
