@@ -45,6 +45,17 @@ class Small(nn.Module):
         return self.out(self.drop(x.flatten(1)).sin())
 
 
+class Strided(nn.Module):
+    """Values in layouts of their own, as convolutions and pools have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(2, 8, 3, padding=1, dtype=torch.float64), nn.Linear(8, 3, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.max_pool2d(self.conv(x).relu(), 2).mean((2, 3)))
+
+
 def unrolled(
     adjoint: Adjoint, backend: str, num_tasks: int | None = None, kind: type[nn.Module] = Net
 ) -> tuple[nn.Module, adaptrt.CompiledUnroll]:
@@ -129,7 +140,7 @@ def test_code_is_built_while_other_programs_are_generated(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("adjoint", [Replay(), Stash()], ids=str)
 def test_results_have_the_layout_that_was_foretold(adjoint: Adjoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise what one program leaves for the next would be copied at every call."""
-    model, unroll = unrolled(adjoint, "inductor")
+    model, unroll = unrolled(adjoint, "inductor", kind=Strided)
     meta_gradient(model, unroll)
     copied: list[Any] = []
     monkeypatch.setattr(program, "_with_strides", lambda value, strides: copied.append(strides) or value)
