@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import warnings
 from collections.abc import Iterator
@@ -18,6 +19,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     # Two workers on two cores: teams of threads would wait for each other at every kernel of these tiny models.
     torch.set_num_threads(1)
+    # What is imported here is hundreds of thousands of objects, and a full collection goes through all of them: a tenth of the time.
+    gc.set_threshold(gc.get_threshold()[0], gc.get_threshold()[1], 100)
     config.addinivalue_line("markers", "full: a cell of a full product; left out without --full")
 
 

@@ -403,7 +403,7 @@ MODELS: dict[str, Entry] = {
     "conv-bn-eval": Entry(conv_bn_eval, images, classify),
     "conv-pool": Entry(conv_pool, images, classify),
     "norms": Entry(norms, images, classify),
-    "lstm": Entry(lambda: Recurrent(nn.LSTM(4, 3, num_layers=2, batch_first=True)), sequences, classify, large=True),
+    "lstm": Entry(lambda: Recurrent(nn.LSTM(4, 3, batch_first=True)), sequences, classify, large=True),
     "lstm-dropout": Entry(lambda: Recurrent(nn.LSTM(4, 3, 2, dropout=0.3, batch_first=True)), sequences, classify, random=True, large=True),
     "gru": Entry(lambda: Recurrent(nn.GRU(4, 3, num_layers=2)), time_first, classify, large=True),
     "transformer": Entry(lambda: Encoder(0.2).eval(), sequences, classify, large=True),

@@ -14,11 +14,11 @@ from adaptrt import Adjoint, CompiledUnroll, FirstOrder, Implicit, Replay, Stash
 from adaptrt.errors import InvalidArgument, InvalidBatch, NothingToAdapt
 from tests.gradients import gradients
 from tests.models import normal
+from tests.pairs import ONE_BATCH_AND_PER_STEP, SINGLE_AND_TASKS, by_name, over_pairs
 from tests.tolerances import assert_near
 
 K, T = 3, 2
 ADJOINTS: list[Adjoint | str] = ["auto", Unrolled(), Replay(), Stash(), FirstOrder(), Truncated(2)]
-over_adjoints = pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
 over_tasks = pytest.mark.parametrize("tasks", [False, True], ids=["single", "vmap"])
 
 
@@ -77,15 +77,12 @@ def make(net: nn.Module, tasks: bool, backend: str = "eager", k: int = K, **opti
     return unroll.vmap() if tasks else unroll
 
 
-@pytest.mark.parametrize("per_step", [False, True], ids=["one batch", "per step"])
-@over_tasks
-@over_adjoints
+@over_pairs(adjoint=by_name(ADJOINTS), tasks=SINGLE_AND_TASKS, per_step=ONE_BATCH_AND_PER_STEP)
 def test_buffers_and_meta_gradients(adjoint: Adjoint | str, tasks: bool, per_step: bool) -> None:
     check(adjoint, tasks, per_step, "eager")
 
 
-@over_tasks
-@pytest.mark.parametrize("adjoint", [Unrolled(), Stash()], ids=str)
+@pytest.mark.parametrize(("adjoint", "tasks"), [(Unrolled(), True), (Stash(), False)], ids=str)
 def test_buffers_and_meta_gradients_compiled(adjoint: Adjoint, tasks: bool) -> None:
     check(adjoint, tasks, False, "inductor")
 

@@ -31,19 +31,24 @@ FEW_WINDOWS: list[tuple[tuple[int, ...], tuple[int, ...], dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("image, weights, options", FEW_WINDOWS)
 @pytest.mark.parametrize("with_bias", [False, True])
-def test_numbers(image: tuple[int, ...], weights: tuple[int, ...], options: dict[str, Any], with_bias: bool) -> None:
-    values = [torch.randn(shape, dtype=torch.float64) for shape in (image, weights, weights[:1])]
-    graph = capture(lambda x, w, b: F.conv2d(x.sin(), w, b if with_bias else None, **options).exp(), *values)
+def test_numbers(with_bias: bool) -> None:
+    """All of them in one program, which is compiled once."""
+    values = [torch.randn(shape, dtype=torch.float64) for image, weights, _ in FEW_WINDOWS for shape in (image, weights, weights[:1])]
+
+    def fn(*values: Tensor) -> list[Tensor]:
+        rows = zip(values[::3], values[1::3], values[2::3], FEW_WINDOWS, strict=True)
+        return [F.conv2d(x.sin(), w, b if with_bias else None, **options).exp() for x, w, b, (_, _, options) in rows]
+
+    graph = capture(fn, *values)
     lowered = apply(LOWERING, graph)
     assert aten.convolution.default not in targets(lowered)
     assert num_flops(lowered) == num_flops(graph)
-    wanted = graph.run(*values)
-    assert_close(lowered.run(*values), wanted, OPERATIONS)
-    (found,) = Inductor().compile(graph)(list(values))
-    assert_close(found, wanted, OPERATIONS)
-    assert found.stride() == wanted.stride()
+    found = zip(lowered.run(*values), Inductor().compile(graph)(list(values)), graph.run(*values), strict=True)
+    for of_lowered, of_compiled, wanted in found:
+        assert_close(of_lowered, wanted, OPERATIONS)
+        assert_close(of_compiled, wanted, OPERATIONS)
+        assert of_compiled.stride() == wanted.stride()
 
 
 @pytest.mark.parametrize("format", [torch.contiguous_format, torch.channels_last])

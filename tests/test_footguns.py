@@ -23,6 +23,7 @@ from adaptrt.graph.ir import Graph
 from adaptrt.tree import Spec
 from tests import naive
 from tests.models import MODELS, normal, regress
+from tests.pairs import SINGLE_AND_TASKS, by_name, over_pairs
 from tests.test_meta_gradients import differentiate
 from tests.tolerances import EQUAL, META_GRADIENT, SECOND_DERIVATIVE, assert_close, assert_near, relative_error
 
@@ -671,9 +672,11 @@ class Transposed(Flow):
         return self.b(self.a(x)).transpose(1, 2)
 
 
-@pytest.mark.parametrize("vmap", [False, True], ids=["single", "vmap"])
-@pytest.mark.parametrize("adjoint", [Unrolled(), Replay(), Replay(every=2)], ids=str)
-@pytest.mark.parametrize("kind", [MaskedInPlace, FrozenFeedsBuffer, BufferFeedsBuffer, Transposed])
+@over_pairs(
+    kind={kind.__name__: kind for kind in (MaskedInPlace, FrozenFeedsBuffer, BufferFeedsBuffer, Transposed)},
+    adjoint=by_name([Unrolled(), Replay(), Replay(every=2)]),
+    vmap=SINGLE_AND_TASKS,
+)
 def test_models_that_once_gave_wrong_numbers(kind: type[Flow], adjoint: Any, vmap: bool) -> None:
     model = kind()
     select = "b.*" if kind is FrozenFeedsBuffer else None

@@ -20,6 +20,7 @@ from adaptrt.graph.signature import Role
 from adaptrt.runtime import probe
 from tests.graphs import targets
 from tests.models import labelled_images
+from tests.pairs import by_name, over_pairs
 from tests.recorders import TapeRecorder
 from tests.tolerances import LOSS, assert_close, assert_near
 
@@ -127,9 +128,7 @@ STEPWISE: dict[str, Adjoint] = {"replay": Replay(), "replay2": Replay(every=2), 
 SHARED = "what all steps share"
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
-@pytest.mark.parametrize("adjoint", STEPWISE)
-@pytest.mark.parametrize("learned", [False, True], ids=["frozen", "learned"])
+@over_pairs(adjoint=by_name(STEPWISE), learned={"frozen": False, "learned": True}, backend=by_name(["eager", "inductor"]))
 def test_meta_gradients(adjoint: str, learned: bool, backend: str) -> None:
     """Through a backbone that does not adapt, which has a meta-gradient or none."""
     net = model(training=False, learned=learned)

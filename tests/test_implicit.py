@@ -14,12 +14,12 @@ from adaptrt import Adjoint, CompiledUnroll, Implicit, Replay, compile_unroll, o
 from adaptrt.errors import AdaptrtError, InvalidArgument, InvalidType, NotConverged
 from tests.gradients import gradients
 from tests.models import normal, regress
+from tests.pairs import SINGLE_AND_TASKS, over_pairs
 from tests.tolerances import assert_near
 
 K, T, P = 150, 2, 3
 SOLVERS = [Implicit("cg", iterations=8), Implicit("neumann", iterations=150)]
 over_solvers = pytest.mark.parametrize("adjoint", SOLVERS, ids=["cg", "neumann"])
-over_tasks = pytest.mark.parametrize("tasks", [False, True], ids=["single", "vmap"])
 
 
 def linear() -> nn.Module:
@@ -39,9 +39,9 @@ def minimiser(x: Tensor, y: Tensor, strength: Tensor, anchor: Tensor) -> Tensor:
     return torch.linalg.solve(hessian, 2.0 * (x.T @ y).squeeze(1) / len(x) + strength * anchor)
 
 
-@over_tasks
-@over_solvers
-@pytest.mark.parametrize("anchored", [False, True], ids=["weight decay", "iMAML"])
+@over_pairs(
+    anchored={"weight decay": False, "iMAML": True}, adjoint=dict(zip(("cg", "neumann"), SOLVERS, strict=True)), tasks=SINGLE_AND_TASKS
+)
 def test_the_closed_form_on_a_quadratic(anchored: bool, adjoint: Implicit, tasks: bool) -> None:
     """Gradients of the strength, the data, and with an anchor of the start."""
     check(anchored, adjoint, tasks, "eager")

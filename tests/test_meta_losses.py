@@ -15,6 +15,7 @@ from tests import naive
 from tests.gradients import gradients
 from tests.models import norm_mlp as model
 from tests.models import normal, regress
+from tests.pairs import ONE_BATCH_AND_PER_STEP, SINGLE_AND_TASKS, by_name, over_pairs
 from tests.tolerances import assert_near
 
 K, T = 3, 2
@@ -23,7 +24,7 @@ HYPER: dict[str, Any] = {"lr": LR, "momentum": 0.8}
 ADJOINTS: list[Adjoint] = [Unrolled(), Replay(), Stash(), FirstOrder(), Truncated(2)]
 over_adjoints = pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
 over_tasks = pytest.mark.parametrize("tasks", [False, True], ids=["single", "vmap"])
-over_per_step = pytest.mark.parametrize("per_step", [False, True], ids=["one batch", "per step"])
+over_all = over_pairs(adjoint=by_name(ADJOINTS), tasks=SINGLE_AND_TASKS, per_step=ONE_BATCH_AND_PER_STEP)
 
 
 def data(tasks: bool, per_step: bool = False) -> tuple[Any, Any]:
@@ -64,9 +65,7 @@ def assert_same(net: nn.Module, found: Tensor, right: Tensor, more: dict[str, Te
     assert_near(gradients(found, leaves, cotangent), gradients(right, leaves, cotangent), torch.float64)
 
 
-@over_per_step
-@over_tasks
-@over_adjoints
+@over_all
 def test_losses_of_every_step(adjoint: Adjoint, tasks: bool, per_step: bool) -> None:
     net = model()
     support, query = data(tasks, per_step)
@@ -90,9 +89,7 @@ def test_a_weighted_sum_of_the_losses_of_every_step(adjoint: Adjoint, tasks: boo
         assert_same(net, unroll(support, query, step_weights=weights, reduction=reduction), right, {"weights": weights})
 
 
-@over_per_step
-@over_tasks
-@over_adjoints
+@over_all
 def test_losses_by_task(adjoint: Adjoint, tasks: bool, per_step: bool) -> None:
     net = model()
     support, query = data(tasks, per_step)
@@ -118,9 +115,8 @@ def test_evaluation(adjoint: Adjoint, tasks: bool) -> None:
     assert_same(net, outputs, unroll.adapt(support)(query[0]))
 
 
-@pytest.mark.parametrize("tasks", [False, True], ids=["single", "vmap"])
-def test_compiled(tasks: bool) -> None:
-    net, adjoint = model(), Replay()
+def test_compiled() -> None:
+    net, adjoint, tasks = model(), Replay(), True
     support, query = data(tasks)
     unroll = make(net, adjoint, tasks, "inductor")
     assert_same(net, unroll(support, query, every_step=True, reduction="none"), wanted(net, adjoint, support, query, tasks))

@@ -14,6 +14,7 @@ from adaptrt import Adjoint, FirstOrder, Replay, Stash, Truncated, Unrolled, com
 from adaptrt.errors import AdaptrtError, InvalidArgument, InvalidType
 from tests.gradients import gradients
 from tests.models import normal, regress
+from tests.pairs import SINGLE_AND_TASKS, by_name, over_pairs
 from tests.tolerances import assert_near
 
 K, T = 3, 2
@@ -86,16 +87,14 @@ OURS: dict[str, Callable[[Numbers], optim.Optimizer]] = {
 }
 
 
-@pytest.mark.parametrize("tasks", [False, True], ids=["single", "vmap"])
-@pytest.mark.parametrize("adjoint", ADJOINTS, ids=str)
-@pytest.mark.parametrize("name", OURS)
+@over_pairs(name=by_name(OURS), adjoint=by_name(ADJOINTS), tasks=SINGLE_AND_TASKS)
 def test_numbers(name: str, adjoint: Adjoint, tasks: bool) -> None:
     check(name, adjoint, tasks, "eager")
 
 
-@pytest.mark.parametrize("name", ["proximal", "sharpness_aware"])
-def test_numbers_compiled(name: str) -> None:
-    check(name, Replay(), True, "inductor")
+def test_numbers_compiled() -> None:
+    """Of the one that has two gradients. `proximal` is compiled in the tests of implicit gradients."""
+    check("sharpness_aware", Replay(), True, "inductor")
 
 
 def check(name: str, adjoint: Adjoint, tasks: bool, backend: str) -> None:

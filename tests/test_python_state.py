@@ -480,19 +480,20 @@ def test_dicts_that_make_their_values_stay_as_they_are() -> None:
     assert REGISTRY.get("tanh") is nn.Tanh
 
 
-@pytest.mark.parametrize("backend", ["eager", "inductor"])
+CACHES = [
+    keeps_beside_a_constant,
+    counts_what_nobody_reads,
+    keeps_for_others,
+    builds_a_mask_once,
+    keeps_by_length,
+    keeps_in_a_global,
+    uses_lru_cache,
+    collects_features,
+]
+
+
 @pytest.mark.parametrize(
-    "forward",
-    [
-        keeps_beside_a_constant,
-        counts_what_nobody_reads,
-        keeps_for_others,
-        builds_a_mask_once,
-        keeps_by_length,
-        keeps_in_a_global,
-        uses_lru_cache,
-        collects_features,
-    ],
+    ("forward", "backend"), [*((forward, "eager") for forward in CACHES), (builds_a_mask_once, "inductor"), (collects_features, "inductor")]
 )
 def test_caches_and_records_keep_working(forward: Callable[[Net, Tensor], Tensor], backend: str) -> None:
     model = Net(forward)

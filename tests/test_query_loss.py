@@ -14,6 +14,7 @@ from adaptrt import Adjoint, FirstOrder, Replay, Stash, Unrolled, compile_unroll
 from adaptrt.errors import AdaptrtError, InvalidLoss, InvalidType, NotTraceable, UnsupportedParameter
 from tests.gradients import gradients
 from tests.models import normal
+from tests.pairs import SINGLE_AND_TASKS, by_name, over_pairs
 from tests.tolerances import assert_near
 
 K, T = 2, 2
@@ -69,16 +70,13 @@ def by_parts(value: Tensor, parts: list[Any]) -> dict[str, Tensor]:
     return gradients(value, {f"{index}.{name}": param for index, part in modules for name, param in part.named_parameters()})
 
 
-@pytest.mark.parametrize("tasks", [False, True], ids=["single", "vmap"])
-@pytest.mark.parametrize("adjoint", [Unrolled(), Replay(), Stash(), FirstOrder()], ids=str)
-@pytest.mark.parametrize("case", CASES)
+@over_pairs(case=by_name(CASES), adjoint=by_name([Unrolled(), Replay(), Stash(), FirstOrder()]), tasks=SINGLE_AND_TASKS)
 def test_two_losses(case: str, adjoint: Adjoint, tasks: bool) -> None:
     check(case, adjoint, tasks, "eager")
 
 
-@pytest.mark.parametrize("case", ["no target", "both"])
-def test_two_losses_compiled(case: str) -> None:
-    check(case, Unrolled(), True, "inductor")
+def test_two_losses_compiled() -> None:
+    check("both", Replay(), True, "inductor")
 
 
 def check(case: str, adjoint: Adjoint, tasks: bool, backend: str) -> None:

@@ -34,9 +34,33 @@ class Net(nn.Module):
         return self.out(self.drop(F.max_pool2d(self.norm(self.conv(x)).relu(), 2).mean((2, 3))))
 
 
-def unrolled(adjoint: Adjoint, backend: str, num_tasks: int | None = None) -> tuple[nn.Module, adaptrt.CompiledUnroll]:
+class Small(nn.Module):
+    """What is quick to compile: a layer and dropout."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.out = nn.Dropout(0.25), nn.Linear(72, 3, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.drop(x.flatten(1)).sin())
+
+
+class Strided(nn.Module):
+    """Values in layouts of their own, as convolutions and pools have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(2, 8, 3, padding=1, dtype=torch.float64), nn.Linear(8, 3, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(F.max_pool2d(self.conv(x).relu(), 2).mean((2, 3)))
+
+
+def unrolled(
+    adjoint: Adjoint, backend: str, num_tasks: int | None = None, kind: type[nn.Module] = Net
+) -> tuple[nn.Module, adaptrt.CompiledUnroll]:
     torch.manual_seed(0)
-    model = Net()
+    model = kind()
     k = 2 if isinstance(adjoint, Unrolled) else 3  # the code of each step is compiled
     unroll = adaptrt.compile_unroll(
         model, adaptrt.optim.sgd(lr=0.05, momentum=0.9), k, loss=F.cross_entropy, adjoint=adjoint, backend=backend
@@ -105,7 +129,7 @@ def test_code_is_built_while_other_programs_are_generated(monkeypatch: pytest.Mo
 
     monkeypatch.setattr(compile_fx, "compile_fx_inner", generating)
     monkeypatch.setattr(AsyncCompile, "wait", waiting)
-    model, unroll = unrolled(Replay(), "inductor")
+    model, unroll = unrolled(Replay(), "inductor", kind=Small)
     first = meta_gradient(model, unroll)
     assert events == ["generate"] * 3 + ["wait"] * 3
     assert not any(program.is_building for _, program in unroll._execution.planner.programs())
@@ -116,7 +140,7 @@ def test_code_is_built_while_other_programs_are_generated(monkeypatch: pytest.Mo
 @pytest.mark.parametrize("adjoint", [Replay(), Stash()], ids=str)
 def test_results_have_the_layout_that_was_foretold(adjoint: Adjoint, monkeypatch: pytest.MonkeyPatch) -> None:
     """Otherwise what one program leaves for the next would be copied at every call."""
-    model, unroll = unrolled(adjoint, "inductor")
+    model, unroll = unrolled(adjoint, "inductor", kind=Strided)
     meta_gradient(model, unroll)
     copied: list[Any] = []
     monkeypatch.setattr(program, "_with_strides", lambda value, strides: copied.append(strides) or value)
@@ -136,13 +160,13 @@ def test_a_program_that_cannot_be_built_is_compiled_again(monkeypatch: pytest.Mo
         wait(self, scope)
 
     monkeypatch.setattr(AsyncCompile, "wait", failing_at_first)
-    found, expected = [meta_gradient(*unrolled(Replay(), backend)) for backend in ("inductor", "eager")]
+    found, expected = [meta_gradient(*unrolled(Replay(), backend, kind=Small)) for backend in ("inductor", "eager")]
     assert failures
     assert_near(found, expected)
 
 
 def test_errors_of_a_rehearsal_are_those_of_the_call() -> None:
-    model, unroll = unrolled(Replay(), "inductor")
+    model, unroll = unrolled(Replay(), "inductor", kind=Small)
     support = torch.randn(4, 2, 6, 6, dtype=torch.float64), torch.tensor([0, 1, 2, 2])
     query = torch.full((4, 2, 6, 6), torch.nan, dtype=torch.float64), support[1]
     for _ in range(2):
@@ -195,14 +219,14 @@ def test_a_program_that_is_being_built_is_not_taken_for_all_of_a_call(monkeypatc
 
 
 def test_threads_that_call_at_once_get_what_one_alone_gets() -> None:
-    model, unroll = unrolled(Replay(), "inductor")
+    model, unroll = unrolled(Replay(), "inductor", kind=Small)
     found: list[dict[str, Tensor]] = []
     threads = [threading.Thread(target=lambda: found.append(meta_gradient(model, unroll))) for _ in range(3)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    expected = meta_gradient(*unrolled(Replay(), "eager"))
+    expected = meta_gradient(*unrolled(Replay(), "eager", kind=Small))
     assert len(found) == 3
     for one in found:
         assert_near(one, expected)

@@ -25,6 +25,7 @@ from adaptrt.graph.ir import Graph
 from adaptrt.inner.reader import Reader
 from adaptrt.optim.source import source
 from tests.models import classifier
+from tests.pairs import SINGLE_AND_TASKS, by_name, over_pairs
 from tests.tolerances import STEPS, assert_close
 
 Batch = tuple[Tensor, Tensor]
@@ -606,9 +607,9 @@ def two_inputs() -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(6, 4), torch.randn(6, 3), torch.randint(3, (6,))
 
 
-@pytest.mark.parametrize("vmap", [False, True], ids=["single", "vmap"])
-@pytest.mark.parametrize("support_form", ["positional", "keyword"])
-@pytest.mark.parametrize("call_form", ["positional", "keyword", "tuple", "dict"])
+@over_pairs(
+    support_form=by_name(["positional", "keyword"]), call_form=by_name(["positional", "keyword", "tuple", "dict"]), vmap=SINGLE_AND_TASKS
+)
 def test_inputs_by_position_and_by_keyword(support_form: str, call_form: str, vmap: bool) -> None:
     x, shift, y = two_inputs()
     if vmap:

@@ -1,7 +1,6 @@
 """Records the operations that a function of tensors calls.
 
-PyTorch's `make_fx` does the same and much more (dynamic shapes, control flow as operations), but takes twice the time. `retrace` uses it
-where a graph has to run under one of PyTorch's transformations.
+PyTorch's `make_fx` does the same and much more (dynamic shapes, control flow as operations), but takes twice the time.
 """
 
 # pyright: reportPrivateUsage=false

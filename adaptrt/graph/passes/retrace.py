@@ -11,16 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.fx._lazy_graph_module import _use_lazy_graph_module
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from adaptrt.graph.ir import Graph, autocast_off
+from adaptrt.graph.passes.recorder import record
 from adaptrt.graph.signature import Input, Signature
 from adaptrt.tree import Spec
 
 
 def fake_tensors(mode: FakeTensorMode, specs: Sequence[Spec]) -> list[Tensor]:
-    """Makes a contiguous fake tensor for each spec. Each is an object of its own, because `make_fx` treats one object as one input."""
+    """Makes a contiguous fake tensor for each spec. Each is an object of its own, because one object would be one input."""
     # An inference tensor could not require grad.
     with torch.inference_mode(False), mode:
         return [torch.empty(spec.shape, dtype=spec.dtype, device=spec.device) for spec in specs]
@@ -48,8 +47,9 @@ def retrace(
     graph.module.recompile()  # a pass may have edited it
     mode = FakeTensorMode()
     fakes = fake_inputs(mode, inputs)
-    with torch.inference_mode(False), torch.no_grad(), autocast_off(), _use_lazy_graph_module(True), mode:
-        module = make_fx(transform(graph.function()), tracing_mode="real")(*fakes)
+    with torch.inference_mode(False), torch.no_grad(), autocast_off(), mode:
+        module, constants = record(transform(graph.function()), fakes)
+    assert not constants, "constants are inputs of a graph"
     return renewed(graph, module, inputs)
 
 
