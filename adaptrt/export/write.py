@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from adaptrt import tree
@@ -61,7 +61,7 @@ def write(
         if weights:
             progress("writing weights")
             values = {name: value.detach().cpu().contiguous().clone() for name, value in captured.weights.items()}
-            save_file(values, temporary / manifests.WEIGHTS)
+            (temporary / manifests.WEIGHTS).write_bytes(save(values))  # `save_file` lets nobody else read it
         manifests.write(temporary / manifests.NAME, captured.manifest(files, temporary))
         if target.exists():
             old = target.with_name(f".{target.name}.{secrets.token_hex(8)}")

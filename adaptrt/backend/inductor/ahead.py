@@ -27,6 +27,7 @@ from adaptrt.backend.inductor.index_strides import quick_strides
 from adaptrt.backend.inductor.instructions import trusting_the_processor
 from adaptrt.backend.inductor.rewrites.products_by_onednn import products_by_onednn
 from adaptrt.backend.inductor.small_matmuls import small_matmuls_in_place_of_loops
+from adaptrt.backend.inductor.thread_buffers import buffers_of_threads
 from adaptrt.graph.forgetting import forgetting
 from adaptrt.graph.ir import Graph, autocast_off
 from adaptrt.graph.passes.base import apply, copy_module
@@ -79,6 +80,7 @@ def compile_ahead(graph: Graph, folder: str) -> Sequence[Any]:
                 quick_strides(),
                 small_matmuls_in_place_of_loops(in_one_file=True),
                 assumptions_in_the_code(),
+                buffers_of_threads(),
             ):
                 stack.enter_context(context)
             stack.enter_context(V.set_aot_compilation(True))

@@ -172,6 +172,23 @@ RECORDED = Entry(
     ),
 )
 
+_ARRAYS = f"{_INDUCTOR}.codegen.cpp_wrapper_cpu_array_ref"
+
+THREAD_BUFFERS = Entry(
+    "buffers of threads",
+    "A thread keeps the small buffers of an exported program between calls (`thread_buffers.py`).",
+    "they are made in every call, or are on the stack if they are very small: a call of a small model takes longer",
+    exchanged=(
+        Target(
+            _ARRAYS,
+            "CppWrapperCpuArrayRef.make_allocation",
+            ("self", "name", "device", "dtype", "shape", "stride", "buffer_if_can_stack_allocate", "is_pinned"),
+        ),
+        Target(_ARRAYS, "CppWrapperCpuArrayRef.memory_plan_reuse", ("self",)),
+    ),
+    needed=(Target(_ARRAYS, "MAX_STACK_ALLOCATION_SIZE"),),
+)
+
 _SHAPES = "torch.fx.experimental.symbolic_shapes"
 
 COMPILER_TABLES = Entry(
@@ -207,6 +224,7 @@ TABLE: tuple[Entry, ...] = (
     RANDOM_STATE,
     INSTRUCTIONS,
     RECORDED,
+    THREAD_BUFFERS,
     COMPILER_TABLES,
     GUARDS,
     RETAINED,
