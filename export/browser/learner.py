@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from fnmatch import fnmatch
 from multiprocessing import get_context
 from typing import NamedTuple
 
@@ -27,7 +28,9 @@ ROWS = MAX_SYMBOLS * MAX_EXAMPLES
 """Rows of every batch: an exported program has fixed shapes, so smaller tasks are padded."""
 STEPS = 4
 TASKS = 4
-WIDTHS = 32, 48, 64
+WIDTHS = 32, 64, 64
+ADAPTED = "features.6.*", "features.7.*", "head.*"
+"""What the steps change: the last convolution, its norm and the linear layer."""
 OUTER_LR, RATE_LR = 2e-3, 3e-2
 FIRST_RATES = {"head": 2.0, "features": 0.1}
 ABSENT = -30.0
@@ -68,18 +71,17 @@ class Recogniser(nn.Module):
 
 
 def build(seed: int) -> tuple[Recogniser, dict[str, Tensor], optim.Optimizer]:
-    """Returns the network, the learned rates by the names of its parameters, [STEPS] each, and the inner optimiser."""
+    """Returns the network, the learned rates of what adapts by its names, [STEPS] each, and the inner optimiser."""
     torch.manual_seed(seed)
     model = Recogniser()
-    rates = {
-        name: torch.full((STEPS,), FIRST_RATES[name.partition(".")[0]], requires_grad=True) for name, _ in model.named_parameters()
-    }
+    adapted = [name for name, _ in model.named_parameters() if any(fnmatch(name, pattern) for pattern in ADAPTED)]
+    rates = {name: torch.full((STEPS,), FIRST_RATES[name.partition(".")[0]], requires_grad=True) for name in adapted}
     return model, rates, optim.sgd(lr=optim.per_step(rates))
 
 
 def compiled(model: nn.Module, optimizer: optim.Optimizer, backend: str) -> adaptrt.CompiledUnroll:
     loss = nn.CrossEntropyLoss(reduction="none")
-    return adaptrt.compile_unroll(model, optimizer, STEPS, loss=loss, examples="weighted", backend=backend)
+    return adaptrt.compile_unroll(model, optimizer, STEPS, loss=loss, params=list(ADAPTED), examples="weighted", backend=backend)
 
 
 # --- drawings and tasks
@@ -119,7 +121,9 @@ class Drawings:
         def whole(low: int, high: int) -> int:
             return int(torch.randint(low, high, (), generator=generator))
 
-        ways = max(whole(MIN_SYMBOLS, MAX_SYMBOLS + 1), whole(MIN_SYMBOLS, MAX_SYMBOLS + 1))  # more symbols are harder, so they are more frequent
+        ways = max(
+            whole(MIN_SYMBOLS, MAX_SYMBOLS + 1), whole(MIN_SYMBOLS, MAX_SYMBOLS + 1)
+        )  # more symbols are harder, so they are more frequent
         chosen: list[Choice] = []
         while len(chosen) < ways:
             one = Choice(whole(0, len(self.images)), whole(0, 8))

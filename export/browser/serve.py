@@ -30,12 +30,13 @@ TYPES = {
 class Handler(SimpleHTTPRequestHandler):
     """Files of the page. No listings of folders, and no log of every request."""
 
-    extensions_map = {"": "application/octet-stream", **TYPES}
-
     def end_headers(self) -> None:
         for name, value in HEADERS.items():
             self.send_header(name, value)
         super().end_headers()
+
+    def guess_type(self, path: Any) -> str:
+        return TYPES.get(Path(path).suffix, "application/octet-stream")
 
     def list_directory(self, path: Any) -> None:
         del path

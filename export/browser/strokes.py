@@ -80,7 +80,7 @@ def redrawn(strokes: Strokes, generator: np.random.Generator, *, variety: float 
       variety: 1 for the differences of an ordinary hand, 0 for none.
     """
     drawn = [resampled(stroke, 0.04) for stroke in in_unit_box(strokes)]
-    roundings = generator.integers(0, 4) if variety else 0
+    roundings = int(generator.integers(0, 4)) if variety else 0
     drawn = [_drawn_stroke(stroke, generator, roundings, variety) for stroke in drawn]
     if len(drawn) > 1 and generator.random() < 0.08 * variety:
         first = int(generator.integers(len(drawn) - 1))

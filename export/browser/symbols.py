@@ -62,7 +62,7 @@ def path_points(path: str, per_curve: int = 8) -> Stroke:
     def pair(base: NDArray[np.float64]) -> NDArray[np.float64]:
         nonlocal place
         place += 2
-        return base + [float(tokens[place - 2]), float(tokens[place - 1])]
+        return base + np.array([float(tokens[place - 2]), float(tokens[place - 1])])
 
     while place < len(tokens):
         if tokens[place].isalpha():

@@ -6,6 +6,7 @@ typeface, so the drawings of a class differ as those of several people, or, with
 
 from __future__ import annotations
 
+import functools
 import html
 import json
 import math
@@ -24,6 +25,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ" + "23456789" + "abdefghnqrt"
 """Letters and digits that differ from all others when their size is not seen, as that of `o`, `O` and `0` is not."""
 
 
+@functools.cache
 def hands() -> dict[str, dict[str, Symbol]]:
     """Returns letters and digits by the name of the hand and the letter.
 
@@ -145,6 +147,8 @@ SHAPES: dict[str, Callable[[np.random.Generator], Symbol]] = {
     "sun": _sun,
     "moon": _moon,
     "equals": lambda g: [_open([[-1, -0.4], [1, -0.4]], g), _open([[-1, 0.4], [1, 0.4]], g)],
-    "hash": lambda g: [_open(line, g) for line in ([[-0.4, -1], [-0.4, 1]], [[0.4, -1], [0.4, 1]], [[-1, -0.4], [1, -0.4]], [[-1, 0.4], [1, 0.4]])],
+    "hash": lambda g: [
+        _open(line, g) for line in ([[-0.4, -1], [-0.4, 1]], [[0.4, -1], [0.4, 1]], [[-1, -0.4], [1, -0.4]], [[-1, 0.4], [1, 0.4]])
+    ],
     "stairs": lambda g: [_open([[-1, 1], [-1, 0.33], [-0.33, 0.33], [-0.33, -0.33], [0.33, -0.33], [0.33, -1], [1, -1]], g)],
 }

@@ -186,9 +186,13 @@ function element(kind, name = "", text = "") {
 /** Recognises in the next frame, however often it is called before. */
 function recognise() {
   if (!recogniser?.adapted || frame) return;
+  $("confidence").ariaBusy = "true";
   frame = requestAnimationFrame(() => {
     frame = 0;
     work = work.then(recogniseNow).catch(fail);
+    work = work.then(() => {
+      if (!frame) $("confidence").ariaBusy = "false";
+    });
   });
 }
 

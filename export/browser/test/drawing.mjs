@@ -122,4 +122,7 @@ export async function bestOf(page) {
 }
 
 /** Waits until the page has recognised what was drawn last. */
-export const answered = (page) => page.waitForFunction(() => document.querySelector("#answer").textContent.startsWith("This looks like"));
+export const answered = (page) =>
+  page.waitForFunction(
+    () => document.querySelector("#confidence").ariaBusy === "false" && document.querySelector("#answer").textContent.startsWith("This looks like"),
+  );
