@@ -33,9 +33,11 @@ ADAPTED = "features.6.*", "features.7.*", "head.*"
 """What the steps change: the last convolution, its norm and the linear layer."""
 OUTER_LR, RATE_LR = 2e-3, 3e-2
 FIRST_RATES = {"head": 2.0, "features": 0.1}
+"""The rates of the inner steps before they are learned."""
 ABSENT = -30.0
 """The logit of a symbol that the task does not have."""
 SHARE_ALIKE = 0.4
+"""Of symbols that are like the one before them in a task."""
 SAME = 0.35
 """Symbols are the same if their mean images are this near to each other, in parts of the variance of their drawings."""
 NUM_SYMBOLS, NUM_DRAWINGS = 6000, 12
@@ -98,7 +100,7 @@ class Drawings:
     """Drawings of many symbols, from which tasks are made.
 
     Args:
-      images: [C, D, SIZE, SIZE] uint8; C = symbols, D = drawings of each.
+      images: [C, D, SIZE, SIZE] uint8; C = symbols, of which each two that follow one another are relatives; D = drawings of each.
     """
 
     def __init__(self, images: Tensor) -> None:
@@ -121,9 +123,8 @@ class Drawings:
         def whole(low: int, high: int) -> int:
             return int(torch.randint(low, high, (), generator=generator))
 
-        ways = max(
-            whole(MIN_SYMBOLS, MAX_SYMBOLS + 1), whole(MIN_SYMBOLS, MAX_SYMBOLS + 1)
-        )  # more symbols are harder, so they are more frequent
+        # The larger of two numbers: more symbols are harder, so they are to be more frequent.
+        ways = max(whole(MIN_SYMBOLS, MAX_SYMBOLS + 1), whole(MIN_SYMBOLS, MAX_SYMBOLS + 1))
         chosen: list[Choice] = []
         while len(chosen) < ways:
             one = Choice(whole(0, len(self.images)), whole(0, 8))
@@ -141,10 +142,10 @@ class Drawings:
         for label, (one, count) in enumerate(zip(chosen, counts, strict=True)):
             order = torch.randperm(self.images.shape[1], generator=generator)
             images = view(self.images[one.symbol, order[: count + MAX_EXAMPLES]], one.view).float()[:, None] / 255
-            support[begin : begin + count], query[label * MAX_EXAMPLES : (label + 1) * MAX_EXAMPLES] = images[:count], images[count:]
-            targets[0, begin : begin + count] = targets[1, label * MAX_EXAMPLES : (label + 1) * MAX_EXAMPLES] = label
-            weights[0, begin : begin + count] = 1 / count
-            weights[1, label * MAX_EXAMPLES : (label + 1) * MAX_EXAMPLES] = 1
+            given, asked = slice(begin, begin + count), slice(label * MAX_EXAMPLES, (label + 1) * MAX_EXAMPLES)
+            support[given], query[asked] = images[:count], images[count:]
+            targets[0, given] = targets[1, asked] = label
+            weights[0, given], weights[1, asked] = 1 / count, 1
             begin += count
         return ((support, used), targets[0], weights[0]), ((query, used), targets[1], weights[1])
 
@@ -162,8 +163,8 @@ def _drawn(symbols: Sequence[Symbol], count: int, seed: int) -> np.ndarray:
 
 
 def draw(num_symbols: int, seed: int, num_drawings: int = NUM_DRAWINGS) -> Drawings:
-    """Draws the training symbols, on all processors."""
-    symbols = training_symbols(num_symbols, np.random.default_rng(seed))
+    """Draws training symbols, an even number of them, on all processors."""
+    symbols = training_symbols(num_symbols + num_symbols % 2, np.random.default_rng(seed))
     pieces = [symbols[begin : begin + 100] for begin in range(0, len(symbols), 100)]
     with ProcessPoolExecutor(os.cpu_count(), mp_context=get_context("spawn")) as pool:
         found = list(pool.map(_drawn, pieces, [num_drawings] * len(pieces), range(seed + 1, seed + 1 + len(pieces))))
