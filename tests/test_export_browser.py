@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
+import importlib.metadata
 import json
 import os
 import shutil
@@ -20,11 +20,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import adaptrt
+from export.browser import __main__ as command
 from export.browser import learner
 from export.browser.__main__ import build, train
 from export.browser.serve import server
 from export.browser.strokes import rasterise, redrawn
-from export.browser.symbols import characters, doodle, path_points, sign
+from export.browser.symbols import KANJIVG, characters, doodle, path_points, sign
 
 SOURCE = Path(__file__).parents[1] / "export" / "browser"
 CHROMIUM = os.environ.get("CHROMIUM") or shutil.which("chromium")
@@ -33,7 +34,9 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(shutil.which("node") is None, reason="needs Node.js"),
     pytest.mark.skipif(not (SOURCE / "node_modules").is_dir(), reason="needs npm's packages: npm ci --prefix export/browser"),
-    pytest.mark.skipif(importlib.util.find_spec("kanji") is None, reason="needs the package kanjivg"),
+    pytest.mark.skipif(
+        not list(importlib.metadata.distributions(name=KANJIVG)), reason="needs the package kanjivg: pip install 'adaptrt[browser]'"
+    ),
 ]
 in_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, such as Debian's package chromium, or its path in CHROMIUM")
 
@@ -208,6 +211,36 @@ def test_text_of_a_digest(model: Path, tmp_path: Path) -> None:
         fields = json.loads(text)
         del fields["digest"]
         assert canonical == json.dumps(fields, sort_keys=True, separators=(",", ":"))
+
+
+def test_a_network_is_trained_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command trains where there is no network, or one that was trained in another way or is damaged; else it only builds the page."""
+    trained: list[float] = []
+
+    def copy(folder: Path, minutes: float, *others: Any) -> Path:
+        del others
+        trained.append(minutes)
+        return Path(shutil.copytree(model, folder, dirs_exist_ok=True))
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr("sys.argv", ["browser", "--out", str(tmp_path / "out"), "--no-serve", *arguments])
+        return command.main()
+
+    monkeypatch.setattr(command, "train", copy)
+    for arguments, wanted in (
+        ((), [4.0]),
+        ((), [4.0]),
+        (("--minutes", "1"), [4.0, 1.0]),
+        (("--minutes", "1", "--retrain"), [4.0, 1.0, 1.0]),
+    ):
+        assert run(*arguments) == 0
+        assert trained == wanted
+    assert sorted(path.name for path in (tmp_path / "out" / "site" / "model").iterdir()) == sorted(path.name for path in model.iterdir())
+    (tmp_path / "out" / "model" / "adapt.onnx").write_bytes(b"")
+    assert run("--minutes", "1") == 0
+    assert trained == [4.0, 1.0, 1.0, 1.0]
+    monkeypatch.setattr(command, "RUNTIME", tmp_path / "none")
+    assert run("--minutes", "1", "--retrain") == 1
 
 
 def test_its_size(model: Path) -> None:

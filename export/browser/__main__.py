@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 
 import adaptrt
+from adaptrt.errors import InvalidExport
 from export.browser import learner
 from export.browser.serve import server
 from export.browser.symbols import MissingPackage
@@ -36,6 +37,15 @@ def fingerprint() -> str:
     for name in SOURCES:
         found.update((HERE / name).read_bytes())
     return found.hexdigest()
+
+
+def usable(model: Path) -> bool:
+    """Whether a folder is an export that is whole."""
+    try:
+        adaptrt.load(model)
+    except InvalidExport:
+        return False
+    return True
 
 
 def train(folder: Path, minutes: float, num_symbols: int, backend: str) -> Path:
@@ -86,7 +96,6 @@ def build(model: Path, site: Path) -> Path:
     """
     if not RUNTIME.is_dir():
         raise FileNotFoundError(f"onnxruntime-web is missing: run `npm ci` in {HERE}")
-    adaptrt.load(model)  # refuses a folder that is damaged
     shutil.rmtree(site, ignore_errors=True)
     shutil.copytree(HERE / "page", site)
     (site / "onnxruntime").mkdir()
@@ -110,7 +119,7 @@ def main() -> int:
     settings = f"{fingerprint()} {arguments.minutes:g} {arguments.symbols}"
     arguments.out.mkdir(parents=True, exist_ok=True)
     try:
-        if arguments.retrain or not trained.exists() or trained.read_text() != settings or not model.is_dir():
+        if arguments.retrain or not trained.exists() or trained.read_text() != settings or not usable(model):
             trained.unlink(missing_ok=True)
             train(model, arguments.minutes, arguments.symbols, arguments.backend)
             trained.write_text(settings)

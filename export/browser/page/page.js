@@ -7,6 +7,8 @@ import { rasterise, SIZE } from "./strokes.js";
 
 const FIRST_SYMBOLS = 3;
 const SETTLED_MS = 500; // after this long without a change, examples that were changed are adapted to again
+const NARROW = matchMedia("(max-width: 819px)"); // all parts are below one another
+const STILL = matchMedia("(prefers-reduced-motion: reduce)");
 const $ = (id) => document.getElementById(id);
 
 let recogniser = null;
@@ -146,6 +148,7 @@ function adapt() {
       const examples = images.reduce((sum, each) => sum + each.length, 0);
       show(`Adapted ${again ? "again " : ""}to ${count(examples, "example")} in ${count(losses.length - 1, "step")}, ${milliseconds.toFixed(0)} ms.`);
       document.body.classList.add("adapted");
+      if (!again && NARROW.matches) $("adapt").scrollIntoView({ block: "start", behavior: STILL.matches ? "auto" : "smooth" });
       showConfidence(chosen.map(() => null));
       recognise();
     })
