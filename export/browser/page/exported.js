@@ -111,7 +111,9 @@ async function checkedFile(name, wanted, getBytes) {
 }
 
 async function sha256(bytes) {
-  if (!globalThis.crypto?.subtle) throw new WrongInput("This page must come from this computer or over HTTPS, or files cannot be checked.");
+  if (!globalThis.crypto?.subtle) {
+    throw new WrongInput("This page must come from this computer or over HTTPS, or its files cannot be checked.");
+  }
   const digest = new Uint8Array(await crypto.subtle.digest("SHA-256", bytes));
   return Array.from(digest, (byte) => byte.toString(16).padStart(2, "0")).join("");
 }

@@ -146,7 +146,8 @@ function adapt() {
       shownNames = chosen.map(nameOf);
       showLosses(losses);
       const examples = images.reduce((sum, each) => sum + each.length, 0);
-      show(`Adapted ${again ? "again " : ""}to ${count(examples, "example")} in ${count(losses.length - 1, "step")}, ${milliseconds.toFixed(0)} ms.`);
+      const how = `${count(losses.length - 1, "step")}, ${milliseconds.toFixed(0)} ms`;
+      show(`Adapted ${again ? "again " : ""}to ${count(examples, "example")} in ${how}.`);
       document.body.classList.add("adapted");
       if (!again && NARROW.matches) $("adapt").scrollIntoView({ block: "start", behavior: STILL.matches ? "auto" : "smooth" });
       showConfidence(chosen.map(() => null));
@@ -285,7 +286,9 @@ async function bytesOf(name) {
   } catch {
     throw new WrongInput(`The file ${name} could not be loaded: the server did not answer.`);
   }
-  if (!response.ok) throw new WrongInput(`The file ${name} could not be loaded: the server says ${response.status}. Was the page built with its network?`);
+  if (!response.ok) {
+    throw new WrongInput(`The file ${name} could not be loaded: the server says ${response.status}. Was the page built with its network?`);
+  }
   return new Uint8Array(await response.arrayBuffer());
 }
 

@@ -13,8 +13,8 @@ export class Recogniser {
   #used = null;
 
   /**
-   * Reads an export; arguments as those of `read`. Every program is run once on paper without ink, because the first run of each takes several
-   * times as long as the next.
+   * Reads an export; arguments as those of `read`. Every program is run once on paper without ink, because the first run of each takes
+   * many times as long as the next.
    */
   static async load(getBytes, ort) {
     const found = new Recogniser(await read(getBytes, ort, ["adapt", "predict", "loss"]));

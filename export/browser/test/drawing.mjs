@@ -2,7 +2,8 @@
 
 import { chromium } from "playwright-core";
 
-const FLAGS = "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync";
+const FLAGS =
+  "--no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync";
 
 /** Starts the Chromium of the system. */
 export const browser = () =>
@@ -28,7 +29,7 @@ export async function open(chrome, url, options = {}) {
 
 export const ready = (page) => page.waitForSelector("body.ready", { timeout: 60_000 });
 
-// Shapes as a person draws them: with proportions, places and tremors of their own. `at` is the drawing's number.
+// Shapes as a person draws them: with proportions, places and tremors of their own, which follow from the drawing's number.
 
 const wobble = (seed) => {
   let state = seed * 2654435761 + 12345;
@@ -41,12 +42,15 @@ const wobble = (seed) => {
 function along(corners, number, { steps = 8, amount = 0.02 } = {}) {
   const random = wobble(number + 1);
   const [dx, dy, wide, high] = [0.1 * random(), 0.1 * random(), 1 + 0.2 * random(), 1 + 0.2 * random()];
-  const moved = corners.map(([x, y]) => [0.5 + (x - 0.5) * wide + dx + amount * random(), 0.5 + (y - 0.5) * high + dy + amount * random()]);
+  const moved = corners.map(([x, y]) => [
+    0.5 + (x - 0.5) * wide + dx + amount * random(),
+    0.5 + (y - 0.5) * high + dy + amount * random(),
+  ]);
+  const between = (from, to, part) => from + (to - from) * part + 0.005 * random();
   return moved.flatMap(([x, y], i) => {
-    const [nextX, nextY] = moved[i + 1] ?? [x, y];
-    return i + 1 === moved.length
-      ? [[x, y]]
-      : Array.from({ length: steps }, (_, j) => [x + ((nextX - x) * j) / steps + 0.005 * random(), y + ((nextY - y) * j) / steps + 0.005 * random()]);
+    if (i + 1 === moved.length) return [[x, y]];
+    const [nextX, nextY] = moved[i + 1];
+    return Array.from({ length: steps }, (_, j) => [between(x, nextX, j / steps), between(y, nextY, j / steps)]);
   });
 }
 
@@ -124,5 +128,7 @@ export async function bestOf(page) {
 /** Waits until the page has recognised what was drawn last. */
 export const answered = (page) =>
   page.waitForFunction(
-    () => document.querySelector("#confidence").ariaBusy === "false" && document.querySelector("#answer").textContent.startsWith("This looks like"),
+    () =>
+      document.querySelector("#confidence").ariaBusy === "false" &&
+      document.querySelector("#answer").textContent.startsWith("This looks like"),
   );

@@ -233,7 +233,10 @@ const scenarios = {
       const ways = {
         fetch: () => fetch("http://127.0.0.1:9/"),
         beacon: () => (navigator.sendBeacon("http://127.0.0.1:9/", "x") ? Promise.resolve() : Promise.reject(new Error("refused"))),
-        image: () => new Promise((resolve, reject) => Object.assign(new Image(), { onload: resolve, onerror: reject, src: "http://127.0.0.1:9/x.png" })),
+        image: () =>
+          new Promise((resolve, reject) => {
+            Object.assign(new Image(), { onload: resolve, onerror: reject, src: "http://127.0.0.1:9/x.png" });
+          }),
         eval: async () => Function("return 1")(),
       };
       const found = {};
