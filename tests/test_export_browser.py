@@ -43,8 +43,9 @@ in_chromium = pytest.mark.skipif(CHROMIUM is None, reason="needs Chromium, such 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A network that was trained for a short time."""
-    return train(tmp_path_factory.mktemp("browser") / "model", minutes=0.25, num_symbols=400, backend="eager")
+    """A network that was trained a little: for a number of iterations, so that it is the same on a slow computer."""
+    folder = tmp_path_factory.mktemp("browser") / "model"
+    return train(folder, minutes=60, num_symbols=400, backend="eager", num_iterations=150)
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +218,7 @@ def test_a_network_is_trained_once(model: Path, tmp_path: Path, monkeypatch: pyt
     """The command trains where there is no network, or one that was trained in another way or is damaged; else it only builds the page."""
     trained: list[float] = []
 
-    def copy(folder: Path, minutes: float, *others: Any) -> Path:
+    def copy(folder: Path, *, minutes: float, **others: Any) -> Path:
         del others
         trained.append(minutes)
         return Path(shutil.copytree(model, folder, dirs_exist_ok=True))

@@ -48,14 +48,15 @@ def usable(model: Path) -> bool:
     return True
 
 
-def train(folder: Path, minutes: float, num_symbols: int, backend: str) -> Path:
+def train(folder: Path, *, minutes: float, num_symbols: int, backend: str, num_iterations: int = NUM_ITERATIONS) -> Path:
     """Meta-trains, and exports into a folder, which it replaces.
 
     Args:
       folder: where the export goes.
-      minutes: how long meta-training goes on. Drawing and compiling come before it and take about a minute.
+      minutes: how long meta-training goes on at most. Drawing and compiling come before it and take about a minute.
       num_symbols: how many symbols to train on.
       backend: that of the unroll.
+      num_iterations: iterations of meta-training at most.
     """
     began = time.monotonic()
     print(f"drawing {num_symbols} symbols {learner.NUM_DRAWINGS} times each", flush=True)
@@ -68,7 +69,7 @@ def train(folder: Path, minutes: float, num_symbols: int, backend: str) -> Path:
     print(f"meta-training for {minutes:g} minutes ({time.monotonic() - began:.0f} s)", flush=True)
     shown = 0.0
     for progress in learner.meta_train(
-        model, rates, unroll, drawings, seed=SEED, deadline=time.monotonic() + 60 * minutes, num_iterations=NUM_ITERATIONS
+        model, rates, unroll, drawings, seed=SEED, deadline=time.monotonic() + 60 * minutes, num_iterations=num_iterations
     ):
         if progress.done >= shown:
             print(
@@ -121,7 +122,7 @@ def main() -> int:
     try:
         if arguments.retrain or not trained.exists() or trained.read_text() != settings or not usable(model):
             trained.unlink(missing_ok=True)
-            train(model, arguments.minutes, arguments.symbols, arguments.backend)
+            train(model, minutes=arguments.minutes, num_symbols=arguments.symbols, backend=arguments.backend)
             trained.write_text(settings)
         site = build(model, arguments.out / "site")
         if arguments.serve:

@@ -30,7 +30,8 @@ async function fallen(page, numSymbols) {
   const losses = (await lossesOf(page)).map((text) => parseFloat(text.replace("<", "")));
   assert.equal(losses.length, 5, "four steps, and the loss after the last");
   assert.ok(Math.abs(losses[0] - Math.log(numSymbols)) < 0.006, `the first loss is ${losses[0]}`);
-  assert.ok(losses.at(-1) < losses[0] / 4 && losses[1] < losses[0], `losses are ${losses}`);
+  for (const [step, loss] of losses.slice(1).entries()) assert.ok(loss <= losses[step], `losses are ${losses}`);
+  assert.ok(losses.at(-1) < losses[0] / 2, `losses are ${losses}`);
 }
 
 /** New drawings of the shapes are recognised. */
