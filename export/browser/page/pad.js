@@ -70,9 +70,10 @@ export class Pad {
   }
 
   clear() {
+    const said = this.empty ? "" : "Cleared";
     this.#stop();
     this.strokes = [];
-    this.#after("Cleared");
+    this.#after(said);
   }
 
   focus() {

@@ -18,6 +18,7 @@ let work = Promise.resolve(); // the programs run one after another
 let settling = 0; // the timer of the next adaptation
 let shownNames = []; // the names of the symbols that the network is adapted to
 let labelled = []; // those symbols
+let round = 0; // how often everything was cleared
 let frame = 0; // the animation frame that recognises next
 
 // --- what is said
@@ -138,10 +139,12 @@ function adapt() {
   clearTimeout(settling);
   const chosen = symbols.filter((symbol) => drawn(symbol).length > 0);
   const images = chosen.map((symbol) => drawn(symbol).map((pad) => rasterise(pad.strokes)));
+  const begun = round;
   work = work
     .then(async () => {
       const again = recogniser.adapted;
       const { losses, milliseconds } = await recogniser.adapt(images);
+      if (begun !== round) return recogniser.forget(); // cleared in the meantime
       labelled = chosen;
       shownNames = chosen.map(nameOf);
       showLosses(losses);
@@ -256,6 +259,7 @@ function showSeen(image) {
 // --- the beginning
 
 function startAgain() {
+  round++;
   clearTimeout(settling);
   for (const symbol of symbols) for (const pad of symbol.pads) pad.release();
   symbols = [];
@@ -267,7 +271,6 @@ function startAgain() {
   $("confidence").replaceChildren();
   $("answer").textContent = "";
   document.body.classList.remove("adapted");
-  tried.strokes = [];
   tried.clear();
   showSeen(new Float32Array(SIZE * SIZE));
   for (let place = 0; place < FIRST_SYMBOLS; place++) addSymbol();
