@@ -115,8 +115,9 @@ def test_path_points() -> None:
 
 
 def test_letters_are_not_among_the_training_symbols() -> None:
-    """Of KanjiVG, which has Latin letters and digits, too."""
-    letters = {rasterise(in_unit_box(strokes)).tobytes() for strokes in characters(first=0x30, below=0x7B).values()}
+    """Those of KanjiVG, which has Latin letters and digits, too. A straight line is a letter by chance."""
+    written = {letter: strokes for letter, strokes in characters(first=0x30, below=0x7B).items() if letter not in "Il1"}
+    letters = {rasterise(in_unit_box(strokes)).tobytes() for strokes in written.values()}
     trained = {rasterise(symbol).tobytes() for symbol in training_symbols(600, np.random.default_rng(0))}
     assert len(letters) > 50 and len(trained) > 500
     assert not letters & trained
