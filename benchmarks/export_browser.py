@@ -1,6 +1,6 @@
 """The time of one adaptation in the browser: onnxruntime-web on one thread of WebAssembly, in headless Chromium.
 
-    python -m benchmarks.export_browser [--site build/browser/site] [--calls 30] [--name HARDWARE_DATE]
+    python -m benchmarks.export_browser [--site build/browser/site] [--calls 100] [--name HARDWARE_DATE]
 
 Two models: that of the page in export/browser, with five symbols of five examples, and a conv4-64 with BatchNorm, 28×28, 5-way 5-shot,
 k = 3. Before a time is printed, parameters after the adaptation are compared with a loop of plain PyTorch in float64: all together, by the
@@ -157,7 +157,7 @@ def measured(case: Case, address: str, calls: int) -> list[str]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--site", type=Path, default=Path("build/browser/site"))
-    parser.add_argument("--calls", type=int, default=30)
+    parser.add_argument("--calls", type=int, default=100)
     parser.add_argument("--name")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
