@@ -10,12 +10,14 @@ PYTEST = $(BIN)/python -m pytest --benchmark-disable
 DEMO_ARGS ?=
 BENCH_ARGS ?=
 MODELS_ARGS ?=
+BROWSER_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow covering models bench bench-quick check format clean
+.PHONY: help demo browser test test-slow covering models bench bench-quick check format clean
 
 help:
 	@echo "make demo    meta-train and adapt on real handwriting, about 2 minutes (DEMO_ARGS='--minutes 1' for less)"
+	@echo "make browser meta-train for a page that adapts in the browser, and serve it, 6 minutes (BROWSER_ARGS='--minutes 1' for less)"
 	@echo "make test    run the tests that take seconds each (PYTEST_ARGS='-k name' for some); test-slow: the others"
 	@echo "make covering a few numbers of every kind under python -OO and -W error, half a minute"
 	@echo "make models  adapt small models of well-known packages, which it installs (2 GB), and compare (MODELS_ARGS='--only peft' for some)"
@@ -26,6 +28,17 @@ help:
 
 demo: $(VENV)/.demo
 	$(BIN)/adaptrt demo $(DEMO_ARGS)
+
+# What was trained before is served at once.
+browser: $(VENV)/.browser export/browser/node_modules/.package-lock.json
+	$(BIN)/python -m export.browser $(BROWSER_ARGS)
+
+# npm writes this file last.
+export/browser/node_modules/.package-lock.json: export/browser/package-lock.json
+	@command -v npm >/dev/null 2>&1 || { \
+	  echo "adaptrt: 'npm' was not found; Node.js 20 or newer brings it. On Debian and Ubuntu: apt-get install nodejs npm" >&2; exit 1; }
+	npm ci --prefix export/browser --ignore-scripts --no-audit --no-fund
+	@touch $@
 
 test: $(VENV)/.test
 	$(PYTEST) $(PYTEST_ARGS) -m 'not slow'
@@ -71,7 +84,7 @@ format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache build dist
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis .benchmarks .import_linter_cache build dist export/browser/node_modules
 
 # A half-made environment is removed, so that the next try starts afresh.
 $(VENV)/bin/python:
