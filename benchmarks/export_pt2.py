@@ -1,6 +1,6 @@
 """What an exported pt2 package costs in Python and in C++ beside the compiled unroll that it was exported from. Numbers are compared first.
 
-    python -m benchmarks.export_pt2 [--only sine] [--rounds 300] [--out FILE]
+    python -m benchmarks.export_pt2 [--only sine] [--rounds 300] [--name HARDWARE_DATE]
 
 A call in Python and one in C++ are of the whole `exported.adapt_predict` or `Export::run`, checks included; C++ and Python run by turns, in
 processes of their own. "From nothing" is a new C++ process: opening the folder, with all hashes, up to the first result. The operating
@@ -11,8 +11,10 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 import statistics
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -27,7 +29,7 @@ from adaptrt import tree
 from adaptrt.export.formats import FORMATS
 from benchmarks.export_onnx import CASES, Case, unroll_of
 from benchmarks.states import times
-from benchmarks.suite.report import machine
+from benchmarks.suite.report import RESULTS, machine
 from tests.test_export_cpp import SOURCE, compiled
 
 TOLERANCE = 1e-4
@@ -130,18 +132,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="*", choices=CASES, default=["sine", "conv4-momentum", "lstm"])
     parser.add_argument("--rounds", type=int, default=300)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--name")
     arguments = parser.parse_args()
     torch.set_num_threads(2)
-    lines = [f"pt2 packages: {machine()}"]
+    lines = [machine()]
     with tempfile.TemporaryDirectory() as build:
         program = compiled(SOURCE / "run_adapt.cpp", Path(build) / "run_adapt", "-O3")
         for name in arguments.only:
             lines += measure(CASES[name], arguments.rounds, program)
     text = "\n".join(lines)
     print(text)
-    if arguments.out is not None:
-        arguments.out.write_text(text + "\n")
+    if arguments.name:
+        command = "python -m benchmarks.export_pt2 " + shlex.join(sys.argv[1:])
+        (RESULTS / f"export-pt2_{arguments.name}.md").write_text(f"# Adaptations as pt2 packages\n\n    {command}\n\n{text}\n")
 
 
 if __name__ == "__main__":
