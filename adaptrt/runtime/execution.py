@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from adaptrt.runtime.planner import Planner
 from adaptrt.runtime.predict import ModelPredictor
 from adaptrt.runtime.program import Program
 from adaptrt.runtime.route import Route, Router
+from adaptrt.runtime.saved import Source
 from adaptrt.runtime.settings import Settings
 from adaptrt.runtime.state import State
 
@@ -74,9 +74,13 @@ class Execution:
         """As `CompiledUnroll.start`."""
         return self.router.first(self._predictor, params, opt_state, buffers, num_tasks)
 
-    def load(self, path: str | os.PathLike[str]) -> Adapted:
+    def load(self, source: Source, fingerprint: Mapping[str, str] | None) -> Adapted:
         """As `CompiledUnroll.load`."""
-        return self.router.loaded(self._predictor, path)
+        return self.router.loaded(self._predictor, source, fingerprint)
+
+    def fingerprint(self) -> dict[str, str]:
+        """As `CompiledUnroll.fingerprint`."""
+        return self.router.fingerprint(self._predictor)
 
     def adapt(
         self,
