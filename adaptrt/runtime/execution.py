@@ -15,6 +15,7 @@ from adaptrt.adjoint.base import Query, Task
 from adaptrt.adjoint.each_task import EachTask
 from adaptrt.errors import InvalidArgument, NonFiniteInput
 from adaptrt.graph.noise import restored_on_any_error, restored_on_error
+from adaptrt.inner import check
 from adaptrt.inner.guard import Guard, Guards
 from adaptrt.inner.reader import Reader, Start
 from adaptrt.inner.step import Batch, Carry, as_call
@@ -249,6 +250,11 @@ class Execution:
         """Returns the adapted model's output for the inputs of a query batch."""
         args, kwargs = as_call(self.settings.batch("query", query).inputs)
         return self._predictor.predict(adapted.state, adapted.fixed, kwargs or args, generator, warm)
+
+    def warm_for_inputs(self, adapted: Adapted, inputs: Any, generator: torch.Generator) -> None:
+        """Makes the plan and the program for predictions on inputs, which are given as one argument of an adapted model."""
+        args, kwargs = as_call(check.as_batch("inputs", (inputs,), self.settings.device).inputs)
+        self._predictor.predict(adapted.state, adapted.fixed, kwargs or args, generator, warm=True)
 
     def plans(self) -> tuple[list[SupportPlan], list[PredictionPlan]]:
         """Returns all plans, those of parts of the steps included."""

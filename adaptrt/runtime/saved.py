@@ -113,7 +113,9 @@ def read(source: Source) -> Saved:
     elif isinstance(source, bytes | bytearray | memoryview):
         path, data = "the saved state", bytes(source)
     else:
-        raise InvalidType(f"the path of a saved state must be a string or a path, got {type(source).__name__}; its content may be given as bytes")
+        raise InvalidType(
+            f"the path of a saved state must be a string or a path, got {type(source).__name__}; its content may be given as bytes"
+        )
     try:
         tensors = load(data)  # which compares the header with the length and the tensors
         metadata = dict(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {}))

@@ -373,11 +373,12 @@ class CompiledUnroll:
         support: Any,
         query: Any = None,
         *,
-        start: bool = False,
+        start: bool | Adapted = False,
         evaluate: bool = False,
         steps: int | None = None,
         keep: Keep = None,
         outputs: str | None = None,
+        inputs: Any = None,
     ) -> CompiledUnroll:
         """Compiles for data of these shapes ahead of time; returns the unroll itself.
 
@@ -387,26 +388,31 @@ class CompiledUnroll:
         Args:
           support, query: as for `adapt` and for a call.
           start: also compile for calls with `start=`. With a task axis these need programs of their own, because each task then starts from
-            values of its own. Without one, `adapt` needs none.
+            values of its own. Without one, `adapt` needs none. Or an adaptation, to compile for calls with `start=` alone.
           evaluate: also compile for `evaluate`, and for losses by task (`reduction="none"`) and by step; with their gradients if these are
             enabled here. It needs `query`.
           keep, steps, outputs: also compile for calls of `adapt` with these; with a guard each number of steps needs a program of its own.
+          inputs: also compile for predictions on these inputs, given as one argument of an adapted model, without target and meta-loss.
         """
         if evaluate and query is None:
             raise InvalidArgument("warmup(evaluate=True) needs a query batch; pass warmup(support, query, evaluate=True)")
         run, generator = self._execution, torch.Generator(self._settings.device)
         k = None if steps is None else check.positive_int("steps", steps)
         with torch.no_grad():
-            adapted = run.adapt(support, None, generator, warm=True, keep=keep, k=k)
-            for begin in (None, adapted) if start else (None,):
-                if begin is not None:
+            first = start if isinstance(start, Adapted) else None
+            adapted = run.adapt(support, first, generator, warm=True, keep=keep, k=k)
+            begins = (None, adapted) if start is True else (first,)
+            for begin in begins:
+                if begin is adapted:
                     run.adapt(support, begin, generator, warm=True, keep=keep, k=k)
                 if outputs is not None:
                     run.adapt(support, begin, generator, warm=True, keep=keep, k=k, outputs=outputs)
             if query is not None:
                 run.predict(adapted, query, generator, warm=True)
+            if inputs is not None:
+                run.warm_for_inputs(adapted, inputs, generator)
         if query is not None:
-            for begin in (None, adapted) if start else (None,):
+            for begin in begins:
                 run.meta_loss(support, query, begin, generator, warm=True)
                 if evaluate:
                     self._warm(run.evaluate(support, query, begin, generator, warm=True).losses)
