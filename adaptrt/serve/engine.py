@@ -105,7 +105,7 @@ class Engine:
         self._queries = Sizes("query", example[1], query_sizes, False, False)
         self._clock = clock
         queue = WorkQueue(self._programs.lanes[-1], max_delay_s, max_queue, max_per_tenant, clock)
-        states = States(store or MemoryStore(2**30), self._programs, cache_bytes, other_base == "drop")
+        states = States(MemoryStore(2**30) if store is None else store, self._programs, cache_bytes, other_base == "drop")
         compute = Lanes(self._programs, self._supports, self._queries, chosen, unknown == "error")
         self._core = Core(queue, states, compute, chosen, max_tries)
         self.sync = Sync(self)
