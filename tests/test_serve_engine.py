@@ -36,9 +36,9 @@ from adaptrt.errors import (
     StoreUnavailable,
     UnknownTenant,
 )
-from adaptrt.serve import Change, Engine, History, Lifecycle, MemoryStore, Record, SQLiteStore, Store, programs
+from adaptrt.serve import Change, Engine, History, Lifecycle, MemoryStore, Outcome, Record, SQLiteStore, Store, programs
 
-SUPPORT = torch.randn(6, 3), torch.arange(6) % 2
+X, Y = SUPPORT = torch.randn(6, 3), torch.arange(6) % 2
 INPUTS = torch.randn(4, 3)
 
 
@@ -433,7 +433,7 @@ def test_expired_work_never_begins_and_commits_nothing() -> None:
             gate.open()
             *found, kept = await asyncio.gather(*tasks, return_exceptions=True)
             assert [type(error) for error in found] == [DeadlineExceeded] * 3
-            assert isinstance(kept, tuple) and kept.version > 0
+            assert isinstance(kept, Outcome) and kept.version > 0
             assert [names for kind, names in gate.log if kind == "adapt"] == [["cyd"]]
             await first
             assert engine.stats().events["expired"] == 3
@@ -726,7 +726,7 @@ def test_while_the_store_is_down_predictions_go_on_and_nothing_acknowledged_is_l
             no_pause(engine)
             assert (await engine.adapt("ann", data(1))).version == outcome.version + 1
         async with serving(store=store, unknown="error") as engine:
-            with pytest.raises(UnknownTenant, match="the tenant 'bob'"):
+            with pytest.raises(UnknownTenant, match="the tenant 'bob' has no state"):
                 await engine.predict("bob", INPUTS)
             store.is_down = True
             with pytest.raises(StoreUnavailable):
@@ -889,14 +889,12 @@ def test_an_export_serves(num_tasks: int | None, tmp_path: Path) -> None:
 
     async def test() -> None:
         async with Engine(tmp_path / "program", (SUPPORT, INPUTS), max_delay_s=0.02) as engine:
+            alone = [Alone(unroll) for _ in range(5)]
             for round in range(2):
                 found = await asyncio.gather(*[engine.adapt(f"{index}", data(round + index)) for index in range(5)])
                 for index, outcome in enumerate(found):
-                    alone = Alone(unroll)
-                    for seed in range(round + 1):
-                        values = alone.adapt(data(seed + index))
-                    require_close(outcome.losses, values)
-            torch.testing.assert_close(await engine.predict("4", INPUTS), alone.predict(INPUTS))
+                    require_close(outcome.losses, alone[index].adapt(data(round + index)))
+            torch.testing.assert_close(await engine.predict("4", INPUTS), alone[4].predict(INPUTS))
             assert max(engine.stats().lanes) == (num_tasks or 1)
 
     run(test)
@@ -964,6 +962,30 @@ def test_outputs_are_the_callers_own() -> None:
     run(test)
 
 
+def test_several_adaptations_in_one_call() -> None:
+    async def test() -> None:
+        async with serving(lanes=(4,), max_queue=5) as engine:
+            found = await engine.adapt_all([("ann", data(0)), ("bob", (X, Y + 5)), ("ann", data(1)), ("cyd", data(2))])
+            ann = Alone(shared_unroll())
+            assert isinstance(found[1], LabelOutOfRange)
+            for place, seed, alone in ((0, 0, ann), (2, 1, ann), (3, 2, Alone(shared_unroll()))):
+                outcome = found[place]
+                assert isinstance(outcome, Outcome)
+                require_close(outcome.losses, alone.adapt(data(seed)))
+            assert await engine.adapt_all([]) == []
+            for requests, error in (
+                ([("ann", data(0)), ("bob", (X,))], InvalidType),
+                ([(f"{index}", data(0)) for index in range(6)], Overloaded),
+                ("ann", InvalidType),
+            ):
+                with pytest.raises(error):
+                    await engine.adapt_all(requests)  # pyright: ignore[reportArgumentType]
+            assert engine.stats().num_open == 0
+            assert [type(each) for each in await engine.adapt_all([("ann", data(0))], 0.0)] == [DeadlineExceeded]
+
+    run(test)
+
+
 class Structured(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -995,7 +1017,6 @@ def test_structured_inputs_and_outputs() -> None:
     run(test)
 
 
-X, Y = SUPPORT
 BAD_REQUESTS: list[tuple[str, tuple[Any, ...], type[Exception], str]] = [
     ("adapt", ("ann", X), InvalidType, "must be like the example"),
     ("adapt", ("ann", (X,)), InvalidType, "must be like the example"),

@@ -11,24 +11,23 @@ import asyncio
 import contextlib
 import dataclasses
 import enum
-import secrets
 import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
-from adaptrt.errors import AdaptrtError, CommitConflict, DeadlineExceeded, NotServing, StoreUnavailable, UnknownTenant
-from adaptrt.serve.lanes import Lane, Lanes
+from adaptrt.errors import AdaptrtError, DeadlineExceeded, NotServing, StoreUnavailable, UnknownTenant
+from adaptrt.serve.commits import Commits
+from adaptrt.serve.lanes import Lanes
 from adaptrt.serve.policies import Policy
 from adaptrt.serve.queue import WorkQueue, expired
-from adaptrt.serve.records import Record, Stamp
+from adaptrt.serve.records import Record
 from adaptrt.serve.states import States
-from adaptrt.serve.stores import Change
-from adaptrt.serve.work import Outcome, Prediction, Tenant, Work
+from adaptrt.serve.work import Answer, Prediction, Tenant, Together, Work
 
 
 class Lifecycle(enum.StrEnum):
@@ -68,14 +67,6 @@ class Stats:
     lanes: dict[int, int]
 
 
-class Answer(NamedTuple):
-    """What a request is answered with: a result, or an error in its place."""
-
-    work: Work
-    result: Any
-    error: BaseException | None
-
-
 class Core:
     """Moves requests through an engine.
 
@@ -89,15 +80,14 @@ class Core:
 
     def __init__(self, queue: WorkQueue, states: States, lanes: Lanes, policy: Policy, max_tries: int) -> None:
         self.lifecycle = Lifecycle.NEW
+        self._events: Counter[str] = Counter()
         self._queue = queue
         self._lock = queue.lock
         self._states = states
         self._lanes = lanes
-        self._policy = policy
-        self._max_tries = max_tries
+        self._commits = Commits(queue, states, policy, max_tries, self._events, self._answer, self._on_store_thread)
         self._tenants: dict[str, Tenant] = {}
         self._num_open = 0
-        self._events: Counter[str] = Counter()
         self._sizes_of_batches: Counter[int] = Counter()
         self._num_programs = 0
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -157,21 +147,35 @@ class Core:
         self, kind: str, name: str | None, data: Any, length: int, size: int, deadline: float, now: float, query: Any = None
     ) -> Any:
         """Has a request answered. `query`: of a stateless adaptation, inputs, length and size."""
-        self._require_own_loop()
-        assert self.loop is not None
-        future: asyncio.Future[Any] = self.loop.create_future()
+        future = self.future()
         work = Work(kind, None, data, length, size, deadline, now, future)
         if query is not None:
-            work.then = Work("predict", None, *query, deadline, now, future)
-        self._accept(work, name)
+            inputs, num_inputs, size_of_inputs = query
+            work.then = Work("predict", None, inputs, num_inputs, size_of_inputs, deadline, now, future)
+        self.accept([(work, name)])
+        return await self.answered([work], future)
+
+    def future(self) -> asyncio.Future[Any]:
+        """Returns a future of the event loop, on which this is called.
+
+        Raises:
+          NotServing: it is called elsewhere, or the engine is not started.
+        """
+        self._require_own_loop()
+        assert self.loop is not None
+        return self.loop.create_future()
+
+    async def answered(self, works: Sequence[Work], future: asyncio.Future[Any]) -> Any:
+        """Waits for a future. If the caller is cancelled meanwhile, so are its requests."""
         try:
             return await future
         except asyncio.CancelledError:
             with self._lock:
-                work.is_cancelled = True
-                self._queue.left(work)
-                if work.then is not None:
-                    work.then.is_cancelled = True
+                for work in works:
+                    work.is_cancelled = True
+                    self._queue.left(work)
+                    if work.then is not None:
+                        work.then.is_cancelled = True
             raise
 
     def _require_own_loop(self) -> None:
@@ -179,31 +183,43 @@ class Core:
             what = "is not started; await engine.start() first" if self.loop is None else "was started on another event loop; call it there"
             raise NotServing(f"the engine {what}, or use engine.sync")
 
-    def _accept(self, work: Work, name: str | None) -> None:
-        """Takes a request in, unless there is no room."""
+    def accept(self, requests: Sequence[tuple[Work, str | None]]) -> None:
+        """Takes requests in, each with the name of its tenant; none if there is no room for all.
+
+        Raises:
+          NotServing, Overloaded: it cannot.
+        """
         with self._lock:
             if self.lifecycle is not Lifecycle.READY:
                 raise NotServing(f"the engine is {self.lifecycle}, and accepts no requests")
-            known = None if name is None else self._tenants.get(name)
-            try:
-                self._queue.require_room(0 if known is None else known.num_requests)
-            except AdaptrtError:
-                self._events["overloaded"] += 1
-                raise
-            tenant = work.tenant = known or (None if name is None else self._enter(name))
-            self._queue.admit(work)
-            self._num_open += 1
-            if tenant is None:
-                self._queue.push(work)
-                return
-            tenant.num_requests += 1
-            if work.kind != "predict":
-                tenant.waiting.append(work)
-                self._advance(tenant)
-            elif tenant.is_loading:
-                tenant.held.append(work)
-            else:
-                self._queue.push(work)
+            counts: Counter[str] = Counter()
+            for number, (_, name) in enumerate(requests):
+                known = None if name is None else self._tenants.get(name)
+                try:
+                    self._queue.require_room(number, 0 if known is None or name is None else known.num_requests + counts[name])
+                except AdaptrtError:
+                    self._events["overloaded"] += 1
+                    raise
+                if name is not None:
+                    counts[name] += 1
+            for work, name in requests:
+                self._accept(work, None if name is None else self._tenants.get(name) or self._enter(name))
+
+    def _accept(self, work: Work, tenant: Tenant | None) -> None:
+        work.tenant = tenant
+        self._queue.admit(work)
+        self._num_open += 1
+        if tenant is None:
+            self._queue.push(work)
+            return
+        tenant.num_requests += 1
+        if work.kind != "predict":
+            tenant.waiting.append(work)
+            self._advance(tenant)
+        elif tenant.is_loading:
+            tenant.held.append(work)
+        else:
+            self._queue.push(work)
 
     def _enter(self, name: str) -> Tenant:
         """Returns a tenant that had no requests; its record is read if it is not in memory."""
@@ -230,7 +246,7 @@ class Core:
             tenant.is_busy = True
             if work.kind == "forget":
                 self._queue.left(work)
-                self._on_store_thread(self._forget, work)
+                self._on_store_thread(self._commits.forget, work)
             else:
                 self._queue.push(work)
         if answers:
@@ -294,7 +310,7 @@ class Core:
             self._predict(works)
         else:
             works.sort(key=_name)  # the same tenants in the same order share the memory of the batch before
-            self._finish(works, self._lanes.each(works, self._lanes.adapt))
+            self._commits.finish(works, self._lanes.each(works, self._lanes.adapt))
 
     def _predict(self, works: list[Work]) -> None:
         with self._lock:
@@ -311,114 +327,6 @@ class Core:
                 answers.append(Answer(work, found, None))
         with self._lock:
             self._answer(answers)
-
-    def _finish(self, works: Sequence[Work], found: Sequence[Lane | Exception]) -> None:
-        """Does what follows from a batch of adaptations: commits, answers, and predictions of stateless ones."""
-        answers: list[Answer] = []
-        to_commit: list[tuple[Work, Lane]] = []
-        with self._lock:
-            for work, lane in zip(works, found, strict=True):
-                tenant, then = work.tenant, work.then
-                if isinstance(lane, Exception):
-                    answers.append(Answer(work, None, lane))
-                elif then is not None:
-                    then.row, then.tag, then.number = lane.row, work.tag, work.number
-                    then.outcome = Outcome(lane.kept, lane.losses, 0, 0.0)
-                    self._queue.push(then)
-                elif lane.kept and self._policy.keeps:
-                    to_commit.append((work, lane))
-                elif lane.kept or not self._policy.forgets_refused:
-                    answers.append(Answer(work, self._outcome(work, lane), None))
-                else:
-                    self._on_store_thread(self._forget, work, lane)
-                if not isinstance(lane, Exception) and not lane.kept:
-                    self._events["not kept"] += 1
-                assert tenant is not None or then is not None
-            self._answer(answers)
-        if to_commit and self._states.is_local:
-            self._commit(to_commit)
-        elif to_commit:
-            self._on_store_thread(self._commit, to_commit)
-
-    def _commit(self, found: Sequence[tuple[Work, Lane]]) -> None:
-        """Commits adaptations whose callers still wait, and answers these."""
-        now = Stamp.now()
-        answers: list[Answer] = []
-        kept: list[tuple[Work, Lane, Tenant]] = []
-        changes: list[Change] = []
-        with self._lock:
-            for work, lane in found:
-                tenant = work.tenant
-                assert tenant is not None
-                if work.is_cancelled or self._queue.has_expired(work):
-                    answers.append(Answer(work, None, None if work.is_cancelled else expired(work)))
-                    continue
-                kept.append((work, lane, tenant))
-                changes.append(Change(tenant.name, tenant.version, self._record(tenant, lane, now)))
-        error: Exception | None = None
-        committed: Sequence[bool] = ()
-        try:
-            committed = self._states.commit(changes) if changes else ()
-        except Exception as raised:
-            error = raised
-        conflicts: list[tuple[Work, Tenant]] = []
-        with self._lock:
-            if error is not None:
-                answers += [Answer(work, None, error) for work, _, _ in kept]
-            for (work, lane, tenant), change, is_committed in zip(kept, changes, committed, strict=error is None):
-                if not is_committed:
-                    conflicts.append((work, tenant))
-                    continue
-                tenant.record = change.record
-                self._events["committed"] += 1
-                answers.append(Answer(work, self._outcome(work, lane), None))
-            self._answer(answers)
-        for work, tenant in conflicts:
-            self._try_again(work, tenant)
-
-    def _record(self, tenant: Tenant, lane: Lane, now: Stamp) -> Record:
-        version = tenant.version + 1 if tenant.version else 1 + secrets.randbelow(2**31)
-        before = lane.before
-        num_adaptations, created = (1, now) if before is None else (before.num_adaptations + 1, before.created)
-        return Record(version, lane.row, self._states.num_bytes, num_adaptations, created, now, lane.shared)
-
-    def _try_again(self, work: Work, tenant: Tenant) -> None:
-        """Has an adaptation computed from what another engine has committed meanwhile."""
-        work.num_tries += 1
-        error: Exception | None = None
-        if work.num_tries >= self._max_tries:
-            error = CommitConflict(f"others committed for this tenant {work.num_tries} times meanwhile; send its requests to one engine")
-        try:
-            record = self._states.load(tenant.name)
-        except Exception as raised:
-            record, error = tenant.record, error or raised
-        with self._lock:
-            tenant.record = record
-            self._events["conflicts"] += 1
-            if error is None:
-                self._queue.push(work)
-            else:
-                self._answer([Answer(work, None, error)])
-
-    def _forget(self, work: Work, lane: Lane | None = None) -> None:
-        """Deletes a tenant's record and answers; `lane`: the adaptation that the guard refused, for the policy that forgets then."""
-        tenant = work.tenant
-        assert tenant is not None
-        error: Exception | None = None
-        was_there = False
-        try:
-            was_there = self._states.forget(tenant.name)
-        except Exception as raised:
-            error = raised
-        with self._lock:
-            if error is None:
-                tenant.record = None
-            result = was_there if lane is None else self._outcome(work, lane)
-            self._answer([Answer(work, None if error else result, error)])
-
-    def _outcome(self, work: Work, lane: Lane) -> Outcome:
-        version = 0 if work.tenant is None else work.tenant.version
-        return Outcome(lane.kept, lane.losses, version, self._queue.clock() - work.began)
 
     def _answer(self, answers: list[Answer], ended: bool = True) -> None:
         """Hands answers to the event loop. Called with the lock held.
@@ -449,7 +357,10 @@ class Core:
 
     def _deliver(self, answers: Sequence[Answer]) -> None:
         for work, result, error in answers:
-            _settle(work.reply, result, error)
+            if isinstance(work.reply, Together):
+                work.reply.settle(work, result, error)
+            else:
+                _settle(work.reply, result, error)
         if self._num_open == 0 and self.lifecycle is Lifecycle.DRAINING and self._all_answered is not None:
             self._all_answered.set()
 
@@ -468,6 +379,4 @@ def _name(work: Work) -> str:
 
 
 def _unknown(work: Work) -> UnknownTenant:
-    return UnknownTenant(
-        f"there is no state of the tenant {_name(work)!r}; call adapt() for it first, or pass unknown='base' to the engine"
-    )
+    return UnknownTenant(f"the tenant {_name(work)!r} has no state; call adapt() for it first, or pass unknown='base' to the engine")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from adaptrt.errors import InvalidArgument, InvalidType
 
@@ -68,7 +68,7 @@ def policy_of(given: Any) -> Policy:
             return Policy(lambda history: history.num_adaptations < bound)
         return Policy(lambda history: history.age_s < bound)
     if callable(given) and not isinstance(given, type):
-        return Policy(given)
+        return Policy(cast(Callable[[History], bool], given))
     raise InvalidType(f"policy={given!r} is none; {_CHOICES}")
 
 

@@ -67,10 +67,17 @@ class WorkQueue:
         self._last_kind = ""
         self._is_closed = False
 
-    def require_room(self, num_of_tenant: int) -> None:
-        """Raises Overloaded if the queue, or a tenant's share of it, is full. `num_of_tenant`: how many the tenant has in the engine."""
-        if self.length >= self._max_length:
-            raise Overloaded(f"{self.length} requests wait already (max_queue={self._max_length}); try again later, or at another replica")
+    def require_room(self, num_more: int, num_of_tenant: int) -> None:
+        """Raises Overloaded if the queue, or a tenant's share of it, is full.
+
+        Args:
+          num_more: how many requests are to be counted besides those that wait.
+          num_of_tenant: how many the tenant has in the engine.
+        """
+        if self.length + num_more >= self._max_length:
+            raise Overloaded(
+                f"{self.length + num_more} requests wait already (max_queue={self._max_length}); try again later, or at another replica"
+            )
         if num_of_tenant >= self._max_per_tenant:
             raise Overloaded(f"this tenant has {num_of_tenant} requests here (max_per_tenant={self._max_per_tenant}); wait for some")
 

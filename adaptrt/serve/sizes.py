@@ -66,17 +66,16 @@ class Sizes:
         Args:
           requests: at most `lanes`, each of at most `size` examples.
         """
-        if self._weighted:
-            lengths = torch.tensor([len(trees.leaves(request)[0]) for request in requests])
-            lengths = torch.cat([lengths, lengths[-1:].expand(lanes - len(requests))])
-            weights = (torch.arange(size) < lengths[:, None]).to(self._specs[0][3])
         rows = [*requests, *[requests[-1]] * (lanes - len(requests))]
 
         def stack(*values: Tensor) -> Tensor:
             return torch.stack([value if len(value) == size else _padded(value, size) for value in values])
 
         batch = trees.map_leaves(stack, *rows)
-        return (*batch, weights) if self._weighted else batch
+        if not self._weighted:
+            return batch
+        lengths = torch.tensor([len(trees.leaves(row)[0]) for row in rows])
+        return (*batch, (torch.arange(size) < lengths[:, None]).to(self._specs[0][3]))
 
     def warm(self, size: int, lanes: int) -> Any:
         """Returns data of this size that repeats the example, [T, S, ...] with T = lanes."""

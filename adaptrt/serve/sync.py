@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from adaptrt.errors import NotServing
@@ -63,6 +63,10 @@ class Sync:
     def adapt(self, tenant: str, support: Any, deadline_s: float | None = None) -> Outcome:
         """As `Engine.adapt`."""
         return self._wait(self._engine.adapt(tenant, support, deadline_s))
+
+    def adapt_all(self, requests: Sequence[tuple[str, Any]], deadline_s: float | None = None) -> list[Outcome | Exception]:
+        """As `Engine.adapt_all`."""
+        return self._wait(self._engine.adapt_all(requests, deadline_s))
 
     def predict(self, tenant: str, inputs: Any, deadline_s: float | None = None) -> Any:
         """As `Engine.predict`."""

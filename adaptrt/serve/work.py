@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from adaptrt import Adapted
@@ -121,7 +122,15 @@ class Work:
     )
 
     def __init__(
-        self, kind: str, tenant: Tenant | None, data: Any, length: int, size: int, deadline: float, began: float, reply: asyncio.Future[Any]
+        self,
+        kind: str,
+        tenant: Tenant | None,
+        data: Any,
+        length: int,
+        size: int,
+        deadline: float,
+        began: float,
+        reply: asyncio.Future[Any] | Together,
     ) -> None:
         self.kind = kind
         self.tenant = tenant
@@ -139,3 +148,35 @@ class Work:
         self.num_tries = 0
         self.is_waiting = False
         self.is_cancelled = False
+
+
+class Together:
+    """Collects the results of several requests of one caller, on the event loop.
+
+    Args:
+      works: the requests, which get this as their reply.
+      future: gets the list of results when the last is there; errors are results, too.
+    """
+
+    def __init__(self, works: Sequence[Work], future: asyncio.Future[Any]) -> None:
+        self._places = {id(work): place for place, work in enumerate(works)}
+        self._results: list[Any] = [None] * len(works)
+        self._num_left = len(works)
+        self._future = future
+        for work in works:
+            work.reply = self
+
+    def settle(self, work: Work, result: Any, error: BaseException | None) -> None:
+        """Takes the result of one request, or the error in its place."""
+        self._results[self._places[id(work)]] = result if error is None else error
+        self._num_left -= 1
+        if self._num_left == 0 and not self._future.done():
+            self._future.set_result(self._results)
+
+
+class Answer(NamedTuple):
+    """What a request is answered with: a result, or an error in its place."""
+
+    work: Work
+    result: Any
+    error: BaseException | None
