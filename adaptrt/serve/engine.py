@@ -227,7 +227,7 @@ class Engine:
                     rows, _, _ = programs.adapt(rows, supports.warm(size, lanes))
                 for size in queries.sizes:
                     programs.predict(rows, queries.warm(size, lanes))
-        queries.pads = not rows_depend_on_each_other(programs, queries)
+        queries.pads = not rows_depend_on_each_other(programs, queries)  # before the first request
         return programs.num_programs()
 
     def _times(self, deadline_s: float | None) -> tuple[float, float]:

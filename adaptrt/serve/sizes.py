@@ -11,6 +11,8 @@ from torch import Tensor
 from adaptrt.errors import DeviceMismatch, InvalidArgument, InvalidBatch, InvalidType, NonFiniteInput, ShapeChanged
 from adaptrt.serve import trees
 
+_MAX_KNOWN = 256
+
 
 class Sizes:
     """The sizes that data of one kind is warmed for.
@@ -35,6 +37,7 @@ class Sizes:
         if not found or any([leaf.dim() == 0 for leaf in found]):
             raise InvalidType(f"the example of {name} data must hold tensors with an axis of examples in front, got {_words(example)}")
         self._specs = [_spec(leaf) for leaf in found]
+        self._known: dict[Any, tuple[int, int]] = {}
         self._is_float = [leaf.is_floating_point() for leaf in found]
         num_examples = _length(name, found)
         self.sizes = positive_ints(f"{name}_sizes", sizes) if len(sizes) else (num_examples,)
@@ -46,7 +49,16 @@ class Sizes:
           InvalidType, InvalidBatch, DeviceMismatch: the data is not like the example.
           ShapeChanged: no program is warmed for so many examples.
         """
-        found = [data] if isinstance(data, Tensor) else trees.leaves(data)
+        key = _key(data)
+        if key is not None and (known := self._known.get(key)) is not None:
+            return known
+        fitted = self._fit(data)
+        if key is not None and len(self._known) < _MAX_KNOWN:
+            self._known[key] = fitted
+        return fitted
+
+    def _fit(self, data: Any) -> tuple[int, int]:
+        found = trees.leaves(data)
         if [_spec(leaf) for leaf in found] != self._specs or trees.form(data) != self._form:
             self._refuse(data, found)
         length = len(found[0])
@@ -131,6 +143,15 @@ def positive_ints(name: str, values: Any) -> tuple[int, ...]:
         if value < 1:
             raise InvalidArgument(f"{name} must hold numbers of at least 1, got {value}")
     return tuple(sorted(set(values)))
+
+
+def _key(data: Any) -> Any:
+    """Returns what decides how usual data fits: the shapes, dtypes and devices of a tensor or a tuple of tensors; None for other data."""
+    if type(data) is Tensor:
+        return data.shape, data.dtype, data.device
+    if type(data) is tuple and all([type(part) is Tensor for part in data]):
+        return tuple([(part.shape, part.dtype, part.device) for part in data])
+    return None
 
 
 def _spec(leaf: Tensor) -> tuple[int, torch.Size, torch.dtype, torch.device]:

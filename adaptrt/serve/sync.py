@@ -5,15 +5,26 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import Coroutine, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from adaptrt.errors import NotServing
 from adaptrt.serve.work import Outcome, Prediction
 
-if TYPE_CHECKING:
-    from adaptrt.serve.engine import Engine
-
 Result = TypeVar("Result")
+
+
+class Serving(Protocol):
+    """An engine, as `Engine` documents it."""
+
+    @property
+    def loop(self) -> asyncio.AbstractEventLoop | None: ...
+    async def start(self) -> None: ...
+    async def adapt(self, tenant: str, support: Any, deadline_s: float | None = None) -> Outcome: ...
+    async def adapt_all(self, requests: Sequence[tuple[str, Any]], deadline_s: float | None = None) -> list[Outcome | Exception]: ...
+    async def predict(self, tenant: str, inputs: Any, deadline_s: float | None = None) -> Any: ...
+    async def adapt_predict(self, support: Any, inputs: Any, deadline_s: float | None = None) -> Prediction: ...
+    async def forget(self, tenant: str) -> bool: ...
+    async def drain(self) -> None: ...
 
 
 class Sync:
@@ -35,7 +46,7 @@ class Sync:
       (True, torch.Size([4, 2]))
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Serving) -> None:
         self._engine = engine
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None

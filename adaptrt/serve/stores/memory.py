@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
-from collections import Counter, OrderedDict
+from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -46,7 +46,7 @@ class MemoryStore(Store):
         self.ttl_s = checked_ttl(ttl_s)
         self._clock = clock
         self._records: OrderedDict[str, Record] = OrderedDict()
-        self._pins: Counter[str] = Counter()
+        self._pins: dict[str, int] = {}
         self._num_bytes = 0
         self._lock = threading.RLock()
 
@@ -119,15 +119,18 @@ class MemoryStore(Store):
 
     def pin(self, tenant: str) -> None:
         """Keeps the tenant's record, now and later, until `unpin` was called as often. There need be none yet."""
+        checked_tenant(tenant)
         with self._lock:
-            self._pins[checked_tenant(tenant)] += 1
+            self._pins[tenant] = self._pins.get(tenant, 0) + 1
 
     def unpin(self, tenant: str) -> None:
         """Takes one `pin` back; without one it does nothing."""
         with self._lock:
-            self._pins[checked_tenant(tenant)] -= 1
-            if self._pins[tenant] <= 0:
-                del self._pins[tenant]
+            left = self._pins.get(tenant, 0) - 1
+            if left > 0:
+                self._pins[tenant] = left
+            else:
+                self._pins.pop(tenant, None)
             if self._num_bytes > self.max_bytes:
                 self._evict(None)
 
