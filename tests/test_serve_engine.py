@@ -798,6 +798,19 @@ def test_states_of_another_base_are_refused_or_dropped(damage: str, tmp_path: Pa
     run(test)
 
 
+def test_a_state_that_cannot_be_read_can_be_forgotten(tmp_path: Path) -> None:
+    async def test() -> None:
+        store = SQLiteStore(tmp_path / "tenants.db", synchronous="normal")
+        assert store.commit("ann", 0, Record.of(1, b"no state"))
+        async with serving(store=store) as engine:
+            found = await asyncio.gather(engine.adapt("ann", SUPPORT), engine.forget("ann"), return_exceptions=True)
+            assert isinstance(found[0], InvalidState) and found[1] is True
+            assert (await engine.adapt("ann", SUPPORT)).version > 0
+        store.close()
+
+    run(test)
+
+
 def test_many_tenants_through_a_small_memory(tmp_path: Path) -> None:
     async def test() -> None:
         store = SQLiteStore(tmp_path / "tenants.db", synchronous="normal")

@@ -463,9 +463,9 @@ def test_vmap_may_keep_more_shapes_and_refuse_new_ones() -> None:
         assert len(many.graphs()) == known
         with pytest.raises(ShapeChanged):
             many.adapt(data(4), start=many.start(num_tasks=4))
-    for changes in ({"cache_size": 0}, {"on_new_shape": "never"}):
+    for call in (lambda: unroll.vmap(cache_size=0), lambda: unroll.vmap(on_new_shape="never")):
         with pytest.raises(InvalidArgument):
-            unroll.vmap(**changes)
+            call()
 
 
 def test_a_state_is_not_written_to_what_is_no_file() -> None:

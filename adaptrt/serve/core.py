@@ -13,7 +13,7 @@ import dataclasses
 import enum
 import threading
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -262,20 +262,23 @@ class Core:
             error = found
         with self._lock:
             tenant.record, tenant.is_loading = record, False
-            held, waiting = tenant.held, list(tenant.waiting) if error is not None else []
-            tenant.held = []
+            held, tenant.held = tenant.held, []
+            is_down = isinstance(error, StoreUnavailable)
             refused: list[Work] = []
             for work in held:
                 # Without the store a prediction goes on with the base, unless it is to be refused for tenants that have no state.
-                if error is None or (isinstance(error, StoreUnavailable) and not self._lanes.is_unknown(work)):
+                if error is None or (is_down and not self._lanes.is_unknown(work)):
                     self._queue.push(work)
                 else:
                     refused.append(work)
             if error is not None:
-                tenant.waiting.clear()
-                for work in (*refused, *waiting):
+                # A state that cannot be used can be forgotten.
+                stays = [work for work in tenant.waiting if work.kind == "forget" and not is_down]
+                refused += [work for work in tenant.waiting if work not in stays]
+                tenant.waiting = deque(stays)
+                for work in refused:
                     self._queue.left(work)
-                self._answer([Answer(work, None, error) for work in (*refused, *waiting)], ended=False)
+                self._answer([Answer(work, None, error) for work in refused], ended=False)
             self._advance(tenant)
 
     def _compute(self, warm: Callable[[], int], is_warm: asyncio.Future[int]) -> None:
