@@ -43,6 +43,30 @@ class ModelChanged(InvalidArgument):
     """Layers, parameters or what adapts are not what they were when `compile_unroll` was called."""
 
 
+class Overloaded(AdaptrtError, RuntimeError):
+    """The queue of a serving engine, or a tenant's share of it, is full. Nothing was done; the caller may try again later."""
+
+
+class DeadlineExceeded(AdaptrtError, TimeoutError):
+    """A request's deadline passed before its work began or before its result could be committed. Nothing was committed."""
+
+
+class StoreUnavailable(AdaptrtError, ConnectionError):
+    """The store of tenants' states cannot be read or written now. What it had acknowledged is still in it; nothing new was."""
+
+
+class CommitConflict(AdaptrtError, RuntimeError):
+    """Another process committed for the same tenant meanwhile, again and again. Nothing was committed."""
+
+
+class UnknownTenant(AdaptrtError, LookupError):
+    """There is no state of this tenant, and the engine was made with `unknown="error"`."""
+
+
+class NotServing(AdaptrtError, RuntimeError):
+    """A serving engine is not started, or is draining or stopped, or is called from another event loop than its own."""
+
+
 class CannotBeSet(AdaptrtError, AttributeError, TypeError):
     """Something that is read-only was assigned to: an attribute of an unroll or of a result, or an entry of its parameters."""
 

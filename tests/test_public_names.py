@@ -16,10 +16,12 @@ NAMES = {
     "Unrolled compile_unroll errors load optim stack trace where",
     "adaptrt.optim": f"{_OPTIMISERS} Optimizer PerTask Schedule Transform chain clip_by_global_norm ema learned partition per_step "
     "per_task proximal scale_by_schedule schedule scheduled sharpness_aware skip_not_finite",
-    "adaptrt.errors": "AdaptrtError AlreadyImported CannotBePickled CannotBeSet CannotRecord CompilerUnavailable DataDependentControlFlow "
-    "DeviceMismatch InvalidArgument InvalidBatch InvalidExport InvalidGraph InvalidLoss InvalidState InvalidType LabelOutOfRange "
-    "LongChain ModelChanged NonFiniteInput NotALeaf NotConverged NotDifferentiable NotExportable NotTraceable NothingToAdapt "
-    "OptimizerMismatch OutOfDeviceMemory RecordingFailed ShapeChanged UnknownPyTorch UnsupportedOptimizer "
+    "adaptrt.errors": "AdaptrtError AlreadyImported CannotBePickled CannotBeSet CannotRecord CommitConflict CompilerUnavailable "
+    "DataDependentControlFlow DeadlineExceeded DeviceMismatch InvalidArgument "
+    "InvalidBatch InvalidExport InvalidGraph InvalidLoss InvalidState InvalidType LabelOutOfRange "
+    "LongChain ModelChanged NonFiniteInput NotALeaf NotConverged NotDifferentiable NotExportable NotServing NotTraceable NothingToAdapt "
+    "OptimizerMismatch OutOfDeviceMemory Overloaded RecordingFailed ShapeChanged StoreUnavailable UnknownPyTorch UnknownTenant "
+    "UnsupportedOptimizer "
     "UnsupportedParameter UnsupportedRandomness WithinTransform",
     "adaptrt.adjoint": "Adjoint FirstOrder Implicit Replay Stash Truncated Unrolled",
     "adaptrt.backend": "Backend CudaGraph Eager Inductor Tiered",
@@ -28,6 +30,7 @@ NAMES = {
     "register_optim _get_mask_closure " + " ".join(f"Differentiable{name}" for name in _TAPE.split()),
     "adaptrt.higher.patch": "buffer_sync make_functional monkeypatch",
     "adaptrt.higher.utils": "copied flatten get_func_params settings_of _recursive_map",
+    "adaptrt.serve": "Change Engine History Lifecycle MemoryStore Outcome Prediction Record RedisStore SQLiteStore Stats Store Sync",
     "adaptrt.pytest_plugin": "Latency UnrollBenchmark unroll_benchmark",
 }
 
@@ -45,8 +48,11 @@ def test_all_lists_every_public_name() -> None:
 @pytest.mark.parametrize(
     ("owner", "names"),
     [
-        (adaptrt.CompiledUnroll, "adapt device evaluate explain graphs k load module start vmap warmup __call__"),
-        (adaptrt.Adapted, "params buffers opt_state num_tasks detach replace save state_dict unbind __call__ __getitem__ __len__"),
+        (
+            adaptrt.CompiledUnroll,
+            "adapt device evaluate examples explain fingerprint graphs has_task_axis k load module per_step start vmap warmup __call__",
+        ),
+        (adaptrt.Adapted, "params buffers opt_state num_tasks clone detach replace save state_dict unbind __call__ __getitem__ __len__"),
     ],
 )
 def test_classes_keep_their_attributes(owner: type, names: str) -> None:

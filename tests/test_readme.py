@@ -15,7 +15,7 @@ from adaptrt import errors
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 DOCS = ROOT / "docs"
-PAGES = ("common-mistakes.md", "distributed.md", "export.md", "higher.md", "recipes.md", "serve-per-user.md", "tasks.md")
+PAGES = ("common-mistakes.md", "distributed.md", "export.md", "higher.md", "recipes.md", "serve-per-user.md", "serving.md", "tasks.md")
 """Pages whose blocks run here. `test_optimiser_docs.py` runs those of optimisers.md."""
 
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)

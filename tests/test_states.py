@@ -427,3 +427,48 @@ def test_buffers_of_a_loss_are_part_of_a_state() -> None:
     assert_near({"mean": after.loss_buffers["mean"]}, {"mean": 0.5 + 0.5 * net(x).detach().mean(0)}, torch.float64)
     with pytest.raises(InvalidArgument, match="loss_buffers has 'means', which is no name of what adapts; did you mean 'mean'"):
         adapted.replace(loss_buffers={"means": torch.ones(2)})
+
+
+def test_a_clone_has_memory_of_its_own_and_can_be_stacked() -> None:
+    unroll = adaptrt.compile_unroll(nn.Linear(2, 1), adaptrt.optim.adam(lr=0.1), k=2, backend="eager").vmap()
+    batch = unroll.adapt((torch.randn(3, 5, 2), torch.randn(3, 5, 1)))
+    row = batch.unbind()[1]
+    clone = row.clone()
+    for leaf, own in zip(row.state.leaves, clone.state.leaves, strict=True):
+        assert torch.equal(leaf, own)
+        assert own.untyped_storage().nbytes() == own.numel() * own.element_size()
+    assert torch.equal(adaptrt.stack([clone, row]).params["weight"][0], row.params["weight"])
+    (gradient,) = torch.autograd.grad(clone.params["weight"].sum(), row.params["weight"])
+    assert torch.equal(gradient, torch.ones(1, 2))
+
+
+def test_vmap_may_keep_more_shapes_and_refuse_new_ones() -> None:
+    unroll = adaptrt.compile_unroll(nn.Linear(2, 1), adaptrt.optim.sgd(lr=0.1), k=2, cache_size=1, backend="eager")
+    many = unroll.vmap(cache_size=4, on_new_shape="error")
+    assert (many.has_task_axis, unroll.has_task_axis, many.examples, many.per_step) == (True, False, "equal", False)
+
+    def data(num_tasks: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.randn(num_tasks, 5, 2), torch.randn(num_tasks, 5, 1)
+
+    with torch.no_grad():
+        for num_tasks in (1, 2, 3):
+            begin = many.start(num_tasks=num_tasks)
+            many.warmup(data(num_tasks), start=begin, inputs=torch.randn(num_tasks, 4, 2))
+        known = len(many.graphs())
+        assert known == 3 * 2  # steps from such a start, and predictions, for each number; nothing for calls without a start
+        for num_tasks in (1, 2, 3):
+            rows = [unroll.start()] * num_tasks  # of the same unroll
+            many.adapt(data(num_tasks), start=adaptrt.stack(rows))
+            many.start(num_tasks=num_tasks)(torch.randn(num_tasks, 4, 2))
+        assert len(many.graphs()) == known
+        with pytest.raises(ShapeChanged):
+            many.adapt(data(4), start=many.start(num_tasks=4))
+    for call in (lambda: unroll.vmap(cache_size=0), lambda: unroll.vmap(on_new_shape="never")):
+        with pytest.raises(InvalidArgument):
+            call()
+
+
+def test_a_state_is_not_written_to_what_is_no_file() -> None:
+    adapted = adaptrt.compile_unroll(nn.Linear(2, 1), adaptrt.optim.sgd(lr=0.1), k=2, backend="eager").start()
+    with pytest.raises(InvalidType, match="a path or an open binary file, got int"):
+        adapted.save(3)  # pyright: ignore[reportArgumentType]

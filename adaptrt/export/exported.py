@@ -38,6 +38,7 @@ from adaptrt.inner.unroll import batch_of_step
 from adaptrt.process import lock
 from adaptrt.runtime.adapted import Adapted, restored
 from adaptrt.runtime.recent import Recent
+from adaptrt.runtime.saved import Source
 from adaptrt.runtime.state import State
 from adaptrt.tree import Spec, Tree
 
@@ -202,9 +203,13 @@ class Exported:
         return Adapted(self._predictor, state, self._no_losses(), self._fixed)
 
     @entry_point
-    def load(self, path: str | os.PathLike[str]) -> Adapted:
+    def load(self, source: Source, *, fingerprint: Mapping[str, str] | None = None) -> Adapted:
         """Reads the state of a user, which `Adapted.save` wrote here or where the unroll is, as `CompiledUnroll.load` does."""
-        return restored(self._predictor, path, self._carry, self._fixed, self.manifest.fingerprint)
+        return restored(self._predictor, source, self._carry, self._fixed, fingerprint or self.manifest.fingerprint)
+
+    def fingerprint(self) -> dict[str, str]:
+        """Returns digests of what does not adapt, as `CompiledUnroll.fingerprint` does; they are in the manifest."""
+        return dict(self.manifest.fingerprint)
 
     @entry_point
     def adapt(self, support: Any, *, keep: Any = None, start: Adapted | None = None, generator: torch.Generator | None = None) -> Adapted:

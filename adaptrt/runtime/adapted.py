@@ -260,16 +260,28 @@ class Adapted:
         """Returns the whole model's state after adaptation, detached, under the names of `model.state_dict()`."""
         return self._predictor.state_dict(self.state, self.fixed)
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Writes the adaptation to a safetensors file, which `CompiledUnroll.load` reads: parameters, optimiser state, buffers, losses.
+    def save(self, target: saved.Target, *, fingerprint: Mapping[str, str] | None = None) -> None:
+        """Writes the adaptation as a safetensors file, which `CompiledUnroll.load` reads: parameters, optimiser state, buffers, losses.
 
         What did not adapt is not written; a fingerprint of it is, by which loading notices another base. The file is written under another
         name first and then renamed, so it is whole or not there at all.
 
+        Args:
+          target: a path; or a binary file that is open, such as an `io.BytesIO`, which is written to as it is.
+          fingerprint: what `CompiledUnroll.fingerprint` returned for this base. None to compute it, which reads all that did not adapt.
         Raises:
           OSError: the file cannot be written.
         """
-        saved.write(path, saved.Saved(self.state.named_tensors(), self.losses, self.num_tasks, self._predictor.fingerprint(self.fixed)))
+        digests = self._predictor.fingerprint(self.fixed) if fingerprint is None else dict(fingerprint)
+        saved.write(target, saved.Saved(self.state.named_tensors(), self.losses, self.num_tasks, digests))
+
+    def clone(self) -> Adapted:
+        """Returns the same adaptation in memory of its own, which `unbind()` and an index do not give; gradients flow through it.
+
+        Parameters that did not adapt remain the model's own, so that `adaptrt.stack` takes it together with others of its unroll, which it
+        does not with a deep copy.
+        """
+        return self._map(torch.clone, self.num_tasks, self._num_links)
 
 
 def made_of(parts: Sequence[Adapted], state: State, losses: Tensor) -> Adapted:
@@ -305,18 +317,19 @@ def num_links_after(start: Adapted, leaves: Sequence[Tensor]) -> int:
     return start._num_links + 1
 
 
-def restored(predictor: Predictor, path: str | os.PathLike[str], carry: Carry, fixed: Fixed, base: Mapping[str, str]) -> Adapted:
-    """Returns the adaptation that `Adapted.save` wrote into a file.
+def restored(predictor: Predictor, source: saved.Source, carry: Carry, fixed: Fixed, base: Mapping[str, str]) -> Adapted:
+    """Returns the adaptation that `Adapted.save` wrote.
 
     Args:
       predictor, fixed: of the adaptation.
-      path: of the file.
+      source: the path of the file, or what it holds.
       carry: the state of one task that is at hand, for names, shapes, dtypes and the device.
       base: digests of what does not adapt at hand.
     Raises:
       InvalidState, OSError: as `CompiledUnroll.load` documents.
     """
-    found = saved.read(path)
+    found = saved.read(source)
+    path = source if isinstance(source, str | os.PathLike) else "the saved state"
     leaves, structure = tree.flatten(carry)
     names = tree.paths(carry)
     cpu, lead = torch.device("cpu"), () if found.num_tasks is None else (found.num_tasks,)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from adaptrt.adjoint.base import Query, Task
 from adaptrt.adjoint.each_task import EachTask
 from adaptrt.errors import InvalidArgument, NonFiniteInput
 from adaptrt.graph.noise import restored_on_any_error, restored_on_error
+from adaptrt.inner import check
 from adaptrt.inner.guard import Guard, Guards
 from adaptrt.inner.reader import Reader, Start
 from adaptrt.inner.step import Batch, Carry, as_call
@@ -29,6 +29,7 @@ from adaptrt.runtime.planner import Planner
 from adaptrt.runtime.predict import ModelPredictor
 from adaptrt.runtime.program import Program
 from adaptrt.runtime.route import Route, Router
+from adaptrt.runtime.saved import Source
 from adaptrt.runtime.settings import Settings
 from adaptrt.runtime.state import State
 
@@ -74,9 +75,13 @@ class Execution:
         """As `CompiledUnroll.start`."""
         return self.router.first(self._predictor, params, opt_state, buffers, num_tasks)
 
-    def load(self, path: str | os.PathLike[str]) -> Adapted:
+    def load(self, source: Source, fingerprint: Mapping[str, str] | None) -> Adapted:
         """As `CompiledUnroll.load`."""
-        return self.router.loaded(self._predictor, path)
+        return self.router.loaded(self._predictor, source, fingerprint)
+
+    def fingerprint(self) -> dict[str, str]:
+        """As `CompiledUnroll.fingerprint`."""
+        return self.router.fingerprint(self._predictor)
 
     def adapt(
         self,
@@ -245,6 +250,11 @@ class Execution:
         """Returns the adapted model's output for the inputs of a query batch."""
         args, kwargs = as_call(self.settings.batch("query", query).inputs)
         return self._predictor.predict(adapted.state, adapted.fixed, kwargs or args, generator, warm)
+
+    def warm_for_inputs(self, adapted: Adapted, inputs: Any, generator: torch.Generator) -> None:
+        """Makes the plan and the program for predictions on inputs, which are given as one argument of an adapted model."""
+        args, kwargs = as_call(check.as_batch("inputs", (inputs,), self.settings.device).inputs)
+        self._predictor.predict(adapted.state, adapted.fixed, kwargs or args, generator, warm=True)
 
     def plans(self) -> tuple[list[SupportPlan], list[PredictionPlan]]:
         """Returns all plans, those of parts of the steps included."""

@@ -36,7 +36,7 @@ class ModelPredictor:
     """
 
     def __init__(self, settings: Settings, reader: Reader, planner: Planner) -> None:
-        self.unroll = settings
+        self.unroll = settings.source  # which vmap() shares, whatever else it changes, and a deep copy does not
         self._settings = settings
         self._reader = reader
         self._planner = planner

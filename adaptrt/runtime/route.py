@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -26,6 +25,7 @@ from adaptrt.runtime.plan import QueryPlan, SupportPlan
 from adaptrt.runtime.planner import Planner
 from adaptrt.runtime.program import Program
 from adaptrt.runtime.recent import Recent
+from adaptrt.runtime.saved import Source
 from adaptrt.runtime.settings import Settings
 from adaptrt.runtime.state import State
 from adaptrt.runtime.validation import Validator
@@ -160,10 +160,14 @@ class Router:
         losses = example.new_empty((0,) if num_tasks is None else (num_tasks, 0), dtype=dtype)
         return Adapted(predictor, state, losses, begin.fixed)
 
-    def loaded(self, predictor: Predictor, path: str | os.PathLike[str]) -> Adapted:
-        """Returns the adaptation in a file, as `CompiledUnroll.load` documents. `predictor`: of the unroll."""
+    def loaded(self, predictor: Predictor, source: Source, fingerprint: Mapping[str, str] | None) -> Adapted:
+        """Returns a saved adaptation, as `CompiledUnroll.load` documents. `predictor`: of the unroll."""
         begin = self._reader.read()
-        return restored(predictor, path, begin.carry, begin.fixed, predictor.fingerprint(begin.fixed))
+        return restored(predictor, source, begin.carry, begin.fixed, fingerprint or predictor.fingerprint(begin.fixed))
+
+    def fingerprint(self, predictor: Predictor) -> dict[str, str]:
+        """Returns digests of what does not adapt, by the names of its parts. `predictor`: of the unroll."""
+        return predictor.fingerprint(self._reader.read().fixed)
 
     def _find_anew(self, support: Any, query: tuple[Any] | None, start: Adapted | None, warm: bool, k: int | None) -> Routed:
         batch, num_tasks = self.support(support, k)

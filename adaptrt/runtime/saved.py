@@ -1,4 +1,4 @@
-"""States of adaptations in files: one safetensors file each, with what shows whether it is damaged or belongs elsewhere.
+"""States of adaptations in files or in bytes: safetensors, one state each, with what shows whether it is damaged or belongs elsewhere.
 
 A file holds every tensor of the state under its dotted name (`State.named_tensors`), the losses, and as metadata the number of this
 format, the number of tasks, the fingerprint of what did not adapt, and a digest of all of that. Nothing is unpickled, and nothing in a file
@@ -18,16 +18,21 @@ import os
 import secrets
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from adaptrt.errors import InvalidState, InvalidType
 from adaptrt.tree import Spec
 
 FORMAT_VERSION = 1
+
+Target = str | os.PathLike[str] | BinaryIO
+"""Where a state is written: a path, or a binary file that is open."""
+Source = str | os.PathLike[str] | bytes
+"""Where a state is read: a path, or what such a file holds."""
 
 _FORMAT = "adaptrt state"
 _LOSSES = "losses"
@@ -50,12 +55,37 @@ class Saved(NamedTuple):
     fingerprint: Mapping[str, str]
 
 
-def write(path: str | os.PathLike[str], saved: Saved) -> None:
+def write(target: Target, saved: Saved) -> None:
     """Writes a file under another name and renames it, so that there is never a half of it; replaces what is there.
 
+    Args:
+      target: the path; or a binary file that is open, which is written to as it is.
+      saved: what to write.
     Raises:
       OSError: the file cannot be written.
+      InvalidType: the target is neither.
     """
+    data = to_bytes(saved)
+    if not isinstance(target, str | os.PathLike):
+        if not callable(getattr(target, "write", None)):
+            raise InvalidType(f"a state is saved to a path or an open binary file, got {type(target).__name__}")
+        target.write(data)
+        return
+    path = Path(target)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(8)}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def to_bytes(saved: Saved) -> bytes:
+    """Returns what a file of this state holds."""
     # Copies, as safetensors refuses tensors that share memory, such as those of one task of several.
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in {**saved.tensors, _LOSSES: saved.losses}.items()}
     metadata = {
@@ -65,35 +95,30 @@ def write(path: str | os.PathLike[str], saved: Saved) -> None:
         "fingerprint": json.dumps(saved.fingerprint),
     }
     metadata["digest"] = _digest(metadata, tensors)
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(save(tensors, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, target)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    return save(tensors, metadata)
 
 
-def read(path: str | os.PathLike[str]) -> Saved:
-    """Reads a file, and checks that it is whole.
+def read(source: Source) -> Saved:
+    """Reads a state, and checks that it is whole.
 
+    Args:
+      source: the path of a file, or the bytes that it holds.
     Raises:
       InvalidState: it is no such file, is damaged, or was written in a newer format.
-      InvalidType: the path is none.
+      InvalidType: the source is neither.
       OSError: it cannot be read.
     """
-    if not isinstance(path, str | os.PathLike):
-        raise InvalidType(f"the path of a saved state must be a string or a path, got {type(path).__name__}")
-    with open(path, "rb"):  # whose errors name the path
-        pass
+    if isinstance(source, str | os.PathLike):
+        path, data = str(source), Path(source).read_bytes()
+    elif isinstance(source, bytes | bytearray | memoryview):
+        path, data = "the saved state", bytes(source)
+    else:
+        raise InvalidType(
+            f"the path of a saved state must be a string or a path, got {type(source).__name__}; its content may be given as bytes"
+        )
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = dict(file.metadata() or {})
-            tensors = {name: file.get_tensor(name).clone() for name in file.keys()}  # noqa: SIM118, it is no dict
+        tensors = load(data)  # which compares the header with the length and the tensors
+        metadata = dict(json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")]).get("__metadata__", {}))
     except (SafetensorError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise InvalidState(f"{path} is damaged, or is no file that Adapted.save() wrote: {error}") from error
     if metadata.get("format") != _FORMAT:

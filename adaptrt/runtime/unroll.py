@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from adaptrt.runtime.adapted import Adapted
 from adaptrt.runtime.execution import Execution, Result
 from adaptrt.runtime.explain import Explanation, explain
 from adaptrt.runtime.module import MetaLoss
+from adaptrt.runtime.saved import Source
 from adaptrt.runtime.settings import Settings
 
 Keep = str | Callable[[Moment, Moment], Tensor] | None
@@ -84,6 +86,21 @@ class CompiledUnroll:
     def device(self) -> torch.device:
         """Where the model was when the unroll was made, and where data has to be."""
         return self._settings.device
+
+    @property
+    def examples(self) -> str:
+        """What `compile_unroll` was given: "equal", or "weighted" if batches end with weights of their examples."""
+        return "weighted" if self._settings.weighted else "equal"
+
+    @property
+    def per_step(self) -> bool:
+        """Whether support data has an axis of length k, one batch for each step."""
+        return self._settings.per_step
+
+    @property
+    def has_task_axis(self) -> bool:
+        """Whether data has a leading axis of tasks, as after `vmap()`."""
+        return self._execution.task_axis
 
     @entry_point
     def adapt(
@@ -160,11 +177,14 @@ class CompiledUnroll:
         return self._execution.first(params, opt_state, buffers, num_tasks)
 
     @entry_point
-    def load(self, path: str | os.PathLike[str]) -> Adapted:
+    def load(self, source: Source, *, fingerprint: Mapping[str, str] | None = None) -> Adapted:
         """Reads what `Adapted.save` wrote, in this process or another, for a model with the same weights where it did not adapt.
 
         Nothing is unpickled or run. The tensors come to the model's device, without autograd history.
 
+        Args:
+          source: the path of the file, or the bytes that it holds.
+          fingerprint: what `fingerprint()` returned since the model was last changed; None to compute it, which reads all of the base.
         Raises:
           InvalidState: the file is damaged or of a newer format, or the state belongs to another model, optimiser or base.
           OSError: it cannot be read.
@@ -180,7 +200,15 @@ class CompiledUnroll:
           >>> torch.equal(loaded.params["weight"], adapted.params["weight"])
           True
         """
-        return self._execution.load(path)
+        return self._execution.load(source, fingerprint)
+
+    @entry_point
+    def fingerprint(self) -> dict[str, str]:
+        """Returns digests of what does not adapt, by the names of its parts: the base that a saved state belongs to.
+
+        Computing them reads all parameters that do not adapt. Where many states are saved or loaded, compute them once and pass them on.
+        """
+        return self._execution.fingerprint()
 
     @entry_point
     def __call__(
@@ -298,15 +326,24 @@ class CompiledUnroll:
         with run.planner.call():
             capture(run.exporter, self._settings, support, query, formats, _silent)
 
-    def vmap(self) -> CompiledUnroll:
+    def vmap(self, *, cache_size: int | None = None, on_new_shape: str | None = None) -> CompiledUnroll:
         """The same unroll over tasks: a leading task axis on support, query and results; the meta-loss is the mean over tasks.
 
         Each task starts from the same parameters and has noise of its own. Name and meaning as in `torch.func`. On the CPU large tasks are
         done one after the other, which `explain()` shows as `EachTask(...)` around the adjoint; results differ by rounding.
+
+        Args:
+          cache_size, on_new_shape: as for `compile_unroll`; None for what this unroll has.
         """
         if self._execution.task_axis:
             raise InvalidArgument("vmap() was called on an unroll that has a task axis already")
-        return CompiledUnroll(self._settings, task_axis=True)
+        settings = self._settings
+        if cache_size is not None:
+            settings = dataclasses.replace(settings, cache_size=check.positive_int("cache_size", cache_size))
+        if on_new_shape is not None:
+            check.one_of("on_new_shape", on_new_shape, ("compile", "error"))
+            settings = dataclasses.replace(settings, must_be_warm=on_new_shape == "error")
+        return CompiledUnroll(settings, task_axis=True)
 
     def module(self) -> MetaLoss:
         """Returns an `nn.Module` whose call is the meta-loss, for `DistributedDataParallel`, `fully_shard` and checkpoints.
@@ -336,11 +373,12 @@ class CompiledUnroll:
         support: Any,
         query: Any = None,
         *,
-        start: bool = False,
+        start: bool | Adapted = False,
         evaluate: bool = False,
         steps: int | None = None,
         keep: Keep = None,
         outputs: str | None = None,
+        inputs: Any = None,
     ) -> CompiledUnroll:
         """Compiles for data of these shapes ahead of time; returns the unroll itself.
 
@@ -350,26 +388,31 @@ class CompiledUnroll:
         Args:
           support, query: as for `adapt` and for a call.
           start: also compile for calls with `start=`. With a task axis these need programs of their own, because each task then starts from
-            values of its own. Without one, `adapt` needs none.
+            values of its own. Without one, `adapt` needs none. Or an adaptation, to compile for calls with `start=` alone.
           evaluate: also compile for `evaluate`, and for losses by task (`reduction="none"`) and by step; with their gradients if these are
             enabled here. It needs `query`.
           keep, steps, outputs: also compile for calls of `adapt` with these; with a guard each number of steps needs a program of its own.
+          inputs: also compile for predictions on these inputs, given as one argument of an adapted model, without target and meta-loss.
         """
         if evaluate and query is None:
             raise InvalidArgument("warmup(evaluate=True) needs a query batch; pass warmup(support, query, evaluate=True)")
         run, generator = self._execution, torch.Generator(self._settings.device)
         k = None if steps is None else check.positive_int("steps", steps)
         with torch.no_grad():
-            adapted = run.adapt(support, None, generator, warm=True, keep=keep, k=k)
-            for begin in (None, adapted) if start else (None,):
-                if begin is not None:
+            first = start if isinstance(start, Adapted) else None
+            adapted = run.adapt(support, first, generator, warm=True, keep=keep, k=k)
+            begins = (None, adapted) if start is True else (first,)
+            for begin in begins:
+                if begin is adapted:
                     run.adapt(support, begin, generator, warm=True, keep=keep, k=k)
                 if outputs is not None:
                     run.adapt(support, begin, generator, warm=True, keep=keep, k=k, outputs=outputs)
             if query is not None:
                 run.predict(adapted, query, generator, warm=True)
+            if inputs is not None:
+                run.warm_for_inputs(adapted, inputs, generator)
         if query is not None:
-            for begin in (None, adapted) if start else (None,):
+            for begin in begins:
                 run.meta_loss(support, query, begin, generator, warm=True)
                 if evaluate:
                     self._warm(run.evaluate(support, query, begin, generator, warm=True).losses)

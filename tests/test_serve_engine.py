@@ -1,0 +1,1149 @@
+"""The engine: numbers under mixing, guards, the queue, commits, outages, and what is refused."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import adaptrt
+from adaptrt import CompiledUnroll
+from adaptrt.errors import (
+    CommitConflict,
+    DeadlineExceeded,
+    DeviceMismatch,
+    InvalidArgument,
+    InvalidBatch,
+    InvalidState,
+    InvalidType,
+    LabelOutOfRange,
+    NonFiniteInput,
+    NotServing,
+    Overloaded,
+    ShapeChanged,
+    StoreUnavailable,
+    UnknownTenant,
+)
+from adaptrt.serve import Change, Engine, History, Lifecycle, MemoryStore, Outcome, Record, SQLiteStore, Store, programs
+
+X, Y = SUPPORT = torch.randn(6, 3), torch.arange(6) % 2
+INPUTS = torch.randn(4, 3)
+
+
+def make(lr: float = 0.3, **changes: Any) -> CompiledUnroll:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)).eval()
+    wanted: dict[str, Any] = {"loss": F.cross_entropy, "backend": "eager", **changes}
+    return adaptrt.compile_unroll(model, adaptrt.optim.adam(lr=lr), 2, **wanted)
+
+
+@functools.cache
+def shared_unroll() -> CompiledUnroll:
+    return make()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_are_compiled_once() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
+    """Engines of the same unroll, sizes and guard share their programs, which are otherwise compiled by each."""
+    known: dict[Any, Any] = {}
+
+    def programs_of(target: Any, lanes: Any, num_sizes: int, keep: Any) -> Any:
+        key = (target, lanes, num_sizes, keep)
+        if not isinstance(target, CompiledUnroll):
+            return programs.programs_of(*key)
+        if key not in known:
+            known[key] = programs.programs_of(*key)
+        return known[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("adaptrt.serve.engine.programs_of", programs_of)
+        yield
+
+
+def data(seed: int, scale: float = 1.0) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return scale * torch.randn(6, 3, generator=generator), torch.randint(2, (6,), generator=generator)
+
+
+class Clock:
+    """A clock that tests set."""
+
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class Gate:
+    """Holds the compute thread before its next batch, and notes what each batch has: the numbers of lanes in use."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.log: list[tuple[str, list[str]]] = []
+        self._open = threading.Event()
+        self._open.set()
+        self.reached = threading.Event()
+        lanes = engine._core._lanes
+        for kind in ("adapt", "predict"):
+            setattr(lanes, kind, self._through(kind, getattr(lanes, kind)))
+
+    def _through(self, kind: str, run: Callable[..., Any]) -> Callable[..., Any]:
+        def through(works: Sequence[Any]) -> Any:
+            self.log.append((kind, [work.tenant.name if work.tenant else "" for work in works]))
+            self.reached.set()
+            assert self._open.wait(20)
+            return run(works)
+
+        return through
+
+    async def hold(self, engine: Engine) -> asyncio.Task[Any]:
+        """Returns once a first request is held on the compute thread."""
+        self.reached.clear()
+        self._open.clear()
+        first = asyncio.create_task(engine.adapt_predict(SUPPORT, INPUTS))
+        await asyncio.to_thread(self.reached.wait, 20)
+        self.log.clear()
+        return first
+
+    def open(self) -> None:
+        self._open.set()
+
+
+def run(test: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
+    return asyncio.run(asyncio.wait_for(test(), 30))
+
+
+@contextlib.asynccontextmanager
+async def serving(unroll: CompiledUnroll | None = None, **changes: Any) -> AsyncIterator[Engine]:
+    wanted: dict[str, Any] = {"lanes": (1, 4), "max_delay_s": 0.02, **changes}
+    async with Engine(unroll or shared_unroll(), (SUPPORT, INPUTS), **wanted) as engine:
+        yield engine
+        assert engine.stats().num_compiled_after_ready == 0
+    assert engine.stats().lifecycle is Lifecycle.STOPPED
+    assert not engine._core._tenants
+
+
+def require_close(losses: Sequence[float], expected: Sequence[float]) -> None:
+    torch.testing.assert_close(torch.tensor(losses), torch.tensor(expected))
+
+
+async def tick() -> None:
+    """Lets other tasks go as far as they can."""
+    for _ in range(5):
+        await asyncio.sleep(0)
+
+
+# Numbers
+
+
+class Alone:
+    """One tenant, without the engine: calls of the unroll, one after the other."""
+
+    def __init__(self, unroll: CompiledUnroll, keep: str = "not_worse") -> None:
+        self._unroll = unroll
+        self._keep = keep
+        self._state = unroll.start()
+
+    def adapt(self, support: Any) -> list[float]:
+        with torch.no_grad():
+            self._state = self._unroll.adapt(support, start=self._state, keep=self._keep)
+        return self._state.losses.tolist()
+
+    def predict(self, inputs: Tensor) -> Tensor:
+        with torch.no_grad():
+            return self._state(inputs)
+
+    def forget(self) -> None:
+        self._state = self._unroll.start()
+
+
+OPERATIONS = st.lists(st.tuples(st.integers(0, 4), st.sampled_from("aapf"), st.integers(0, 50)), min_size=1, max_size=30)
+
+
+async def act(engine: Engine, operations: Sequence[tuple[int, str, int]]) -> dict[int, list[Any]]:
+    """Runs each tenant's operations one after the other, all tenants at once; returns what each got."""
+    found: dict[int, list[Any]] = {}
+
+    async def of_tenant(tenant: int) -> None:
+        name, got = f"tenant {tenant}", found.setdefault(tenant, [])
+        for _, kind, seed in [operation for operation in operations if operation[0] == tenant]:
+            if kind == "a":
+                got.append(torch.tensor((await engine.adapt(name, data(seed))).losses))
+            elif kind == "p":
+                got.append(await engine.predict(name, data(seed)[0][:4]))
+            else:
+                await engine.forget(name)
+
+    await asyncio.gather(*[of_tenant(tenant) for tenant in {tenant for tenant, _, _ in operations}])
+    return found
+
+
+@settings(max_examples=25, deadline=None)
+@given(operations=OPERATIONS)
+def test_any_interleaving_equals_each_tenant_alone(operations: list[tuple[int, str, int]]) -> None:
+    async def test() -> dict[int, list[Any]]:
+        async with serving() as engine:
+            return await act(engine, operations)
+
+    found = run(test)
+    for tenant, got in found.items():
+        alone, results = Alone(shared_unroll()), iter(got)
+        for _, kind, seed in [operation for operation in operations if operation[0] == tenant]:
+            if kind == "a":
+                torch.testing.assert_close(next(results), torch.tensor(alone.adapt(data(seed))))
+            elif kind == "p":
+                torch.testing.assert_close(next(results), alone.predict(data(seed)[0][:4]))
+            else:
+                alone.forget()
+
+
+@settings(max_examples=10, deadline=None)
+@given(operations=OPERATIONS)
+def test_with_one_size_of_batch_the_bits_are_equal(operations: list[tuple[int, str, int]]) -> None:
+    async def test() -> None:
+        async with serving(lanes=(4,)) as engine:
+            mixed = await act(engine, operations)
+        for tenant, got in mixed.items():
+            async with serving(lanes=(4,)) as engine:
+                alone = await act(engine, [operation for operation in operations if operation[0] == tenant])
+            assert all(torch.equal(one, other) for one, other in zip(got, alone[tenant], strict=True))
+
+    run(test)
+
+
+def test_batches_mix_tenants_and_stateless_requests() -> None:
+    async def test() -> None:
+        async with serving(lanes=(1, 8)) as engine:
+            gate = Gate(engine)
+            first = await gate.hold(engine)
+            names = ["ann", "bob", "cyd"]
+            calls = [engine.adapt(name, data(index)) for index, name in enumerate(names)]
+            tasks = [asyncio.create_task(call) for call in [*calls, engine.adapt_predict(data(7), INPUTS)]]
+            await tick()
+            gate.open()
+            *outcomes, prediction = await asyncio.gather(*tasks)
+            assert ("adapt", ["", *names]) in gate.log
+            for index, outcome in enumerate(outcomes):
+                require_close(outcome.losses, Alone(shared_unroll()).adapt(data(index)))
+            alone = Alone(shared_unroll())
+            alone.adapt(data(7))
+            torch.testing.assert_close(prediction.outputs, alone.predict(INPUTS))
+            assert (await first).kept
+
+    run(test)
+
+
+@pytest.mark.parametrize("bad", ["nan", "huge", "label"])
+def test_a_bad_lane_leaves_the_others_as_they_are(bad: str) -> None:
+    unroll = make(nonfinite="ignore") if bad == "nan" else shared_unroll()
+    lane = {"nan": (torch.full((6, 3), float("nan")), SUPPORT[1]), "huge": data(9, 1e30), "label": (SUPPORT[0], SUPPORT[1] + 5)}[bad]
+
+    async def states(last: tuple[Tensor, Tensor]) -> tuple[list[Tensor], Any]:
+        async with serving(unroll, lanes=(4,)) as engine:
+            gate = Gate(engine)
+            first = await gate.hold(engine)
+            calls = [engine.adapt(f"tenant {index}", data(index)) for index in range(3)]
+            tasks = [asyncio.create_task(call) for call in [*calls, engine.adapt("zoe", last)]]
+            await tick()
+            gate.open()
+            found = (await asyncio.gather(*tasks, return_exceptions=True))[-1]
+            await first
+            return [await engine.predict(f"tenant {index}", INPUTS) for index in range(3)] + [await engine.predict("zoe", INPUTS)], found
+
+    async def test() -> None:
+        good, kept = await states(data(4))
+        others, refused = await states(lane)
+        assert kept.kept
+        assert isinstance(refused, LabelOutOfRange) if bad == "label" else (not refused.kept and refused.version == 0)
+        assert all(torch.equal(one, other) for one, other in zip(good[:3], others[:3], strict=True))
+        torch.testing.assert_close(others[3], Alone(unroll).predict(INPUTS))
+
+    run(test)
+
+
+def test_data_that_is_not_finite_is_refused_alone() -> None:
+    async def test() -> None:
+        async with serving() as engine:
+            gate = Gate(engine)
+            first = await gate.hold(engine)
+            bad = SUPPORT[0].clone()
+            bad[2, 1] = float("inf")
+            supports = [data(0), (bad, SUPPORT[1]), data(1)]
+            tasks = [asyncio.create_task(engine.adapt(f"{index}", support)) for index, support in enumerate(supports)]
+            await tick()
+            gate.open()
+            found = await asyncio.gather(*tasks, return_exceptions=True)
+            assert [type(each).__name__ for each in found] == ["Outcome", "NonFiniteInput", "Outcome"]
+            assert ("adapt", ["0", "2"]) in gate.log  # the others stay together
+            await first
+            with pytest.raises(NonFiniteInput):
+                await engine.predict("0", torch.full((4, 3), float("nan")))
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("keep", "expected"),
+    [("finite", True), (None, True), (1e-6, False), (1e6, True), (lambda before, after: after.loss > before.loss, False)],
+)
+def test_guards(keep: Any, expected: bool) -> None:
+    async def test() -> None:
+        async with serving(lanes=(2,), keep=keep) as engine:
+            outcome = await engine.adapt("ann", SUPPORT)
+            assert (outcome.kept, outcome.version > 0) == (expected, expected)
+            base = shared_unroll().start()(INPUTS)
+            assert torch.allclose(await engine.predict("ann", INPUTS), base) is not expected
+            assert engine.stats().events.get("not kept", 0) == (not expected)
+
+    run(test)
+
+
+def test_a_guard_by_norm_refuses_an_optimiser_state_that_overflowed() -> None:
+    async def test() -> None:
+        async with serving(keep=1e6) as engine:
+            assert not (await engine.adapt("ann", data(3, 1e30))).kept
+
+    run(test)
+
+
+# Sizes
+
+
+def losses(output: Tensor, target: Tensor) -> Tensor:
+    return F.cross_entropy(output, target, reduction="none")
+
+
+def test_weighted_examples_are_padded_without_changing_numbers() -> None:
+    async def test() -> None:
+        async with serving(make(loss=losses, examples="weighted"), support_sizes=(2, 6), query_sizes=(1, 4)) as engine:
+            for length in (1, 2, 3, 5, 6):
+                few = data(length)[0][:length], data(length)[1][:length]
+                found = await engine.adapt_predict(few, INPUTS[: min(length, 4)])
+                alone = Alone(shared_unroll())
+                require_close(found.losses, alone.adapt(few))
+                torch.testing.assert_close(found.outputs, alone.predict(INPUTS[: min(length, 4)]))
+            with pytest.raises(ShapeChanged, match="7 examples, and programs are warmed for 2, 6; add it to support_sizes"):
+                await engine.adapt("ann", (torch.randn(7, 3), torch.zeros(7, dtype=torch.long)))
+
+    run(test)
+
+
+def test_without_weights_support_sizes_must_match() -> None:
+    async def test() -> None:
+        async with serving(support_sizes=(3, 6)) as engine:
+            assert (await engine.adapt("ann", (SUPPORT[0][:3], SUPPORT[1][:3]))).kept
+            with pytest.raises(ShapeChanged, match=r"4 examples, and programs are warmed for 3, 6; .*examples='weighted'"):
+                await engine.adapt("ann", (SUPPORT[0][:4], SUPPORT[1][:4]))
+            assert (await engine.predict("ann", INPUTS[:3])).shape == (3, 2)  # rows do not depend on each other
+
+    run(test)
+
+
+class Centred(nn.Module):
+    """A model in which every output depends on all rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x - x.mean(0))
+
+
+class Pooled(Centred):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).mean(0, keepdim=True)
+
+
+@pytest.mark.parametrize("model", [Centred(), Pooled(), nn.Sequential(nn.BatchNorm1d(3), nn.Linear(3, 2)).train()])
+def test_query_rows_are_not_added_where_that_changes_numbers(model: nn.Module) -> None:
+    def loss(output: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(output.expand(len(target), -1), target)
+
+    unroll = adaptrt.compile_unroll(model, adaptrt.optim.sgd(lr=0.1), 1, loss=loss, backend="eager")
+
+    async def test() -> None:
+        async with serving(unroll, lanes=(2,)) as engine:
+            assert (await engine.predict("ann", INPUTS)).shape[1] == 2
+            with pytest.raises(ShapeChanged, match=r"3 examples, and programs are warmed for 4; .*padding is not possible"):
+                await engine.predict("ann", INPUTS[:3])
+
+    run(test)
+
+
+def test_nothing_is_compiled_after_the_start() -> None:
+    async def test() -> None:
+        sizes = {"lanes": (1, 2), "support_sizes": (3, 6), "query_sizes": (1, 4)}
+        async with serving(make(cache_size=2), **sizes) as engine:  # four shapes of support
+            before = engine.stats().num_programs
+            assert before == 4 * (1 + 1 + 1)  # steps, guard, prediction
+            for length in (3, 6, 3):
+                few = SUPPORT[0][:length], SUPPORT[1][:length]
+                await asyncio.gather(*[engine.adapt(f"{index}", few) for index in range(5)])
+                await asyncio.gather(*[engine.predict(f"{index}", INPUTS[: length - 2]) for index in range(5)])
+            await engine.forget("3")
+            await engine.adapt_predict(SUPPORT, INPUTS)
+            assert engine.stats().num_programs == before
+
+    run(test)
+
+
+def test_a_model_that_changes_its_mode_is_refused_and_not_compiled_anew() -> None:
+    model = nn.Sequential(nn.Dropout(0.5), nn.Linear(3, 2)).eval()
+    unroll = adaptrt.compile_unroll(model, adaptrt.optim.sgd(lr=0.1), 1, loss=F.cross_entropy, backend="eager")
+
+    async def test() -> None:
+        async with serving(unroll) as engine:
+            await engine.adapt("ann", SUPPORT)
+            model.train()
+            with pytest.raises(ShapeChanged):
+                await engine.adapt("ann", SUPPORT)
+            model.eval()
+            assert (await engine.adapt("ann", SUPPORT)).version > 0
+
+    run(test)
+
+
+# The queue
+
+
+def test_expired_work_never_begins_and_commits_nothing() -> None:
+    clock = Clock()
+
+    async def test() -> None:
+        async with serving(clock=clock) as engine:
+            gate = Gate(engine)
+            first = await gate.hold(engine)
+            late = [engine.adapt("ann", SUPPORT, 1.0), engine.predict("bob", INPUTS, 1.0), engine.adapt_predict(SUPPORT, INPUTS, 1.0)]
+            tasks = [asyncio.create_task(call) for call in [*late, engine.adapt("cyd", SUPPORT, 3.0)]]
+            await tick()
+            clock.now += 2.0
+            gate.open()
+            *found, kept = await asyncio.gather(*tasks, return_exceptions=True)
+            assert [type(error) for error in found] == [DeadlineExceeded] * 3
+            assert isinstance(kept, Outcome) and kept.version > 0
+            assert [names for kind, names in gate.log if kind == "adapt"] == [["cyd"]]
+            await first
+            assert engine.stats().events["expired"] == 3
+            assert engine._core._states.cache.get("ann") is None
+
+    run(test)
+
+
+def test_a_deadline_that_passes_while_it_computes_commits_nothing() -> None:
+    clock = Clock()
+
+    async def test() -> None:
+        async with serving(clock=clock) as engine:
+            gate = Gate(engine)
+            first = await gate.hold(engine)
+            gate.open()
+            await first
+            gate.reached.clear()
+            gate._open.clear()
+            task = asyncio.create_task(engine.adapt("ann", SUPPORT, 1.0))
+            await asyncio.to_thread(gate.reached.wait, 20)
+            clock.now += 1.0
+            gate.open()
+            with pytest.raises(DeadlineExceeded):
+                await task
+            assert engine._core._states.cache.get("ann") is None
+
+    run(test)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_cancelled_adaptation_commits_nothing(begun: bool) -> None:
+    async def test() -> None:
+        async with serving() as engine:
+            gate = Gate(engine)
+            first = await gate.hold(engine)
+            if begun:
+                gate.open()
+                await first
+                gate.reached.clear()
+                gate._open.clear()
+            task = asyncio.create_task(engine.adapt("ann", SUPPORT))
+            after = asyncio.create_task(engine.adapt("ann", data(1)))
+            await tick()
+            if begun:
+                await asyncio.to_thread(gate.reached.wait, 20)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert engine.stats().num_waiting == 1
+            gate.open()
+            outcome = await after
+            torch.testing.assert_close(list(outcome.losses), Alone(shared_unroll()).adapt(data(1)))  # as the first
+            await first
+            assert engine.stats().events["committed"] == 1
+
+    run(test)
+
+
+def test_a_full_queue_refuses_at_once() -> None:
+    async def test() -> None:
+        async with serving(max_queue=6, max_per_tenant=3) as engine:
+            gate = Gate(engine)
+            first = await gate.hold(engine)
+            tasks = [asyncio.create_task(engine.adapt("ann", data(index))) for index in range(3)]
+            await tick()
+            with pytest.raises(Overloaded, match=r"this tenant has 3 requests"):
+                await engine.predict("ann", INPUTS)
+            tasks += [asyncio.create_task(engine.predict(f"{index}", INPUTS)) for index in range(3)]
+            await tick()
+            with pytest.raises(Overloaded, match=r"6 requests wait already \(max_queue=6\)"):
+                await engine.predict("bob", INPUTS)
+            tasks[-1].cancel()  # which makes room
+            await tick()
+            tasks.append(asyncio.create_task(engine.predict("bob", INPUTS)))
+            await tick()
+            gate.open()
+            found = await asyncio.gather(*tasks, first, return_exceptions=True)
+            assert [each for each in found if isinstance(each, Exception)] == []
+            assert engine.stats().events["overloaded"] == 2
+
+    run(test)
+
+
+def test_adaptations_of_one_tenant_run_in_order_one_at_a_time() -> None:
+    async def test() -> None:
+        async with serving() as engine:
+            gate = Gate(engine)
+            outcomes = await asyncio.gather(*[engine.adapt("ann", data(index)) for index in range(6)])
+            alone = Alone(shared_unroll())
+            for index, outcome in enumerate(outcomes):
+                require_close(outcome.losses, alone.adapt(data(index)))
+            assert gate.log == [("adapt", ["ann"])] * 6
+            versions = [outcome.version for outcome in outcomes if outcome.kept]
+            assert versions == list(range(versions[0], versions[0] + len(versions)))
+
+    run(test)
+
+
+def test_earlier_deadlines_go_first() -> None:
+    async def test() -> None:
+        async with serving(lanes=(1,)) as engine:
+            gate = Gate(engine)
+            first = await gate.hold(engine)
+            deadlines = {"none": None, "late": 25.0, "soon": 5.0, "later": 15.0}
+            tasks = [asyncio.create_task(engine.adapt(name, SUPPORT, deadline)) for name, deadline in deadlines.items()]
+            await tick()
+            gate.open()
+            await asyncio.gather(*tasks, first)
+            assert [names[0] for kind, names in gate.log if kind == "adapt"] == ["soon", "later", "late", "none"]
+
+    run(test)
+
+
+def test_a_tenant_with_many_requests_does_not_hold_up_the_others() -> None:
+    async def test() -> None:
+        async with serving(lanes=(1,)) as engine:
+            gate = Gate(engine)
+            first = await gate.hold(engine)
+            flood = [asyncio.create_task(engine.predict("flood", INPUTS)) for _ in range(20)]
+            await tick()
+            others = [asyncio.create_task(engine.predict(name, INPUTS)) for name in ("ann", "bob")]
+            await tick()
+            gate.open()
+            await asyncio.gather(*flood, *others, first)
+            order = [names[0] for kind, names in gate.log if kind == "predict" and names != [""]]
+            assert max(order.index("ann"), order.index("bob")) <= 3
+
+    run(test)
+
+
+def test_adaptations_and_predictions_take_turns() -> None:
+    async def test() -> None:
+        async with serving(lanes=(1,)) as engine:
+            gate = Gate(engine)
+            first = await gate.hold(engine)
+            tasks = [asyncio.create_task(engine.adapt(f"{index}", SUPPORT)) for index in range(8)]
+            tasks += [asyncio.create_task(engine.predict(f"p{index}", INPUTS)) for index in range(8)]
+            await tick()
+            gate.open()
+            await asyncio.gather(*tasks, first)
+            kinds = [kind for kind, _ in gate.log]
+            assert kinds[:16] == ["predict", "adapt"] * 8
+
+    run(test)
+
+
+def test_a_lone_request_is_not_delayed_and_a_batch_waits_for_as_many_as_before() -> None:
+    async def test() -> None:
+        async with serving(max_delay_s=5.0) as engine:  # within the time limit of the test only if nothing waits
+            for _ in range(3):
+                await engine.predict("ann", INPUTS)
+            gate = Gate(engine)
+            first = await gate.hold(engine)
+            tasks = [asyncio.create_task(engine.predict(f"{index}", INPUTS)) for index in range(3)]
+            await tick()
+            gate.open()
+            await asyncio.gather(*tasks, first)
+            gate.log.clear()
+            tasks = [asyncio.create_task(engine.predict(f"{index}", INPUTS)) for index in range(2)]
+            await asyncio.sleep(0.1)
+            assert gate.log == []
+            tasks += [asyncio.create_task(engine.predict(name, INPUTS)) for name in ("2", "3")]
+            await asyncio.gather(*tasks)
+            assert gate.log == [("predict", ["0", "1", "2", "3"])]
+            began = time.monotonic()
+            await engine.predict("ann", INPUTS, 0.05)  # which it does not miss by waiting
+            assert time.monotonic() - began < 4
+
+    run(test)
+
+
+def test_drain_answers_what_is_there_and_refuses_what_comes() -> None:
+    async def test() -> None:
+        async with serving() as engine:
+            gate = Gate(engine)
+            first = await gate.hold(engine)
+            tasks = [asyncio.create_task(engine.adapt("ann", data(index))) for index in range(3)]
+            await tick()
+            drained = asyncio.create_task(engine.drain())
+            await tick()
+            assert engine.stats().lifecycle is Lifecycle.DRAINING
+            with pytest.raises(NotServing, match="the engine is draining"):
+                await engine.predict("ann", INPUTS)
+            gate.open()
+            assert len([await task for task in tasks]) == 3
+            await drained
+            await first
+            with pytest.raises(NotServing, match="stopped"):
+                await engine.adapt("ann", SUPPORT)
+        assert not [thread for thread in threading.enumerate() if thread.name == "adaptrt-compute"]
+
+    run(test)
+
+
+# Stores
+
+
+class Faulty(Store):
+    """A store around another that can be down, can be slow, and counts what it is asked."""
+
+    def __init__(self, inner: Store) -> None:
+        self.inner = inner
+        self.is_down = False
+        self.counts = {"get": 0, "commit": 0}
+
+    def _ask(self, kind: str) -> None:
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        if self.is_down:
+            raise StoreUnavailable("down")
+
+    def get(self, tenant: str) -> Record | None:
+        self._ask("get")
+        return self.inner.get(tenant)
+
+    def commit(self, tenant: str, expected_version: int, record: Record) -> bool:
+        self._ask("commit")
+        return self.inner.commit(tenant, expected_version, record)
+
+    def delete(self, tenant: str) -> bool:
+        self._ask("delete")
+        return self.inner.delete(tenant)
+
+    def close(self) -> None:
+        self.inner.close()
+
+
+def no_pause(engine: Engine) -> None:
+    """Has the engine ask a store again that did not answer."""
+    engine._core._states._is_down_until = 0.0
+
+
+def test_states_outlive_the_engine(tmp_path: Path) -> None:
+    async def test() -> None:
+        versions = []
+        for _ in range(2):
+            store = SQLiteStore(tmp_path / "tenants.db", synchronous="normal")
+            async with serving(store=store, keep="finite") as engine:
+                for seed in range(2):
+                    versions.append((await engine.adapt("ann", data(seed))).version)
+            store.close()
+        assert versions == list(range(versions[0], versions[0] + 4))
+        alone = Alone(shared_unroll(), "finite")
+        for seed in (0, 1, 0, 1):
+            alone.adapt(data(seed))
+        store = SQLiteStore(tmp_path / "tenants.db")
+        async with serving(store=store) as engine:
+            torch.testing.assert_close(await engine.predict("ann", INPUTS), alone.predict(INPUTS))
+            assert await engine.forget("ann")
+            assert not await engine.forget("ann")
+            torch.testing.assert_close(await engine.predict("ann", INPUTS), Alone(shared_unroll()).predict(INPUTS))
+        assert store.get("ann") is None
+        store.close()
+
+    run(test)
+
+
+def test_known_tenants_are_not_read_again(tmp_path: Path) -> None:
+    async def test() -> None:
+        store = Faulty(SQLiteStore(tmp_path / "tenants.db", synchronous="normal"))
+        async with serving(store=store) as engine:
+            for _ in range(3):
+                await engine.adapt("ann", SUPPORT)
+                await engine.predict("ann", INPUTS)
+            assert store.counts == {"get": 1, "commit": 3}
+        store.close()
+
+    run(test)
+
+
+def test_while_the_store_is_down_predictions_go_on_and_nothing_acknowledged_is_lost(tmp_path: Path) -> None:
+    async def test() -> None:
+        store = Faulty(SQLiteStore(tmp_path / "tenants.db", synchronous="normal"))
+        async with serving(store=store) as engine:
+            outcome = await engine.adapt("ann", SUPPORT)
+            before = await engine.predict("ann", INPUTS)
+            store.is_down = True
+            for name in ("ann", "bob"):
+                with pytest.raises(StoreUnavailable):
+                    await engine.adapt(name, data(1))
+                with pytest.raises(StoreUnavailable):
+                    await engine.forget(name)
+            assert torch.equal(await engine.predict("ann", INPUTS), before)  # from memory
+            torch.testing.assert_close(await engine.predict("bob", INPUTS), Alone(shared_unroll()).predict(INPUTS))
+            assert (await engine.adapt_predict(SUPPORT, INPUTS)).kept
+            asked = dict(store.counts)
+            await engine.predict("bob", INPUTS)
+            assert store.counts == asked  # it is left alone for a while
+            store.is_down = False
+            no_pause(engine)
+            assert (await engine.adapt("ann", data(1))).version == outcome.version + 1
+        async with serving(store=store, unknown="error") as engine:
+            with pytest.raises(UnknownTenant, match="the tenant 'bob' has no state"):
+                await engine.predict("bob", INPUTS)
+            store.is_down = True
+            with pytest.raises(StoreUnavailable):
+                await engine.predict("bob", INPUTS)
+        store.close()
+
+    run(test)
+
+
+def test_two_engines_on_one_store_go_on_from_each_other(tmp_path: Path) -> None:
+    async def test() -> None:
+        alone = Alone(shared_unroll())
+        store = SQLiteStore(tmp_path / "tenants.db", synchronous="normal")
+        async with serving(store=store) as one, serving(store=store) as other:
+            for seed in range(6):
+                found = await (one, other)[seed % 2].adapt("ann", data(seed))
+                require_close(found.losses, alone.adapt(data(seed)))
+            assert other.stats().events["conflicts"] >= 1
+            await one.forget("ann")
+            found = await other.adapt("ann", data(7))  # not from the state that is forgotten
+            require_close(found.losses, Alone(shared_unroll()).adapt(data(7)))
+        store.close()
+
+    run(test)
+
+
+class Contended(Faulty):
+    """A store in which somebody else always has committed before."""
+
+    def commit(self, tenant: str, expected_version: int, record: Record) -> bool:
+        super()._ask("commit")
+        return False
+
+
+def test_endless_conflicts_end() -> None:
+    async def test() -> None:
+        store = Contended(MemoryStore(2**20))
+        async with serving(store=store, max_tries=3) as engine:
+            with pytest.raises(CommitConflict, match="3 times"):
+                await engine.adapt("ann", SUPPORT)
+            assert store.counts["commit"] == 3
+
+    run(test)
+
+
+@pytest.mark.parametrize("damage", ["other base", "damaged"])
+def test_states_of_another_base_are_refused_or_dropped(damage: str, tmp_path: Path) -> None:
+    def frozen(seed: int) -> CompiledUnroll:
+        torch.manual_seed(seed)
+        model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 2))
+        return adaptrt.compile_unroll(model, adaptrt.optim.sgd(lr=0.1), 1, loss=F.cross_entropy, params="1.*", backend="eager")
+
+    async def test() -> None:
+        store = SQLiteStore(tmp_path / "tenants.db", synchronous="normal")
+        async with serving(frozen(0), store=store) as engine:
+            await engine.adapt("ann", SUPPORT)
+        if damage == "damaged":
+            store._db.execute("UPDATE tenants SET record = zeroblob(100)")
+        unroll = frozen(1 if damage == "other base" else 0)
+        async with serving(unroll, store=store) as engine:
+            for call in (lambda: engine.adapt("ann", SUPPORT), lambda: engine.predict("ann", INPUTS)):
+                with pytest.raises(InvalidState, match=damage.replace("other", "another")):
+                    await call()
+        async with serving(unroll, store=store, other_base="drop") as engine:
+            torch.testing.assert_close(await engine.predict("ann", INPUTS), unroll.start()(INPUTS))
+            assert (await engine.adapt("ann", SUPPORT)).version > 0
+        store.close()
+
+    run(test)
+
+
+def test_a_state_that_cannot_be_read_can_be_forgotten(tmp_path: Path) -> None:
+    async def test() -> None:
+        store = SQLiteStore(tmp_path / "tenants.db", synchronous="normal")
+        assert store.commit("ann", 0, Record.of(1, b"no state"))
+        async with serving(store=store) as engine:
+            found = await asyncio.gather(engine.adapt("ann", SUPPORT), engine.forget("ann"), return_exceptions=True)
+            assert isinstance(found[0], InvalidState) and found[1] is True
+            assert (await engine.adapt("ann", SUPPORT)).version > 0
+        store.close()
+
+    run(test)
+
+
+def test_many_tenants_through_a_small_memory(tmp_path: Path) -> None:
+    async def test() -> None:
+        store = SQLiteStore(tmp_path / "tenants.db", synchronous="normal")
+        async with serving(store=store, cache_bytes=3000) as engine:
+            for seed in range(3):
+                await asyncio.gather(*[engine.adapt(f"{index}", data(seed + index)) for index in range(20)])
+            assert engine.stats().cached_bytes <= 3000
+            assert engine.stats().num_cached_tenants < 20
+            for index in range(20):
+                alone = Alone(shared_unroll())
+                for seed in range(3):
+                    alone.adapt(data(seed + index))
+                torch.testing.assert_close(await engine.predict(f"{index}", INPUTS), alone.predict(INPUTS))
+        store.close()
+
+    run(test)
+
+
+# Policies
+
+
+def fresh(losses: Sequence[float], seed: int) -> bool:
+    """Whether an adaptation to `data(seed)` with these losses started from the base."""
+    return losses[0] == pytest.approx(Alone(shared_unroll()).adapt(data(seed))[0], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ("continual", [True, False, False, False]),
+        ("episodic", [True, True, True, True]),
+        (("reset_after", 2), [True, False, True, False]),
+        (("max_age_s", 1000.0), [True, False, False, False]),
+        (("max_age_s", 0), [True, True, True, True]),
+        (lambda history: history.num_adaptations != 1, [True, True, True, True]),
+    ],
+)
+def test_policies(policy: Any, expected: list[bool]) -> None:
+    async def test() -> None:
+        async with serving(policy=policy, keep="finite") as engine:
+            found = [await engine.adapt("ann", data(seed)) for seed in range(4)]
+            assert [fresh(outcome.losses, seed) for seed, outcome in enumerate(found)] == expected
+            is_kept = policy != "episodic"
+            assert all((outcome.version > 0) is is_kept for outcome in found)
+            assert (engine._core._states.cache.get("ann") is not None) is is_kept
+
+    run(test)
+
+
+def test_a_policy_sees_the_history() -> None:
+    seen: list[History] = []
+
+    def policy(history: History) -> bool:
+        seen.append(history)
+        return True
+
+    async def test() -> None:
+        async with serving(policy=policy, keep="finite") as engine:
+            for seed in range(3):
+                await engine.adapt("ann", data(seed))
+            assert [history.num_adaptations for history in seen] == [1, 2]
+            assert 0 <= seen[1].idle_s <= seen[1].age_s < 60
+
+    run(test)
+
+
+def test_a_refused_adaptation_resets_where_that_is_the_policy() -> None:
+    async def test() -> None:
+        async with serving(policy="reset_on_guard") as engine:
+            assert (await engine.adapt("ann", SUPPORT)).version > 0
+            refused = await engine.adapt("ann", data(5, 1e30))
+            assert (refused.kept, refused.version) == (False, 0)
+            torch.testing.assert_close(await engine.predict("ann", INPUTS), Alone(shared_unroll()).predict(INPUTS))
+
+    run(test)
+
+
+# Exports, and code without an event loop
+
+
+@pytest.mark.parametrize("num_tasks", [None, 3])
+def test_an_export_serves(num_tasks: int | None, tmp_path: Path) -> None:
+    unroll = shared_unroll()
+    if num_tasks is None:
+        unroll.export(tmp_path / "program", SUPPORT, INPUTS, formats="torchscript")
+    else:
+        supports = SUPPORT[0].expand(num_tasks, -1, -1).clone(), SUPPORT[1].expand(num_tasks, -1).clone()
+        unroll.vmap().export(tmp_path / "program", supports, INPUTS.expand(num_tasks, -1, -1).clone(), formats="torchscript")
+
+    async def test() -> None:
+        async with Engine(tmp_path / "program", (SUPPORT, INPUTS), max_delay_s=0.02) as engine:
+            alone = [Alone(unroll) for _ in range(5)]
+            for round in range(2):
+                found = await asyncio.gather(*[engine.adapt(f"{index}", data(round + index)) for index in range(5)])
+                for index, outcome in enumerate(found):
+                    require_close(outcome.losses, alone[index].adapt(data(round + index)))
+            torch.testing.assert_close(await engine.predict("4", INPUTS), alone[4].predict(INPUTS))
+            assert max(engine.stats().lanes) == (num_tasks or 1)
+
+    run(test)
+    with pytest.raises(InvalidArgument, match="leave lanes= out"):
+        Engine(tmp_path / "program", (SUPPORT, INPUTS), lanes=(1, 7))
+
+
+def test_the_engine_without_an_event_loop() -> None:
+    made = Engine(shared_unroll(), (SUPPORT, INPUTS), lanes=(1, 4))
+    with pytest.raises(NotServing, match="not started"):
+        made.sync.adapt("ann", SUPPORT)
+    with made.sync as engine:
+        results: dict[int, Any] = {}
+
+        def of_thread(index: int) -> None:
+            results[index] = engine.adapt(f"{index}", data(index)), engine.predict(f"{index}", INPUTS)
+
+        threads = [threading.Thread(target=of_thread, args=(index,)) for index in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        for index, (outcome, outputs) in results.items():
+            alone = Alone(shared_unroll())
+            require_close(outcome.losses, alone.adapt(data(index)))
+            torch.testing.assert_close(outputs, alone.predict(INPUTS))
+        assert engine.forget("0")
+        assert engine.adapt_predict(SUPPORT, INPUTS).kept
+        with pytest.raises(DeadlineExceeded):
+            engine.adapt("ann", SUPPORT, 0.0)
+        with pytest.raises(NotServing, match="started already"):
+            engine.start()
+    with pytest.raises(NotServing):
+        engine.adapt("ann", SUPPORT)
+
+
+def test_another_event_loop_is_refused() -> None:
+    async def test() -> None:
+        async with serving() as engine:
+            assert (await asyncio.to_thread(engine.sync.adapt, "ann", SUPPORT)).kept
+            with pytest.raises(NotServing, match="another event loop"):
+                await asyncio.to_thread(asyncio.run, engine.adapt("ann", SUPPORT))
+            with pytest.raises(NotServing, match="this thread's event loop"):
+                engine.sync.adapt("ann", SUPPORT)
+
+    run(test)
+
+
+# What callers get
+
+
+def test_outputs_are_the_callers_own() -> None:
+    async def test() -> None:
+        async with serving() as engine:
+            gate = Gate(engine)
+            first = await gate.hold(engine)
+            tasks = [asyncio.create_task(engine.predict(f"{index}", INPUTS)) for index in range(3)]
+            await tick()
+            gate.open()
+            for outputs in await asyncio.gather(*tasks):
+                assert outputs.untyped_storage().nbytes() == outputs.numel() * 4  # nothing of other tenants
+                assert not outputs.is_inference() and not outputs.requires_grad
+            await first
+
+    run(test)
+
+
+def test_several_adaptations_in_one_call() -> None:
+    async def test() -> None:
+        async with serving(lanes=(4,), max_queue=5) as engine:
+            found = await engine.adapt_all([("ann", data(0)), ("bob", (X, Y + 5)), ("ann", data(1)), ("cyd", data(2))])
+            ann = Alone(shared_unroll())
+            assert isinstance(found[1], LabelOutOfRange)
+            for place, seed, alone in ((0, 0, ann), (2, 1, ann), (3, 2, Alone(shared_unroll()))):
+                outcome = found[place]
+                assert isinstance(outcome, Outcome)
+                require_close(outcome.losses, alone.adapt(data(seed)))
+            assert await engine.adapt_all([]) == []
+            for requests, error in (
+                ([("ann", data(0)), ("bob", (X,))], InvalidType),
+                ([(f"{index}", data(0)) for index in range(6)], Overloaded),
+                ("ann", InvalidType),
+            ):
+                with pytest.raises(error):
+                    await engine.adapt_all(requests)  # pyright: ignore[reportArgumentType]
+            assert engine.stats().num_open == 0
+            assert [type(each) for each in await engine.adapt_all([("ann", data(0))], 0.0)] == [DeadlineExceeded]
+
+    run(test)
+
+
+class Structured(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, scale: Tensor) -> dict[str, Any]:
+        return {"logits": self.layer(x) * scale[:, None], "parts": (x.sum(-1), [x])}
+
+
+def test_structured_inputs_and_outputs() -> None:
+    def loss(output: dict[str, Any], target: Tensor) -> Tensor:
+        return F.cross_entropy(output["logits"], target)
+
+    unroll = adaptrt.compile_unroll(Structured(), adaptrt.optim.sgd(lr=0.1), 1, loss=loss, backend="eager")
+    inputs = {"x": INPUTS, "scale": torch.ones(4)}
+    support = {"x": SUPPORT[0], "scale": torch.ones(6)}, SUPPORT[1]
+
+    async def test() -> None:
+        async with Engine(unroll, (support, inputs), lanes=(2,)) as engine:
+            await engine.adapt("ann", support)
+            few = {name: value[:3] for name, value in inputs.items()}
+            found = await engine.predict("ann", few)
+            expected = unroll.adapt(support)(few)
+            torch.testing.assert_close(found["logits"], expected["logits"].detach())
+            torch.testing.assert_close(found["parts"], (few["x"].sum(-1), [few["x"]]))
+            with pytest.raises(InvalidType, match="must be like the example"):
+                await engine.predict("ann", {"x": INPUTS})
+
+    run(test)
+
+
+BAD_REQUESTS: list[tuple[str, tuple[Any, ...], type[Exception], str]] = [
+    ("adapt", ("ann", X), InvalidType, "must be like the example"),
+    ("adapt", ("ann", (X,)), InvalidType, "must be like the example"),
+    ("adapt", ("ann", [X, Y]), InvalidType, "must be like the example"),
+    ("adapt", ("ann", (X, Y, torch.ones(6))), InvalidType, "must be like the example"),
+    ("adapt", ("ann", (X.numpy(), Y)), InvalidType, "must be like the example"),
+    ("adapt", ("ann", (X[:, :2], Y)), InvalidBatch, r"must have the shape \[examples, 3\], got \[6, 2\]"),
+    ("adapt", ("ann", (X[0], Y)), InvalidBatch, r"must have the shape \[examples, 3\], got \[3\]"),
+    ("adapt", ("ann", (X, Y[0])), InvalidBatch, r"must have the shape \[examples\], got \[\]"),
+    ("adapt", ("ann", (X, Y[:5])), InvalidBatch, "as many examples each, got 6, 5"),
+    ("adapt", ("ann", (X[:0], Y[:0])), ShapeChanged, "0 examples"),
+    ("adapt", ("ann", (X.double(), Y)), InvalidType, r"call .to\(torch.float32\)"),
+    ("adapt", ("ann", (X, Y.int())), InvalidType, r"call .to\(torch.int64\)"),
+    ("adapt", ("ann", (X.to("meta"), Y)), DeviceMismatch, "on meta"),
+    ("adapt", ("ann", (X, -Y - 7)), LabelOutOfRange, "label|class"),
+    ("adapt", ("", SUPPORT), InvalidArgument, "1 to 256 characters"),
+    ("adapt", ("a\nb", SUPPORT), InvalidArgument, "printable"),
+    ("adapt", (17, SUPPORT), InvalidType, "named by a string"),
+    ("adapt", ("ann", SUPPORT, -1.0), InvalidArgument, "not negative"),
+    ("adapt", ("ann", SUPPORT, float("nan")), InvalidArgument, "finite"),
+    ("adapt", ("ann", SUPPORT, "soon"), InvalidType, "number of seconds"),
+    ("adapt", ("ann", SUPPORT, 0.0), DeadlineExceeded, "adaptation"),
+    ("predict", ("ann", INPUTS.double()), InvalidType, "float32"),
+    ("predict", ("ann", torch.randn(9, 3)), ShapeChanged, "9 examples, and programs are warmed for 4"),
+    ("predict", ("ann", (INPUTS,)), InvalidType, "must be like the example"),
+    ("predict", (None, INPUTS), InvalidType, "named by a string"),
+    ("predict", ("ann", INPUTS, 0.0), DeadlineExceeded, "prediction"),
+    ("adapt_predict", (SUPPORT, INPUTS[0]), InvalidBatch, "query tensor 0"),
+    ("adapt_predict", (INPUTS, INPUTS), InvalidType, "support data"),
+    ("forget", ("x" * 300,), InvalidArgument, "got 300"),
+]
+
+
+def test_wrong_requests_are_refused_in_words() -> None:
+    async def test() -> None:
+        async with serving() as engine:
+            for method, args, error, words in BAD_REQUESTS:
+                with pytest.raises(error, match=words) as raised:
+                    await getattr(engine, method)(*args)
+                assert type(raised.value) is error, words
+            assert engine.stats().num_open == 0
+            assert (await engine.adapt("ann", SUPPORT)).kept
+
+    run(test)
+
+
+BAD_ENGINES: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"lanes": ()}, InvalidArgument, "lanes is empty"),
+    ({"lanes": (0, 1)}, InvalidArgument, "at least 1"),
+    ({"lanes": (1.5,)}, InvalidType, "ints"),
+    ({"lanes": 4}, InvalidType, "tuple of ints"),
+    ({"support_sizes": (-1,)}, InvalidArgument, "support_sizes"),
+    ({"query_sizes": ("4",)}, InvalidType, "query_sizes"),
+    ({"max_delay_s": -0.1}, InvalidArgument, "max_delay_s"),
+    ({"max_queue": 0}, InvalidArgument, "max_queue"),
+    ({"max_per_tenant": None}, InvalidType, "max_per_tenant"),
+    ({"keep": "worse"}, InvalidArgument, "keep must be"),
+    ({"keep": -1.0}, InvalidArgument, "more than 0"),
+    ({"store": "redis://"}, InvalidType, "must be a Store"),
+    ({"policy": "sometimes"}, InvalidArgument, "no policy 'sometimes'"),
+    ({"policy": ("reset_after", 0)}, InvalidArgument, "at least 1"),
+    ({"policy": ("reset_after", 1.5)}, InvalidArgument, "reset_after"),
+    ({"policy": 3}, InvalidType, "policy=3"),
+    ({"unknown": "maybe"}, InvalidArgument, "unknown must be"),
+    ({"other_base": "keep"}, InvalidArgument, "other_base must be"),
+    ({"max_tries": 0}, InvalidArgument, "max_tries"),
+]
+
+
+@pytest.mark.parametrize(("changes", "error", "words"), BAD_ENGINES)
+def test_wrong_engines_are_refused_in_words(changes: dict[str, Any], error: type[Exception], words: str) -> None:
+    async def test() -> None:
+        with pytest.raises(error, match=words):
+            async with serving(**changes):
+                raise AssertionError("it started")
+
+    run(test)
+
+
+@pytest.mark.parametrize(
+    ("target", "example", "error", "words"),
+    [
+        (make, (SUPPORT, INPUTS), InvalidType, "runs an unroll"),
+        (shared_unroll().vmap(), (SUPPORT, INPUTS), InvalidArgument, "before vmap"),
+        (make(per_step=True), (SUPPORT, INPUTS), InvalidArgument, "per_step"),
+        (shared_unroll(), SUPPORT[0], InvalidType, "example must be"),
+        (shared_unroll(), (X, INPUTS), InvalidType, "example must be"),
+        (shared_unroll(), (SUPPORT, "inputs"), InvalidType, "must hold tensors"),
+        (shared_unroll(), ((X, Y[:3]), INPUTS), InvalidBatch, "as many examples"),
+    ],
+)
+def test_wrong_targets_and_examples(target: Any, example: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        Engine(target, example)
+
+
+def test_an_engine_that_cannot_warm_up_says_why() -> None:
+    async def test() -> None:
+        engine = Engine(shared_unroll(), ((torch.randn(6, 4), Y), INPUTS), lanes=(1,))
+        with pytest.raises(adaptrt.errors.AdaptrtError):
+            await engine.start()
+        with pytest.raises(NotServing):
+            await engine.start()
+        with pytest.raises(NotServing):
+            await engine.forget("ann")
+
+    run(test)
+
+
+def test_a_change_that_a_store_refuses_reaches_its_caller() -> None:
+    async def test() -> None:
+        async with serving(store=MemoryStore(max_bytes=100)) as engine:
+            with pytest.raises(InvalidArgument, match="does not fit"):
+                await engine.adapt("ann", SUPPORT)
+            assert Change("ann", 0, Record.of(1, b"")).expected_version == 0
+
+    run(test)
