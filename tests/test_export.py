@@ -9,6 +9,7 @@ import subprocess
 import sys
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, cast
 
@@ -364,19 +365,22 @@ def test_wrong_calls(name: str, folder: Path) -> None:
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Exported:
     """A model of one tensor, whose second call is compared with the first, and which has been called in every way."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
-    unroll = compile_unroll(net, optim.adam(lr=0.1), K, loss=F.cross_entropy, backend="eager")
-    folder = unroll.export(tmp_path_factory.mktemp("plain") / "net", plain_data(), plain_data()[0], formats="torchscript")
+    folder = plain_unroll().export(tmp_path_factory.mktemp("plain") / "net", plain_data(), plain_data()[0], formats="torchscript")
     exported = adaptrt.load(folder)
     for _ in range(2):
         every_call(exported, plain_data(), plain_data()[0], exported.start())
     return exported
 
 
-def plain_data() -> tuple[Tensor, Tensor]:
-    generator = Generator().manual_seed(3)
+def plain_unroll() -> CompiledUnroll:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 3))
+    return compile_unroll(net, optim.adam(lr=0.1), K, loss=F.cross_entropy, backend="eager")
+
+
+def plain_data(seed: int = 3) -> tuple[Tensor, Tensor]:
+    generator = Generator().manual_seed(seed)
     return torch.randn(6, 4, generator=generator), torch.randint(3, (6,), generator=generator)
 
 
@@ -428,6 +432,50 @@ def test_a_call_behind_one_that_was_right(name: str, plain: Exported) -> None:
         for call in (lambda: plain.adapt(support, start=start), lambda: plain.adapt_predict(support, query, start=start)):
             with pytest.raises(error):
                 call()
+
+
+def test_calls_with_another_number_of_inputs(tmp_path: Path) -> None:
+    """Predictions with one input behind such with two."""
+
+    class Either(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor, more: Tensor | None = None) -> Tensor:
+            return self.body(x if more is None else x + more)
+
+    x, y = plain_data()
+    unroll = compile_unroll(Either(), optim.sgd(lr=0.1), 1, loss=F.cross_entropy, backend="eager")
+    exported = adaptrt.load(unroll.export(tmp_path / "net", [((x, x), y), (x, y)], [(x, x), (x,)], formats="torchscript"))
+    adapted, right = exported.adapt((x, y)), unroll.adapt((x, y)).detach()
+    for _ in range(2):
+        for inputs in ((x, x), (x,), (x, x + 1)):
+            assert_near({"outputs": adapted(*inputs)}, {"outputs": right(*inputs)}, torch.float32)
+            assert_near({"outputs": exported.predict(inputs)}, {"outputs": unroll.start()(*inputs).detach()}, torch.float32)
+
+
+@pytest.mark.slow
+def test_results_of_machine_code_are_their_own(tmp_path: Path) -> None:
+    """They stay as they are when the program runs again, here and in other threads, and when the thread that made them has ended."""
+    unroll = plain_unroll()
+    exported = adaptrt.load(unroll.export(tmp_path / "net", plain_data(), plain_data()[0], formats="pt2"))
+    query = plain_data()[0]
+
+    def users(seed: int) -> list[adaptrt.Adapted]:
+        return [exported.adapt(plain_data(seed + user)) for user in range(3)]
+
+    with ThreadPoolExecutor(3) as pool:
+        made = [user for part in pool.map(users, (0, 10, 20)) for user in part]
+    outputs, losses = exported.adapt_predict(plain_data(0), query)
+    right = [unroll.adapt(plain_data(start + user)).detach() for start in (0, 10, 20) for user in range(3)]
+    kept = exported.adapt(plain_data(30), start=made[0], keep=lambda old, new: torch.tensor(False))
+    exported.adapt_predict(plain_data(30), query)
+    for user, wanted in zip([*made, kept, *users(0)], [*right, right[0], *right[:3]], strict=True):
+        assert_near(user.state.named_tensors(), wanted.state.named_tensors(), torch.float32)
+        assert_near({"predicted": user(query)}, {"predicted": wanted(query)}, torch.float32)
+        assert_near({"losses": user.losses}, {"losses": wanted.losses if user is not kept else kept.losses}, torch.float32)
+    assert_near({"outputs": outputs, "losses": losses}, {"outputs": right[0](query), "losses": right[0].losses}, torch.float32)
 
 
 def test_tangents_are_refused(plain: Exported) -> None:

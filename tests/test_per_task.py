@@ -91,8 +91,9 @@ def test_numbers_and_gradients(adjoint: Adjoint, per_step: bool) -> None:
     check(adjoint, "eager", per_step)
 
 
-def test_numbers_and_gradients_compiled() -> None:
-    check(Stash(), "inductor")
+@pytest.mark.parametrize("adjoint", [Unrolled(), Stash()], ids=str)
+def test_numbers_and_gradients_compiled(adjoint: Adjoint) -> None:
+    check(adjoint, "inductor")
 
 
 @pytest.mark.parametrize("adjoint", [Unrolled(), Stash()], ids=str)

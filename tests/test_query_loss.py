@@ -76,7 +76,7 @@ def test_two_losses(case: str, adjoint: Adjoint, tasks: bool) -> None:
 
 
 def test_two_losses_compiled() -> None:
-    check("both", Replay(), True, "inductor")
+    check("both", Unrolled(), True, "inductor")
 
 
 def check(case: str, adjoint: Adjoint, tasks: bool, backend: str) -> None:

@@ -38,7 +38,8 @@ from adaptrt.errors import (
 )
 from adaptrt.serve import Change, Engine, History, Lifecycle, MemoryStore, Outcome, Record, SQLiteStore, Store, programs
 
-X, Y = SUPPORT = torch.randn(6, 3), torch.arange(6) % 2
+_DRAWN = torch.Generator().manual_seed(0)
+X, Y = SUPPORT = torch.randn(6, 3, generator=_DRAWN), torch.arange(6) % 2
 INPUTS = torch.randn(4, 3)
 
 
@@ -694,7 +695,7 @@ def test_states_outlive_the_engine(tmp_path: Path) -> None:
 def test_known_tenants_are_not_read_again(tmp_path: Path) -> None:
     async def test() -> None:
         store = Faulty(SQLiteStore(tmp_path / "tenants.db", synchronous="normal"))
-        async with serving(store=store) as engine:
+        async with serving(store=store, keep="finite") as engine:
             for _ in range(3):
                 await engine.adapt("ann", SUPPORT)
                 await engine.predict("ann", INPUTS)

@@ -69,8 +69,9 @@ def test_padded_tasks_are_as_tasks_of_their_own_size(adjoint: Adjoint) -> None:
     check_padding(adjoint, "eager")
 
 
-def test_padded_tasks_compiled() -> None:
-    check_padding(Stash(), "inductor")
+@pytest.mark.parametrize("adjoint", [Unrolled(), Stash()], ids=str)
+def test_padded_tasks_compiled(adjoint: Adjoint) -> None:
+    check_padding(adjoint, "inductor")
 
 
 def test_padded_tasks_one_after_another(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -56,7 +56,7 @@ def refuse_tangents(tensors: Sequence[Tensor]) -> None:
 
 
 def alike(tensors: Sequence[Tensor]) -> Callable[..., bool]:
-    """Returns a function that says whether other tensors, as many, are like these.
+    """Returns a function that says whether other tensors, as many, are like these. It must not be given more or fewer.
 
     They are if each has the class, dispatch keys, dtype, device, layout, sizes, strides and `requires_grad` of its example, and if
     arguments that are one object here are one object there, too. Dispatch keys say, for example, whether a view is a negated one. What the

@@ -20,7 +20,7 @@ class Recent(Generic[Found]):
     """
 
     def __init__(self) -> None:
-        self._entries: dict[Hashable, tuple[Hashable, Callable[..., bool], Found]] = {}
+        self._entries: dict[Hashable, tuple[Hashable, int, Callable[..., bool], Found]] = {}
 
     def find(self, kind: Hashable, structure: Hashable, tensors: Sequence[Tensor]) -> Found | None:
         """Returns what the last call of this kind found if it was like this one, else None.
@@ -31,8 +31,10 @@ class Recent(Generic[Found]):
           tensors: all tensors that it uses, in order.
         """
         entry = self._entries.get(kind)
-        return entry[2] if entry is not None and entry[0] == structure and entry[1](*tensors) else None
+        if entry is None or entry[0] != structure or entry[1] != len(tensors) or not entry[2](*tensors):
+            return None
+        return entry[3]
 
     def keep(self, kind: Hashable, structure: Hashable, tensors: Sequence[Tensor], found: Found) -> None:
         """Remembers what a call found, in the place of what the last one of its kind did."""
-        self._entries[kind] = structure, alike(tensors), found
+        self._entries[kind] = structure, len(tensors), alike(tensors), found

@@ -27,7 +27,10 @@ class Value(Generic[V]):
         if one is None:
             raise AttributeError(f"'{self._name}' is an attribute of adaptations, not of their class")
         held = one.__dict__
-        rows, place = held[Rows.KEY]
+        try:
+            rows, place = held[Rows.KEY]
+        except KeyError:
+            raise AttributeError(self._name) from None
         found = held[self._name] = rows.values(self._name)[place]
         return found
 

@@ -21,13 +21,13 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adaptrt.backend.base import COMPILING
+from adaptrt.backend.inductor import thread_buffers
 from adaptrt.backend.inductor.assumptions import assumptions_in_the_code
 from adaptrt.backend.inductor.compile import PASSES, WORKAROUNDS, keep_strides, register_operations, threads_for
 from adaptrt.backend.inductor.index_strides import quick_strides
 from adaptrt.backend.inductor.instructions import trusting_the_processor
 from adaptrt.backend.inductor.rewrites.products_by_onednn import products_by_onednn
 from adaptrt.backend.inductor.small_matmuls import small_matmuls_in_place_of_loops
-from adaptrt.backend.inductor.thread_buffers import buffers_of_threads
 from adaptrt.graph.forgetting import forgetting
 from adaptrt.graph.ir import Graph, autocast_off
 from adaptrt.graph.passes.base import apply, copy_module
@@ -63,7 +63,7 @@ def compile_ahead(graph: Graph, folder: str) -> Sequence[Any]:
             "cpp_wrapper": True,
             "aot_inductor.package": True,
             "aot_inductor.output_path": f"{folder}/",
-            "aot_inductor.allow_stack_allocation": True,
+            **thread_buffers.settings(),
         }
         if hasattr(config.aot_inductor, "enable_line_tables"):  # PyTorch >= 2.13: debug information, two thirds of a small program
             settings["aot_inductor.enable_line_tables"] = False
@@ -80,7 +80,7 @@ def compile_ahead(graph: Graph, folder: str) -> Sequence[Any]:
                 quick_strides(),
                 small_matmuls_in_place_of_loops(in_one_file=True),
                 assumptions_in_the_code(),
-                buffers_of_threads(),
+                thread_buffers.buffers_of_threads(),
             ):
                 stack.enter_context(context)
             stack.enter_context(V.set_aot_compilation(True))

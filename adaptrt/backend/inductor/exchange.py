@@ -177,7 +177,7 @@ _ARRAYS = f"{_INDUCTOR}.codegen.cpp_wrapper_cpu_array_ref"
 THREAD_BUFFERS = Entry(
     "buffers of threads",
     "A thread keeps the small buffers of an exported program between calls (`thread_buffers.py`).",
-    "they are made in every call, or are on the stack if they are very small: a call of a small model takes longer",
+    "they are made in every call: a call of a small model takes longer",
     exchanged=(
         Target(
             _ARRAYS,
@@ -185,6 +185,7 @@ THREAD_BUFFERS = Entry(
             ("self", "name", "device", "dtype", "shape", "stride", "buffer_if_can_stack_allocate", "is_pinned"),
         ),
         Target(_ARRAYS, "CppWrapperCpuArrayRef.memory_plan_reuse", ("self",)),
+        Target(_ARRAYS, "CppWrapperCpuArrayRef.generate_return", ("self", "output_refs")),
     ),
     needed=(Target(_ARRAYS, "MAX_STACK_ALLOCATION_SIZE"),),
 )

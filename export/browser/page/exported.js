@@ -161,11 +161,19 @@ export function readWeights(bytes) {
   const begin = 8 + Number(view.getBigUint64(0, true));
   if (begin > bytes.length) throw wrong();
   const found = {};
-  for (const [name, entry] of Object.entries(JSON.parse(new TextDecoder().decode(bytes.subarray(8, begin))))) {
+  let entries;
+  try {
+    entries = Object.entries(JSON.parse(new TextDecoder().decode(bytes.subarray(8, begin))));
+  } catch {
+    throw wrong();
+  }
+  for (const [name, entry] of entries) {
     if (name === "__metadata__") continue;
-    const Kind = ARRAYS[SAFETENSORS[entry.dtype]];
-    const [first, last] = entry.data_offsets;
-    if (!Kind || first < 0 || begin + last > bytes.length || (last - first) % Kind.BYTES_PER_ELEMENT) throw wrong();
+    const Kind = ARRAYS[SAFETENSORS[entry?.dtype]];
+    const [first, last] = Array.isArray(entry?.data_offsets) ? entry.data_offsets : [];
+    const whole = [first, last].every(Number.isSafeInteger) && 0 <= first && first <= last && begin + last <= bytes.length;
+    if (!Kind || !whole || !Array.isArray(entry.shape)) throw wrong();
+    if (last - first !== entry.shape.reduce((product, size) => product * size, Kind.BYTES_PER_ELEMENT)) throw wrong();
     // A copy, because the numbers need not lie at a multiple of their size in the file.
     found[name] = new Kind(bytes.slice(begin + first, begin + last).buffer);
   }

@@ -160,6 +160,10 @@ export class Pad {
   #key(event) {
     if (event.altKey || (event.ctrlKey && event.key !== "z") || event.metaKey) return;
     const arrow = ARROWS[event.key];
+    if (this.#pointer !== null || (event.repeat && [" ", "Enter"].includes(event.key))) {
+      event.preventDefault(); // a key that is held is pressed once, and a pointer draws alone
+      return;
+    }
     if (arrow) {
       const step = event.shiftKey ? SMALL_STEP : STEP;
       this.#pen = this.#pen.map((part, axis) => Math.min(Math.max(part + arrow[axis] * step, 0), 1));

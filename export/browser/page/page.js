@@ -213,6 +213,8 @@ async function recogniseNow() {
     return;
   }
   const probabilities = await recogniser.recognise(image);
+  if (!probabilities.every(Number.isFinite)) throw new WrongInput("The network has lost its numbers. Draw other examples, and adapt again.");
+  $("error").hidden = true;
   showConfidence(probabilities);
   if (!finished) return; // a screen reader is told when a stroke is finished
   const best = Math.max(...probabilities);

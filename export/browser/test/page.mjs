@@ -233,7 +233,6 @@ const scenarios = {
     const refused = await page.evaluate(async () => {
       const ways = {
         fetch: () => fetch("http://127.0.0.1:9/"),
-        beacon: () => (navigator.sendBeacon("http://127.0.0.1:9/", "x") ? Promise.resolve() : Promise.reject(new Error("refused"))),
         image: () =>
           new Promise((resolve, reject) => {
             Object.assign(new Image(), { onload: resolve, onerror: reject, src: "http://127.0.0.1:9/x.png" });

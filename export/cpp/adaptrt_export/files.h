@@ -111,7 +111,11 @@ class File {
     }
     size_ = static_cast<uint64_t>(found.st_size);
     identity_ = {static_cast<int64_t>(found.st_dev), static_cast<int64_t>(found.st_ino), static_cast<int64_t>(found.st_size),
+#ifdef __APPLE__
+                 found.st_mtimespec.tv_sec, found.st_mtimespec.tv_nsec, found.st_ctimespec.tv_sec, found.st_ctimespec.tv_nsec};
+#else
                  found.st_mtim.tv_sec, found.st_mtim.tv_nsec, found.st_ctim.tv_sec, found.st_ctim.tv_nsec};
+#endif
   }
   File(const File&) = delete;
   File& operator=(const File&) = delete;
@@ -119,7 +123,7 @@ class File {
 
   uint64_t size() const { return size_; }
 
-  // Which file it is, and when it was last changed: equal as long as nothing writes to it and no other takes its place.
+  // Which file it is, and when it was last changed. It differs after a change, but for one within the same tick of the file system's clock.
   using Identity = std::array<int64_t, 7>;
   Identity identity() const { return identity_; }
 
