@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+import zipfile
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -164,6 +165,8 @@ def test_machine_code(tmp_path: Path) -> None:
     path = unroll.export(tmp_path / "net", support, query, formats=("pt2", "exported_program"))
     exported = adaptrt.load(path)
     assert exported.format == "pt2"
+    with zipfile.ZipFile(path / "programs.pt2") as package:
+        assert {package.read(name) for name in package.namelist() if name.endswith(".cpp")} == {b"// left out\n"}
     check(unroll, exported, support, query)
     # A weight in another memory layout, which the package itself would not notice.
     turned = exported.start(params={"head.weight": unroll._settings.model.head.weight.detach().T.contiguous().T})  # type: ignore[union-attr]

@@ -14,6 +14,7 @@ import contextlib
 import os
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -91,11 +92,14 @@ def compile_ahead(graph: Graph, folder: str) -> Sequence[Any]:
 def package(path: str | os.PathLike[str], files: Mapping[str, Sequence[Any]]) -> None:
     """Puts the files of several programs, by name, into one package.
 
-    Their sources are left out: nothing reads them, and they name folders of the machine that compiled them.
+    What their sources hold is left out: nothing reads it, and it names folders of the machine that compiled them. Their names stay, because
+    the loader of PyTorch 2.11 finds the other files by them.
     """
     from torch._inductor.package.package import package_aoti
 
-    package_aoti(os.fspath(path), {name: [file for file in own if not str(file).endswith(".cpp")] for name, own in files.items()})
+    for file in [file for own in files.values() for file in own if str(file).endswith(".cpp")]:
+        Path(file).write_text("// left out\n")
+    package_aoti(os.fspath(path), {name: list(own) for name, own in files.items()})
 
 
 def load_package(path: str | os.PathLike[str], name: str) -> Callable[[list[Tensor]], list[Tensor]]:
