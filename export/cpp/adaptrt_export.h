@@ -271,7 +271,7 @@ class Export {
     if (format_ == "pt2") {
       const FileEntry& wanted = manifest_.files.at(name);
       if (File(folder_ / name, false).identity() != wanted.checked) check_file(folder_, name, wanted);  // it has been changed since
-      auto loader = std::make_shared<torch::inductor::AOTIModelPackageLoader>((folder_ / name).string(), program.name);
+      auto loader = std::make_shared<torch::inductor::AOTIModelPackageLoader>((folder_ / name).string(), "program-" + program.name + "-");
       made->run = [loader](std::vector<at::Tensor> values) { return loader->boxed_run(std::move(values)); };
     } else {
       std::string content;

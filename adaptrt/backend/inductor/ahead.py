@@ -99,10 +99,15 @@ def package(path: str | os.PathLike[str], files: Mapping[str, Sequence[Any]]) ->
 
     for file in [file for own in files.values() for file in own if str(file).endswith(".cpp")]:
         Path(file).write_text("// left out\n")
-    package_aoti(os.fspath(path), {name: list(own) for name, own in files.items()})
+    package_aoti(os.fspath(path), {_in_package(name): list(own) for name, own in files.items()})
 
 
 def load_package(path: str | os.PathLike[str], name: str) -> Callable[[list[Tensor]], list[Tensor]]:
     """Loads a program of a package, and so runs code of its maker's. The caller checks that its inputs are what it was compiled for."""
-    loader = torch._C._aoti.AOTIModelPackageLoader(os.fspath(path), name, False, 1, -1)  # pyright: ignore
+    loader = torch._C._aoti.AOTIModelPackageLoader(os.fspath(path), _in_package(name), False, 1, -1)  # pyright: ignore
     return loader.boxed_run
+
+
+def _in_package(name: str) -> str:
+    """The name of a program in a package. None is part of another: PyTorch 2.11 would take "adapt_predict" for "adapt"."""
+    return f"program-{name}-"
