@@ -59,6 +59,10 @@ class CommitConflict(AdaptrtError, RuntimeError):
     """Another process committed for the same tenant meanwhile, again and again. Nothing was committed."""
 
 
+class TooManyTenants(AdaptrtError, RuntimeError):
+    """A tenant without a state adapted, and the engine keeps as many states as it may. Nothing was committed."""
+
+
 class UnknownTenant(AdaptrtError, LookupError):
     """There is no state of this tenant, and the engine was made with `unknown="error"`."""
 

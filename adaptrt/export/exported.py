@@ -202,6 +202,26 @@ class Exported:
         state = self._base.replace(params=params, opt_state=opt_state, buffers=buffers)
         return Adapted(self._predictor, state, self._no_losses(), self._fixed)
 
+    def example(self) -> tuple[Any, Any]:
+        """Returns `(support, inputs)` of zeros, one task of the first shapes that were exported; without weights of examples."""
+        (batch,), (inputs,) = (self._zeros(kind) for kind in ("adapt", "predict"))
+        support = (batch.inputs,) if batch.target is None else (batch.inputs, batch.target)
+        return support, inputs[0] if isinstance(inputs, tuple) and len(inputs) == 1 else inputs
+
+    def num_examples(self, kind: str) -> tuple[int, ...]:
+        """Returns the numbers of examples that programs of a kind, such as "adapt" or "predict", were exported for."""
+        lead = 0 if self.manifest.num_tasks is None else 1
+        of_kind = [entry for entry in self.manifest.programs if entry.kind == kind]
+        first = [next(found.spec for found in entry.inputs if found.role == "data") for entry in of_kind]
+        return tuple(sorted({spec.shape[lead] for spec in first}))
+
+    def _zeros(self, kind: str) -> list[Any]:
+        entry = next(entry for entry in self.manifest.programs if entry.kind == kind)
+        lead = 0 if self.manifest.num_tasks is None else 1
+        specs = [found.spec for found in entry.inputs if found.role == "data"]
+        values = [torch.zeros(spec.shape[lead:], dtype=spec.dtype) for spec in specs]
+        return tree.unflatten(trees.from_json({"list": list(entry.data)}), values)
+
     @entry_point
     def load(self, source: Source, *, fingerprint: Mapping[str, str] | None = None) -> Adapted:
         """Reads the state of a user, which `Adapted.save` wrote here or where the unroll is, as `CompiledUnroll.load` does."""

@@ -4,6 +4,7 @@ from adaptrt.serve.core import Lifecycle, Stats
 from adaptrt.serve.engine import Engine
 from adaptrt.serve.policies import History
 from adaptrt.serve.records import Record
+from adaptrt.serve.sizes import SizesTaken
 from adaptrt.serve.stores import Change, MemoryStore, RedisStore, SQLiteStore, Store
 from adaptrt.serve.sync import Sync
 from adaptrt.serve.work import Outcome, Prediction
@@ -19,6 +20,7 @@ __all__ = [
     "Record",
     "RedisStore",
     "SQLiteStore",
+    "SizesTaken",
     "Stats",
     "Store",
     "Sync",

@@ -6,7 +6,7 @@ import secrets
 from collections import Counter
 from collections.abc import Callable, Sequence
 
-from adaptrt.errors import CommitConflict
+from adaptrt.errors import CommitConflict, TooManyTenants
 from adaptrt.serve.lanes import Lane
 from adaptrt.serve.policies import Policy
 from adaptrt.serve.queue import WorkQueue, expired
@@ -24,6 +24,7 @@ class Commits:
       states: of tenants.
       policy: what is kept and forgotten.
       max_tries: how often an adaptation is computed if others commit meanwhile.
+      max_tenants: how many tenants the store may have, None without limit.
       events: counts.
       answer: hands answers to callers; called with the lock held.
       on_store_thread: has a function called on the thread that may block for the store.
@@ -35,6 +36,7 @@ class Commits:
         states: States,
         policy: Policy,
         max_tries: int,
+        max_tenants: int | None,
         events: Counter[str],
         answer: Callable[[list[Answer]], None],
         on_store_thread: Callable[..., None],
@@ -44,6 +46,7 @@ class Commits:
         self._states = states
         self._policy = policy
         self._max_tries = max_tries
+        self._max_tenants = max_tenants
         self._events = events
         self._answer = answer
         self._on_store_thread = on_store_thread
@@ -94,6 +97,9 @@ class Commits:
         error: Exception | None = None
         committed: Sequence[bool] = ()
         try:
+            if self._max_tenants is not None and not all([change.expected_version for change in changes]):
+                kept, changes, refused = self._within_bound(kept, changes)
+                answers += refused
             committed = self._states.commit(changes) if changes else ()
         except Exception as raised:
             error = raised
@@ -112,11 +118,27 @@ class Commits:
         for work, tenant in conflicts:
             self._try_again(work, tenant)
 
+    def _within_bound(
+        self, kept: list[tuple[Work, Lane, Tenant]], changes: list[Change]
+    ) -> tuple[list[tuple[Work, Lane, Tenant]], list[Change], list[Answer]]:
+        """Takes out adaptations of new tenants for whom there is no room, and returns what these are answered."""
+        assert self._max_tenants is not None
+        room = self._max_tenants - self._states.num_tenants()
+        stay: list[int] = []
+        refused: list[Answer] = []
+        for index, change in enumerate(changes):
+            if change.expected_version == 0 and room <= 0:
+                refused.append(Answer(kept[index][0], None, _too_many(self._max_tenants)))
+                continue
+            room -= change.expected_version == 0
+            stay.append(index)
+        return [kept[index] for index in stay], [changes[index] for index in stay], refused
+
     def _record(self, tenant: Tenant, lane: Lane, now: Stamp) -> Record:
         version = tenant.version + 1 if tenant.version else 1 + secrets.randbelow(2**31)
         before = lane.before
         num_adaptations, created = (1, now) if before is None else (before.num_adaptations + 1, before.created)
-        return Record(version, lane.row, self._states.num_bytes, num_adaptations, created, now, lane.shared)
+        return Record(version, lane.row, self._states.num_bytes, num_adaptations, created, now, lane.shared, self._states.save)
 
     def _try_again(self, work: Work, tenant: Tenant) -> None:
         """Has an adaptation computed from what another engine has committed meanwhile."""
@@ -155,3 +177,7 @@ class Commits:
     def _outcome(self, work: Work, lane: Lane) -> Outcome:
         version = 0 if work.tenant is None else work.tenant.version
         return Outcome(lane.kept, lane.losses, version, self._queue.clock() - work.began)
+
+
+def _too_many(bound: int) -> TooManyTenants:
+    return TooManyTenants(f"{bound} tenants have a state here, which is the bound (max_tenants); have others forgotten first")

@@ -76,16 +76,17 @@ class Core:
       lanes: computes batches.
       policy: what is kept and forgotten.
       max_tries: how often an adaptation is computed if others commit meanwhile.
+      max_tenants: how many tenants the store may have, None without limit.
     """
 
-    def __init__(self, queue: WorkQueue, states: States, lanes: Lanes, policy: Policy, max_tries: int) -> None:
+    def __init__(self, queue: WorkQueue, states: States, lanes: Lanes, policy: Policy, max_tries: int, max_tenants: int | None) -> None:
         self.lifecycle = Lifecycle.NEW
         self._events: Counter[str] = Counter()
         self._queue = queue
         self._lock = queue.lock
         self._states = states
         self._lanes = lanes
-        self._commits = Commits(queue, states, policy, max_tries, self._events, self._answer, self._on_store_thread)
+        self._commits = Commits(queue, states, policy, max_tries, max_tenants, self._events, self._answer, self._on_store_thread)
         self._tenants: dict[str, Tenant] = {}
         self._num_open = 0
         self._sizes_of_batches: Counter[int] = Counter()

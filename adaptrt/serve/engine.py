@@ -15,7 +15,7 @@ from adaptrt.serve.policies import policy_of
 from adaptrt.serve.programs import Keep, programs_of, rows_depend_on_each_other
 from adaptrt.serve.queue import WorkQueue
 from adaptrt.serve.records import checked_tenant
-from adaptrt.serve.sizes import Sizes, positive_ints
+from adaptrt.serve.sizes import Sizes, SizesTaken, positive_ints
 from adaptrt.serve.states import States
 from adaptrt.serve.stores import MemoryStore, Store
 from adaptrt.serve.sync import Sync
@@ -50,6 +50,8 @@ class Engine:
       other_base: a stored state that is damaged or was adapted from another base: "error" refuses it, "drop" forgets it.
       cache_bytes: bounds the states in memory, in front of a store that is not in memory itself.
       max_tries: how often an adaptation is computed if others commit for the same tenant meanwhile, in other engines on the same store.
+      max_tenants: how many tenants may have a state; another one's first adaptation raises `TooManyTenants`. Engines that share a store
+        can be a few beyond it together. None for no bound but that of the store.
       clock: what deadlines are compared with, in seconds.
     Raises:
       InvalidType, InvalidArgument: an argument is not as above.
@@ -85,6 +87,7 @@ class Engine:
         other_base: str = "error",
         cache_bytes: int = 2**28,
         max_tries: int = 4,
+        max_tenants: int | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         if not isinstance(example, tuple) or len(example) != 2 or not isinstance(example[0], tuple):
@@ -97,6 +100,11 @@ class Engine:
         _one_of("other_base", other_base, ("error", "drop"))
         if store is not None and not isinstance(store, Store):
             raise InvalidType(f"store must be a Store, such as MemoryStore or SQLiteStore, got {type(store).__name__}")
+        store = MemoryStore(2**30) if store is None else store
+        if max_tenants is not None:
+            positive_ints("max_tenants", (max_tenants,))
+            if store.num_tenants() is None:
+                raise InvalidArgument(f"max_tenants cannot be held, as {type(store).__name__} does not tell how many tenants it has")
         chosen = policy_of(policy)
         num_sizes = max(len(set(support_sizes)), len(set(query_sizes)), 1)
         self._programs = programs_of(target, of_lanes, num_sizes, keep)
@@ -105,9 +113,9 @@ class Engine:
         self._queries = Sizes("query", example[1], query_sizes, False, False)
         self._clock = clock
         queue = WorkQueue(self._programs.lanes[-1], max_delay_s, max_queue, max_per_tenant, clock)
-        states = States(MemoryStore(2**30) if store is None else store, self._programs, cache_bytes, other_base == "drop")
+        states = States(store, self._programs, cache_bytes, other_base == "drop")
         compute = Lanes(self._programs, self._supports, self._queries, chosen, unknown == "error")
-        self._core = Core(queue, states, compute, chosen, max_tries)
+        self._core = Core(queue, states, compute, chosen, max_tries, max_tenants)
         self.sync = Sync(self)
 
     async def __aenter__(self) -> Engine:
@@ -140,6 +148,7 @@ class Engine:
           DeadlineExceeded: the deadline passed before it began, or before the commit.
           Overloaded: the queue is full.
           StoreUnavailable: the store does not answer. Unless the answer to the commit itself was lost, the state is as it was.
+          TooManyTenants: the tenant has no state, and `max_tenants` others have.
           CommitConflict: other engines committed for the tenant again and again.
           InvalidState: the tenant's state is damaged or of another base; `forget` it.
           NotServing: the engine is not started, is draining, or belongs to another event loop.
@@ -207,6 +216,31 @@ class Engine:
     def stats(self) -> Stats:
         """Returns counts since the start. It may be called from any thread."""
         return self._core.stats(self._programs.num_programs() if self._core.lifecycle is not Lifecycle.NEW else 0)
+
+    @property
+    def k(self) -> int:
+        """The number of inner steps."""
+        return self._programs.k
+
+    @property
+    def num_state_bytes(self) -> int:
+        """Bytes of one tenant's state in memory."""
+        return self._programs.num_bytes
+
+    @property
+    def fingerprint(self) -> dict[str, str]:
+        """Digests of the base: of what does not adapt, and of what adaptations start from. Saved states carry it."""
+        return dict(self._programs.fingerprint)
+
+    @property
+    def support_sizes(self) -> SizesTaken:
+        """Which numbers of support examples it takes."""
+        return self._supports.taken
+
+    @property
+    def query_sizes(self) -> SizesTaken:
+        """Which numbers of query examples it takes; what is known once the engine has started."""
+        return self._queries.taken
 
     @property
     def loop(self) -> asyncio.AbstractEventLoop | None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import abc
+import hashlib
 import io
 import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from adaptrt import Adapted, CompiledUnroll, Exported, load, stack
@@ -27,7 +29,7 @@ class Programs(abc.ABC):
       lanes: numbers of tasks that there are programs for, in ascending order.
       base: the adaptation of no steps, of one task.
       weighted: whether support data ends with weights of examples.
-      fingerprint: of the base, for saved states.
+      fingerprint: of the base, for saved states: of what does not adapt, and of what adaptations start from.
       num_bytes: of one task's state.
     """
 
@@ -59,6 +61,11 @@ class Programs(abc.ABC):
     @abc.abstractmethod
     def num_programs(self) -> int:
         """Returns how many programs there are."""
+
+    @property
+    def k(self) -> int:
+        """The number of inner steps."""
+        return self._target.k
 
     @property
     def num_bytes(self) -> int:
@@ -102,7 +109,7 @@ class OfUnroll(Programs):
         self._target = self._many = unroll.vmap(cache_size=len(lanes) * num_sizes, on_new_shape="error")
         with torch.inference_mode():
             self.base = self._many.start()
-        self.fingerprint = self._many.fingerprint()
+        self.fingerprint = _fingerprint(unroll.fingerprint(), self.base)
 
     def warm(self, support: Any, inputs: Any, lanes: int) -> None:
         """As `Programs.warm`."""
@@ -139,7 +146,7 @@ class OfExport(Programs):
         self._target = self._exported = exported
         with torch.inference_mode():
             self.base = exported.start()
-        self.fingerprint = exported.fingerprint()
+        self.fingerprint = _fingerprint(exported.fingerprint(), self.base)
 
     def warm(self, support: Any, inputs: Any, lanes: int) -> None:
         """Runs the programs once, which opens them."""
@@ -229,6 +236,12 @@ def rows_depend_on_each_other(programs: Programs, queries: Sizes) -> bool:
     if not found[0] or any([leaf.dim() < 2 or leaf.shape[1] != size for leaf in found[0]]):
         return True
     return not all([torch.equal(one[:, 0], two[:, 0]) for one, two in zip(*found, strict=True)])
+
+
+def _fingerprint(of_rest: dict[str, str], base: Adapted) -> dict[str, str]:
+    """Returns the fingerprint of a base. A state that was adapted from other weights would fit, but is none of this model."""
+    tensors = {name: value.detach().cpu().contiguous().clone() for name, value in base.state.named_tensors().items()}
+    return {**of_rest, "what adaptations start from": hashlib.sha256(save(tensors)).hexdigest()}
 
 
 def _results(batch: Adapted) -> tuple[list[Adapted], list[bool], list[list[float]]]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import secrets
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,6 +113,7 @@ class Record:
       created: when the first of these was committed.
       updated: when this was committed.
       shared: the memory that an adaptation is a row of; None if its memory is its own.
+      save: of an adaptation, turns it into bytes with the fingerprint of its base. An engine takes adaptations of its own base as they are.
     """
 
     version: int
@@ -121,6 +123,7 @@ class Record:
     created: Stamp
     updated: Stamp
     shared: Shared | None = None
+    save: Callable[[Adapted], bytes] | None = None
 
     @staticmethod
     def of(version: int, state: bytes, now: Stamp | None = None) -> Record:

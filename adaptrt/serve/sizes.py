@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +12,18 @@ from adaptrt.errors import DeviceMismatch, InvalidArgument, InvalidBatch, Invali
 from adaptrt.serve import trees
 
 _MAX_KNOWN = 256
+
+
+class SizesTaken(NamedTuple):
+    """Numbers of examples that an engine takes.
+
+    Attributes:
+      sizes: that programs are compiled for, in ascending order.
+      pads: whether smaller numbers are taken, too, and filled up to one of these.
+    """
+
+    sizes: tuple[int, ...]
+    pads: bool
 
 
 class Sizes:
@@ -41,6 +53,11 @@ class Sizes:
         self._is_float = [leaf.is_floating_point() for leaf in found]
         num_examples = _length(name, found)
         self.sizes = positive_ints(f"{name}_sizes", sizes) if len(sizes) else (num_examples,)
+
+    @property
+    def taken(self) -> SizesTaken:
+        """Which numbers of examples are taken."""
+        return SizesTaken(self.sizes, self.pads)
 
     def fit(self, data: Any) -> tuple[int, int]:
         """Returns the number of examples that a request has, and the size that it gets.

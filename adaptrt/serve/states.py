@@ -32,12 +32,14 @@ class States:
       is_local: whether the store keeps adaptations in this process, so that nothing blocks.
       cache: states in memory; the store itself if it is local.
       num_bytes: of one state.
+      save: as `Record.save`.
     """
 
     def __init__(self, store: Store, programs: Programs, cache_bytes: int, drops: bool) -> None:
         self.is_local = store.holds_live
         self.cache = store if isinstance(store, MemoryStore) else MemoryStore(cache_bytes, store.ttl_s)
         self.num_bytes = programs.num_bytes
+        self.save = programs.save
         self._store = store
         self._programs = programs
         self._drops = drops
@@ -48,7 +50,7 @@ class States:
         record = self.cache.get(tenant)
         if record is None:
             return None, not self.is_local
-        return (record, False) if isinstance(record.state, Adapted) else (None, True)
+        return (record, False) if isinstance(record.state, Adapted) and record.save is self.save else (None, True)
 
     def load(self, tenant: str) -> Record | None:
         """Reads the record of a tenant, with an adaptation as its state.
@@ -58,20 +60,33 @@ class States:
           InvalidState: the state is damaged or of another base, and is not to be dropped.
         """
         try:
-            record = self._ask(lambda: self._store.get(tenant))
-            if record is None:
+            found = self._ask(lambda: self._store.get(tenant))
+            if found is None:
                 self.cache.delete(tenant)
                 return None
-            if isinstance(record.state, bytes):
-                row = self._programs.load(record.state)
-                record = dataclasses.replace(record, state=row, num_bytes=self.num_bytes, shared=None)
+            record = self._of_this_base(found)
         except InvalidState:
             if not self._drops:
                 raise
             self.forget(tenant)
             return None
-        self.cache.put_all([(tenant, record)])
+        if not self.is_local:
+            self.cache.put_all([(tenant, record)])
+        elif record is not found:
+            self.cache.replace(tenant, found, record)
         return record
+
+    def _of_this_base(self, record: Record) -> Record:
+        """Returns the record with an adaptation of these programs as its state. Raises InvalidState if it is of another base."""
+        state = record.state
+        if isinstance(state, Adapted):
+            if record.save is self.save:
+                return record
+            if record.save is None:
+                raise InvalidState("the store holds an adaptation, and does not know of which base; forget the tenant")
+            state = record.save(state)  # by another engine on the same store
+        row = self._programs.load(state)
+        return dataclasses.replace(record, state=row, num_bytes=self.num_bytes, shared=None, save=self.save)
 
     def commit(self, changes: Sequence[Change]) -> list[bool]:
         """Commits records that have adaptations as their states. Returns for each whether it has; if not, the tenant is to be loaded again.
@@ -87,6 +102,14 @@ class States:
         self.cache.put_all([(change.tenant, change.record) for change, ok in zip(changes, found, strict=True) if ok])
         return found
 
+    def num_tenants(self) -> int:
+        """Returns how many tenants have a record.
+
+        Raises:
+          StoreUnavailable: the store does not answer.
+        """
+        return self._ask(self._store.num_tenants) or 0
+
     def forget(self, tenant: str) -> bool:
         """Deletes a tenant's record. Returns whether there was one.
 
@@ -99,7 +122,7 @@ class States:
 
     def _as_bytes(self, record: Record) -> Record:
         assert isinstance(record.state, Adapted)
-        return dataclasses.replace(record, state=self._programs.save(record.state), shared=None)
+        return dataclasses.replace(record, state=self._programs.save(record.state), shared=None, save=None)
 
     def _ask(self, call: Callable[[], Result]) -> Result:
         if time.monotonic() < self._is_down_until:

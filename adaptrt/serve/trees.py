@@ -36,6 +36,20 @@ def map_leaves(fn: Callable[..., Tensor], value: Any, *others: Any) -> Any:
     return value
 
 
+def paths(value: Any) -> list[tuple[Any, ...]]:
+    """Returns for each tensor the indices, keys and names of fields that lead to it, in the order of `leaves`."""
+    if isinstance(value, Tensor):
+        return [()]
+    if isinstance(value, Mapping):
+        steps = list(value)
+    elif isinstance(value, tuple | list):
+        steps = list(range(len(value)))
+    else:
+        is_tree = dataclasses.is_dataclass(value) and not isinstance(value, type)
+        steps = [field.name for field in dataclasses.fields(value)] if is_tree else []
+    return [(step, *rest) for step, part in zip(steps, _parts(value), strict=True) for rest in paths(part)]
+
+
 def form(value: Any) -> Any:
     """Returns what two trees of the same structure have in common; other values than tensors count, too."""
     if isinstance(value, Tensor):

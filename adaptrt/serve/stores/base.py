@@ -64,6 +64,10 @@ class Store(abc.ABC):
     def delete(self, tenant: str) -> bool:
         """Forgets a tenant. Returns whether there was a record."""
 
+    def num_tenants(self) -> int | None:
+        """Returns how many tenants have a record, None if the store cannot tell."""
+        return None
+
     @abc.abstractmethod
     def close(self) -> None:
         """Closes connections and files. No method may be called afterwards."""

@@ -100,6 +100,12 @@ class MemoryStore(Store):
                 self._put(tenant, record)
             self._share_or_copy([record for _, record in records])
 
+    def replace(self, tenant: str, known: Record, record: Record) -> None:
+        """Keeps a record in the place of the one known, if that is still there."""
+        with self._lock:
+            if self._records.get(tenant) is known:
+                self._put(tenant, record)
+
     def _put(self, tenant: str, record: Record) -> None:
         if record.num_bytes > self.max_bytes:
             raise InvalidArgument(f"a state of {record.num_bytes:,} bytes does not fit into max_bytes={self.max_bytes:,}; raise it")
@@ -133,6 +139,14 @@ class MemoryStore(Store):
                 self._pins.pop(tenant, None)
             if self._num_bytes > self.max_bytes:
                 self._evict(None)
+
+    def num_tenants(self) -> int:
+        """As `Store.num_tenants`."""
+        with self._lock:
+            if self.ttl_s is not None:
+                for tenant in list(self._records):
+                    self._alive(tenant)
+            return len(self._records)
 
     def close(self) -> None:
         """Forgets all records."""

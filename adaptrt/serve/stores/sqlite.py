@@ -137,6 +137,12 @@ class SQLiteStore(Store):
         with self._lock, self._errors():
             return self._db.execute("DELETE FROM tenants WHERE key = ?", (key,)).rowcount > 0
 
+    def num_tenants(self) -> int:
+        """As `Store.num_tenants`."""
+        with self._lock, self._errors():
+            self._purge()
+            return self._db.execute("SELECT count(*) FROM tenants").fetchone()[0]
+
     def close(self) -> None:
         """Closes the file."""
         with self._lock:
