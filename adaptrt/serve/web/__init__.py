@@ -13,10 +13,12 @@ except ImportError as error:
 
 from adaptrt.serve.web.app import Application, Limits
 from adaptrt.serve.web.model import Built, Served, Stage
-from adaptrt.serve.web.principals import Principal, Principals, Tokens, add_key, read_keys
+from adaptrt.serve.web.principals import OPERATOR, TENANT, Principal, Principals, Tokens, add_key, read_keys
 from adaptrt.serve.web.server import Server, Settings, log_to_stderr
 
 __all__ = [
+    "OPERATOR",
+    "TENANT",
     "Application",
     "Built",
     "Limits",

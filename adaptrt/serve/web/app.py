@@ -15,7 +15,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from opentelemetry import trace
@@ -34,7 +34,7 @@ from adaptrt.serve.web.errors import HTTPError, Invalid
 from adaptrt.serve.web.model import KEPT, LOSSES, OUTPUT, Ready, Served, Stage
 from adaptrt.serve.web.names import named
 from adaptrt.serve.web.openapi import describe
-from adaptrt.serve.web.principals import OPERATOR, Principal, Principals
+from adaptrt.serve.web.principals import OPERATOR, TENANT, Principal, Principals
 from adaptrt.serve.web.telemetry import LOG, TRACER, Telemetry, context_of
 
 Scope = MutableMapping[str, Any]
@@ -91,6 +91,13 @@ class Call:
     headers: dict[str, str]
 
 
+class Asked(NamedTuple):
+    """What a request asks of an engine: tensors, and after how many seconds the answer is not wanted any more."""
+
+    request: protocol.Request
+    deadline_s: float
+
+
 class Application:
     """The ASGI application of one model.
 
@@ -100,7 +107,8 @@ class Application:
       limits: what they may ask for.
       page: whether there is a page at `/`.
       open_health: whether health is told without a key, as probes of an orchestrator ask.
-      failed: called if the model cannot be started.
+      ready: called when the model is ready.
+      failed: called if it cannot be started.
     """
 
     def __init__(
@@ -111,6 +119,7 @@ class Application:
         *,
         page: bool = False,
         open_health: bool = False,
+        ready: Callable[[], object] = lambda: None,
         failed: Callable[[BaseException], None] = lambda error: None,
     ) -> None:
         self.served = served
@@ -118,6 +127,7 @@ class Application:
         self.telemetry = Telemetry(served)
         self._limits = limits or Limits()
         self._open = _HEALTH if open_health else ()
+        self._is_started = ready
         self._failed = failed
         self._adaptations: Counter[str] = Counter()
         model, version = "/v2/models/{model}", "/versions/{version}"
@@ -188,7 +198,7 @@ class Application:
             if path in self._open and "authorization" not in headers:
                 principal = Principal("", "")
             else:
-                principal = self.principals.of(headers.get("authorization"), basic=path in self._page_paths and scope["method"] == "GET")
+                principal = self.principals.of(headers, basic=path in self._page_paths and scope["method"] == "GET")
         except HTTPError as error:
             await _error(error.status, error.message, error.headers)(scope, receive, send)
             return
@@ -199,7 +209,7 @@ class Application:
         async def answer(http: HTTPRequest) -> Response:
             principal, headers = http.scope["adaptrt"]
             http.scope["adaptrt.route"] = _name(endpoint)
-            if endpoint in self._of_operators and principal.role != OPERATOR:
+            if endpoint in self._of_operators and principal.role == TENANT:
                 raise HTTPError(403, "this is for operators; use a key of one")
             if endpoint in self._of_tenants and principal.role == OPERATOR:
                 raise HTTPError(403, "operators have no state; use a tenant's key")
@@ -240,6 +250,7 @@ class Application:
     async def _start(self) -> None:
         try:
             await self.served.start()
+            self._is_started()
         except BaseException as error:
             self._failed(error)
             raise
@@ -258,17 +269,22 @@ class Application:
         return JSONResponse({"ready": is_ready, "stage": self.served.stage}, 200 if is_ready else 503)
 
     async def _model(self, call: Call) -> Response:
-        return JSONResponse(self._ready(call).metadata(self.served.name, EXTENSIONS))
+        return JSONResponse(_of_version(call, self.served.ready()).metadata(self.served.name, EXTENSIONS))
 
     async def _model_is_ready(self, call: Call) -> Response:
-        return JSONResponse({"name": self.served.name, "ready": True, "version": self._ready(call).version})
+        return JSONResponse({"name": self.served.name, "ready": True, "version": _of_version(call, self.served.ready()).version})
 
     async def _infer(self, call: Call) -> Response:
-        ready, request, deadline_s = await self._request(call)
-        engine, tensors = ready.engine, request.inputs
+        body = await self._body(call)
+        async with self.served.use() as ready:
+            return await self._inferred(call, ready, self._decoded(call, ready, body))
+
+    async def _inferred(self, call: Call, ready: Ready, asked: Asked) -> Response:
+        engine, request, deadline_s = ready.engine, asked.request, asked.deadline_s
+        tensors = request.inputs
         has_support, has_query = ready.support.is_in(tensors), ready.query.is_in(tensors)
         if has_support and not has_query:
-            return await self._adapted(call, ready, request, deadline_s)
+            return await self._adapted(call, ready, asked)
         inputs = ready.query.build(tensors, engine.query_sizes)
         if not has_support:
             outputs = await self._unless_gone(call, engine.predict(call.principal.name, inputs, deadline_s))
@@ -280,20 +296,23 @@ class Application:
         return self._response(ready, request, tensors, {"took_ms": round(1e3 * found.took_s, 3)})
 
     async def _adapt(self, call: Call) -> Response:
-        ready, request, deadline_s = await self._request(call)
-        if ready.query.is_in(request.inputs):
-            raise Invalid(f"adapt takes support tensors alone, {', '.join(ready.support.names)}; send the query to infer")
-        return await self._adapted(call, ready, request, deadline_s)
+        body = await self._body(call)
+        async with self.served.use() as ready:
+            asked = self._decoded(call, ready, body)
+            if ready.query.is_in(asked.request.inputs):
+                raise Invalid(f"adapt takes support tensors alone, {', '.join(ready.support.names)}; send the query to infer")
+            return await self._adapted(call, ready, asked)
 
-    async def _adapted(self, call: Call, ready: Ready, request: protocol.Request, deadline_s: float) -> Response:
-        support = ready.support.build(request.inputs, ready.engine.support_sizes)
+    async def _adapted(self, call: Call, ready: Ready, asked: Asked) -> Response:
+        support = ready.support.build(asked.request.inputs, ready.engine.support_sizes)
         with self._adapting(call.principal):
-            outcome = await self._unless_gone(call, ready.engine.adapt(call.principal.name, support, deadline_s))
+            outcome = await self._unless_gone(call, ready.engine.adapt(call.principal.name, support, asked.deadline_s))
         parameters = {"state_version": outcome.version, "took_ms": round(1e3 * outcome.took_s, 3)}
-        return self._response(ready, request, _of_adaptation(outcome.losses, outcome.kept), parameters)
+        return self._response(ready, asked.request, _of_adaptation(outcome.losses, outcome.kept), parameters)
 
     async def _forget(self, call: Call) -> Response:
-        was_there = await self.served.ready().engine.forget(call.principal.name)
+        async with self.served.use() as ready:
+            was_there = await ready.engine.forget(call.principal.name)
         return JSONResponse({"model_name": self.served.name, "forgotten": was_there})
 
     async def _load(self, call: Call) -> Response:
@@ -320,27 +339,22 @@ class Application:
         del call
         return JSONResponse({"model": self.served.name, **self.telemetry.summary()})
 
-    def _ready(self, call: Call) -> Ready:
-        """Returns the engine that serves. Raises HTTPError if the address names another version."""
-        ready = self.served.ready()
-        wanted = call.http.path_params.get("version")
-        if wanted is not None and wanted != ready.version:
-            raise HTTPError(404, f"there is no such version; this server has {ready.version!r}")
-        return ready
+    async def _body(self, call: Call) -> bytearray:
+        max_bytes = self._max_body_bytes(self.served.ready())
+        return await bodies.read(call.http.receive, call.headers, max_bytes, self._limits.body_timeout_s)
 
-    async def _request(self, call: Call) -> tuple[Ready, protocol.Request, float]:
-        """Reads a request with tensors. Returns the engine to ask, the request, and after how many seconds it is not wanted any more."""
-        ready = self._ready(call)
-        body = await bodies.read(call.http.receive, call.headers, self._max_body_bytes(ready), self._limits.body_timeout_s)
+    def _decoded(self, call: Call, ready: Ready, body: bytearray) -> Asked:
+        """Reads what a request with tensors asks of an engine."""
+        _of_version(call, ready)
         request = protocol.decode(body, call.headers.get(protocol.HEADER_LENGTH.lower()))
-        names = {*ready.support.names, *ready.query.names}
+        names = [*ready.support.names, *ready.query.names]
         for name in request.inputs:
             if name not in names:
-                raise Invalid(f"there is no input {name!r}, only {', '.join([*ready.support.names, *ready.query.names])}")
+                raise Invalid(f"there is no input {name!r}, only {', '.join(names)}")
         k = ready.engine.k
         if request.parameters.get("steps", k) != k:
             raise Invalid(f"this model makes {k} steps; leave the parameter steps out")
-        return ready, request, self._deadline_s(request.parameters.get("timeout"))
+        return Asked(request, self._deadline_s(request.parameters.get("timeout")))
 
     def _deadline_s(self, timeout_us: Any) -> float:
         if timeout_us is None or timeout_us == 0:
@@ -395,6 +409,14 @@ class Application:
         if header_length is None:
             return Response(body, media_type="application/json")
         return Response(body, media_type="application/octet-stream", headers={protocol.HEADER_LENGTH: str(header_length)})
+
+
+def _of_version(call: Call, ready: Ready) -> Ready:
+    """Returns the engine. Raises HTTPError if the address names another version."""
+    wanted = call.http.path_params.get("version")
+    if wanted is not None and wanted != ready.version:
+        raise HTTPError(404, f"there is no such version; this server has {ready.version!r}")
+    return ready
 
 
 async def _until_gone(receive: bodies.Receive) -> None:

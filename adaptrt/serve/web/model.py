@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import enum
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -101,6 +102,11 @@ class Served:
         self._max_steps = max_steps
         self._ready: Ready | None = None
         self._loading = asyncio.Lock()
+        self._num_uses = 0
+        self._may_use = asyncio.Event()
+        self._is_unused = asyncio.Event()
+        self._may_use.set()
+        self._is_unused.set()
         self._past_events: Counter[str] = Counter()
         self._past_lanes: Counter[int] = Counter()
 
@@ -116,7 +122,10 @@ class Served:
                 self.stage = Stage.READY
 
     async def load(self) -> str:
-        """Builds and warms another engine beside the one that serves, and then serves with it; the old one answers what it has accepted.
+        """Builds and warms another engine beside the one that serves, and then serves with it.
+
+        Requests that come at that moment wait until the old engine has answered those before them. So each is answered by one version, and
+        what the old one has committed is there for the new one.
 
         Returns:
           The new version.
@@ -129,8 +138,15 @@ class Served:
             raise HTTPError(409, "the model is being loaded already; wait for that")
         async with self._loading:
             made = await self._made()
-            old = self.ready()
-            self._ready = made  # requests that came before keep the engine that they have
+            self._may_use.clear()
+            try:
+                await self._is_unused.wait()
+                old, self._ready = self.ready(), made
+            except BaseException:
+                await made.engine.drain()
+                raise
+            finally:
+                self._may_use.set()
             await self._retire(old)
             return made.version
 
@@ -140,6 +156,24 @@ class Served:
         async with self._loading:
             if self._ready is not None:
                 await self._ready.engine.drain()
+
+    @contextlib.asynccontextmanager
+    async def use(self) -> AsyncIterator[Ready]:
+        """Gives a request the engine that serves; it stays until the request has ended.
+
+        Raises:
+          HTTPError: 503 if there is none.
+        """
+        await self._may_use.wait()
+        ready = self.ready()
+        self._num_uses += 1
+        self._is_unused.clear()
+        try:
+            yield ready
+        finally:
+            self._num_uses -= 1
+            if not self._num_uses:
+                self._is_unused.set()
 
     def ready(self) -> Ready:
         """Returns the engine that serves. Raises HTTPError 503 if there is none."""

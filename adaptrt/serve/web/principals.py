@@ -10,6 +10,7 @@ import os
 import re
 import secrets
 import stat
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +18,7 @@ from adaptrt.errors import InvalidArgument
 from adaptrt.serve.records import MAX_NAME, checked_tenant
 from adaptrt.serve.web.errors import HTTPError
 
-TENANT, OPERATOR = "tenant", "operator"
+TENANT, OPERATOR, ANYONE = "tenant", "operator", "anyone"
 ROLES = (TENANT, OPERATOR)
 ALGORITHMS = ("HS256", "HS384", "HS512", "RS256", "ES256", "EdDSA")
 _KEY_BYTES = 32
@@ -25,6 +26,7 @@ _HEX = re.compile(r"[0-9a-f]{64}")
 _CHALLENGE = {"WWW-Authenticate": 'Bearer realm="adaptrt"'}
 _CHALLENGE_PAGE = {"WWW-Authenticate": 'Basic realm="adaptrt", charset="UTF-8"'}
 _MAX_CREDENTIALS = 8192
+_LOCAL = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?")
 
 
 class Principal(NamedTuple):
@@ -32,7 +34,8 @@ class Principal(NamedTuple):
 
     Attributes:
       name: of the tenant.
-      role: "tenant" adapts and predicts; "operator" reads metrics and the page, and loads models.
+      role: "tenant" adapts and predicts; "operator" reads metrics and the page, and loads models; "anyone" does both, where no keys are
+        asked for.
     """
 
     name: str
@@ -60,30 +63,33 @@ class Principals:
     Args:
       keys: by the SHA-256 of the key, as hexadecimal digits, whose it is.
       tokens: how tokens are checked, None to accept none.
-      anyone: who sends requests without a key; None refuses them.
+      asks: whether a key or token is asked for. If not, all who send requests to this machine are one tenant, and pages of other
+        origins are refused.
     Raises:
       InvalidArgument: tokens cannot be checked.
     """
 
-    def __init__(self, keys: dict[str, Principal], tokens: Tokens | None = None, anyone: Principal | None = None) -> None:
+    def __init__(self, keys: dict[str, Principal], tokens: Tokens | None = None, *, asks: bool = True) -> None:
         self._secret = secrets.token_bytes(32)
         self._keys = {self._place(digest): (digest, principal) for digest, principal in keys.items()}
-        self._anyone = anyone
+        self._asks = asks
         self._tokens = tokens
         self._decode = None if tokens is None else _decoder(tokens)
 
-    def of(self, authorization: str | None, *, basic: bool = False) -> Principal:
-        """Returns who sends a request with this Authorization header.
+    def of(self, headers: Mapping[str, str], *, basic: bool = False) -> Principal:
+        """Returns who sends a request.
 
         Args:
-          authorization: the header, None if there is none.
+          headers: of the request, names in lower case.
           basic: whether the key may also come as the password of Basic authentication, as browsers send it.
         Raises:
-          HTTPError: 401.
+          HTTPError: 401 without a valid key or token; 403 if none is asked for, and a page of another origin asks.
         """
+        if not self._asks:
+            _require_this_machine(headers)
+            return Principal("anyone", ANYONE)
+        authorization = headers.get("authorization")
         if authorization is None:
-            if self._anyone is not None:
-                return self._anyone
             raise HTTPError(401, "send a key: 'Authorization: Bearer KEY'", _CHALLENGE_PAGE if basic else _CHALLENGE)
         scheme, _, value = authorization.partition(" ")
         value = value.strip()
@@ -151,6 +157,14 @@ def add_key(path: str | os.PathLike[str], name: str, role: str = TENANT) -> str:
     finally:
         os.close(file)
     return key
+
+
+def _require_this_machine(headers: Mapping[str, str]) -> None:
+    """Refuses what a page of another origin makes a browser send, also if its name leads to this machine."""
+    host = headers.get("host", "")
+    origin = headers.get("origin")
+    if not _LOCAL.fullmatch(host) or (origin is not None and origin != f"http://{host}"):
+        raise HTTPError(403, "without keys only this machine may ask, and no page of another origin; start the server with keys")
 
 
 def _password(value: str) -> str | None:

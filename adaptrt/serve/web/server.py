@@ -16,11 +16,8 @@ import uvicorn
 from adaptrt.errors import AdaptrtError, InvalidArgument
 from adaptrt.serve.web.app import Application, Limits
 from adaptrt.serve.web.model import Built, Served, Stage
-from adaptrt.serve.web.principals import TENANT, Principal, Principals, Tokens, read_keys
+from adaptrt.serve.web.principals import Principals, Tokens, read_keys
 from adaptrt.serve.web.telemetry import LOG, JSONLines
-
-ANYONE = Principal("anyone", TENANT)
-"""Who sends requests where no keys are asked for: all are one tenant."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -53,6 +50,12 @@ class Settings:
     max_connections: int = 1024
     drain_s: int = 30
 
+    @property
+    def url(self) -> str:
+        """Where the server is."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"http://{host}:{self.port}"
+
 
 class Server(uvicorn.Server):
     """Serves a model until it is told to end, by `SIGTERM`, `SIGINT` or `stop`.
@@ -60,16 +63,23 @@ class Server(uvicorn.Server):
     Args:
       build: makes an engine; called again for each new version.
       settings: how to serve.
+      ready: called when the model is.
     Raises:
       InvalidArgument: without keys or tokens it would listen to other machines, or the keys cannot be read.
     """
 
-    def __init__(self, build: Callable[[], Built], settings: Settings) -> None:
+    def __init__(self, build: Callable[[], Built], settings: Settings, ready: Callable[[], object] = lambda: None) -> None:
         self.settings = settings
         self.failure: BaseException | None = None
         self.served = Served(settings.name, build, max_state_bytes=settings.max_state_bytes, max_steps=settings.max_steps)
         self.app = Application(
-            self.served, _principals(settings), settings.limits, page=settings.page, open_health=settings.open_health, failed=self._failed
+            self.served,
+            _principals(settings),
+            settings.limits,
+            page=settings.page,
+            open_health=settings.open_health,
+            ready=ready,
+            failed=self._failed,
         )
         config = uvicorn.Config(
             self.app,
@@ -147,7 +157,7 @@ def _principals(settings: Settings) -> Principals:
             raise InvalidArgument(
                 f"without keys anyone who reaches {settings.host} could read and change states; pass --keys, or listen on 127.0.0.1"
             )
-        return Principals({}, anyone=ANYONE)
+        return Principals({}, asks=False)
     return Principals({} if settings.keys is None else read_keys(settings.keys), settings.tokens)
 
 

@@ -1,4 +1,4 @@
-"""The command line: `adaptrt demo`, `adaptrt inspect module:factory` and `adaptrt export module:factory`.
+"""The command line: `adaptrt demo`, `inspect module:factory`, `export module:factory`, `serve` and `key`.
 
 After a wrong input, the command prints one line on standard error and ends with exit code 2. After Ctrl-C, it prints one line and ends with
 exit code 130. Neither prints a traceback.
@@ -6,20 +6,15 @@ exit code 130. Neither prints a traceback.
 
 from __future__ import annotations
 
-import contextlib
 import enum
-import importlib
-import os
-import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated
 
 import typer
 
-from adaptrt.errors import AdaptrtError
-from adaptrt.runtime.unroll import CompiledUnroll
+from adaptrt.cli.serve import key, serve
+from adaptrt.cli.targets import build, fail, one_line_errors
 
 app = typer.Typer(
     help="A model, an optimiser and a number of steps, compiled into one differentiable program.",
@@ -27,9 +22,6 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-
-USAGE_ERROR = 2
-INTERRUPTED = 130
 
 
 class BackendChoice(enum.StrEnum):
@@ -52,8 +44,8 @@ def demo(
 ) -> None:
     """Meta-train a few-shot classifier of real handwriting, and adapt it to classes it has never seen."""
     if not out.absolute().parent.is_dir():
-        _fail(f"--out {out}: the folder {out.absolute().parent} does not exist")
-    with _one_line_errors():
+        fail(f"--out {out}: the folder {out.absolute().parent} does not exist")
+    with one_line_errors():
         # Imported here because scikit-learn and matplotlib come with an extra, which `inspect` does not need.
         from adaptrt.demo.run import run
 
@@ -67,8 +59,8 @@ def inspect(
     ],
 ) -> None:
     """Print the graphs, the signatures and the explanation of a compiled unroll."""
-    with _one_line_errors():
-        unroll, support, query = _build(target)
+    with one_line_errors():
+        unroll, support, query = build(target)
         unroll.warmup(support, query)
         for name, graph in unroll.graphs().items():
             typer.echo(f"{name}: {graph}\n\nsignature of {name}\n{graph.signature}\n")
@@ -97,10 +89,10 @@ def export(
 ) -> None:
     """Write the whole adaptation as files, which run without Python or without PyTorch."""
     names = [choice.value for choice in formats]
-    with _one_line_errors():
-        unroll, support, query = _build(target)
+    with one_line_errors():
+        unroll, support, query = build(target)
         if query is None:
-            _fail(f"{target}() must return (unroll, support, query) for export: the programs are for these shapes")
+            fail(f"{target}() must return (unroll, support, query) for export: the programs are for these shapes")
         inputs = query[0] if isinstance(query, tuple | list) else query
         if check:
             unroll.check_export(support, inputs, formats=names)
@@ -116,64 +108,5 @@ def export(
         typer.echo(f"{time.perf_counter() - began:6.1f} s  wrote {folder}, {size / 1e6:.1f} MB")
 
 
-def _build(target: str) -> tuple[CompiledUnroll, Any, Any]:
-    """Calls the user's factory.
-
-    Returns:
-      The unroll, the support batch and the query batch, which is None if the factory returns none.
-    """
-    factory = _find(target)
-    try:
-        built: object = factory()
-    except AdaptrtError:
-        raise
-    except Exception as error:
-        _fail(f"{target}() raised {type(error).__name__}: {_first_line(error)}")
-    if not isinstance(built, tuple) or len(built) not in (2, 3) or not isinstance(built[0], CompiledUnroll):
-        got = f"a tuple of {', '.join(type(part).__name__ for part in built)}" if isinstance(built, tuple) else type(built).__name__
-        _fail(f"{target}() must return (unroll, support, query) or (unroll, support), unroll from adaptrt.compile_unroll; got {got}")
-    return built[0], built[1], built[2] if len(built) == 3 else None
-
-
-def _find(target: str) -> Callable[[], object]:
-    module_name, colon, path = target.partition(":")
-    if not (module_name and colon and path):
-        _fail(f"{target!r} is not of the form module:factory, for example examples.sine:build")
-    # The user's module is most often in the working directory, which is not on the path of a console script.
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not f"{module_name}.".startswith(f"{error.name}."):
-            _fail(f"importing {module_name} failed: {_first_line(error)}")
-        _fail(f"there is no module {module_name} here: run from the folder that holds it, or install it")
-    except Exception as error:
-        _fail(f"importing {module_name} raised {type(error).__name__}: {_first_line(error)}")
-    for part in path.split("."):
-        if not hasattr(found, part):
-            _fail(f"{module_name} has no {path}")
-        found = getattr(found, part)
-    if not callable(found):
-        _fail(f"{target} is not callable: expected a function without arguments, got {type(found).__name__}")
-    return found
-
-
-@contextlib.contextmanager
-def _one_line_errors() -> Iterator[None]:
-    try:
-        yield
-    except AdaptrtError as error:
-        _fail(f"{type(error).__name__}: {error}")
-    except KeyboardInterrupt:
-        typer.echo("adaptrt: interrupted; nothing was left running", err=True)
-        raise typer.Exit(INTERRUPTED) from None
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or ["(no message)"])[0]
-
-
-def _fail(message: str) -> NoReturn:
-    typer.echo(f"adaptrt: {message}", err=True)
-    raise typer.Exit(USAGE_ERROR)
+app.command()(serve)
+app.command()(key)
