@@ -11,13 +11,15 @@ DEMO_ARGS ?=
 BENCH_ARGS ?=
 MODELS_ARGS ?=
 BROWSER_ARGS ?=
+SERVE_ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo browser test test-slow covering models bench bench-quick check format clean
+.PHONY: help demo browser serve test test-slow covering models bench bench-quick check format clean
 
 help:
 	@echo "make demo    meta-train and adapt on real handwriting, about 2 minutes (DEMO_ARGS='--minutes 1' for less)"
 	@echo "make browser meta-train for a page that adapts in the browser, and serve it, 6 minutes (BROWSER_ARGS='--minutes 1' for less)"
+	@echo "make serve   serve the demo's classifier over HTTP, and print requests to try; the first time 4 minutes (SERVE_ARGS='--port 8001')"
 	@echo "make test    run the tests that take seconds each (PYTEST_ARGS='-k name' for some); test-slow: the others"
 	@echo "make covering a few numbers of every kind under python -OO and -W error, half a minute"
 	@echo "make models  adapt small models of well-known packages, which it installs (2 GB), and compare (MODELS_ARGS='--only peft' for some)"
@@ -30,6 +32,9 @@ demo: $(VENV)/.demo
 	$(BIN)/adaptrt demo $(DEMO_ARGS)
 
 # What was trained before is served at once.
+serve: $(VENV)/.demo $(VENV)/.serve
+	$(BIN)/python -m adaptrt.demo.serve $(SERVE_ARGS)
+
 browser: $(VENV)/.browser export/browser/node_modules/.package-lock.json
 	$(BIN)/python -m export.browser $(BROWSER_ARGS)
 
