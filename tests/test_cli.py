@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -138,3 +139,47 @@ def test_export_checks_without_writing(invoke: Invoke, tmp_path: Path) -> None:
     result = invoke("export", "adaptrt_test_factories:support_only", "--out", "net")
     assert result.exit_code == 2 and "must return (unroll, support, query) for export" in result.output
     assert sorted(tmp_path.iterdir()) == before
+
+
+def test_key_prints_a_key_and_keeps_its_hash(invoke: Invoke, tmp_path: Path) -> None:
+    keys = [invoke("key", "ann").stdout.strip(), invoke("key", "bob", "--operator", "--file", "keys").stdout.strip()]
+    file = tmp_path / "keys"
+    lines = [line.split() for line in file.read_text().splitlines()]
+    assert lines == [
+        [name, role, hashlib.sha256(key.encode()).hexdigest()]
+        for name, role, key in zip(["ann", "bob"], ["tenant", "operator"], keys, strict=True)
+    ]
+    assert file.stat().st_mode & 0o777 == 0o600 and len(set(keys)) == 2 and min(map(len, keys)) >= 43
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["key", "two words"], "no spaces"),
+        (["key", ""], "1 to 256 characters"),
+        (["key", "ann", "--file", "nowhere/keys"], "cannot be written"),
+        (["serve", "adaptrt_test_factories:support_only"], "must return (unroll, support, query)"),
+        (["serve", "adaptrt_test_factories:number"], "must return (unroll, support, query)"),
+        (["serve", "nowhere"], "has no manifest.json"),
+        (["serve", "adaptrt_test_factories:both", "--production"], "asks for --keys or --jwt-key"),
+        (["serve", "adaptrt_test_factories:both", "--host", "0.0.0.0"], "without keys anyone"),
+        (["serve", "adaptrt_test_factories:both", "--keys", "nowhere"], "cannot be read"),
+        (["serve", "adaptrt_test_factories:both", "--keys", "adaptrt_test_factories.py"], "line 2"),
+        (["serve", "adaptrt_test_factories:both", "--jwt-key", "adaptrt_test_broken.py", "--jwt-algorithm", "none"], "no algorithm 'none'"),
+        (["serve", "adaptrt_test_factories:both", "--jwt-key", "adaptrt_test_broken.py", "--jwt-algorithm", "RS256"], "public key in PEM"),
+        (["serve", "adaptrt_test_factories:both", "--store", "disk"], "write memory, memory:BYTES, sqlite:PATH"),
+        (["serve", "adaptrt_test_factories:both", "--store", "memory:many"], "write the bytes as a number"),
+        (["serve", "adaptrt_test_factories:both", "--lanes", "1;4"], "numbers with commas"),
+        (["serve", "adaptrt_test_factories:both", "--keep", "best"], "not_worse, finite, none, or a number"),
+        (["serve", "adaptrt_test_factories:both", "--policy", "reset_after:few"], "number behind the colon"),
+        (["serve", "adaptrt_test_factories:both", "--policy", "sometimes"], "no policy 'sometimes'"),
+        (["serve", "adaptrt_test_factories:both", "--max-steps", "1", "--port", "0"], "max_steps is 1"),
+        (["serve", "adaptrt_test_factories:both", "--max-state-bytes", "1", "--port", "0"], "max_state_bytes is 1"),
+        (["serve", "adaptrt_test_factories:bad_labels", "--port", "0"], "must return (unroll, support, query)"),
+    ],
+    ids=lambda value: " ".join(value[1:]) if isinstance(value, list) else "",
+)
+def test_serve_and_key_refuse_wrong_input(invoke: Invoke, arguments: list[str], message: str) -> None:
+    result = invoke(*arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr and "Traceback" not in result.output

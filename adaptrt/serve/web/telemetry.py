@@ -23,6 +23,7 @@ TRACER = trace.get_tracer("adaptrt.serve")
 _BUCKETS_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 _WINDOW_S = 60.0
 _WINDOW_REQUESTS = 4096
+_WORK = ("adapt", "infer")
 _GUARDS = "not kept"
 
 
@@ -62,14 +63,14 @@ class Telemetry:
         recent = [entry for entry in self._recent if now - entry[0] < _WINDOW_S]
         taken: dict[str, list[float]] = {}
         for _, route, took_s, is_ok in recent:
-            if is_ok and route in ("adapt", "infer"):
+            if is_ok and route in _WORK:
                 taken.setdefault(route, []).append(took_s)
         found = self._served.stats()
         since = min([entry[0] for entry in recent], default=now)
         return {
             "stage": self._served.stage,
             "requests_per_s": len(recent) / max(now - since, 1.0),
-            "refused": sum([not is_ok for _, _, _, is_ok in recent]),
+            "refused": sum([not is_ok for _, route, _, is_ok in recent if route in _WORK]),
             "latency_ms": {route: _percentiles(values) for route, values in sorted(taken.items())},
             "engine": None if found is None else _of_stats(found),
         }

@@ -40,18 +40,15 @@ function line(x1, y1, x2, y2) {
 
 function showLoad() {
   const most = Math.max(1, ...load);
-  const [left, right, top, bottom] = [40, 596, 8, 112];
+  const [left, right, top, bottom] = [4, 596, 8, 112];
   const at = (value, index) => {
     const x = right - ((load.length - 1 - index) * (right - left)) / (POINTS - 1);
     return `${x.toFixed(1)},${(bottom - (value / most) * (bottom - top)).toFixed(1)}`;
   };
   const curve = document.createElementNS(SVG, "polyline");
   curve.setAttribute("points", load.map(at).join(" "));
-  const label = document.createElementNS(SVG, "text");
-  label.setAttribute("x", 0);
-  label.setAttribute("y", top + 10);
-  label.textContent = most < 10 ? most.toFixed(1) : most.toFixed(0);
-  byId("load").replaceChildren(line(left, bottom, right, bottom), line(left, top, right, top), label, curve);
+  show("most", `(top line: ${most < 10 ? most.toFixed(1) : most.toFixed(0)})`);
+  byId("load").replaceChildren(line(left, bottom, right, bottom), line(left, top, right, top), curve);
 }
 
 function showBatches(batches) {
