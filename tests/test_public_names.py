@@ -50,7 +50,8 @@ def test_all_lists_every_public_name() -> None:
     [
         (
             adaptrt.CompiledUnroll,
-            "adapt device evaluate examples explain fingerprint graphs has_task_axis k load module per_step start vmap warmup __call__",
+            "adapt clone device evaluate examples explain fingerprint graphs has_task_axis k load module per_step predict start vmap "
+            "warmup __call__",
         ),
         (adaptrt.Adapted, "params buffers opt_state num_tasks clone detach replace save state_dict unbind __call__ __getitem__ __len__"),
     ],

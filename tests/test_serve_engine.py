@@ -60,8 +60,8 @@ def _programs_are_compiled_once() -> Iterator[None]:  # pyright: ignore[reportUn
     """Engines of the same unroll, sizes and guard share their programs, which are otherwise compiled by each."""
     known: dict[Any, Any] = {}
 
-    def programs_of(target: Any, lanes: Any, num_sizes: int, keep: Any) -> Any:
-        key = (target, lanes, num_sizes, keep)
+    def programs_of(target: Any, lanes: Any, num_sizes: int, keep: Any, together: Any) -> Any:
+        key = (target, lanes, num_sizes, keep, together)
         if not isinstance(target, CompiledUnroll):
             return programs.programs_of(*key)
         if key not in known:

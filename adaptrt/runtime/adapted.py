@@ -303,6 +303,11 @@ def are_of_one_unroll(one: Adapted, other: Adapted) -> bool:
     return not own or own is others or all(map(operator.is_, own.values(), others.values()))
 
 
+def is_of_unroll_of(adapted: Adapted, predictor: Predictor) -> bool:
+    """Whether an adaptation is of the unroll that a predictor is of, of its `vmap()` or of its `clone()`."""
+    return adapted._predictor is predictor or adapted._predictor.unroll is predictor.unroll
+
+
 def num_links_after(start: Adapted, leaves: Sequence[Tensor]) -> int:
     """Returns how many adaptations' graphs a result holds that was started from `start` and has these tensors. Warns once of many."""
     if not any([value.grad_fn is not None for value in leaves]) or not any([value.grad_fn is not None for value in start.state.leaves]):

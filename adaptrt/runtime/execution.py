@@ -13,7 +13,7 @@ from torch import Tensor
 from adaptrt import tree
 from adaptrt.adjoint.base import Query, Task
 from adaptrt.adjoint.each_task import EachTask
-from adaptrt.errors import InvalidArgument, NonFiniteInput
+from adaptrt.errors import InvalidArgument, InvalidType, NonFiniteInput, OptimizerMismatch
 from adaptrt.graph.noise import restored_on_any_error, restored_on_error
 from adaptrt.inner import check
 from adaptrt.inner.guard import Guard, Guards
@@ -21,7 +21,7 @@ from adaptrt.inner.reader import Reader, Start
 from adaptrt.inner.step import Batch, Carry, as_call
 from adaptrt.inner.unroll import batch_of_step
 from adaptrt.runtime import nodes
-from adaptrt.runtime.adapted import Adapted, num_links_after
+from adaptrt.runtime.adapted import Adapted, is_of_unroll_of, num_links_after
 from adaptrt.runtime.exportable import Exporter
 from adaptrt.runtime.nodes import Call
 from adaptrt.runtime.plan import PredictionPlan, SupportPlan
@@ -82,6 +82,17 @@ class Execution:
     def fingerprint(self) -> dict[str, str]:
         """As `CompiledUnroll.fingerprint`."""
         return self.router.fingerprint(self._predictor)
+
+    def predict_from(self, start: Adapted | None, query: Any, generator: torch.Generator | None) -> Any:
+        """As `CompiledUnroll.predict`."""
+        if start is None:
+            start = self.first(None, None, None, None)
+        elif not isinstance(start, Adapted):
+            raise InvalidType(f"start must be what adapt(), start() or load() returned, got {type(start).__name__}")
+        elif not is_of_unroll_of(start, self._predictor):
+            raise OptimizerMismatch("start was adapted with another unroll; predict with that, or call start itself")
+        args, kwargs = as_call(query)
+        return self._predictor.predict(start.state, start.fixed, kwargs or args, generator)
 
     def adapt(
         self,

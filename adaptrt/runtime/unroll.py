@@ -326,6 +326,20 @@ class CompiledUnroll:
         with run.planner.call():
             capture(run.exporter, self._settings, support, query, formats, _silent)
 
+    @entry_point
+    def predict(self, query: Any, *, start: Adapted | None = None, generator: torch.Generator | None = None) -> Any:
+        """Returns what the model, or an adaptation of it, computes for inputs, as `start(query)` does, with the programs of this unroll.
+
+        Args:
+          query: inputs as one argument: a tensor, or a tuple or dict of the model's arguments.
+          start: of this unroll, its `vmap()` or its `clone()`. None for the model's present parameters.
+          generator: as for a call of an adaptation.
+        Raises:
+          OptimizerMismatch: start is of another unroll.
+          InvalidType: start is no adaptation.
+        """
+        return self._execution.predict_from(start, query, generator)
+
     def vmap(self, *, cache_size: int | None = None, on_new_shape: str | None = None) -> CompiledUnroll:
         """The same unroll over tasks: a leading task axis on support, query and results; the meta-loss is the mean over tasks.
 
@@ -337,13 +351,24 @@ class CompiledUnroll:
         """
         if self._execution.task_axis:
             raise InvalidArgument("vmap() was called on an unroll that has a task axis already")
+        return CompiledUnroll(self._changed(cache_size, on_new_shape), task_axis=True)
+
+    def clone(self, *, cache_size: int | None = None, on_new_shape: str | None = None) -> CompiledUnroll:
+        """The same unroll with programs of its own, which calls of this one neither push out of the cache nor add to.
+
+        Args:
+          cache_size, on_new_shape: as for `compile_unroll`; None for what this unroll has.
+        """
+        return CompiledUnroll(self._changed(cache_size, on_new_shape), task_axis=self._execution.task_axis)
+
+    def _changed(self, cache_size: int | None, on_new_shape: str | None) -> Settings:
         settings = self._settings
         if cache_size is not None:
             settings = dataclasses.replace(settings, cache_size=check.positive_int("cache_size", cache_size))
         if on_new_shape is not None:
             check.one_of("on_new_shape", on_new_shape, ("compile", "error"))
             settings = dataclasses.replace(settings, must_be_warm=on_new_shape == "error")
-        return CompiledUnroll(settings, task_axis=True)
+        return settings
 
     def module(self) -> MetaLoss:
         """Returns an `nn.Module` whose call is the meta-loss, for `DistributedDataParallel`, `fully_shard` and checkpoints.

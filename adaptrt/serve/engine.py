@@ -35,6 +35,9 @@ class Engine:
         a prediction. Requests have its structure, dtypes and shapes; values do not matter but for being possible.
       lanes: how many tasks a batch may have; a batch is filled up to the next of these. None: (1, 2, 4, 8, 16, 32), or for an export what
         it holds.
+      together: whether the tasks of a batch are computed by one program over tasks, or one after the other by that of one task. None: a
+        batch of one has the latter, and larger ones what `start` finds to be faster, which is a matter of rounding only. Convolutions often
+        are faster one by one. An export has what it was exported with.
       support_sizes, query_sizes: numbers of examples; empty for those of the example. A smaller request gets the next larger size where
         that does not change its numbers: for support data with `examples="weighted"`, for inputs where the model treats rows on their own,
         which `start` tries out. Otherwise the size must be one of these.
@@ -77,6 +80,7 @@ class Engine:
         lanes: Sequence[int] | None = None,
         support_sizes: Sequence[int] = (),
         query_sizes: Sequence[int] = (),
+        together: bool | None = None,
         max_delay_s: float = 0.002,
         max_queue: int = 1024,
         max_per_tenant: int = 64,
@@ -105,9 +109,11 @@ class Engine:
             positive_ints("max_tenants", (max_tenants,))
             if store.num_tenants() is None:
                 raise InvalidArgument(f"max_tenants cannot be held, as {type(store).__name__} does not tell how many tenants it has")
+        if not (together is None or isinstance(together, bool)):
+            raise InvalidType(f"together must be True, False or None, got {together!r}")
         chosen = policy_of(policy)
         num_sizes = max(len(set(support_sizes)), len(set(query_sizes)), 1)
-        self._programs = programs_of(target, of_lanes, num_sizes, keep)
+        self._programs = programs_of(target, of_lanes, num_sizes, keep, together)
         weighted = self._programs.weighted
         self._supports = Sizes("support", example[0], support_sizes, weighted, weighted)
         self._queries = Sizes("query", example[1], query_sizes, False, False)
@@ -254,13 +260,15 @@ class Engine:
             for index in range(max(len(supports.sizes), len(queries.sizes))):
                 support = supports.warm(supports.sizes[index % len(supports.sizes)], lanes)
                 programs.warm(support, queries.warm(queries.sizes[index % len(queries.sizes)], lanes), lanes)
+        for lanes in programs.lanes:
+            programs.choose(supports.warm(supports.sizes[-1], lanes), queries.warm(queries.sizes[-1], lanes), lanes)
         for _ in range(2):  # what a call finds out about its shape, the next one like it uses
             for lanes in programs.lanes:
                 rows = [programs.base] * lanes
                 for size in supports.sizes:
-                    rows, _, _ = programs.adapt(rows, supports.warm(size, lanes))
+                    rows = programs.adapt_all(rows, supports.warm(size, lanes))
                 for size in queries.sizes:
-                    programs.predict(rows, queries.warm(size, lanes))
+                    programs.predict_all(rows, queries.warm(size, lanes))
         queries.pads = not rows_depend_on_each_other(programs, queries)  # before the first request
         return programs.num_programs()
 

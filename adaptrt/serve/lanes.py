@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bisect
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -10,7 +9,7 @@ from adaptrt import Adapted
 from adaptrt.errors import NonFiniteInput
 from adaptrt.serve import trees
 from adaptrt.serve.policies import History, Policy
-from adaptrt.serve.programs import Programs
+from adaptrt.serve.programs import Programs, is_kept
 from adaptrt.serve.records import Record, Shared, Stamp
 from adaptrt.serve.sizes import Sizes
 from adaptrt.serve.work import Work
@@ -56,22 +55,31 @@ class Lanes:
     def adapt(self, works: Sequence[Work]) -> list[Lane]:
         """Runs adaptations of one size as one batch. Raises whatever the programs raise."""
         now = Stamp.now()
+        programs, size = self._programs, works[0].size
         begins = [self._begin(work, now) for work in works]
         rows = [self._row_of(record) for record in begins]
-        num_lanes = self._num_lanes(len(works))
-        support = self._supports.together([work.data for work in works], works[0].size, num_lanes)
-        adapted, kept, losses = self._programs.adapt([*rows, *[rows[-1]] * (num_lanes - len(rows))], support)
+        num_lanes = programs.lanes_for(len(works))
+        if not programs.is_together("adapt", num_lanes):
+            found = [programs.adapt_one(row, self._supports.alone(work.data, size)) for row, work in zip(rows, works, strict=True)]
+            each = zip(found, begins, strict=True)
+            return [Lane(row, is_kept(row), tuple(row.losses.tolist()), before, None) for row, before in each]
+        support = self._supports.together([work.data for work in works], size, num_lanes)
+        adapted, kept, losses = programs.adapt([*rows, *[rows[-1]] * (num_lanes - len(rows))], support)
         shared = Shared(num_lanes) if num_lanes > 1 else None
-        found = zip(adapted, kept, losses, begins, strict=False)  # lanes that were added are dropped
-        return [Lane(row, is_kept, tuple(values), before, shared) for row, is_kept, values, before in found]
+        lanes = zip(adapted, kept, losses, begins, strict=False)  # lanes that were added are dropped
+        return [Lane(row, was_kept, tuple(values), before, shared) for row, was_kept, values, before in lanes]
 
     def predict(self, works: Sequence[Work]) -> list[Any]:
         """Runs predictions of one size as one batch, and returns the outputs of each. Raises whatever the programs raise."""
+        programs, size = self._programs, works[0].size
         rows = [self._row(work) for work in works]
-        num_lanes = self._num_lanes(len(works))
-        inputs = self._queries.together([work.data for work in works], works[0].size, num_lanes)
-        outputs = self._programs.predict([*rows, *[rows[-1]] * (num_lanes - len(rows))], inputs)
-        is_padded = any([work.length != work.size for work in works])
+        num_lanes = programs.lanes_for(len(works))
+        if not programs.is_together("predict", num_lanes):
+            found = [programs.predict_one(row, self._queries.alone(work.data, size)) for row, work in zip(rows, works, strict=True)]
+            return [trees.own(value, None if work.length == size else work.length) for value, work in zip(found, works, strict=True)]
+        inputs = self._queries.together([work.data for work in works], size, num_lanes)
+        outputs = programs.predict([*rows, *[rows[-1]] * (num_lanes - len(rows))], inputs)
+        is_padded = any([work.length != size for work in works])
         return trees.take_apart(outputs, len(works), [work.length for work in works] if is_padded else None)
 
     def each(self, works: Sequence[Work], compute: Callable[[Sequence[Work]], list[Result]]) -> list[Result | Exception]:
@@ -121,7 +129,3 @@ class Lanes:
     def is_unknown(self, work: Work) -> bool:
         """Whether a prediction is refused because its tenant has no state."""
         return self._refuses_unknown and work.tenant is not None and work.tenant.record is None
-
-    def _num_lanes(self, num_works: int) -> int:
-        lanes = self._programs.lanes
-        return lanes[bisect.bisect_left(lanes, num_works)]

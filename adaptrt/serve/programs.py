@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import abc
+import bisect
 import hashlib
 import io
 import os
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -17,6 +19,9 @@ from adaptrt import Adapted, CompiledUnroll, Exported, load, stack
 from adaptrt.errors import InvalidArgument, InvalidType
 from adaptrt.serve import trees
 from adaptrt.serve.sizes import Sizes
+
+_TRIES = 5
+_FASTER = 0.9  # times the time together: a batch is computed one by one only where that is clearly faster
 
 Keep = str | float | Callable[[Any, Any], Tensor] | None
 """A guard of `CompiledUnroll.adapt`, or the largest Euclidean norm that a change of all parameters may have."""
@@ -43,9 +48,21 @@ class Programs(abc.ABC):
     def warm(self, support: Any, inputs: Any, lanes: int) -> None:
         """Compiles for data [T, S, ...] of this support and these inputs, T = lanes."""
 
+    def choose(self, support: Any, inputs: Any, lanes: int) -> None:
+        """Finds out how batches of T = lanes tasks are computed best, once all is warm. Data is as for `warm`."""
+        del support, inputs, lanes
+
+    def lanes_for(self, num_tasks: int) -> int:
+        """Returns how many tasks a batch is filled up to that has this many."""
+        return self.lanes[bisect.bisect_left(self.lanes, num_tasks)]
+
+    @abc.abstractmethod
+    def is_together(self, kind: str, lanes: int) -> bool:
+        """Whether one program computes batches of T = lanes tasks; otherwise their tasks are computed one by one. `kind`: as of `Work`."""
+
     @abc.abstractmethod
     def adapt(self, rows: Sequence[Adapted], support: Any) -> tuple[list[Adapted], list[bool], list[list[float]]]:
-        """Adapts the tasks of a batch.
+        """Adapts the tasks of a batch together.
 
         Args:
           rows: what each starts from, T.
@@ -55,8 +72,29 @@ class Programs(abc.ABC):
         """
 
     @abc.abstractmethod
+    def adapt_one(self, row: Adapted, support: Any) -> Adapted:
+        """Adapts one task to data [S, ...]."""
+
+    @abc.abstractmethod
     def predict(self, rows: Sequence[Adapted], inputs: Any) -> Any:
-        """Returns what the tasks' models, T of them, compute for inputs [T, S, ...], as a tree of tensors [T, ...]."""
+        """Returns what the tasks' models, T of them, compute together for inputs [T, S, ...], as a tree of tensors [T, ...]."""
+
+    @abc.abstractmethod
+    def predict_one(self, row: Adapted, inputs: Any) -> Any:
+        """Returns what one task's model computes for inputs [S, ...]."""
+
+    def adapt_all(self, rows: Sequence[Adapted], support: Any) -> list[Adapted]:
+        """Adapts the tasks of a batch in the way that batches of this size are computed. Arguments are as for `adapt`."""
+        if self.is_together("adapt", len(rows)):
+            return self.adapt(rows, support)[0]
+        return [self.adapt_one(row, _row(support, index)) for index, row in enumerate(rows)]
+
+    def predict_all(self, rows: Sequence[Adapted], inputs: Any) -> Any:
+        """Predicts in the way that batches of this size are computed. Arguments and result are as of `predict`."""
+        if self.is_together("predict", len(rows)):
+            return self.predict(rows, inputs)
+        found = [self.predict_one(row, _row(inputs, index)) for index, row in enumerate(rows)]
+        return trees.map_leaves(lambda *leaves: torch.stack(leaves), *found)
 
     @abc.abstractmethod
     def num_programs(self) -> int:
@@ -89,16 +127,17 @@ class Programs(abc.ABC):
 
 
 class OfUnroll(Programs):
-    """The programs of an unroll over tasks.
+    """The programs of an unroll: of one task, and over tasks.
 
     Args:
       unroll: of one task.
       lanes: numbers of tasks.
       num_sizes: how many sizes of support or query data there are at most.
       keep: the guard.
+      together: whether the tasks of a batch are computed by one program; None for what is faster, which `choose` finds out.
     """
 
-    def __init__(self, unroll: CompiledUnroll, lanes: tuple[int, ...], num_sizes: int, keep: Keep) -> None:
+    def __init__(self, unroll: CompiledUnroll, lanes: tuple[int, ...], num_sizes: int, keep: Keep, together: bool | None) -> None:
         if unroll.has_task_axis:
             raise InvalidArgument("the engine makes batches itself; pass the unroll of one task, before vmap()")
         if unroll.per_step:
@@ -106,26 +145,68 @@ class OfUnroll(Programs):
         self.lanes = lanes
         self.weighted = unroll.examples == "weighted"
         self._keep = guard(keep)
-        self._target = self._many = unroll.vmap(cache_size=len(lanes) * num_sizes, on_new_shape="error")
+        self._one = self._target = unroll.clone(cache_size=num_sizes, on_new_shape="error")
+        self._many = unroll.vmap(cache_size=len(lanes) * num_sizes, on_new_shape="error")
+        alone = () if together else (1,) if together is None else lanes
+        self._one_by_one = {(kind, number) for kind in ("adapt", "predict") for number in alone}
+        self._chooses = together is None
         with torch.inference_mode():
-            self.base = self._many.start()
+            self.base = self._one.start()
         self.fingerprint = _fingerprint(unroll.fingerprint(), self.base)
 
     def warm(self, support: Any, inputs: Any, lanes: int) -> None:
         """As `Programs.warm`."""
-        self._many.warmup(support, start=stack([self.base] * lanes), keep=self._keep, inputs=inputs)
+        may_be_alone = self._chooses or not self.is_together("adapt", lanes)
+        if may_be_alone:
+            self._one.warmup(_row(support, 0), start=self.base, keep=self._keep, inputs=_row(inputs, 0))
+        if not may_be_alone or (self._chooses and lanes > 1):
+            self._many.warmup(support, start=stack([self.base] * lanes), keep=self._keep, inputs=inputs)
+
+    def choose(self, support: Any, inputs: Any, lanes: int) -> None:
+        """As `Programs.choose`."""
+        if not self._chooses or lanes == 1:
+            return
+        rows = [self.base] * lanes
+        of_rows = [(_row(support, index), _row(inputs, index)) for index in range(lanes)]
+
+        def adapt_all() -> None:
+            for each, _ in of_rows:
+                is_kept(self.adapt_one(self.base, each))
+
+        def predict_all() -> None:
+            for _, each in of_rows:
+                self.predict_one(self.base, each)
+
+        for kind, together, one_by_one in (
+            ("adapt", lambda: self.adapt(rows, support), adapt_all),
+            ("predict", lambda: self.predict(rows, inputs), predict_all),
+        ):
+            if _seconds(one_by_one) < _FASTER * _seconds(together):
+                self._one_by_one.add((kind, lanes))
+
+    def is_together(self, kind: str, lanes: int) -> bool:
+        """As `Programs.is_together`."""
+        return (kind, lanes) not in self._one_by_one
 
     def adapt(self, rows: Sequence[Adapted], support: Any) -> tuple[list[Adapted], list[bool], list[list[float]]]:
         """As `Programs.adapt`."""
         return _results(self._many.adapt(support, start=stack(rows), keep=self._keep))
 
+    def adapt_one(self, row: Adapted, support: Any) -> Adapted:
+        """As `Programs.adapt_one`."""
+        return self._one.adapt(support, start=row, keep=self._keep)
+
     def predict(self, rows: Sequence[Adapted], inputs: Any) -> Any:
         """As `Programs.predict`."""
-        return stack(rows)(inputs)
+        return self._many.predict(inputs, start=stack(rows))
+
+    def predict_one(self, row: Adapted, inputs: Any) -> Any:
+        """As `Programs.predict_one`."""
+        return self._one.predict(inputs, start=row)
 
     def num_programs(self) -> int:
         """As `Programs.num_programs`."""
-        return len(self._many.graphs())
+        return len(self._one.graphs()) + len(self._many.graphs())
 
 
 class OfExport(Programs):
@@ -150,30 +231,38 @@ class OfExport(Programs):
 
     def warm(self, support: Any, inputs: Any, lanes: int) -> None:
         """Runs the programs once, which opens them."""
-        self.adapt([self.base] * lanes, support)
-        self.predict([self.base] * lanes, inputs)
+        if self._has_tasks:
+            self.predict(self.adapt([self.base] * lanes, support)[0], inputs)
+        else:
+            self.predict_one(self.adapt_one(self.base, _row(support, 0)), _row(inputs, 0))
+
+    def is_together(self, kind: str, lanes: int) -> bool:
+        """As `Programs.is_together`."""
+        del kind, lanes
+        return self._has_tasks
 
     def adapt(self, rows: Sequence[Adapted], support: Any) -> tuple[list[Adapted], list[bool], list[list[float]]]:
         """As `Programs.adapt`."""
-        if self._has_tasks:
-            return _results(self._exported.adapt(support, start=stack(rows), keep=self._keep))
-        (row,) = rows
-        adapted = self._exported.adapt(trees.map_leaves(lambda leaf: leaf[0], support), start=row, keep=self._keep)
-        return [adapted], [adapted.kept is None or bool(adapted.kept)], [adapted.losses.tolist()]
+        return _results(self._exported.adapt(support, start=stack(rows), keep=self._keep))
+
+    def adapt_one(self, row: Adapted, support: Any) -> Adapted:
+        """As `Programs.adapt_one`."""
+        return self._exported.adapt(support, start=row, keep=self._keep)
 
     def predict(self, rows: Sequence[Adapted], inputs: Any) -> Any:
         """As `Programs.predict`."""
-        if self._has_tasks:
-            return stack(rows)(inputs)
-        (row,) = rows
-        return trees.map_leaves(lambda leaf: leaf[None], row(trees.map_leaves(lambda leaf: leaf[0], inputs)))
+        return stack(rows)(inputs)
+
+    def predict_one(self, row: Adapted, inputs: Any) -> Any:
+        """As `Programs.predict_one`."""
+        return row(inputs)
 
     def num_programs(self) -> int:
         """As `Programs.num_programs`: those of the export, all compiled before."""
         return len(self._exported.manifest.programs)
 
 
-def programs_of(target: Any, lanes: tuple[int, ...] | None, num_sizes: int, keep: Keep) -> Programs:
+def programs_of(target: Any, lanes: tuple[int, ...] | None, num_sizes: int, keep: Keep, together: bool | None = None) -> Programs:
     """Returns the programs of what the user gave: an unroll, an export, or the folder of one.
 
     Raises:
@@ -182,7 +271,7 @@ def programs_of(target: Any, lanes: tuple[int, ...] | None, num_sizes: int, keep
     if isinstance(target, str | os.PathLike):
         target = load(target)
     if isinstance(target, CompiledUnroll):
-        return OfUnroll(target, lanes or (1, 2, 4, 8, 16, 32), num_sizes, keep)
+        return OfUnroll(target, lanes or (1, 2, 4, 8, 16, 32), num_sizes, keep, together)
     if isinstance(target, Exported):
         made = OfExport(target, keep)
         if lanes is not None and lanes != made.lanes:
@@ -227,11 +316,10 @@ def rows_depend_on_each_other(programs: Programs, queries: Sizes) -> bool:
         changed = 3 * rest + 1 if leaf.is_floating_point() else leaf[:, :1].expand_as(rest)
         return torch.cat([leaf[:, :1], changed], 1)
 
-    rows = [programs.base] * lanes
     found = []
     for inputs in (data, trees.map_leaves(other, data)):
         torch_state = torch.get_rng_state()
-        found.append(trees.leaves(programs.predict(rows, inputs)))
+        found.append(trees.leaves(programs.predict_all([programs.base] * lanes, inputs)))
         torch.set_rng_state(torch_state)
     if not found[0] or any([leaf.dim() < 2 or leaf.shape[1] != size for leaf in found[0]]):
         return True
@@ -242,6 +330,24 @@ def _fingerprint(of_rest: dict[str, str], base: Adapted) -> dict[str, str]:
     """Returns the fingerprint of a base. A state that was adapted from other weights would fit, but is none of this model."""
     tensors = {name: value.detach().cpu().contiguous().clone() for name, value in base.state.named_tensors().items()}
     return {**of_rest, "what adaptations start from": hashlib.sha256(save(tensors)).hexdigest()}
+
+
+def _row(tree: Any, index: int) -> Any:
+    return trees.map_leaves(lambda leaf: leaf[index], tree)
+
+
+def is_kept(adapted: Adapted) -> bool:
+    """Whether the guard kept an adaptation of one task."""
+    return adapted.kept is None or bool(adapted.kept)
+
+
+def _seconds(run: Callable[[], object]) -> float:
+    taken: list[float] = []
+    for _ in range(_TRIES):
+        began = time.perf_counter()
+        run()
+        taken.append(time.perf_counter() - began)
+    return min(taken)
 
 
 def _results(batch: Adapted) -> tuple[list[Adapted], list[bool], list[list[float]]]:

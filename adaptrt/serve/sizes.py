@@ -89,6 +89,12 @@ class Sizes:
             self._refuse_size(length, bool(larger))
         return length, larger[0]
 
+    def alone(self, request: Any, size: int) -> Any:
+        """Returns a request as data [S, ...] of this size, with weights where the engine makes them."""
+        length = len(trees.leaves(request)[0]) if self._weighted or self.pads else size
+        data = request if length == size else trees.map_leaves(lambda leaf: _padded(leaf, size), request)
+        return (*data, (torch.arange(size) < length).to(self._specs[0][3])) if self._weighted else data
+
     def together(self, requests: Sequence[Any], size: int, lanes: int) -> Any:
         """Returns requests as one batch, data [T, S, ...] with T = lanes; lanes that are left are copies of the last.
 

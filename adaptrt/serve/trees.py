@@ -61,6 +61,12 @@ def form(value: Any) -> Any:
     return value
 
 
+def own(value: Any, num_examples: int | None) -> Any:
+    """Returns a tree of one task's tensors in memory of its own; `num_examples`: how many rows of each, None for all."""
+    with torch.inference_mode(False), torch.no_grad():
+        return map_leaves(lambda leaf: (leaf if num_examples is None else leaf[:num_examples]).clone(), value)
+
+
 def take_apart(value: Any, num_tasks: int, num_examples: list[int] | None) -> list[Any]:
     """Returns for each task its part of a tree of tensors [T, ...], in memory of its own.
 
