@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
 from adaptrt.backend.guards import alike
 
 Found = TypeVar("Found")
+
+
+def is_plain(values: Any, count: int | None = None) -> bool:
+    """Whether values are a tuple of tensors, of so many if a count is given, so that a call with them can be compared with others."""
+    if type(values) is not tuple or (count is not None and len(values) != count):
+        return False
+    return all([isinstance(value, Tensor) and not value.is_nested for value in values])
 
 
 class Recent(Generic[Found]):
