@@ -19,7 +19,7 @@ from adaptrt.export.program import Program
 from adaptrt.inner import check
 from adaptrt.inner.step import Batch, as_call
 from adaptrt.runtime.adapted import Adapted
-from adaptrt.runtime.recent import Recent, is_plain
+from adaptrt.runtime.recent import Recent, are_plain
 from adaptrt.runtime.state import State
 from adaptrt.tree import Spec, Tree
 
@@ -87,9 +87,9 @@ class Calls:
           ShapeChanged, InvalidBatch, InvalidType, InvalidArgument, OptimizerMismatch, NotDifferentiable: see `Exported.adapt`.
         """
         compared = None
-        if is_plain(support, self._num_parts) and (start is None or type(start) is Adapted):
+        if are_plain(self._num_parts, support) and (start is None or type(start) is Adapted):
             state = self._base if start is None else start.state
-            if state.num_tasks == self._manifest.num_tasks and (query is None or is_plain(query, 1)):
+            if state.num_tasks == self._manifest.num_tasks and (query is None or are_plain(1, query)):
                 compared, program = self._compared(kind, state, state.leaves, self._fixed, (*support, *(query or ())))
                 if program is not None:
                     data = (Batch(*support),) if query is None else (Batch(*support), query)
@@ -112,7 +112,7 @@ class Calls:
         """
         leaves, compared = state.leaves, None
         held = (*leaves[: self._num_params], *leaves[len(leaves) - self._num_buffers :])  # all but the optimiser's
-        if is_plain(inputs):
+        if are_plain(None, inputs):
             compared, program = self._compared("predict", state, held, self._of_model, inputs)
             if program is not None:
                 return Call(program, (inputs,), state, held, self._of_model, True, compared)

@@ -12,11 +12,16 @@ from adaptrt.backend.guards import alike
 Found = TypeVar("Found")
 
 
-def is_plain(values: Any, count: int | None = None) -> bool:
-    """Whether values are a tuple of tensors, of so many if a count is given, so that a call with them can be compared with others."""
-    if type(values) is not tuple or (count is not None and len(values) != count):
-        return False
-    return all([isinstance(value, Tensor) and not value.is_nested for value in values])
+def are_plain(count: int | None, *batches: Any) -> bool:
+    """Whether each batch is a tuple of tensors, of so many if a count is given, so that a call with them can be compared with others."""
+    return all(
+        [
+            type(batch) is tuple
+            and (count is None or len(batch) == count)
+            and all([isinstance(value, Tensor) and not value.is_nested for value in batch])
+            for batch in batches
+        ]
+    )
 
 
 class Recent(Generic[Found]):

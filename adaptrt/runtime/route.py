@@ -24,7 +24,7 @@ from adaptrt.runtime.capture import without_leading_axis
 from adaptrt.runtime.plan import QueryPlan, SupportPlan
 from adaptrt.runtime.planner import Planner
 from adaptrt.runtime.program import Program
-from adaptrt.runtime.recent import Recent, is_plain
+from adaptrt.runtime.recent import Recent, are_plain
 from adaptrt.runtime.saved import Source
 from adaptrt.runtime.settings import Settings
 from adaptrt.runtime.state import State
@@ -111,7 +111,7 @@ class Router:
         if in_forward_mode():
             refuse_tangents([*begin.carry_leaves, *begin.fixed_leaves, *tree.leaves((support, query))])
         usual = start is None or form is not None
-        if warm or not usual or not is_plain(support, self._num_parts) or not (query is None or is_plain(query[0], self._num_parts)):
+        if warm or not usual or not are_plain(self._num_parts, *((support,) if query is None else (support, query[0]))):
             return self._find_anew(support, query, start, warm, k)
         leaves = [*begin.carry_leaves, *begin.fixed_leaves, *support, *(query[0] if query is not None else ())]
         differentiable = torch.is_grad_enabled()
