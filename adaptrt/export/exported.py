@@ -213,9 +213,7 @@ class Exported:
                 return Adapted(self._predictor, state, losses, self._fixed)
             axis = self.manifest.num_tasks is not None
             last = batch_of_step(batch, self.k - 1, per_step=self.manifest.per_step, task_axis=axis)
-            of_loss = self._calls.find("loss", [last])
-            values = _in_order(of_loss, state.leaves, self._fixed_leaves, [last], of_loss.draw(generator))
-            (final_loss,) = self._runner(of_loss)(of_loss.as_taken(values))
+            final_loss = self._loss(state, last, generator)
             kept, state = _kept(guard, begin, state, losses, final_loss)
         return Adapted(self._predictor, state, losses, self._fixed, kept=kept, final_loss=final_loss)
 
@@ -259,6 +257,12 @@ class Exported:
         if keep == "not_worse" and self.manifest.per_step:
             raise InvalidArgument("keep='not_worse' compares losses on one batch, and here each step has another; give a function")
         return self._guards.find(keep).decide
+
+    def _loss(self, state: State, batch: Batch, generator: torch.Generator | None) -> Tensor:
+        program = self._calls.find("loss", [batch])
+        values = _in_order(program, state.leaves, self._fixed_leaves, [batch], program.draw(generator))
+        (loss,) = self._runner(program)(program.as_taken(values))
+        return loss
 
     def _run_call(self, call: Call, generator: torch.Generator | None) -> Sequence[Tensor]:
         program = call.program
