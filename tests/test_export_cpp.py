@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 import adaptrt
 from adaptrt import Exported, compile_unroll, optim
+from adaptrt.inner.check import as_batch
 from tests.test_export import FOREIGN, T, data, edited, generator, inputs, make, model, rewrite
 
 SOURCE = Path(__file__).parents[1] / "export" / "cpp"
@@ -199,8 +200,7 @@ def check(program: Path, folder: Path, support: Any, query: Any, scratch: Path, 
     if exported.manifest.num_tasks is not None:
         return
     given = named(exported, f"loss{number}", batch=batch(support))
-    own = exported._find("loss", [exported._batch(support)])
-    (loss,) = exported._run(own, start.state.leaves, exported._fixed_leaves, [exported._batch(support)], own.draw(generator()))
+    loss = exported._loss(start.state, as_batch("support", support, torch.device("cpu"), exported.manifest.weighted), generator())
     close(results(program, folder, "loss", given, scratch, *options), {"result": loss})
 
 

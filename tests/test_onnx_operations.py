@@ -114,6 +114,10 @@ def convolutions() -> list[Case]:
         ((3, 40, 5, 5), (4, 20, 3, 3), [2, 1], [1, 1], [1, 1], False, [0, 0], 2),
         ((3, 4, 13), (4, 2, 3), [2], [1], [3], False, [0], 2),
         ((2, 2, 5, 6, 7), (3, 2, 2, 3, 2), [1, 2, 1], [0, 1, 1], [1, 1, 2], False, [0, 0, 0], 1),
+        ((1, 6, 4, 3, 5), (2, 6, 2, 1, 3), [1, 1, 2], [0, 0, 1], [1, 1, 1], False, [0, 0, 0], 1),
+        ((2, 4, 3, 26), (6, 2, 3, 3), [1, 1], [1, 1], [1, 1], False, [0, 0], 2),
+        ((1, 16, 2, 30), (4, 16, 1, 3), [2, 1], [0, 2], [1, 2], False, [0, 0], 1),
+        ((2, 1, 40), (3, 1, 5), [1], [0], [2], False, [0], 1),
         ((2, 4, 5, 4), (4, 3, 3, 3), [2, 2], [1, 0], [1, 1], True, [1, 0], 1),
         ((2, 4, 7), (4, 2, 3), [2], [1], [2], True, [1], 2),
     ]
@@ -440,10 +444,12 @@ def norm_gradient(training: bool, *rest: Any) -> Callable[..., Any]:
     return fn
 
 
-def group_norm(x: Tensor, weight: Tensor, bias: Tensor, gradient: Tensor) -> Any:
+def group_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, gradient: Tensor) -> Any:
     sizes = (x.shape[0], x.shape[1], x[0, 0].numel(), 2)
     found, mean, invstd = aten.native_group_norm.default(x, weight, bias, *sizes, 1e-5)
-    return found, *aten.native_group_norm_backward.default(gradient, x, mean, invstd, weight, *sizes, [True, True, True])
+    mask = [True, weight is not None, bias is not None]
+    gradients = aten.native_group_norm_backward.default(gradient, x, mean, invstd, weight, *sizes, mask)
+    return found, *[part for part in gradients if part is not None]
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor, gradient: Tensor) -> Any:
@@ -468,7 +474,11 @@ LOWERED: dict[str, list[Case]] = {
     "convolution_backward": convolution_gradients(),
     "batch_norm": [call(norm_gradient(training), *_NORMS) for training in (True, False)]
     + [call(without_statistics, normal(6, 3), normal(3), normal(6, 3))],
-    "group_norm": [call(group_norm, normal(6, 4, 3, 2), normal(4), normal(4), normal(6, 4, 3, 2))],
+    "group_norm": [
+        call(group_norm, normal(6, 4, 3, 2), normal(4), normal(4), normal(6, 4, 3, 2)),
+        call(group_norm, normal(4, 6, 8, 9), normal(6), normal(6), normal(4, 6, 8, 9)),
+        call(lambda x, gradient: group_norm(x, None, None, gradient), 3 + normal(6, 4, 5), normal(6, 4, 5)),
+    ],
     "layer_norm": [call(layer_norm, normal(6, 3, 4), normal(4), normal(4), normal(6, 3, 4))],
     "adaptive_avg_pool": [call(aten._adaptive_avg_pool2d.default, normal(2, 3, 7, 6), sizes) for sizes in ([1, 1], [2, 3], [3, 4])],
     "adaptive_avg_pool_backward": [
@@ -512,6 +522,8 @@ LOWERED: dict[str, list[Case]] = {
     "sigmoid and tanh": [
         call(aten.sigmoid_backward.default, normal(3, 4), positive(3, 4)),
         call(aten.tanh_backward.default, normal(3, 4), within(3, 4)),
+        call(aten.silu_backward.default, normal(3, 4), 2 * normal(3, 4)),
+        call(aten.silu_backward.default, normal(5), torch.tensor([-200.0, -20.0, 0.0, 20.0, 200.0])),
     ],
     "losses": [
         call(torch.nn.functional.binary_cross_entropy_with_logits, normal(3, 4), positive(3, 4)),
@@ -699,6 +711,73 @@ def test_a_reshape_that_undoes_another_is_left_out() -> None:
 def test_a_transposed_factor_is_no_operation_of_its_own() -> None:
     model = to_onnx(capture(lambda x, w, b: torch.nn.functional.linear(x, w, b), normal(5, 3), normal(4, 3), normal(4)), "predict")
     assert kinds(model) == ["Gemm"]
+
+
+BY_CHANNEL: dict[str, tuple[Case, list[str]]] = {
+    "factor and term": (call(lambda x, w, b: w * x + b, normal(4, 6, 20, 20), normal(6, 1, 1), normal(1, 6, 1, 1)), ["BatchNormalization"]),
+    "term first": (call(lambda x, w, b: b + x * w, normal(4, 6, 20, 20), normal(6, 1, 1), normal(6, 1, 1)), ["BatchNormalization"]),
+    "of each image": (call(lambda x, w, b: x * w + b, normal(4, 6, 300), normal(4, 6, 1), normal(4, 6, 1)), ["BatchNormalization"]),
+    "of each image alone": (call(lambda x, w, b: x * w + b, normal(4, 6, 300), normal(4, 1, 1), normal(4, 1, 1)), ["BatchNormalization"]),
+    "of a matrix": (call(lambda x, w, b: x * w + b, normal(6, 300), normal(6, 1), normal(6, 1)), ["BatchNormalization"]),
+    "factors of images, terms of channels": (
+        call(lambda x, w, b: x * w + b, normal(4, 6, 300), normal(4, 1, 1), normal(6, 1)),
+        ["Mul", "Add"],
+    ),
+    "known factors and terms": (
+        call(lambda x: x * torch.arange(6.0).reshape(6, 1) + torch.linspace(0, 1, 6).reshape(6, 1), normal(4, 6, 300)),
+        ["BatchNormalization"],
+    ),
+    "a short factor": (call(torch.mul, normal(6, 1), normal(4, 6, 50)), ["BatchNormalization"]),
+    "a short term": (call(torch.add, normal(4, 6, 50), normal(6, 1)), ["BatchNormalization"]),
+    "a short difference": (call(torch.sub, normal(4, 6, 50), normal(6, 1)), ["BatchNormalization"]),
+    "a difference to a tensor": (call(torch.sub, normal(6, 1), normal(4, 6, 50)), ["Sub"]),
+    "a long factor": (call(torch.mul, normal(2, 3, 300), normal(3, 1)), ["Mul"]),
+    "a multiple of the term": (call(torch.add, normal(4, 6, 50), normal(6, 1), alpha=2), ["Mul", "Add"]),
+    "the last axis": (call(lambda x, w, b: x * w + b, normal(400, 6), normal(6), normal(6)), ["Mul", "Add"]),
+    "one number": (call(lambda x, w, b: x * w + b, normal(4, 6, 50), normal(1), normal()), ["Mul", "Add"]),
+    "axes apart": (call(lambda x, w, b: x * w + b, normal(4, 6, 50), normal(4, 1, 50), normal(4, 1, 50)), ["Mul", "Add"]),
+    "small tensors": (call(lambda x, w, b: x * w + b, normal(2, 3, 50), normal(3, 1), normal(3, 1)), ["Mul", "Add"]),
+    "large tensors": (call(torch.mul, normal(64, 64, 130), normal(64, 1)), ["Mul"]),
+    "integers": (call(torch.mul, whole(4, 6, 50), whole(6, 1)), ["Mul"]),
+    "another dtype": (call(torch.mul, normal(4, 6, 50), whole(6, 1)), ["Cast", "Mul"]),
+}
+"""For each case the operations, but for those that make nothing new."""
+
+
+@pytest.mark.parametrize("name", BY_CHANNEL)
+def test_a_number_for_each_channel_is_a_batch_normalisation(name: str) -> None:
+    case, wanted = BY_CHANNEL[name]
+    for dtype in (torch.float32, torch.float64):
+        agree(case, dtype)
+    assert [kind for kind in kinds(to_onnx(case.graph(), "loss")) if kind not in ("Reshape", "Expand")] == wanted
+
+
+def test_a_product_that_others_need_is_computed_beside_the_sum() -> None:
+    case = call(lambda x, w, b: (x * w, x * w + b), normal(4, 6, 300), normal(6, 1), normal(6, 1))
+    agree(case, torch.float32)
+    assert set(kinds(to_onnx(case.graph(), "loss"))) == {"Mul", "BatchNormalization", "Reshape", "Expand"}
+
+
+@pytest.mark.parametrize(
+    ("shape", "order", "wanted"),
+    [
+        ((2, 3, 4), (1, 2, 0), (1, 0)),
+        ((2, 3, 4, 5), (2, 3, 0, 1), (1, 0)),
+        ((2, 3, 4, 5), (0, 3, 1, 2), (0, 2, 1)),
+        ((2, 1, 4), (2, 1, 0), (1, 0)),
+        ((2, 3, 1, 4), (1, 3, 2, 0), (1, 0)),
+        ((2, 3, 4, 5), (3, 1, 2, 0), (2, 1, 0)),
+        ((2, 3, 4), (2, 1, 0), (2, 1, 0)),
+        ((1, 3, 4), (1, 0, 2), None),
+        ((1, 1), (1, 0), (1, 0)),
+        ((0, 3, 4), (1, 2, 0), (1, 0)),
+    ],
+)
+def test_axes_that_stay_together_move_as_one(shape: tuple[int, ...], order: tuple[int, ...], wanted: tuple[int, ...] | None) -> None:
+    case = call(lambda x: x.permute(order).exp(), normal(*shape))
+    agree(case, torch.float32)
+    found = [node for node in to_onnx(case.graph(), "loss").graph.node if node.op_type == "Transpose"]
+    assert [tuple(node.attribute[0].ints) for node in found] == ([] if wanted is None else [wanted])
 
 
 def test_the_library_does_not_import_onnx() -> None:

@@ -16,9 +16,11 @@ from adaptrt.export.onnx import to_onnx, unsupported
 from adaptrt.runtime.exportable import Exportable
 from tests import naive
 from tests.exports import Named, error, in_double, inputs_of, programs_of, run_graph, run_session, session, start_of
+from tests.graphs import targets
 from tests.models import MODELS, Entry, classify, sequences
 from tests.tolerances import HIGH_DERIVATIVE, assert_close
 
+aten = torch.ops.aten
 PROGRAMS = ("adapt", "adapt_predict", "predict", "loss")
 
 IN_FLOAT32 = {
@@ -31,8 +33,11 @@ TOLERANCE, TIMES_EAGER = 1e-5, 3.0
 TOLERANCE_IN_FLOAT64 = 1e-10
 
 
+MOMENTUM: dict[str, Any] = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
+
+
 def momentum(params: list[Tensor]) -> torch.optim.Optimizer:
-    return torch.optim.SGD(params, lr=0.05, momentum=0.9, weight_decay=0.01, nesterov=True)
+    return torch.optim.SGD(params, **MOMENTUM)
 
 
 def adam(params: list[Tensor]) -> torch.optim.Optimizer:
@@ -149,10 +154,9 @@ def test_an_exported_adaptation_is_the_eager_loop(model: str) -> None:
     entry = MODELS[model]
     got = exported(entry._replace(large=True), torch.float64)
     module = entry.model()
-    hyper = {"lr": 0.05, "momentum": 0.9, "weight_decay": 0.01, "nesterov": True}
     params = {name: value.detach().requires_grad_() for name, value in module.named_parameters()}
     start = naive.Start(params, {}, dict(module.named_buffers()), {})
-    wanted = naive.adapt(naive.Loop(module, entry.loss, naive.sgd, hyper, entry.k), start, entry.data(1, 6))
+    wanted = naive.adapt(naive.Loop(module, entry.loss, naive.sgd, MOMENTUM, entry.k), start, entry.data(1, 6))
     found = run_session(session(to_onnx(got.programs["adapt"].graph, "adapt")), got.inputs["adapt"])
     for name, value in (*wanted.params.items(), *wanted.buffers.items()):
         kind = "params" if name in wanted.params else "buffers"
@@ -160,7 +164,21 @@ def test_an_exported_adaptation_is_the_eager_loop(model: str) -> None:
     assert_close(found["result.1"], wanted.losses.detach(), HIGH_DERIVATIVE)
 
 
-@pytest.mark.parametrize("model", ["conv-pool", "attention", "embeddings", "dropout"])
+def test_an_export_has_gradients_that_nobody_differentiates() -> None:
+    entry = MODELS["norms"]
+    got = exported(entry._replace(large=True), torch.float64)
+    graph, inputs = got.programs["adapt"].graph, got.inputs["adapt"]
+    assert {aten.native_group_norm_backward.default, aten.silu_backward.default} <= set(targets(graph))
+    module = entry.model()
+    params = {name: value.detach().requires_grad_() for name, value in module.named_parameters()}
+    start = naive.Start(params, {}, {}, {})
+    wanted = naive.adapt(naive.Loop(module, entry.loss, naive.sgd, MOMENTUM, entry.k), start, entry.data(1, 6))
+    found = run_graph(graph, inputs)
+    for name, value in wanted.params.items():
+        assert_close(found[f"result.0.params.{name}"], value.detach(), HIGH_DERIVATIVE)
+
+
+@pytest.mark.parametrize("model", ["conv-pool", "norms", "attention", "embeddings", "dropout"])
 def test_tasks_are_adapted_together(model: str) -> None:
     got, exact = (over_tasks(MODELS[model], dtype) for dtype in (torch.float32, torch.float64))
     assert got.programs["adapt"].num_tasks == 3

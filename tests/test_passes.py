@@ -29,6 +29,7 @@ from adaptrt.graph.passes import functionalise as functionalise_file
 from adaptrt.graph.passes.base import Pass, apply, copy_module
 from adaptrt.graph.passes.batch import batch
 from adaptrt.graph.passes.functionalise import functionalise
+from adaptrt.graph.passes.late_expands import late_expands
 from adaptrt.graph.passes.lift_noise import lift_noise, record_noise
 from adaptrt.graph.passes.merge_duplicates import merge_duplicates
 from adaptrt.graph.passes.own_outputs import own_outputs
@@ -347,6 +348,30 @@ def test_merge_duplicates_keeps_numbers_of_different_kinds_apart() -> None:
         assert torch.equal(one, other)
         if one.is_floating_point():
             assert torch.equal(one.signbit(), other.signbit()), "0.0 and -0.0 were merged"
+
+
+def test_late_expands_broadcasts_where_a_whole_tensor_is_met() -> None:
+    def fn(mean: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        wide = (mean.expand(2, 3, 4) / 4).exp()
+        return wide * x, torch.where(x > 0, mean.expand(2, 3, 4), 0.0)
+
+    args = double(3, 1), double(2, 3, 4)
+    graph = apply((late_expands,), capture(fn, *args))
+    assert aten.expand.default not in targets(graph)
+    sizes = {node.target: node.meta["val"].shape for node in graph.module.graph.nodes if node.op == "call_function"}
+    assert sizes[aten.div.Tensor] == sizes[aten.exp.default] == (3, 1)
+    assert_equal(graph.function()(*args), list(fn(*args)))
+
+
+def test_late_expands_keeps_what_decides_a_dtype_or_is_an_output() -> None:
+    def fn(number: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        return number.expand(3) * x, number.expand(2, 3).neg()
+
+    args = double(), double(3).float()
+    graph = apply((late_expands, own_outputs), capture(fn, *args))
+    assert targets(graph).count(aten.expand.default) == 2
+    assert [node.meta["val"].dtype for node in output_nodes(graph.module)] == [torch.float64] * 2
+    assert_equal(graph.function()(*args), list(fn(*args)))
 
 
 def test_own_outputs_copies_inputs_and_repeated_results() -> None:

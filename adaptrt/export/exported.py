@@ -16,28 +16,23 @@ from torch import Tensor
 
 from adaptrt import tree
 from adaptrt.backend.entry_points import entry_point
-from adaptrt.backend.guards import in_forward_mode, refuse_tangents
 from adaptrt.errors import (
     InvalidArgument,
     InvalidExport,
     InvalidType,
-    NotDifferentiable,
-    OptimizerMismatch,
-    ShapeChanged,
 )
 from adaptrt.export import manifest as manifests
 from adaptrt.export import trees
+from adaptrt.export.calls import Call, Calls
 from adaptrt.export.formats import FORMATS, Run
 from adaptrt.export.manifest import Manifest
 from adaptrt.export.program import Program
 from adaptrt.graph.noise import restored_on_any_error
-from adaptrt.inner import check
 from adaptrt.inner.guard import Guards, decision
-from adaptrt.inner.step import Batch, Carry, Fixed, as_call
+from adaptrt.inner.step import Batch, Carry, Fixed
 from adaptrt.inner.unroll import batch_of_step
 from adaptrt.process import lock
 from adaptrt.runtime.adapted import Adapted, restored
-from adaptrt.runtime.recent import Recent
 from adaptrt.runtime.saved import Source
 from adaptrt.runtime.state import State
 from adaptrt.tree import Spec, Tree
@@ -126,24 +121,6 @@ def _weights(folder: Path, manifest: Manifest, given: str | os.PathLike[str] | M
     return {name: value.detach().contiguous() for name, value in values.items()}
 
 
-class _Known(NamedTuple):
-    """What a call is compared with others by, and the program of the last one if that was like it in all that matters."""
-
-    mode: tuple[str, bool, bool]
-    structure: Any
-    tensors: list[Tensor]
-    program: Program | None
-
-
-class _Call(NamedTuple):
-    """A call before it runs: its program, its support batch and inputs, what it starts from, and what is known of its tensors."""
-
-    program: Program
-    data: tuple[Any, ...]
-    begin: State
-    known: _Known | None
-
-
 class Exported:
     """An export, ready to run on the CPU. It is safe to call from several threads. `load` makes one.
 
@@ -166,8 +143,6 @@ class Exported:
         self._programs = {entry.name: Program(entry) for entry in manifest.programs if format in entry.files}
         self._constants = {name: weights[name] for name in manifest.constants}
         self._guards = Guards()
-        self._recent: Recent[Program] = Recent()
-        self._num_parts = 3 if manifest.weighted else 2
         structure = trees.from_json(manifest.opt_state)
         names = list(manifest.state)
         opt = [name for name in names if name.startswith("state.opt_state")]
@@ -182,6 +157,7 @@ class Exported:
         self._fixed_leaves = [weights[name] for name in manifest.fixed]
         self._predictor = _Predictor(self)
         self._base = State.of(self._carry)
+        self._calls = Calls(manifest, list(self._programs.values()), self._base, self._fixed_leaves, list(of_model.values()))
         for program in self._programs.values():
             program.require(self._base, self._fixed, self._constants, folder)
 
@@ -246,19 +222,18 @@ class Exported:
           NotDifferentiable: gradients are on, and the data or the start requires grad.
         """
         guard = None if keep is None else self._guard(keep)
-        call = self._call("adapt", support, None, start)
-        program, begin, batch = call.program, call.begin, call.data[0]
+        call = self._calls.with_support("adapt", support, None, start)
+        program, begin, (batch,) = call.program, call.begin, call.data
         program.check([("support", batch)], self.manifest.check_finite)
         with torch.no_grad(), self._restored(program, generator, guard is not None):
-            found = self._run(program, begin.leaves, self._fixed_leaves, call.data, program.draw(generator), call.known)
+            found = self._run_call(call, generator)
             state = State(tuple(found[: len(begin.leaves)]), begin.form, begin.num_tasks)
             losses = found[len(begin.leaves)]
             if guard is None:
                 return Adapted(self._predictor, state, losses, self._fixed)
             axis = self.manifest.num_tasks is not None
             last = batch_of_step(batch, self.k - 1, per_step=self.manifest.per_step, task_axis=axis)
-            of_loss = self._find("loss", [last])
-            (final_loss,) = self._run(of_loss, state.leaves, self._fixed_leaves, [last], of_loss.draw(generator))
+            final_loss = self._loss(state, last, generator)
             kept, state = _kept(guard, begin, state, losses, final_loss)
         return Adapted(self._predictor, state, losses, self._fixed, kept=kept, final_loss=final_loss)
 
@@ -274,58 +249,23 @@ class Exported:
         Raises:
           As `adapt`.
         """
-        call = self._call("adapt_predict", support, (query,), start)
+        call = self._calls.with_support("adapt_predict", support, (query,), start)
         program, (batch, inputs) = call.program, call.data
         program.check([("support", batch), ("query", Batch(inputs, None))], self.manifest.check_finite)
         with torch.no_grad(), self._restored(program, generator):
-            found = self._run(program, call.begin.leaves, self._fixed_leaves, call.data, program.draw(generator), call.known)
+            found = self._run_call(call, generator)
         return Prediction(*program.result(found))
 
     @entry_point
     def predict(self, query: Any, *, start: Adapted | None = None, generator: torch.Generator | None = None) -> Any:
         """Returns what the exported model, or an adaptation of it, computes for inputs, given as one argument of it."""
-        return self._predict(self._begin(start), (query,) if isinstance(query, Tensor) else query, generator)
+        return self._predict(self._calls.begin(start), (query,) if isinstance(query, Tensor) else query, generator)
 
     def _predict(self, state: State, inputs: Tree, generator: torch.Generator | None) -> Any:
-        params, _, buffers = state.carry
-        held, fixed = [*params.values(), *buffers.values()], list(self._fixed.params.values())
-        known = self._known("predict", state, held, fixed, inputs) if type(inputs) is tuple else None
-        program = known.program if known is not None else None
-        if program is None:
-            inputs = self._inputs((inputs,))
-            program = self._find("predict", [inputs])
-            _refuse_derivatives(inputs, state)
-        program.check([("input", Batch(inputs, None))], self.manifest.check_finite)
-        with torch.no_grad(), self._restored(program, generator):
-            return program.result(self._run(program, held, fixed, [inputs], program.draw(generator), known))
-
-    def _call(self, kind: str, support: Any, query: tuple[Any] | None, start: Adapted | None) -> _Call:
-        """Finds the program of a call with a support batch, and checks the form of its arguments.
-
-        Raises:
-          As `adapt`.
-        """
-        known = None
-        if type(support) is tuple and len(support) == self._num_parts and (start is None or type(start) is Adapted):
-            state = self._base if start is None else start.state
-            if state.num_tasks == self.manifest.num_tasks:
-                known = self._known(kind, state, state.leaves, self._fixed_leaves, (*support, *(query or ())))
-                if known is not None and known.program is not None:
-                    data = (Batch(*support),) if query is None else (Batch(*support), query)
-                    return _Call(known.program, data, State(state.leaves, self._base.form, state.num_tasks), known)
-        batch = self._batch(support)
-        data = (batch,) if query is None else (batch, self._inputs(query))
-        program = self._find(kind, data)
-        begin = self._begin(start)
-        _refuse_derivatives(data, begin)
-        return _Call(program, data, begin, known)
-
-    def _known(self, kind: str, state: State, held: Sequence[Tensor], fixed: Sequence[Tensor], data: tuple[Any, ...]) -> _Known | None:
-        """Compares a call with the last one of its kind. None if it cannot be compared, as `data` is not tensors alone."""
-        if in_forward_mode() or not all([isinstance(value, Tensor) and not value.is_nested for value in data]):
-            return None
-        of_call = (kind, torch.is_grad_enabled(), torch.is_inference_mode_enabled()), (state.form, state.num_tasks), [*held, *fixed, *data]
-        return _Known(*of_call, self._recent.find(*of_call))
+        call = self._calls.of_prediction(state, inputs)
+        call.program.check([("input", Batch(call.data[0], None))], self.manifest.check_finite)
+        with torch.no_grad(), self._restored(call.program, generator):
+            return call.program.result(self._run_call(call, generator))
 
     def _restored(
         self, program: Program, generator: torch.Generator | None, is_guarded: bool = False
@@ -338,64 +278,20 @@ class Exported:
             raise InvalidArgument("keep='not_worse' compares losses on one batch, and here each step has another; give a function")
         return self._guards.find(keep).decide
 
-    def _batch(self, support: Any) -> Batch:
-        return check.as_batch("support", support, _CPU, self.manifest.weighted)
+    def _loss(self, state: State, batch: Batch, generator: torch.Generator | None) -> Tensor:
+        program = self._calls.find("loss", [batch])
+        values = _in_order(program, state.leaves, self._fixed_leaves, [batch], program.draw(generator))
+        (loss,) = self._runner(program)(program.as_taken(values))
+        return loss
 
-    def _inputs(self, query: tuple[Any]) -> Tree:
-        args, kwargs = as_call(check.as_batch("query", query, _CPU).inputs)
-        return kwargs or args
-
-    def _begin(self, start: Adapted | None) -> State:
-        """Returns what to start from, with a task axis if the programs have one."""
-        num_tasks = self.manifest.num_tasks
-        state = self._base if start is None else self._state_of(start)
-        if num_tasks is not None and state.num_tasks is None:
-            return state.over_tasks(num_tasks)
-        if state.num_tasks != num_tasks:
-            found = "no task axis" if state.num_tasks is None else f"{state.num_tasks} tasks"
-            raise InvalidArgument(f"start holds {found}, and the programs are for {num_tasks or 'no task axis'}")
-        return state
-
-    def _state_of(self, start: Adapted) -> State:
-        if not isinstance(start, Adapted):
-            raise InvalidType(f"start must be what adapt(), start() or load() returned, got {type(start).__name__}")
-        state = start.state
-        held, wanted = state.named_tensors(), self._base.named_tensors()
-        lead = () if state.num_tasks is None else (state.num_tasks,)
-        specs = {name: Spec((*lead, *value.shape), value.dtype, _CPU) for name, value in wanted.items()}
-        if specs != {name: Spec.of(value) for name, value in held.items()}:
-            raise OptimizerMismatch(f"start was adapted with another model or optimiser: {tree.difference(specs, held)}")
-        return State(state.leaves, self._base.form, state.num_tasks)
-
-    def _find(self, kind: str, data: Sequence[Tree]) -> Program:
-        """Returns the program for such data."""
-        programs = [program for program in self._programs.values() if program.entry.kind == kind]
-        for program in programs:
-            if program.takes(data):
-                return program
-        known = "; ".join(dict.fromkeys(program.in_words() for program in programs)) or "none"
-        found = ", ".join(tree.describe(part) for part in data)
-        raise ShapeChanged(f"no program '{kind}' was exported for {found}, only for {known}; pad the data, or export this shape, too")
-
-    def _run(
-        self,
-        program: Program,
-        held: Sequence[Tensor],
-        fixed: Sequence[Tensor],
-        data: Sequence[Tree],
-        noise: Sequence[Sequence[Tensor]],
-        known: _Known | None = None,
-    ) -> Sequence[Tensor]:
-        """Runs a program on tensors in the layout that it takes."""
-        parts = [tree.leaves(data[0]), noise[0]]
-        if len(data) > 1:
-            parts += [tree.leaves(data[1]), noise[1]]
-        values = [*held, *fixed, *[value for part in parts for value in part], *program.constants]
-        if known is not None and known.program is not None:
+    def _run_call(self, call: Call, generator: torch.Generator | None) -> Sequence[Tensor]:
+        program = call.program
+        values = _in_order(program, call.held, call.fixed, call.data, program.draw(generator))
+        if call.is_known:
             return self._runner(program)(values)
         taken = program.as_taken(values)
-        if known is not None and all(map(operator.is_, taken, values)):
-            self._recent.keep(known.mode, known.structure, known.tensors, program)
+        if all(map(operator.is_, taken, values)):
+            self._calls.keep(call)
         return self._runner(program)(taken)
 
     def _runner(self, program: Program) -> Run:
@@ -438,12 +334,12 @@ class _Predictor:
         return dict(self.unroll.manifest.fingerprint)
 
 
-def _refuse_derivatives(data: Tree, state: State) -> None:
-    """Raises NotDifferentiable if the caller could ask for a gradient, or something has a tangent."""
-    if in_forward_mode():
-        refuse_tangents([*tree.leaves(data), *state.leaves])
-    if torch.is_grad_enabled() and any(value.requires_grad for value in (*tree.leaves(data), *state.leaves)):
-        raise NotDifferentiable("exported programs have no gradient; call under torch.no_grad(), or detach what requires grad")
+def _in_order(
+    program: Program, held: Sequence[Tensor], fixed: Sequence[Tensor], data: Sequence[Tree], noise: Sequence[Sequence[Tensor]]
+) -> list[Tensor]:
+    """Returns all that a program takes. Noise of the steps comes before the inputs of a prediction, and the prediction's after them."""
+    parts = [part for pair in zip(data, noise, strict=False) for part in pair]
+    return [*held, *fixed, *[value for part in parts for value in tree.leaves(part)], *program.constants]
 
 
 def _kept(decide: Any, begin: State, state: State, losses: Tensor, final_loss: Tensor) -> tuple[Tensor, State]:

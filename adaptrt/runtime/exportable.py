@@ -136,7 +136,10 @@ class Exporter:
         lead = () if num_tasks is None else (num_tasks,)
         noise, of_prediction = tree.map_leaves(lambda spec: dataclasses.replace(spec, shape=(*lead, *spec.shape)), (noise, of_prediction))
         one_batch = batch_of_step(batch, 0, per_step=self._settings.per_step, task_axis=num_tasks is not None)
-        steps, step = _steps(plan, self._settings, k), plan.step
+        # Nobody differentiates an export, and PyTorch writes some gradients, such as that of group normalisation, in more operations if
+        # they are to be differentiated again.
+        step = dataclasses.replace(plan.step, detach_gradient=True)
+        steps = _steps(step, self._settings, k)
 
         def both(
             carry: Carry, fixed: Fixed, support: Batch, noise: Sequence[Sequence[Tensor]], inputs: Tree, of_prediction: Sequence[Tensor]
@@ -155,7 +158,7 @@ class Exporter:
         bounds = tuple(plan.probe.bounds)
         num_support = len(tree.leaves(batch))
         shifted = tuple([bound._replace(position=bound.position + num_support) for bound in prediction.bounds])
-        captured = self._capture(begin, step, for_fusion, num_tasks, plan)
+        captured = self._capture(begin, for_fusion, num_tasks, plan)
         whole = captured(both, _BOTH, (carry, begin.fixed, batch, noise, inputs, of_prediction))
         of_predict = captured(predict, _PREDICT, (short, alone, inputs, of_prediction))
         of_loss = captured(loss, _LOSS, (carry, begin.fixed, one_batch, noise[0]))
@@ -166,12 +169,12 @@ class Exporter:
             Exportable("loss", of_loss, plan.probe.noise, bounds, num_tasks),
         ]
 
-    def _capture(self, begin: Start, step: Step, for_fusion: bool, num_tasks: int | None, plan: SupportPlan) -> Callable[..., Graph]:
+    def _capture(self, begin: Start, for_fusion: bool, num_tasks: int | None, plan: SupportPlan) -> Callable[..., Graph]:
         tasks = TaskAxis(num_tasks, num_tasks is not None)
 
         def captured(fn: Callable[..., Tree], kinds: Sequence[str], args: Sequence[Tree]) -> Graph:
             arguments = Arguments.of(begin.carry, begin.fixed, args[2], tasks, self._planner.python())
-            settings = dataclasses.replace(capture_settings(self._settings, step, plan.probe, arguments, False), for_fusion=for_fusion)
+            settings = dataclasses.replace(capture_settings(self._settings, plan.step, plan.probe, arguments, False), for_fusion=for_fusion)
             with torch.no_grad():
                 return capture_graph(fn, kinds, args, settings)
 
@@ -183,10 +186,10 @@ _PREDICT = ("carry", "fixed", "query", "noise")
 _LOSS = ("carry", "fixed", "batch", "noise")
 
 
-def _steps(plan: SupportPlan, settings: Settings, num_updates: int) -> Callable[..., tuple[Carry, Tensor]]:
+def _steps(step: Step, settings: Settings, num_updates: int) -> Callable[..., tuple[Carry, Tensor]]:
     updates_per_step = num_updates // settings.k
 
     def run(carry: Carry, fixed: Fixed, support: Batch, noise: Sequence[Sequence[Tensor]]) -> tuple[Carry, Tensor]:
-        return unroll(plan.step, settings.k, carry, fixed, support, noise, per_step=settings.per_step, updates_per_step=updates_per_step)
+        return unroll(step, settings.k, carry, fixed, support, noise, per_step=settings.per_step, updates_per_step=updates_per_step)
 
     return run

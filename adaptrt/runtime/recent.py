@@ -3,13 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
 from adaptrt.backend.guards import alike
 
 Found = TypeVar("Found")
+
+
+def are_plain(count: int | None, *batches: Any) -> bool:
+    """Whether each batch is a tuple of tensors, of so many if a count is given, so that a call with them can be compared with others."""
+    return all(
+        [
+            type(batch) is tuple
+            and (count is None or len(batch) == count)
+            and all([isinstance(value, Tensor) and not value.is_nested for value in batch])
+            for batch in batches
+        ]
+    )
 
 
 class Recent(Generic[Found]):

@@ -24,7 +24,7 @@ from adaptrt.runtime.capture import without_leading_axis
 from adaptrt.runtime.plan import QueryPlan, SupportPlan
 from adaptrt.runtime.planner import Planner
 from adaptrt.runtime.program import Program
-from adaptrt.runtime.recent import Recent
+from adaptrt.runtime.recent import Recent, are_plain
 from adaptrt.runtime.saved import Source
 from adaptrt.runtime.settings import Settings
 from adaptrt.runtime.state import State
@@ -111,7 +111,7 @@ class Router:
         if in_forward_mode():
             refuse_tangents([*begin.carry_leaves, *begin.fixed_leaves, *tree.leaves((support, query))])
         usual = start is None or form is not None
-        if warm or not usual or not self._is_plain(support) or not (query is None or self._is_plain(query[0])):
+        if warm or not usual or not are_plain(self._num_parts, *((support,) if query is None else (support, query[0]))):
             return self._find_anew(support, query, start, warm, k)
         leaves = [*begin.carry_leaves, *begin.fixed_leaves, *support, *(query[0] if query is not None else ())]
         differentiable = torch.is_grad_enabled()
@@ -126,12 +126,6 @@ class Router:
         if not route.is_settled:
             route.settle(bool(inputs))
         return Routed(route, begin, Batch(*support), None if query is None else Batch(*query[0]), inputs)
-
-    def _is_plain(self, batch: Any) -> bool:
-        """Whether a batch is a tuple of tensors, all that it may have."""
-        if type(batch) is not tuple or len(batch) != self._num_parts:
-            return False
-        return all([isinstance(value, Tensor) and not value.is_nested for value in batch])
 
     def start(self) -> Start:
         """Returns the present values of model and optimiser."""

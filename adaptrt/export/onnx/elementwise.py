@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptrt.export.onnx import channels
 from adaptrt.export.onnx.writer import WIDER, Name, OneName, Operand, Refused, Rule, Value, Writer, promoted
 
 aten = torch.ops.aten
@@ -40,6 +41,10 @@ def _binary(kind: str, of_bools: str | None = None) -> OneName:
             if of_bools is None or alpha != 1:
                 raise Refused(" of bools")
             return write(of_bools, *_pair(write, like, a, b, dtype))
+        if alpha == 1 and kind in _OF_CHANNELS:
+            found = _OF_CHANNELS[kind](write, like.shape, a, b)
+            if found is not None:
+                return found
         wide = WIDER.get(dtype, dtype)
         left, right = _pair(write, like, a, b, wide)
         if alpha != 1:
@@ -48,6 +53,16 @@ def _binary(kind: str, of_bools: str | None = None) -> OneName:
         return found if wide == dtype else write.cast(found, dtype)
 
     return rule
+
+
+_OF_CHANNELS = {"Mul": channels.product, "Add": channels.total, "Sub": channels.difference}
+"""For each kind what writes it if one operand has a number for each channel of the other."""
+
+
+def _multiplied(write: Writer, like: Tensor, a: Operand, b: Operand) -> Name:
+    found = _binary("Mul", "And")(write, like, a, b)
+    write.products[found] = a, b
+    return found
 
 
 def _pair(write: Writer, like: Tensor, a: Operand, b: Operand, dtype: torch.dtype) -> tuple[Name, Name]:
@@ -253,8 +268,9 @@ def _table() -> dict[Any, Rule]:
         rules[packet.default] = _unary(kind)
     for kind, packet in {"Floor": aten.floor, "Ceil": aten.ceil, "Round": aten.round}.items():
         rules[packet.default] = _same_for_integers(kind)
-    for kind, of_bools, packet in (("Add", "Or", aten.add), ("Sub", None, aten.sub), ("Mul", "And", aten.mul), ("Div", None, aten.div)):
+    for kind, of_bools, packet in (("Add", "Or", aten.add), ("Sub", None, aten.sub), ("Div", None, aten.div)):
         rules |= _both(packet, _binary(kind, of_bools))
+    rules |= _both(aten.mul, _multiplied)
     for kind, of_bools, packet in (("Max", "Or", aten.maximum), ("Min", "And", aten.minimum)):
         rules[packet.default] = _binary(kind, of_bools)
     for kind, packet in (("And", aten.bitwise_and), ("Or", aten.bitwise_or), ("Xor", aten.bitwise_xor)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,12 +24,30 @@ def _reshape(write: Writer, like: Tensor, x: Value, *args: Any) -> Name:
 
 def _permute(write: Writer, like: Tensor, x: Value, axes: Sequence[int]) -> Name:
     order = [x.axis(axis) for axis in axes]
-    if order == list(range(x.dim)):
-        return write.get(x)
-    found = write("Transpose", write.get(x), perm=order)
     if order == [*range(x.dim - 2), x.dim - 1, x.dim - 2]:
+        found = write("Transpose", write.get(x), perm=order)
         write.exchanged[found] = x
-    return found
+        return found
+    # ONNX Runtime is fast where one axis moves, which it does not see if there are others of one element, or axes that stay together.
+    runs: list[list[int]] = []
+    for axis in order:
+        if x.shape[axis] != 1:
+            if runs and _follow(x.shape, runs[-1][-1], axis):
+                runs[-1].append(axis)
+            else:
+                runs.append([axis])
+    before = sorted(runs)
+    if before == runs:
+        return write.reshape_value(x, like.shape)
+    if len(runs) == x.dim:
+        return write("Transpose", write.get(x), perm=order)
+    merged = write.reshape_value(x, [math.prod(x.shape[axis] for axis in run) for run in before])
+    return write.reshape(write("Transpose", merged, perm=[before.index(run) for run in runs]), like.shape)
+
+
+def _follow(shape: Sequence[int], one: int, other: int) -> bool:
+    """Whether one axis comes after the other in memory, but for axes of one element."""
+    return one < other and all(size == 1 for size in shape[one + 1 : other])
 
 
 def _expand(write: Writer, like: Tensor, x: Value, *args: Any, **options: Any) -> Name:
@@ -36,8 +55,9 @@ def _expand(write: Writer, like: Tensor, x: Value, *args: Any, **options: Any) -
 
 
 def _cat(write: Writer, like: Tensor, parts: Sequence[Value], dim: int = 0) -> Name:
-    filled = [part for part in parts if part.shape != (0,)]  # PyTorch lets such a tensor stand for none at all
-    return write("Concat", *[write.get(part, like.dtype) for part in filled], axis=dim % like.dim())
+    filled = [part for part in parts if part.shape != (0,)] or parts[:1]  # PyTorch lets such a tensor stand for none at all
+    names = [write.get(part, like.dtype) for part in filled]
+    return write("Concat", *names, axis=dim % like.dim()) if len(names) > 1 else names[0]
 
 
 def _slice(write: Writer, like: Tensor, x: Value, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1) -> Name:

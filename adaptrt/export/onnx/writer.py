@@ -88,6 +88,7 @@ class Writer:
       initialisers: tensors that are the same in every call, equal ones once.
       label: what the names of new nodes start with.
       exchanged: for the names of some values, the value of which they are the transpose, its last two axes exchanged.
+      products: for the names of some values, the two of which they are the product.
       pools: for the names of places of maxima, the pool that found them.
     """
 
@@ -96,8 +97,9 @@ class Writer:
         self.initialisers: list[onnx.TensorProto] = []
         self.label = ""
         self.exchanged: dict[Name, Value] = {}
+        self.products: dict[Name, tuple[Operand, Operand]] = {}
         self.pools: dict[Name, Pool] = {}
-        self._names: dict[Any, Name] = {}  # of initialisers and casts
+        self._names: dict[Any, Name] = {}  # of initialisers, casts and tensors of equal elements
         self._reshaped: dict[Name, Value] = {}
         self._count = 0
 
@@ -174,7 +176,12 @@ class Writer:
         return name
 
     def full(self, value: float, dtype: torch.dtype, shape: Sequence[int]) -> Name:
-        return self("Expand", self.number(value, dtype), self.integers(list(shape))) if len(shape) else self.number(value, dtype)
+        """Returns the name of a tensor whose elements are all equal, made once."""
+        number = self.number(value, dtype)
+        key = number, tuple(shape)
+        if len(shape) and key not in self._names:
+            self._names[key] = self("Expand", number, self.integers(list(shape)))
+        return self._names[key] if len(shape) else number
 
 
 def promoted(*operands: Operand) -> torch.dtype:

@@ -16,7 +16,6 @@ convolution is made of these same operations.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -88,43 +87,80 @@ def _of_transposed(gradient: Tensor, x: Tensor, weight: Tensor, numbers: Numbers
 
 
 def _of_weight(gradient: Tensor, x: Tensor, weight: Tensor, numbers: Numbers) -> Tensor:
+    """A product of the gradient with the windows of the images, for each tap or for several taps together."""
     # N = images, G = groups, C = channels of x in a group, O = channels of the gradient in a group, P = taps, L = places in all images
-    groups, num_images, num_taps = numbers.groups, x.shape[0], math.prod(weight.shape[2:])
-    num_out, num_in, num_places = weight.shape[0] // groups, weight.shape[1], num_images * math.prod(gradient.shape[2:])
+    groups, taps = numbers.groups, weight.shape[2:]
     lead = (groups,) if groups > 1 else ()
-    left = _channels_first(gradient, groups).reshape(*lead, num_out, num_places)
-    windows = [window.reshape(*lead, num_in, num_places) for window in _windows(_channels_first(x, groups), gradient, weight, numbers)]
-    if num_in >= _MANY_CHANNELS or num_taps == 1:
-        each = [torch.matmul(left, window.transpose(-1, -2)) for window in windows]
-        found = torch.cat(each).reshape(num_taps, groups * num_out, num_in).permute(1, 2, 0)
-    else:
-        all_taps = torch.matmul(left, torch.cat(windows, -2).transpose(-1, -2))
-        found = all_taps.reshape(groups * num_out, num_taps, num_in).transpose(1, 2)
-    return found.reshape(weight.shape)
+    num_out, num_in, num_places = weight.shape[0] // groups, weight.shape[1], gradient[:, 0].numel()
+    layout = _Layout(groups, images_last=numbers.stride[-1] > 1 or gradient.shape[-1] < _LONG_ROW)
+    left = layout.of(gradient).reshape(*lead, num_out, num_places)
+    together = _together(num_in, taps)
+    shared = math.prod(taps[len(taps) - together :])
+    each: list[Tensor] = []
+    for windows in _windows(x, gradient, weight, numbers, layout, together):
+        each.append(torch.matmul(left, windows.reshape(*lead, shared * num_in, num_places).transpose(-1, -2)))
+    found = torch.cat([product.reshape(1, groups * num_out, shared, num_in) for product in each])
+    return found.permute(1, 3, 0, 2).reshape(weight.shape)
 
 
-_MANY_CHANNELS = 8
-"""From so many on, a product for each tap is faster than one product for all, whose windows have to be put together first."""
+_LONG_ROW = 24
+"""With rows of so many places or more, slices of them are fast, and moving the images last takes longer than it saves."""
+
+_MANY_COLUMNS = 16
+"""Products of fewer columns are slow. From so many on it takes longer to put the windows of several taps together first."""
 
 
-def _channels_first(x: Tensor, groups: int) -> Tensor:
-    """[G, channels of a group, N, ...]"""
-    return x.reshape(x.shape[0], groups, x.shape[1] // groups, *x.shape[2:]).permute(1, 2, 0, *range(3, x.dim() + 1))
+def _together(num_in: int, taps: Sequence[int]) -> int:
+    """Returns the number of axes, counted from the last, whose taps share a product."""
+    counts = range(len(taps))
+    return next((n for n in counts if num_in * math.prod(taps[len(taps) - n :]) >= _MANY_COLUMNS), len(taps))
 
 
-def _windows(x: Tensor, gradient: Tensor, weight: Tensor, numbers: Numbers) -> list[Tensor]:
-    """Returns for each tap the elements of the images, [G, C, N, ...], that it meets at each place."""
+class _Layout(NamedTuple):
+    """[G, channels of a group, ..., N], or [G, channels of a group, N, ...].
+
+    With the images last, windows with a stride are made of longer pieces than single numbers, and those without of whole images.
+    """
+
+    groups: int
+    images_last: bool
+
+    def of(self, x: Tensor) -> Tensor:
+        num_images, num_channels, *sizes = x.shape
+        if self.images_last:
+            return (
+                x.reshape(num_images, math.prod(x.shape[1:]))
+                .permute(1, 0)
+                .reshape(self.groups, num_channels // self.groups, *sizes, num_images)
+            )
+        return x.permute(1, 0, *range(2, x.dim())).reshape(self.groups, num_channels // self.groups, num_images, *sizes)
+
+    @property
+    def first_axis(self) -> int:
+        """Of those of an image."""
+        return 2 if self.images_last else 3
+
+
+def _windows(x: Tensor, gradient: Tensor, weight: Tensor, numbers: Numbers, layout: _Layout, together: int) -> list[Tensor]:
+    """Returns the elements of the images that taps meet at each place.
+
+    There is a tensor for each tap of the first axes, which has the channels for all taps of the last `together` axes one after another.
+    """
     taps, places = weight.shape[2:], gradient.shape[2:]
     axes = range(len(taps))
+    whole = layout.of(x)
     if any(numbers.padding):
-        x = aten.constant_pad_nd.default(x, [size for i in reversed(axes) for size in (numbers.padding[i],) * 2])
-    parts: list[Tensor] = []
-    for tap in itertools.product(*map(range, taps)):
-        part = x
-        for i in reversed(axes):  # the other slices are then copies of whole rows, and several taps share the first
-            first, step = tap[i] * numbers.dilation[i], numbers.stride[i]
-            last = first + (places[i] - 1) * step + 1
-            if (first, last, step) != (0, part.shape[3 + i], 1):
-                part = aten.slice.Tensor(part, 3 + i, first, last, step)
-        parts.append(part)
+        pads = [size for i in reversed(axes) for size in (numbers.padding[i],) * 2]
+        whole = aten.constant_pad_nd.default(whole, [0, 0, *pads] if layout.images_last else pads)
+    parts = [whole]
+    for i in reversed(axes):  # the other slices are then copies of whole rows, and several taps share the first
+        axis, step, length = layout.first_axis + i, numbers.stride[i], (places[i] - 1) * numbers.stride[i] + 1
+        firsts = [tap * numbers.dilation[i] for tap in range(taps[i])]
+        parts = [_sliced(part, axis, first, first + length, step) for first in firsts for part in parts]
+        if i >= len(taps) - together:
+            parts = [torch.cat(parts, 1)]
     return parts
+
+
+def _sliced(x: Tensor, axis: int, first: int, last: int, step: int) -> Tensor:
+    return x if (first, last, step) == (0, x.shape[axis], 1) else aten.slice.Tensor(x, axis, first, last, step)

@@ -1,11 +1,12 @@
-"""Writes batch, group and layer normalisation, and the gradient of batch normalisation, in few operations on whole tensors.
+"""Writes batch, group and layer normalisation, and the gradients of the first two, in few operations on whole tensors.
 
 With x^ = (x - mean) * invstd and m elements in each mean, the gradient of y = w * x^ + b is
 
     dx = w * invstd * (g - sum(g) / m - (x - mean) * sum(g * (x - mean)) * invstd^2 / m)
 
-in which everything but g and x - mean has one number for each channel. PyTorch's own decompositions compute the same with twice as many
-operations on whole tensors, which matters where none of them is fused.
+in which everything but g and x - mean has one number for each channel. Where means are over several channels, which have different weights,
+it is w * g that is summed. PyTorch's own decompositions compute the same with twice as many operations on whole tensors, or with more on
+small ones, which matters where none of them is fused.
 """
 
 from __future__ import annotations
@@ -139,6 +140,38 @@ def group_norm(
     output = output if weight is None else output * weight.view(shape)
     output = output if bias is None else output + bias.view(shape)
     return output, mean.reshape(num_images, groups), invstd.reshape(num_images, groups)
+
+
+def group_norm_backward(
+    gradient: Tensor,
+    x: Tensor,
+    mean: Tensor,
+    invstd: Tensor,
+    weight: Optional,
+    num_images: int,
+    num_channels: int,
+    num_places: int,
+    groups: int,
+    output_mask: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """`aten.native_group_norm_backward`: the module's formula, with means over groups of channels."""
+    # N = images, G = groups, D = channels of a group, L = places
+    by_channel = num_images, groups, num_channels // groups  # [N, G, D]
+    total = gradient.reshape(*by_channel, num_places).sum(-1)
+    products = (gradient * x).reshape(*by_channel, num_places).sum(-1)
+    along = (products - mean.unsqueeze(-1) * total) * invstd.unsqueeze(-1)  # sum(g * x^)
+    of_x = None
+    if output_mask[0]:
+        weights = None if weight is None else weight.reshape(1, *by_channel[1:])
+        scale = invstd.unsqueeze(-1).expand(by_channel) if weights is None else invstd.unsqueeze(-1) * weights
+        share = -invstd / (by_channel[2] * num_places)  # [N, G], as all below
+        slope = (along if weights is None else along * weights).sum(-1) * (share * invstd)
+        level = (total if weights is None else total * weights).sum(-1) * share - slope * mean
+        of_groups = x.reshape(*by_channel[:2], -1) * slope.unsqueeze(-1) + level.unsqueeze(-1)
+        of_channels = gradient.reshape(*by_channel, num_places) * scale.unsqueeze(-1)
+        of_x = of_channels.reshape(x.shape) + of_groups.reshape(x.shape)
+    of_weight = along.sum(0).reshape(num_channels) if output_mask[1] else None
+    return of_x, of_weight, total.sum(0).reshape(num_channels) if output_mask[2] else None
 
 
 RULES: dict[Any, Callable[..., Any]] = {
