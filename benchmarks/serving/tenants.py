@@ -21,7 +21,7 @@ import math
 import random
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -103,8 +103,14 @@ class Run(NamedTuple):
     largest: float
 
 
-async def serve(people: Population, store: SQLiteStore, slots: int, seconds: float, counts: Any) -> tuple[list[Sample], int]:
-    """Adapts tenants until the time is over, and counts how often each. Returns samples, and the most states in memory."""
+async def serve(
+    people: Population, store: SQLiteStore, slots: int, seconds: float, counts: Any
+) -> tuple[list[Sample], int, dict[str, str]]:
+    """Adapts tenants until the time is over, and counts how often each.
+
+    Returns:
+      Samples, the most states in memory, and the fingerprint of the base.
+    """
     num_tenants, process = len(people.targets), psutil.Process()
     drawn = random.Random(0)
     busy: set[int] = set()
@@ -140,7 +146,7 @@ async def serve(people: Population, store: SQLiteStore, slots: int, seconds: flo
         watcher = asyncio.create_task(watch())
         await asyncio.gather(*[caller() for _ in range(CALLERS)])
         watcher.cancel()
-    return samples, most_cached
+    return samples, most_cached, engine.fingerprint
 
 
 def num_bytes(people: Population) -> int:
@@ -148,7 +154,7 @@ def num_bytes(people: Population) -> int:
     return sum(value.numel() * value.element_size() for value in people.unroll.start().state.leaves)
 
 
-def compare(people: Population, store: SQLiteStore, counts: Sequence[int]) -> tuple[int, float]:
+def compare(people: Population, store: SQLiteStore, fingerprint: Mapping[str, str], counts: Sequence[int]) -> tuple[int, float]:
     """Compares the states in a store with what tenants have alone.
 
     Returns:
@@ -158,7 +164,6 @@ def compare(people: Population, store: SQLiteStore, counts: Sequence[int]) -> tu
       AssertionError: a state differs from `unroll.adapt` by more than rounding.
     """
     unroll, many = people.unroll, people.unroll.vmap()
-    fingerprint = unroll.fingerprint()
     num_equal, largest = 0, 0.0
     with torch.inference_mode():
         for tenant, count in enumerate(counts):
@@ -189,10 +194,10 @@ def measure(num_tenants: int, slots: int, seconds: float, backend: str) -> Run:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "tenants.db"
         store = SQLiteStore(path, synchronous="normal")
-        samples, most_cached = harness.run(serve(people, store, slots, seconds, counts))
+        samples, most_cached, fingerprint = harness.run(serve(people, store, slots, seconds, counts))
         store.close()
         store = SQLiteStore(path)
-        num_equal, largest = compare(people, store, counts)
+        num_equal, largest = compare(people, store, fingerprint, counts)
         store.close()
     return Run(samples, WARM_UP * seconds, counts, most_cached, num_bytes(people), num_equal, largest)
 
