@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
 import importlib.util
+import json
 import os
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,10 @@ from typing import Any
 import pytest
 import torch
 
+from adaptrt.serve import Engine, SQLiteStore
 from benchmarks import distributed, launches, rewrites, time_and_memory
 from benchmarks.parts import PARTS
+from benchmarks.serving import apps, harness, load, peers, tenants
 from benchmarks.suite import bench_latency
 from benchmarks.suite import contest as contests
 from benchmarks.suite.contest import TOLERANCE, WrongNumbers, by_turns, contest
@@ -197,3 +202,83 @@ def test_two_processes_are_measured() -> None:
         len(times) == 2 and min(times) > 0 for times in row["times_s"].values()
     )
     assert 0 < row["sending_share"] <= row["all_reduce_share"] < 1
+
+
+def test_arrivals_and_bars_of_serving() -> None:
+    times = harness.poisson(100.0, 10.0, seed=0)
+    assert times == sorted(times) == harness.poisson(100.0, 10.0, seed=0) and 800 < len(times) < 1200 and times[-1] < 10.0
+    text = harness.report("a title", [harness.bars([harness.Bar("p99", "at most 1", "2", False)])], "; some details")
+    assert text.startswith("# a title\n\nMade by `python") and "; some details." in text and "| p99 | at most 1 | 2 | **missed** |" in text
+
+
+def test_open_load_on_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "LOADS", [(0.5, "none", None), (2.0, "short deadlines", 6)])
+    case = harness.sine(4, backend="eager")
+    found = harness.run(load.measure(case, 0.3))
+    assert [row.times for row in found.rows] == [0.5, 2.0]
+    for row in found.rows:
+        assert sum(row.offered.counts.values()) == len(row.offered.late_s) > 0 and row.longest <= load.MAX_QUEUE
+    assert not set(found.rows[0].offered.counts) - {"answered", "overloaded"}
+    title, words, loads, bars = load.markdown(case, found)
+    assert "sine" in title and "| 2 × |" in loads and "lanes alone takes" in words and "goodput at 2 × capacity" in bars
+
+
+def test_an_engine_that_miscounts_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(load, "offer", lambda *args: asyncio.sleep(0, load.Offered(1.0, 1.0, [], [], Counter(answered=1), 0.0)))
+
+    async def test() -> None:
+        case = harness.sine(2, backend="eager")
+        async with Engine(case.unroll, (case.supports[0], case.inputs), lanes=(1,)) as engine:
+            await load.row(case, engine, load.Capacity(1.0, 1.0), 1.0, "none", None, 0.1)
+
+    with pytest.raises(RuntimeError, match=r"callers count .*'answered': 1.*, the engine"):
+        harness.run(test())
+
+
+def test_tenants_through_few_places(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tenants, "NUM_LANES", 2)
+    monkeypatch.setattr(tenants, "CALLERS", 2)
+    found = tenants.measure(6, 2, 1.5, "eager")
+    assert found.num_equal == sum(count > 0 for count in found.counts) > 0 and found.most_cached <= 4 and found.largest < 1e-5
+    table, bars = tenants.markdown(found, 2)
+    assert "adaptations" in table and "states equal bit for bit" in bars
+    if importlib.util.find_spec("matplotlib") is not None:
+        tenants.figure(found, tmp_path / "figure.png")
+        assert (tmp_path / "figure.png").stat().st_size > 1000
+
+    people = tenants.population(1, "eager")
+    with pytest.raises(AssertionError, match="tenant 0 has a record: False, adaptations: 1"):
+        store = SQLiteStore(tmp_path / "empty.db")
+        try:
+            tenants.compare(people, store, {}, [1])
+        finally:
+            store.close()
+
+
+def test_servers_are_asked_for_the_same(tmp_path: Path) -> None:
+    case = harness.sine(2, backend="eager")
+    with torch.inference_mode():
+        expected = case.unroll.adapt(case.supports[1])(case.inputs)
+    for peer in peers.PEERS.values():
+        head, _, body = peers.request(peer, case, 1, "a-key").partition(b"\r\n\r\n")
+        assert f"POST {peer.path} HTTP/1.1".encode() in head and (b"Bearer a-key" in head) == peer.has_keys
+        named = apps.tensors_of(json.loads(body))
+        answer = apps.answer_of(apps.adapted(case, (named["support_0"], named["support_1"]), named["query_0"]))
+        torch.testing.assert_close(peers.outputs(json.dumps(answer).encode()), expected, rtol=1e-4, atol=1e-5)
+
+    rate = peers.Rate(200.0, 1e-3, 2e-3, 0.1)
+    found = {
+        name: peers.Found(1e-7, {n: [rate, rate._replace(per_s=100.0 * (1 + (name == "ours")))] for n in (1, 8, 32)})
+        for name in peers.PEERS
+    }
+    _, rates = peers.markdown(case.title, found)
+    assert "| 8 | LitServe, eager loop, batches of 32 | 150 | 1.33 | 1.00 ms | 2.00 ms | 10% | 1e-07 |" in rates
+
+
+@pytest.mark.slow
+def test_a_server_in_a_process_of_its_own(tmp_path: Path) -> None:
+    pytest.importorskip("fastapi")
+    case = harness.sine(2, backend="eager")
+    with peers.server("fastapi", "sine", tmp_path / "keys") as (port, process):
+        found = harness.run(peers.measure_one(port, process, "fastapi", case, [""] * 32, 0.1))
+    assert found.error < 1e-4 and set(found.rates) == set(peers.CONNECTIONS) and process.poll() is not None

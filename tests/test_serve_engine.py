@@ -37,6 +37,8 @@ from adaptrt.errors import (
     UnknownTenant,
 )
 from adaptrt.serve import Change, Engine, History, Lifecycle, MemoryStore, Outcome, Record, SQLiteStore, Store, programs
+from adaptrt.serve.queue import WorkQueue
+from adaptrt.serve.work import Work
 
 _DRAWN = torch.Generator().manual_seed(0)
 X, Y = SUPPORT = torch.randn(6, 3, generator=_DRAWN), torch.arange(6) % 2
@@ -463,6 +465,112 @@ def test_a_deadline_that_passes_while_it_computes_commits_nothing() -> None:
             assert engine._core._states.cache.get("ann") is None
 
     run(test)
+
+
+def test_lanes_go_first_to_what_can_end_in_time() -> None:
+    """Under overload the earliest deadlines would have to be missed again and again, and nothing would be committed."""
+    clock = Clock()
+
+    async def test() -> None:
+        async with serving(clock=clock, lanes=(2,), max_delay_s=0.0) as engine:
+            lanes = engine._core._lanes
+            run_batch = lanes.adapt
+
+            def adapt(works: Sequence[Any]) -> Any:
+                found = run_batch(works)
+                clock.now += 1.0
+                return found
+
+            lanes.adapt = adapt
+            gate = Gate(engine)
+            await engine.adapt("ann", SUPPORT)  # a batch takes a second
+            first = await gate.hold(engine)
+            calls = [("ann", 2.0), ("bob", 2.0), ("cyd", 4.5), ("dan", 4.5), ("eve", 9.0)]
+            tasks = [asyncio.create_task(engine.adapt(name, SUPPORT, deadline_s)) for name, deadline_s in calls]
+            await tick()
+            gate.open()
+            found = await asyncio.gather(*tasks, return_exceptions=True)
+            assert [isinstance(one, Outcome) for one in found] == [False, False, True, True, True]
+            assert [names for kind, names in gate.log if kind == "adapt"] == [["cyd", "dan"], ["eve"]]
+            await first
+
+    run(test)
+
+
+def test_what_will_hardly_end_in_time_runs_where_lanes_are_left() -> None:
+    clock = Clock()
+
+    async def test() -> None:
+        async with serving(clock=clock, lanes=(1, 4), max_delay_s=0.0) as engine:
+            gate = Gate(engine)
+            first = await gate.hold(engine)
+            clock.now += 100.0
+            gate.open()
+            await first
+            calls = [engine.adapt(name, data(index), 1.0 + index) for index, name in enumerate(("ann", "bob"))]
+            assert all(outcome.kept for outcome in await asyncio.gather(*calls))
+
+    run(test)
+
+
+@pytest.mark.parametrize("deadline_s", [3.0, 10.0])
+def test_twice_as_many_requests_as_can_be_answered_do_not_lower_the_number_of_answers(deadline_s: float) -> None:
+    """In the time of a clock that this test moves: a batch of four takes a second, and eight requests come meanwhile."""
+    clock, num_in_time, num_seconds = Clock(), 0, 100
+    waiting = WorkQueue(4, 0.0, 10_000, 64, clock)
+    future: Any = None  # nobody waits
+    for _ in range(num_seconds):
+        for number in range(8):
+            with waiting.lock:
+                came = clock.now - number / 8
+                work = Work("adapt", None, None, 6, 6, came + deadline_s, came, future)
+                waiting.admit(work)
+                waiting.push(work)
+        taken = waiting.take()
+        assert taken is not None
+        began, clock.now = clock.now, clock.now + 1.0
+        with waiting.lock:
+            waiting.took(taken[0], began)
+        num_in_time += sum(clock.now < work.deadline for work in taken[0])
+    assert num_in_time > 0.9 * 4 * num_seconds
+    assert waiting.length < 8 * (deadline_s + 1)
+
+
+def test_what_waits_for_the_store_counts_as_waiting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a store that is slower than the computing gets a queue without bound."""
+    store = SQLiteStore(tmp_path / "states.db")
+    stalls, goes_on = threading.Event(), threading.Event()
+    commit_all = store.commit_all
+
+    def stalled(changes: Sequence[Change]) -> list[bool]:
+        stalls.set()
+        assert goes_on.wait(20)
+        return commit_all(changes)
+
+    async def test() -> None:
+        async with serving(store=store, max_queue=8) as engine:
+            names = [f"tenant {index}" for index in range(12)]
+            await asyncio.gather(*[engine.adapt(name, SUPPORT) for name in names[:8]])
+            await asyncio.gather(*[engine.adapt(name, SUPPORT) for name in names[8:]])
+            monkeypatch.setattr(store, "commit_all", stalled)
+            tasks = [asyncio.create_task(engine.adapt(names[0], SUPPORT))]
+            await asyncio.to_thread(stalls.wait, 20)
+            for name in names[1:9]:
+                tasks.append(asyncio.create_task(engine.adapt(name, SUPPORT)))
+                await tick()
+            try:
+                async with asyncio.timeout(5):
+                    while engine.stats().events["adapt"] < 12 + 9 or engine.stats().num_waiting < 8:  # all were computed, and wait
+                        await asyncio.sleep(0.001)
+                    with pytest.raises(Overloaded):
+                        await engine.adapt(names[9], SUPPORT)
+            finally:
+                goes_on.set()
+            assert all(outcome.kept for outcome in await asyncio.gather(*tasks))
+            assert engine.stats().num_waiting == 0
+
+    run(test)
+    store.close()
 
 
 @pytest.mark.parametrize("begun", [False, True])

@@ -51,8 +51,14 @@ class Commits:
         self._answer = answer
         self._on_store_thread = on_store_thread
 
-    def finish(self, works: Sequence[Work], found: Sequence[Lane | Exception]) -> None:
-        """Does what follows from a batch of adaptations: commits, answers, and predictions of stateless ones."""
+    def finish(self, works: Sequence[Work], found: Sequence[Lane | Exception], began: float) -> None:
+        """Does what follows from a batch of adaptations: commits, answers, and predictions of stateless ones.
+
+        Args:
+          works: the batch.
+          found: what was computed for each.
+          began: when the batch began, by the clock of deadlines.
+        """
         answers: list[Answer] = []
         to_commit: list[tuple[Work, Lane]] = []
         with self._lock:
@@ -74,21 +80,28 @@ class Commits:
                     self._events["not kept"] += 1
                 assert tenant is not None or then is not None
             self._answer(answers)
+            if not to_commit:
+                self._queue.took(works, began)
+            elif not self._states.is_local:
+                for work, _ in to_commit:
+                    self._queue.waits_again(work)
         if to_commit and self._states.is_local:
-            self._commit(to_commit)
+            self._commit(to_commit, began)
         elif to_commit:
-            self._on_store_thread(self._commit, to_commit)
+            self._on_store_thread(self._commit, to_commit, began)
 
-    def _commit(self, found: Sequence[tuple[Work, Lane]]) -> None:
-        """Commits adaptations whose callers still wait, and answers these."""
+    def _commit(self, found: Sequence[tuple[Work, Lane]], began: float) -> None:
+        """Commits adaptations whose callers still wait, and answers these. `began`: when their batch began."""
         now = Stamp.now()
         answers: list[Answer] = []
         kept: list[tuple[Work, Lane, Tenant]] = []
         changes: list[Change] = []
         with self._lock:
+            self._queue.took([work for work, _ in found], began)
             for work, lane in found:
                 tenant = work.tenant
                 assert tenant is not None
+                self._queue.left(work)
                 if work.is_cancelled or self._queue.has_expired(work):
                     answers.append(Answer(work, None, None if work.is_cancelled else expired(work)))
                     continue

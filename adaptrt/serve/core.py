@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import enum
 import threading
-import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +45,7 @@ class Stats:
 
     Attributes:
       lifecycle: what it does at the moment.
-      num_waiting: requests that wait.
+      num_waiting: requests that wait, for their batch or for the store.
       num_open: requests that are not answered yet.
       num_cached_tenants, cached_bytes: states in memory.
       num_programs: programs that are compiled.
@@ -299,22 +298,21 @@ class Core:
                     with self._lock:
                         self._answer([Answer(work, None, error) for work, error in refused])
                 if works:
-                    began = time.monotonic()
                     self._run(works)
-                    with self._lock:
-                        self._queue.took(works[0].kind, works[0].size, time.monotonic() - began)
 
     def _run(self, works: list[Work]) -> None:
-        kind = works[0].kind
+        kind, began = works[0].kind, self._queue.clock()
         with self._lock:
             self._sizes_of_batches[len(works)] += 1
             self._events[kind] += len(works)
             self._events[f"{kind} batches"] += 1
         if kind == "predict":
             self._predict(works)
+            with self._lock:
+                self._queue.took(works, began)
         else:
             works.sort(key=_name)  # the same tenants in the same order share the memory of the batch before
-            self._commits.finish(works, self._lanes.each(works, self._lanes.adapt))
+            self._commits.finish(works, self._lanes.each(works, self._lanes.adapt), began)
 
     def _predict(self, works: list[Work]) -> None:
         with self._lock:

@@ -42,7 +42,8 @@ class Engine:
         that does not change its numbers: for support data with `examples="weighted"`, for inputs where the model treats rows on their own,
         which `start` tries out. Otherwise the size must be one of these.
       max_delay_s: how long a batch that has room waits for more requests. A batch waits only for as many as its predecessor had.
-      max_queue, max_per_tenant: how many requests may wait, of all tenants, and how many of one may be in the engine.
+      max_queue, max_per_tenant: how many requests may wait for their batch or for the store, of all tenants, and how many of one
+        may be in the engine.
       keep: the guard, as for `unroll.adapt`; a number is the largest norm that the change of the parameters may have. Each lane is decided
         by itself.
       store: keeps the states; None for a `MemoryStore` of 1 GiB. The engine does not close it.

@@ -4,6 +4,10 @@ Earliest deadline first; among equal deadlines, or without, in an order that is 
 of a tenant counts behind the tenant's one before it, and a tenant that comes anew begins where the others are). Adaptations and predictions
 wait apart, and take turns. A tenant has at most one adaptation in the queue, which the engine sees to.
 
+A request whose deadline is nearer than twice the time that the last batch took will hardly be answered in time. It gets a lane only where
+no other request needs one. Without that, an engine with more requests than it can answer would begin each of them just before its deadline,
+and answer none.
+
 A batch begins at once if as many requests wait as were in the last batch of its kind and size, so an idle engine does not delay a lone
 request; otherwise it waits for these, `max_delay_s` at most.
 """
@@ -14,7 +18,7 @@ import heapq
 import math
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from adaptrt.errors import AdaptrtError, DeadlineExceeded, Overloaded
 from adaptrt.serve.work import Work
@@ -23,6 +27,7 @@ Refused = tuple[Work, AdaptrtError | None]
 """A request that will not run, and why; None if its caller has gone."""
 
 _Key = tuple[str, int]
+_Entry = tuple[float, int, int, Work]
 
 
 class _Group:
@@ -31,7 +36,7 @@ class _Group:
     __slots__ = ("enough", "heap", "since", "took_s")
 
     def __init__(self) -> None:
-        self.heap: list[tuple[float, int, int, Work]] = []
+        self.heap: list[_Entry] = []
         self.enough = 1
         self.since = 0.0
         self.took_s = 0.0
@@ -93,6 +98,12 @@ class WorkQueue:
         work.is_waiting = True
         self.length += 1
 
+    def waits_again(self, work: Work) -> None:
+        """Counts a request that was computed, and waits for the store."""
+        if not work.is_waiting:
+            work.is_waiting = True
+            self.length += 1
+
     def left(self, work: Work) -> None:
         """Notes that a request does not wait any more."""
         if work.is_waiting:
@@ -116,9 +127,9 @@ class WorkQueue:
         self._is_closed = True
         self.lock.notify()
 
-    def took(self, kind: str, size: int, seconds: float) -> None:
-        """Notes how long a batch took."""
-        self._groups[kind, size].took_s = seconds
+    def took(self, batch: Sequence[Work], since: float) -> None:
+        """Notes how long a batch took, from `since`, by the clock of deadlines, to its answers or to its commit."""
+        self._groups[batch[0].kind, batch[0].size].took_s = self.clock() - since
 
     def has_expired(self, work: Work) -> bool:
         """Whether the deadline of a request has passed."""
@@ -173,14 +184,23 @@ class WorkQueue:
 
     def _pop(self, group: _Group, refused: list[Refused]) -> list[Work]:
         batch: list[Work] = []
+        late: list[_Entry] = []
+        in_time = self.clock() + 2 * group.took_s
         while group.heap and len(batch) < self._max_lanes:
-            work = heapq.heappop(group.heap)[3]
-            if work.is_cancelled:
-                self._refuse(work, refused)
-                continue
+            entry = heapq.heappop(group.heap)
+            if entry[3].is_cancelled:
+                self._refuse(entry[3], refused)
+            elif entry[0] < in_time:
+                late.append(entry)
+            else:
+                batch.append(entry[3])
+        while late and len(batch) < self._max_lanes:
+            batch.append(late.pop()[3])  # the one that has most time left
+        for entry in late:
+            heapq.heappush(group.heap, entry)
+        for work in batch:
             self.left(work)
             self._virtual = max(self._virtual, work.tag)
-            batch.append(work)
         group.enough = max(1, len(batch))
         group.since = time.monotonic()
         return batch

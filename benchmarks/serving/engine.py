@@ -1,63 +1,27 @@
 """What the serving engine costs beside the programs that it runs: latency of a lone request, and adaptations a second for 16 tenants.
 
-python -m benchmarks.serving.engine
+python -m benchmarks.serving.engine [--only sine] [--seconds 1.5] [--out FILE.md]
 """
 
 from __future__ import annotations
 
-import argparse
 import asyncio
-import platform
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
 
 import adaptrt
-from adaptrt import CompiledUnroll, compile_unroll, optim
-from adaptrt.demo.learner import build_model
 from adaptrt.serve import Engine
+from benchmarks.serving import harness
+from benchmarks.serving.harness import KEEP, TENANTS, Bar, Case, percentile
+from benchmarks.suite.report import table
 
-TENANTS = 16
-K = 5
-KEEP = "not_worse"
-
-Batch = tuple[Tensor, Tensor]
-
-
-class Case(NamedTuple):
-    """A model, what it adapts to, and what it predicts for."""
-
-    name: str
-    unroll: CompiledUnroll
-    supports: list[Batch]
-    inputs: Tensor
-
-
-def sine() -> Case:
-    """MAML's sine network, and ten points for each tenant."""
-    model = nn.Sequential(nn.Linear(1, 40), nn.ReLU(), nn.Linear(40, 40), nn.ReLU(), nn.Linear(40, 1)).eval()
-    unroll = compile_unroll(model, optim.sgd(lr=0.01), K, loss=F.mse_loss)
-    supports = [(torch.randn(10, 1), torch.randn(10, 1)) for _ in range(TENANTS)]
-    return Case("sine MLP 1-40-40-1, SGD, k = 5", unroll, supports, torch.randn(10, 1))
-
-
-def demo() -> Case:
-    """The demo's network of three convolutions, and five images of five classes for each tenant."""
-    model = build_model(seed=0)
-    unroll = compile_unroll(model, torch.optim.SGD(model.parameters(), lr=0.1), K, loss=F.cross_entropy)
-    supports = [(torch.randn(25, 1, 8, 8), torch.arange(25) % 5) for _ in range(TENANTS)]
-    return Case("the demo's conv net, SGD, k = 5, 25 images", unroll, supports, torch.randn(50, 1, 8, 8))
-
-
-def percentile(times_s: list[float], percent: float) -> float:
-    """Returns a percentile of times."""
-    return sorted(times_s)[min(len(times_s) - 1, int(percent / 100 * len(times_s)))]
+MOST_ABOVE_S = 150e-6
+LEAST_SHARE = 0.7
+"""Bars: what an idle engine may add to a program of one lane, and the share of the program's own throughput with 16 tenants."""
 
 
 def timed(call: Callable[[], object], calls: int) -> list[float]:
@@ -95,21 +59,6 @@ def programs_alone(case: Case, calls: int) -> Programs:
             statistics.median(timed(lambda: many.adapt(together, start=of_all, keep=KEEP), calls)),
             timed(lambda: one(case.inputs[None]), calls),
         )
-
-
-async def require_right_numbers(case: Case, engine: Engine) -> None:
-    """Raises unless 16 tenants that adapt twice, at once, get what the unroll alone computes for each.
-
-    Each case draws its data from one seed. Programs of different numbers of lanes round differently; where two numbers under a max-pool are
-    equal but for that, the gradient goes to another of them, and with other seeds a tenant's outputs may differ by 0.01.
-    """
-    for _ in range(2):
-        await asyncio.gather(*[engine.adapt(f"right {index}", support) for index, support in enumerate(case.supports)])
-    for index, support in enumerate(case.supports):
-        with torch.inference_mode():
-            alone = case.unroll.adapt(support, keep=KEEP)
-            expected = case.unroll.adapt(support, start=alone, keep=KEEP)(case.inputs)
-        torch.testing.assert_close(await engine.predict(f"right {index}", case.inputs), expected, rtol=1e-3, atol=1e-4)
 
 
 async def latencies(case: Case, engine: Engine, calls: int) -> tuple[list[float], list[float]]:
@@ -151,48 +100,70 @@ async def rate_of_lists(case: Case, engine: Engine, seconds: float) -> float:
     return count / (time.perf_counter() - began)
 
 
-async def measure(case: Case, calls: int, seconds: float) -> None:
-    """Checks the numbers of one model, and prints its table."""
+class Result(NamedTuple):
+    """What was measured of one model: seconds of calls, and adaptations a second."""
+
+    alone: Programs
+    adaptations: list[float]
+    predictions: list[float]
+    rate: float
+    rate_of_lists: float
+
+
+async def measure(case: Case, calls: int, seconds: float) -> Result:
+    """Checks the numbers of one model, and measures an engine with it."""
     async with Engine(case.unroll, (case.supports[0], case.inputs), lanes=(1, TENANTS), keep=KEEP) as engine:
-        await require_right_numbers(case, engine)
+        await harness.require_right_numbers(case, engine)
         alone = programs_alone(case, calls)
         adaptations, predictions = await latencies(case, engine, calls)
         rates = [await rate(case, engine, seconds) for _ in range(3)]
         together = [await rate_of_lists(case, engine, seconds) for _ in range(3)]
         assert engine.stats().num_compiled_after_ready == 0
-    print(f"\n{case.name}\n\n| one lane, idle | program p50 | engine p50 | above it | engine p99 |\n|---|---|---|---|---|")
-    for name, program, found in (("adapt", alone.one_lane, adaptations), ("predict", alone.prediction, predictions)):
-        medians = [statistics.median(times) * 1e6 for times in (program, found)]
-        tail = percentile(found, 99) * 1e6
-        print(f"| {name} | {medians[0]:.0f} µs | {medians[1]:.0f} µs | {medians[1] - medians[0]:.0f} µs | {tail:.0f} µs |")
-    own, one_by_one, through_engine = TENANTS / alone.all_lanes, 1 / alone.one_call, 1 / statistics.median(adaptations)
-    print(f"\n| {TENANTS} tenants | adaptations/s | of the program's own | times unroll.adapt one by one | times engine.adapt one by one |")
-    print("|---|---|---|---|---|")
-    for name, per_s in (
-        ("the vmapped program alone", own),
-        ("unroll.adapt, one after the other", one_by_one),
-        ("engine.adapt, one after the other", through_engine),
-        (f"engine.adapt, {TENANTS} callers", statistics.median(rates)),
-        (f"engine.adapt_all, {TENANTS} tenants", statistics.median(together)),
-    ):
-        print(f"| {name} | {per_s:,.0f} | {per_s / own:.2f} | {per_s / one_by_one:.2f} | {per_s / through_engine:.2f} |")
+    return Result(alone, adaptations, predictions, statistics.median(rates), statistics.median(together))
+
+
+def markdown(case: Case, found: Result) -> list[str]:
+    """Returns the part of a report on one model."""
+    alone, lines, bars = found.alone, list[list[str]](), list[Bar]()
+    for name, program, times in (("adapt", alone.one_lane, found.adaptations), ("predict", alone.prediction, found.predictions)):
+        own, through = statistics.median(program), statistics.median(times)
+        lines.append([name, *[f"{1e6 * value:.0f} µs" for value in (own, through, through - own, percentile(times, 99))]])
+        bar = f"at most {1e6 * MOST_ABOVE_S:.0f} µs"
+        bars.append(Bar(f"{name}, one lane, above the program", bar, f"{1e6 * (through - own):.0f} µs", through - own <= MOST_ABOVE_S))
+    lone = table(["one lane, idle", "program p50", "engine p50", "above it", "engine p99"], lines)
+    own, one_by_one, through_engine = TENANTS / alone.all_lanes, 1 / alone.one_call, 1 / statistics.median(found.adaptations)
+    rates = {
+        "the vmapped program alone": own,
+        "unroll.adapt, one after the other": one_by_one,
+        "engine.adapt, one after the other": through_engine,
+        f"engine.adapt, {TENANTS} callers": found.rate,
+        f"engine.adapt_all, {TENANTS} tenants": found.rate_of_lists,
+    }
+    head = [f"{TENANTS} tenants", "adaptations/s", "of the program's own", "times unroll.adapt one by one", "times engine.adapt one by one"]
+    lines = [
+        [name, f"{value:,.0f}", *[f"{value / other:.2f}" for other in (own, one_by_one, through_engine)]] for name, value in rates.items()
+    ]
+    for name in list(rates)[3:]:
+        bars.append(
+            Bar(f"{name}, of the program's own", f"at least {LEAST_SHARE}", f"{rates[name] / own:.2f}", rates[name] / own >= LEAST_SHARE)
+        )
+    return [f"## {case.title}", lone, table(head, lines), harness.bars(bars)]
 
 
 def main() -> None:
-    """Prints the processor, and tables in Markdown for each model."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--calls", type=int, default=1000, help="timed calls for each latency")
+    """Measures an engine with each model."""
+    parser = harness.parser(__doc__)
+    parser.add_argument("--calls", type=int, default=1000, help="timed calls for each latency; a fifth with the larger model")
     parser.add_argument("--seconds", type=float, default=1.5, help="of each of three runs for each rate")
-    parser.add_argument("--only", choices=("sine", "demo"))
     chosen = parser.parse_args()
     torch.set_num_threads(1)
-    model = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
-    name = model[0].split(":")[1].strip() if model else platform.machine()
-    print(f"{name}, {len(model)} cores; torch {torch.__version__}, Python {platform.python_version()}; keep={KEEP!r}, MemoryStore")
-    for make in (sine, demo):
-        if chosen.only in (None, make.__name__):
-            torch.manual_seed(0)
-            asyncio.run(measure(make(), chosen.calls if make is sine else chosen.calls // 5, chosen.seconds))
+    parts: list[str] = []
+    for make in harness.chosen_cases(chosen.only):
+        case = make(TENANTS, chosen.backend)
+        calls = chosen.calls if make is harness.sine else chosen.calls // 5
+        parts += markdown(case, asyncio.run(measure(case, calls, chosen.seconds)))
+    title = "What the serving engine costs beside its programs"
+    harness.publish(harness.report(title, parts, f"; keep={KEEP!r}, MemoryStore"), chosen.out)
 
 
 if __name__ == "__main__":
