@@ -2,7 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
+import importlib.util
+import json
 import math
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -212,3 +226,81 @@ def test_learned_optimizer_refuses_no_iterations(capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         learned_optimizer.main(["--iterations", "0"])
     assert "--iterations must be at least 1" in capsys.readouterr().err
+
+
+# --- the engine in LitServe
+
+
+class Answer(NamedTuple):
+    """Of an HTTP server."""
+
+    status: int
+    body: Any
+
+
+def ask(port: int, path: str, question: Any = None) -> Answer:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
+    try:
+        body = None if question is None else json.dumps(question)
+        connection.request("GET" if body is None else "POST", path, body, {"Content-Type": "application/json"})
+        response = connection.getresponse()
+        text = response.read()
+        return Answer(response.status, json.loads(text) if question is not None else text)
+    finally:
+        connection.close()
+
+
+@pytest.fixture
+def litserve_port(tmp_path: Path) -> Iterator[int]:
+    """The port of examples/litserve_app.py, which keeps states in a file."""
+    if importlib.util.find_spec("litserve") is None:
+        pytest.skip("the package litserve is not installed; pip install 'adaptrt[litserve]'")
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+    script = Path(__file__).parents[1] / "examples" / "litserve_app.py"
+    command = [sys.executable, script, "--port", str(port), "--backend", "eager", "--store", str(tmp_path / "tenants.db")]
+    log = tmp_path / "log"
+    with log.open("w") as file:
+        environment = {**os.environ, "PYTHONPATH": str(script.parents[1])}
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+    try:
+        for _ in range(600):
+            with contextlib.suppress(OSError):
+                if ask(port, "/health").status == 200:
+                    break
+            assert process.poll() is None, log.read_text()
+            time.sleep(0.1)
+        yield port
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)  # LitServe's own processes, too
+        process.wait()
+
+
+@pytest.mark.slow
+def test_litserve_app(litserve_port: int) -> None:
+    x, y = [[0.1, 0.2], [0.3, -0.4], [-0.5, 0.6]], [0, 1, 1]
+
+    def question(**parts: Any) -> Answer:
+        return ask(litserve_port, "/predict", {"tenant": "ann", "x": x, **parts})
+
+    base = question().body["logits"]
+    with ThreadPoolExecutor(8) as threads:
+        adapted = list(threads.map(lambda number: question(tenant=f"tenant {number}", y=y), range(16)))
+        again = list(threads.map(lambda number: question(tenant=f"tenant {number}"), range(16)))
+    for outcome, prediction in zip(adapted, again, strict=True):
+        assert outcome.status == prediction.status == 200
+        assert outcome.body["kept"] and outcome.body["losses"][-1] < outcome.body["losses"][0]
+        assert prediction.body["logits"] != base
+        torch.testing.assert_close(torch.tensor(prediction.body["logits"]), torch.tensor(again[0].body["logits"]))
+    assert question().body["logits"] == base
+    for parts, status, words in (
+        ({"y": [0, 1, 2]}, 400, "class"),
+        ({"y": [0, 1]}, 400, "examples"),
+        ({"x": [[0.0, 0.0]] * 9}, 400, "9 examples"),
+        ({"tenant": ""}, 400, "tenant"),
+        ({"tenant": 3}, 422, "string"),
+        ({"x": "x"}, 422, "list"),
+    ):
+        answer = question(**parts)
+        assert (answer.status, words in json.dumps(answer.body)) == (status, True), (parts, answer)

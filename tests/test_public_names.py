@@ -31,6 +31,7 @@ NAMES = {
     "adaptrt.higher.patch": "buffer_sync make_functional monkeypatch",
     "adaptrt.higher.utils": "copied flatten get_func_params settings_of _recursive_map",
     "adaptrt.serve": "Change Engine History Lifecycle MemoryStore Outcome Prediction Record RedisStore SQLiteStore Stats Store Sync",
+    "adaptrt.serve.ray": "BuildEngine Replica ReplicaStats deployment",
     "adaptrt.pytest_plugin": "Latency UnrollBenchmark unroll_benchmark",
 }
 

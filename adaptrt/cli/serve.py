@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 from collections.abc import Callable
@@ -91,7 +92,13 @@ def serve(
             max_steps=max_steps,
             drain_s=drain_s,
         )
-        server = web.Server(_builder(target, sizes, options), settings, ready=lambda: typer.echo(f"ready: {settings.url}"))
+
+        def ready() -> None:
+            gc.collect()
+            gc.freeze()  # docs/serving.md, "Garbage collection": this process is ours
+            typer.echo(f"ready: {settings.url}")
+
+        server = web.Server(_builder(target, sizes, options), settings, ready=ready)
         typer.echo(f"warming up {target}")
         web.log_to_stderr()
         try:
