@@ -130,7 +130,7 @@ def run(test: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
 
 @contextlib.asynccontextmanager
 async def serving(unroll: CompiledUnroll | None = None, **changes: Any) -> AsyncIterator[Engine]:
-    wanted: dict[str, Any] = {"lanes": (1, 4), "max_delay_s": 0.02, **changes}
+    wanted: dict[str, Any] = {"lanes": (1, 4), "max_delay_s": 0.02, "together": True, **changes}
     async with Engine(unroll or shared_unroll(), (SUPPORT, INPUTS), **wanted) as engine:
         yield engine
         assert engine.stats().num_compiled_after_ready == 0
@@ -193,11 +193,15 @@ async def act(engine: Engine, operations: Sequence[tuple[int, str, int]]) -> dic
     return found
 
 
+over_ways = pytest.mark.parametrize("together", [True, False], ids=["together", "one by one"])
+
+
+@over_ways
 @settings(max_examples=25, deadline=None)
 @given(operations=OPERATIONS)
-def test_any_interleaving_equals_each_tenant_alone(operations: list[tuple[int, str, int]]) -> None:
+def test_any_interleaving_equals_each_tenant_alone(together: bool, operations: list[tuple[int, str, int]]) -> None:
     async def test() -> dict[int, list[Any]]:
-        async with serving() as engine:
+        async with serving(together=together) as engine:
             return await act(engine, operations)
 
     found = run(test)
@@ -226,6 +230,48 @@ def test_with_one_size_of_batch_the_bits_are_equal(operations: list[tuple[int, s
     run(test)
 
 
+def test_one_by_one_the_bits_are_those_of_the_unroll_alone() -> None:
+    async def test() -> None:
+        async with serving(lanes=(1, 4), together=False) as engine:
+            names = ["ann", "bob", "cyd"]
+            outcomes = await engine.adapt_all([(name, data(index)) for index, name in enumerate(names)])
+            outputs = await asyncio.gather(*[engine.predict(name, INPUTS) for name in names])
+        for index, (outcome, found) in enumerate(zip(outcomes, outputs, strict=True)):
+            with torch.inference_mode():
+                alone = shared_unroll().adapt(data(index), keep="not_worse")
+                expected = alone(INPUTS)
+            assert isinstance(outcome, Outcome) and outcome.losses == tuple(alone.losses.tolist())
+            assert torch.equal(found, expected) and not found.is_inference()
+
+    run(test)
+
+
+@pytest.mark.parametrize("one_by_one_takes_s", [0.5, 2.0])
+def test_the_faster_way_is_chosen_once(one_by_one_takes_s: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which of the two is faster is given here; afterwards all batches of this size are computed so, and nothing is compiled."""
+
+    def seconds(run: Callable[[], object]) -> float:
+        run()
+        return one_by_one_takes_s if getattr(run, "__name__", "") in ("adapt_all", "predict_all") else 1.0
+
+    monkeypatch.setattr(programs, "_seconds", seconds)
+
+    async def test() -> None:
+        async with Engine(make(), (SUPPORT, INPUTS), lanes=(1, 4)) as engine:
+            used = engine._programs
+            assert not used.is_together("adapt", 1) and not used.is_together("predict", 1)
+            assert used.is_together("adapt", 4) == used.is_together("predict", 4) == (one_by_one_takes_s > 1)
+            names = ["ann", "bob", "cyd"]
+            await engine.adapt_all([(name, data(index)) for index, name in enumerate(names)])
+            for index, name in enumerate(names):
+                alone = Alone(shared_unroll())
+                alone.adapt(data(index))
+                torch.testing.assert_close(await engine.predict(name, INPUTS), alone.predict(INPUTS))
+            assert engine.stats().num_compiled_after_ready == 0
+
+    run(test)
+
+
 def test_batches_mix_tenants_and_stateless_requests() -> None:
     async def test() -> None:
         async with serving(lanes=(1, 8)) as engine:
@@ -248,13 +294,14 @@ def test_batches_mix_tenants_and_stateless_requests() -> None:
     run(test)
 
 
+@over_ways
 @pytest.mark.parametrize("bad", ["nan", "huge", "label"])
-def test_a_bad_lane_leaves_the_others_as_they_are(bad: str) -> None:
+def test_a_bad_lane_leaves_the_others_as_they_are(bad: str, together: bool) -> None:
     unroll = make(nonfinite="ignore") if bad == "nan" else shared_unroll()
     lane = {"nan": (torch.full((6, 3), float("nan")), SUPPORT[1]), "huge": data(9, 1e30), "label": (SUPPORT[0], SUPPORT[1] + 5)}[bad]
 
     async def states(last: tuple[Tensor, Tensor]) -> tuple[list[Tensor], Any]:
-        async with serving(unroll, lanes=(4,)) as engine:
+        async with serving(unroll, lanes=(4,), together=together) as engine:
             gate = Gate(engine)
             first = await gate.hold(engine)
             calls = [engine.adapt(f"tenant {index}", data(index)) for index in range(3)]
@@ -328,9 +375,11 @@ def losses(output: Tensor, target: Tensor) -> Tensor:
     return F.cross_entropy(output, target, reduction="none")
 
 
-def test_weighted_examples_are_padded_without_changing_numbers() -> None:
+@over_ways
+def test_weighted_examples_are_padded_without_changing_numbers(together: bool) -> None:
     async def test() -> None:
-        async with serving(make(loss=losses, examples="weighted"), support_sizes=(2, 6), query_sizes=(1, 4)) as engine:
+        unroll = make(loss=losses, examples="weighted")
+        async with serving(unroll, support_sizes=(2, 6), query_sizes=(1, 4), together=together) as engine:
             for length in (1, 2, 3, 5, 6):
                 few = data(length)[0][:length], data(length)[1][:length]
                 found = await engine.adapt_predict(few, INPUTS[: min(length, 4)])

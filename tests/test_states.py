@@ -276,6 +276,46 @@ def test_warm_starts_need_nothing_new() -> None:
         tasks.adapt(batch(3, T + 1), start=adaptrt.stack([*users, users[0]]))
 
 
+def test_predictions_of_an_unroll_are_those_of_the_adaptation() -> None:
+    unroll, x = make(), batch(9)[0]
+    many, copied = unroll.vmap(), unroll.clone()
+    alone, tasks = unroll.adapt(batch(0)), many.adapt(batch(1, T))
+    assert torch.equal(unroll.predict(x), unroll.start()(x))
+    assert torch.equal(unroll.predict((x,), start=alone), alone(x))
+    assert torch.equal(copied.predict(x, start=alone), alone(x))
+    mixed = adaptrt.stack([alone, *tasks.unbind(), copied.adapt(batch(2))])
+    xs = batch(3, T + 2)[0]
+    expected = torch.stack([row(each) for row, each in zip(mixed, xs, strict=True)])
+    for each in (unroll, many, copied):
+        assert_near({"outputs": each.predict(xs, start=mixed)}, {"outputs": expected})
+    (gradient,) = torch.autograd.grad(unroll.predict(x, start=alone).sum(), [next(iter(unroll.module().parameters()))])
+    assert gradient.abs().sum() > 0
+
+
+def test_an_unroll_predicts_with_its_own_programs() -> None:
+    """Whichever unroll of the family made the state: a server warms one, and keeps states of others."""
+    unroll = make(on_new_shape="error")
+    ready, support, x = unroll.clone(), batch(0), batch(9)[0]
+    ready.warmup(support, inputs=x, start=ready.start())
+    adapted = ready.adapt(support, start=ready.start())
+    of_other = unroll.clone(on_new_shape="compile").adapt(support)
+    num_programs = len(ready.graphs())
+    assert torch.equal(ready.predict(x, start=of_other), ready.predict(x, start=adapted))
+    assert len(ready.graphs()) == num_programs and not unroll.graphs()
+    with pytest.raises(ShapeChanged):
+        unroll.predict(x, start=adapted)
+
+
+@pytest.mark.parametrize(
+    ("start", "error", "message"),
+    [(lambda: make(net=model()).start(), OptimizerMismatch, "another unroll"), (lambda: 3, InvalidType, "got int")],
+    ids=["another unroll", "no adaptation"],
+)
+def test_predictions_from_what_is_none_of_the_unrolls(start: Callable[[], Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        make().predict(batch(0)[0], start=start())
+
+
 def test_a_long_chain_through_a_stack_is_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("adaptrt.runtime.adapted.LONG_CHAIN", 4)
     unroll = compile_unroll(nn.Linear(3, 2).double(), optim.sgd(lr=0.1), 1, loss=regress, adjoint=Replay(), backend="eager")
