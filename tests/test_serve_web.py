@@ -575,6 +575,16 @@ def test_tokens(pair: tuple[str, str], algorithm: str) -> None:
         assert found.value.status == 401, text
 
 
+@pytest.mark.parametrize("error", [RecursionError, OverflowError, UnicodeEncodeError("utf-8", "", 0, 1, "")])
+def test_whatever_a_token_makes_the_parser_raise_is_401(monkeypatch: pytest.MonkeyPatch, error: Any) -> None:
+    def decode(*args: Any, **kwargs: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(jwt, "decode", decode)
+    with pytest.raises(HTTPError, match="not valid"):
+        Principals({}, Tokens(_SECRET, "HS256")).of({"authorization": "Bearer a.b.c"})
+
+
 def test_settings_of_tokens_that_cannot_be_right(pair: tuple[str, str]) -> None:
     for tokens in (
         Tokens("short", "HS256"),
