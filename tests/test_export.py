@@ -182,8 +182,8 @@ def test_examples_of_what_was_exported(folder: Path, tmp_path: Path) -> None:
 
     x, y = torch.randn(5, 3), torch.randint(2, (5,))
     net = nn.Linear(3, 2)
-    for options, lead in (({"examples": "weighted"}, ()), ({"examples": "weighted"}, (T,))):
-        unroll = compile_unroll(net, optim.sgd(lr=0.1), K, loss=nn.CrossEntropyLoss(reduction="none"), backend="eager", **options)
+    for lead in ((), (T,)):
+        unroll = compile_unroll(net, optim.sgd(lr=0.1), K, loss=nn.CrossEntropyLoss(reduction="none"), examples="weighted", backend="eager")
         batch = tuple(value.expand(*lead, *value.shape).clone() for value in (x, y, torch.rand(5)))
         path = (unroll.vmap() if lead else unroll).export(tmp_path / f"weighted{len(lead)}", batch, batch[0], formats="torchscript")
         exported = adaptrt.load(path)

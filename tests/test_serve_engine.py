@@ -1399,6 +1399,31 @@ def test_an_engine_that_cannot_warm_up_says_why() -> None:
     run(test)
 
 
+def test_a_start_that_is_cancelled_ends_its_threads() -> None:
+    """Also if the event loop has ended when the programs are compiled."""
+    engine = Engine(shared_unroll(), (SUPPORT, INPUTS), lanes=(1,))
+    reached, go_on = threading.Event(), threading.Event()
+
+    def warm() -> int:
+        reached.set()
+        assert go_on.wait(20)
+        return 1
+
+    async def test() -> None:
+        starting = asyncio.create_task(engine._core.start(warm))
+        await asyncio.to_thread(reached.wait, 20)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert engine.stats().lifecycle is Lifecycle.STOPPED
+
+    run(test)
+    go_on.set()
+    assert engine._core._compute_thread is not None
+    engine._core._compute_thread.join(20)
+    assert not engine._core._compute_thread.is_alive()
+
+
 def test_a_change_that_a_store_refuses_reaches_its_caller() -> None:
     async def test() -> None:
         async with serving(store=MemoryStore(max_bytes=100)) as engine:

@@ -246,6 +246,22 @@ def test_a_state_that_was_kept_is_answered_even_if_its_losses_have_no_form_in_js
     assert found.value.status == 422
 
 
+def test_an_adaptation_that_was_kept_and_whose_losses_have_no_form_in_json(server: Running) -> None:
+    engine, real = server.engine, server.engine.adapt
+
+    async def adapt(*args: Any) -> Any:
+        return (await real(*args))._replace(losses=(float("nan"), float("inf")))
+
+    engine.adapt = adapt  # type: ignore[method-assign]
+    try:
+        answer = server.adapt()
+    finally:
+        del engine.adapt
+    assert answer.status == 200 and answer.tensor("kept").tolist() == [True]
+    assert answer.json["outputs"][0]["data"] == [None, None]
+    assert server.call("DELETE", STATE).json["forgotten"] is True
+
+
 def test_versions_in_addresses(server: Running) -> None:
     version = server.get(MODEL).json["versions"][0]
     there, other = f"{MODEL}/versions/{version}", f"{MODEL}/versions/1"
@@ -798,6 +814,22 @@ def test_a_mistake_of_the_server_is_told_as_json_and_logged_without_data(server:
     assert server.infer().status == 200
 
 
+def test_an_error_that_is_not_foreseen_is_logged_without_its_message(server: Running, lines: io.StringIO) -> None:
+    """The caller can do nothing about it; who runs the server can."""
+
+    async def adapt(*args: Any) -> Any:
+        raise InvalidArgument("a state of 7,777 bytes does not fit into max_bytes=1; ann")
+
+    server.engine.adapt = adapt  # type: ignore[method-assign]
+    try:
+        answer = server.adapt()
+    finally:
+        del server.engine.adapt
+    assert answer.status == 400 and "metadata" in answer.json["error"] and "max_bytes" not in answer.json["error"]
+    (line,) = [line for line in lines.getvalue().splitlines() if '"refused"' in line]
+    assert '"InvalidArgument"' in line and "7,777" not in line
+
+
 # Telemetry
 
 
@@ -882,14 +914,14 @@ def test_lines_of_the_log_have_no_data(server: Running, lines: io.StringIO) -> N
     server.call("GET", "/v2", key=None, headers={"Authorization": "Bearer secret-key"})
     server.call("POST", INFER, body((), (values[:4],), parameters={"timeout": 1}), key="dee")
     server.call("DELETE", STATE, key="dee")
-    with contextlib.suppress(Exception):
-        server.call("secret-method".upper(), "/v2", key="dee")
+    server.call("PROPFIND", "/v2", key="dee")
+    until(lambda: '"_OTHER"' in lines.getvalue())  # methods are a few words
     text = lines.getvalue()
     found = [json.loads(line) for line in text.splitlines()]
     requests = [line for line in found if line["event"] == "request"]
     assert [line["status"] for line in requests][:3] == [200, 200, 400]
     assert all(line.keys() >= {"time", "level", "route", "method", "status", "took_ms", "request_id"} for line in requests)
-    for word in ("0.1234", "secret", "SECRET", "dee", KEYS["dee"], "query", "label"):
+    for word in ("0.1234", "secret", "PROPFIND", "dee", KEYS["dee"], "query", "label"):
         assert word not in text.replace(web.__file__, ""), word
 
 
@@ -1004,6 +1036,19 @@ class Slow:
             return self.connection.getresponse().status
         finally:
             self.connection.close()
+
+
+def test_nothing_new_is_begun_while_it_drains(server: Running) -> None:
+    server.adapt()
+    server.server.served.stage = Stage.DRAINING
+    try:
+        for method, path, content in (("POST", ADAPT, body(data(1))), ("POST", INFER, body((), (INPUTS,))), ("DELETE", STATE, None)):
+            answer = server.call(method, path, content)
+            assert answer.status == 503 and "draining" in answer.json["error"]
+        assert server.call("POST", LOAD, key="ops").status == 503
+    finally:
+        server.server.served.stage = Stage.READY
+    assert server.call("DELETE", STATE).json["forgotten"] is True
 
 
 def test_a_server_that_is_stopped_before_it_is_ready(tmp_path: Path) -> None:

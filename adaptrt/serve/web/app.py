@@ -228,6 +228,8 @@ class Application:
                 found = errors.of_engine(error)
                 if found.status >= 500:
                     LOG.warning("refused", extra={"fields": {"error": type(error).__name__, "message": str(error)}})
+                elif found.message == errors.CANNOT_COMPUTE:
+                    LOG.warning("refused", extra={"fields": _where(error)})
                 raise found from None
 
         return answer

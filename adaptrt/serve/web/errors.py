@@ -9,6 +9,9 @@ from adaptrt import errors
 RETRY_AFTER_S = 1
 """After how many seconds a request that was refused for want of room may be sent again."""
 
+CANNOT_COMPUTE = "the model cannot compute with these tensors; GET the model's metadata, which says what it takes"
+"""What is told of an error that is not foreseen here. It may be the server's, whose log says where it was raised."""
+
 
 class HTTPError(Exception):
     """An answer with an error.
@@ -62,4 +65,4 @@ def of_engine(error: errors.AdaptrtError) -> HTTPError:
     for kind, status, message in _OF_REQUESTS:
         if isinstance(error, kind):
             return HTTPError(status, message)
-    return Invalid("the model cannot compute with these tensors; GET the model's metadata, which says what it takes")
+    return Invalid(CANNOT_COMPUTE)
