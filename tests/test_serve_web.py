@@ -608,6 +608,7 @@ def test_settings_of_tokens_that_cannot_be_right(pair: tuple[str, str]) -> None:
         Tokens(_SECRET, "RS256"),
         Tokens(pair[1][:40], "RS256"),
         Tokens("", "HS256"),
+        Tokens(pair[1], "HS256"),  # anyone could sign with a public key
     ):
         with pytest.raises(InvalidArgument):
             Principals({}, tokens)

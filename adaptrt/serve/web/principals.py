@@ -187,11 +187,11 @@ def _decoder(tokens: Tokens) -> Any:
         raise InvalidArgument(f"{tokens.algorithm} needs the package cryptography; pip install cryptography")
     if tokens.algorithm.startswith("HS") and len(tokens.key.encode()) < _KEY_BYTES:
         raise InvalidArgument(f"the secret for {tokens.algorithm} must have at least {_KEY_BYTES} bytes, got {len(tokens.key.encode())}")
-    if not tokens.algorithm.startswith("HS"):
-        try:
-            known[tokens.algorithm].prepare_key(tokens.key)
-        except (ValueError, TypeError, jwt.InvalidKeyError) as error:
-            raise InvalidArgument(f"the key for {tokens.algorithm} must be a public key in PEM: {error}") from error
+    try:
+        known[tokens.algorithm].prepare_key(tokens.key)
+    except (ValueError, TypeError, jwt.InvalidKeyError) as error:
+        what = "a secret, and no key in PEM" if tokens.algorithm.startswith("HS") else "a public key in PEM"
+        raise InvalidArgument(f"the key for {tokens.algorithm} must be {what}: {error}") from error
     required = ["exp", "sub", *(["aud"] if tokens.audience else []), *(["iss"] if tokens.issuer else [])]
 
     def decode(token: str) -> Principal | None:
