@@ -64,7 +64,12 @@ def _others_are_unaffected(request: pytest.FixtureRequest) -> Iterator[None]:  #
     yield
     assert found.infer(key="bob").json["outputs"] == before
     until(lambda: found.engine.stats().num_open == 0)
-    assert found.server.served.stage == "ready" and not found.server.app._adaptations and found.server.served._num_uses == 0
+    assert (
+        found.server.served.stage == "ready"
+        and not found.server.app._adaptations
+        and not found.server.app._requests
+        and found.server.served._num_uses == 0
+    )
 
 
 def until(holds: Any, timeout_s: float = 20.0) -> None:
@@ -325,6 +330,25 @@ def test_a_body_in_pieces_without_an_end(server: Running) -> None:
 def test_a_body_that_does_not_go_on(server: Running, sent: bytes) -> None:
     answer = raw(server, head(Content_Length=500) + sent)
     assert answer.startswith(b"HTTP/1.1 408") and b"connection: close" in answer.lower() and b"send it faster" in answer
+
+
+def test_bodies_of_one_tenant_take_a_bounded_amount_of_memory(tmp_path: Path) -> None:
+    """However many connections it opens, and whether their bodies ever end."""
+    content = json.dumps(body(data(1))).encode()
+    with web.running(tmp_path, limits=Limits(max_requests=3)) as found, contextlib.ExitStack() as opened:
+        begun = [opened.enter_context(socket.create_connection(("127.0.0.1", found.port), timeout=20)) for _ in range(3)]
+        for connection in begun:
+            connection.sendall(head(Content_Length=len(content)) + content[:100])
+        until(lambda: found.server.app._requests["ann"] == 3)
+        for answer in (found.adapt(), found.infer()):
+            require_refused(answer)
+            assert answer.status == 429 and answer.json["error"].startswith("3 requests of yours are under way")
+        assert found.adapt(key="bob").status == 200
+        for connection in begun:
+            connection.sendall(content[100:])
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        until(lambda: not found.server.app._requests)
+        assert found.infer().status == 200
 
 
 def test_a_body_that_comes_byte_by_byte(server: Running) -> None:

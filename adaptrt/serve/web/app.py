@@ -14,7 +14,7 @@ import secrets
 import time
 import traceback
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,12 +68,14 @@ class Limits:
     Attributes:
       max_body_bytes: of a request, packed or not; None for what the largest batch takes as JSON.
       body_timeout_s: how long the body may take.
-      max_adaptations: of one tenant at the same time.
+      max_requests: with tensors, of one tenant at the same time; their bodies are in memory.
+      max_adaptations: how many of these may adapt.
       max_wait_s: how long a request waits that names no shorter time.
     """
 
     max_body_bytes: int | None = None
     body_timeout_s: float = 10.0
+    max_requests: int = 64
     max_adaptations: int = 8
     max_wait_s: float = 30.0
 
@@ -131,6 +133,7 @@ class Application:
         self._open = _HEALTH if open_health else ()
         self._is_started = ready
         self._failed = failed
+        self._requests: Counter[str] = Counter()
         self._adaptations: Counter[str] = Counter()
         model, version = "/v2/models/{model}", "/versions/{version}"
         found: list[tuple[str, str, Endpoint]] = [
@@ -283,9 +286,10 @@ class Application:
         return JSONResponse({"name": self.served.name, "ready": True, "version": _of_version(call, self.served.ready()).version})
 
     async def _infer(self, call: Call) -> Response:
-        body = await self._body(call)
-        async with self.served.use() as ready:
-            return await self._inferred(call, ready, self._decoded(call, ready, body))
+        with self._requesting(call.principal):
+            body = await self._body(call)
+            async with self.served.use() as ready:
+                return await self._inferred(call, ready, self._decoded(call, ready, body))
 
     async def _inferred(self, call: Call, ready: Ready, asked: Asked) -> Response:
         engine, request, deadline_s = ready.engine, asked.request, asked.deadline_s
@@ -306,12 +310,13 @@ class Application:
         return self._response(ready, request, tensors, {"took_ms": round(1e3 * found.took_s, 3)})
 
     async def _adapt(self, call: Call) -> Response:
-        body = await self._body(call)
-        async with self.served.use() as ready:
-            asked = self._decoded(call, ready, body)
-            if ready.query.is_in(asked.request.inputs):
-                raise Invalid(f"adapt takes support tensors alone, {', '.join(ready.support.names)}; send the query to infer")
-            return await self._adapted(call, ready, asked)
+        with self._requesting(call.principal):
+            body = await self._body(call)
+            async with self.served.use() as ready:
+                asked = self._decoded(call, ready, body)
+                if ready.query.is_in(asked.request.inputs):
+                    raise Invalid(f"adapt takes support tensors alone, {', '.join(ready.support.names)}; send the query to infer")
+                return await self._adapted(call, ready, asked)
 
     async def _adapted(self, call: Call, ready: Ready, asked: Asked) -> Response:
         support = ready.support.build(asked.request.inputs, ready.engine.support_sizes)
@@ -388,20 +393,26 @@ class Application:
         numbers = ready.support.num_numbers(engine.support_sizes.sizes[-1]) + ready.query.num_numbers(engine.query_sizes.sizes[-1])
         return 2**16 + 32 * numbers  # a number in JSON has some 20 characters
 
+    def _requesting(self, principal: Principal) -> contextlib.AbstractContextManager[None]:
+        return self._counted(self._requests, principal, self._limits.max_requests, "requests")
+
+    def _adapting(self, principal: Principal) -> contextlib.AbstractContextManager[None]:
+        return self._counted(self._adaptations, principal, self._limits.max_adaptations, "adaptations")
+
     @contextlib.contextmanager
-    def _adapting(self, principal: Principal) -> Any:
-        """Counts an adaptation of a tenant while it is under way. Raises HTTPError if it has too many already."""
-        name, bound = principal.name, self._limits.max_adaptations
-        if self._adaptations[name] >= bound:
-            message = f"{bound} adaptations of yours are under way; wait for one of them"
+    def _counted(self, counts: Counter[str], principal: Principal, bound: int, what: str) -> Iterator[None]:
+        """Counts something of a tenant while it is under way. Raises HTTPError if there is too much of it already."""
+        name = principal.name
+        if counts[name] >= bound:
+            message = f"{bound} {what} of yours are under way; wait for one of them"
             raise HTTPError(429, message, {"Retry-After": str(errors.RETRY_AFTER_S)})
-        self._adaptations[name] += 1
+        counts[name] += 1
         try:
             yield
         finally:
-            self._adaptations[name] -= 1
-            if not self._adaptations[name]:
-                del self._adaptations[name]
+            counts[name] -= 1
+            if not counts[name]:
+                del counts[name]
 
     async def _unless_gone(self, call: Call, answer: Coroutine[Any, Any, Any]) -> Any:
         """Waits for an engine's answer, and cancels it if the client leaves meanwhile."""
