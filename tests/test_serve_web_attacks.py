@@ -64,12 +64,9 @@ def _others_are_unaffected(request: pytest.FixtureRequest) -> Iterator[None]:  #
     yield
     assert found.infer(key="bob").json["outputs"] == before
     until(lambda: found.engine.stats().num_open == 0)
-    assert (
-        found.server.served.stage == "ready"
-        and not found.server.app._adaptations
-        and not found.server.app._requests
-        and found.server.served._num_uses == 0
-    )
+    app, served = found.server.app, found.server.served
+    assert served.stage == "ready" and served._num_uses == 0
+    assert not app._adaptations and not app._requests
 
 
 def until(holds: Any, timeout_s: float = 20.0) -> None:

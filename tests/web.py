@@ -186,8 +186,7 @@ def shared_programs() -> Iterator[None]:
     """Engines of the same unroll, sizes and guard share their programs, which are otherwise compiled by each."""
     known: dict[Any, Any] = {}
 
-    def programs_of(target: Any, lanes: Any, num_sizes: int, keep: Any) -> Any:
-        key = (target, lanes, num_sizes, keep)
+    def programs_of(*key: Any) -> Any:
         if key not in known:
             known[key] = programs.programs_of(*key)
         return known[key]
