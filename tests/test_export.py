@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from torch import Generator, Tensor, nn
 
 import adaptrt
-from adaptrt import CompiledUnroll, Exported, compile_unroll, optim
+from adaptrt import CompiledUnroll, Exported, compile_unroll, optim, tree
 from adaptrt.errors import (
     AdaptrtError,
     InvalidArgument,
@@ -156,6 +156,65 @@ def test_a_batch_for_each_step_and_weights_of_examples(tmp_path: Path) -> None:
     same(exported.adapt(batch, keep="finite"), unroll.adapt(batch, keep="finite"))
     with pytest.raises(InvalidBatch, match="sum to 0"):
         exported.adapt((x, y, torch.zeros(K, 5)))
+
+
+def like(found: Any, right: Any) -> None:
+    """The same structure, shapes and dtypes, of zeros."""
+    assert tree.flatten(found)[1] == tree.flatten(right)[1]
+    for one, other in zip(tree.leaves(found), tree.leaves(right), strict=True):
+        assert (one.shape, one.dtype) == (other.shape, other.dtype) and not one.any()
+
+
+def test_examples_of_what_was_exported(folder: Path, tmp_path: Path) -> None:
+    """Of one task, also from an export over tasks; without weights; with structured inputs."""
+    exported = adaptrt.load(folder)
+    support, query = exported.example()
+    assert isinstance(support, tuple) and isinstance(support[0], tuple) and isinstance(query, tuple)
+    like(support, data(6))
+    like(query, inputs(4))
+    assert (exported.num_examples("adapt"), exported.num_examples("predict")) == ((3, 6), (2, 4))
+    assert exported.adapt(support, keep="finite").losses.shape == (K,) and exported.predict(query)["logits"].shape == (4, 3)
+
+    unroll = make(model(), tasks=True)
+    exported = adaptrt.load(unroll.export(tmp_path / "tasks", data(6, T), inputs(4, T), formats="torchscript"))
+    like(exported.example(), (data(6), inputs(4)))
+    assert (exported.num_examples("adapt"), exported.num_examples("predict")) == ((6,), (4,))
+
+    x, y = torch.randn(5, 3), torch.randint(2, (5,))
+    net = nn.Linear(3, 2)
+    for lead in ((), (T,)):
+        unroll = compile_unroll(net, optim.sgd(lr=0.1), K, loss=nn.CrossEntropyLoss(reduction="none"), examples="weighted", backend="eager")
+        batch = tuple(value.expand(*lead, *value.shape).clone() for value in (x, y, torch.rand(5)))
+        path = (unroll.vmap() if lead else unroll).export(tmp_path / f"weighted{len(lead)}", batch, batch[0], formats="torchscript")
+        exported = adaptrt.load(path)
+        support, query = exported.example()
+        assert len(support) == 2 and isinstance(query, Tensor)
+        like((support, query), ((x, y), x))
+        assert exported.num_examples("adapt") == (5,)
+
+    named = compile_unroll(Named(), optim.sgd(lr=0.1), K, loss=F.cross_entropy, backend="eager")
+    inner = {"x": x, "more": torch.rand(5)}
+    exported = adaptrt.load(named.export(tmp_path / "named", (inner, y), inner, formats="torchscript"))
+    support, query = exported.example()
+    assert list(support[0]) == list(query) == ["x", "more"]
+    like((support, query), ((inner, y), inner))
+
+    unlabelled = compile_unroll(net, optim.sgd(lr=0.1), K, loss=lambda output: output.square().mean(), backend="eager")
+    exported = adaptrt.load(unlabelled.export(tmp_path / "unlabelled", (x,), x, formats="torchscript"))
+    support, query = exported.example()
+    assert len(support) == 1
+    like((support, query), ((x,), x))
+
+
+class Named(nn.Module):
+    """Inputs by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor, more: Tensor) -> Tensor:
+        return self.layer(x) * more[:, None]
 
 
 @pytest.mark.slow

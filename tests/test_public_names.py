@@ -20,8 +20,8 @@ NAMES = {
     "DataDependentControlFlow DeadlineExceeded DeviceMismatch InvalidArgument "
     "InvalidBatch InvalidExport InvalidGraph InvalidLoss InvalidState InvalidType LabelOutOfRange "
     "LongChain ModelChanged NonFiniteInput NotALeaf NotConverged NotDifferentiable NotExportable NotServing NotTraceable NothingToAdapt "
-    "OptimizerMismatch OutOfDeviceMemory Overloaded RecordingFailed ShapeChanged StoreUnavailable UnknownPyTorch UnknownTenant "
-    "UnsupportedOptimizer "
+    "OptimizerMismatch OutOfDeviceMemory Overloaded RecordingFailed ShapeChanged StoreUnavailable "
+    "TooManyTenants UnknownPyTorch UnknownTenant UnsupportedOptimizer "
     "UnsupportedParameter UnsupportedRandomness WithinTransform",
     "adaptrt.adjoint": "Adjoint FirstOrder Implicit Replay Stash Truncated Unrolled",
     "adaptrt.backend": "Backend CudaGraph Eager Inductor Tiered",
@@ -30,8 +30,11 @@ NAMES = {
     "register_optim _get_mask_closure " + " ".join(f"Differentiable{name}" for name in _TAPE.split()),
     "adaptrt.higher.patch": "buffer_sync make_functional monkeypatch",
     "adaptrt.higher.utils": "copied flatten get_func_params settings_of _recursive_map",
-    "adaptrt.serve": "Change Engine History Lifecycle MemoryStore Outcome Prediction Record RedisStore SQLiteStore Stats Store Sync",
+    "adaptrt.serve": "Change Engine History Lifecycle MemoryStore Outcome Prediction Record RedisStore SQLiteStore SizesTaken Stats Store "
+    "Sync",
     "adaptrt.serve.ray": "BuildEngine Replica ReplicaStats deployment",
+    "adaptrt.serve.web": "Application Built Limits OPERATOR Principal Principals Served Server Settings Stage TENANT Tokens "
+    "add_key log_to_stderr read_keys",
     "adaptrt.pytest_plugin": "Latency UnrollBenchmark unroll_benchmark",
 }
 

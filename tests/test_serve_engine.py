@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import threading
 import time
@@ -34,9 +35,10 @@ from adaptrt.errors import (
     Overloaded,
     ShapeChanged,
     StoreUnavailable,
+    TooManyTenants,
     UnknownTenant,
 )
-from adaptrt.serve import Change, Engine, History, Lifecycle, MemoryStore, Outcome, Record, SQLiteStore, Store, programs
+from adaptrt.serve import Change, Engine, History, Lifecycle, MemoryStore, Outcome, Record, SizesTaken, SQLiteStore, Store, programs, trees
 from adaptrt.serve.queue import WorkQueue
 from adaptrt.serve.work import Work
 
@@ -911,6 +913,34 @@ def test_two_engines_on_one_store_go_on_from_each_other(tmp_path: Path) -> None:
     run(test)
 
 
+def test_two_engines_on_one_memory_go_on_from_each_other() -> None:
+    """As with any store: each takes the other's states, through bytes, and nothing that was acknowledged is lost."""
+
+    async def test() -> None:
+        alone, names = Alone(shared_unroll()), [f"tenant {index}" for index in range(4)]
+        store = MemoryStore(2**20)
+        async with serving(store=store) as one, serving(store=store) as other:
+            for seed in range(6):
+                found = await asyncio.gather(*[(one, other)[seed % 2].adapt(name, data(seed)) for name in names])
+                expected = alone.adapt(data(seed))
+                for outcome in found:
+                    require_close(outcome.losses, expected)
+                for engine in (one, other):
+                    torch.testing.assert_close(await engine.predict(names[0], INPUTS), alone.predict(INPUTS))
+            versions = [record.version for record in map(store.get, names) if record is not None]
+            # Both at once: each of the adaptations goes on from the one before, whoever computed that.
+            found = await asyncio.gather(*[engine.adapt(name, SUPPORT) for engine in (one, other) for name in names])
+            assert sorted(outcome.version for outcome in found if outcome.kept) == sorted(
+                [*[v + 1 for v in versions], *[v + 2 for v in versions]]
+            )
+            assert await one.forget(names[0])
+            again = await other.adapt(names[0], data(7))
+            require_close(again.losses, Alone(shared_unroll()).adapt(data(7)))
+            assert len(store) == store.num_tenants() == 3 + again.kept
+
+    run(test)
+
+
 class Contended(Faulty):
     """A store in which somebody else always has committed before."""
 
@@ -928,6 +958,108 @@ def test_endless_conflicts_end() -> None:
             assert store.counts["commit"] == 3
 
     run(test)
+
+
+def test_fingerprints() -> None:
+    """They tell weights apart, also those that adapt and those that do not, and not one making of a model from another."""
+
+    def fingerprint(unroll: CompiledUnroll, **changes: Any) -> dict[str, str]:
+        return Engine(unroll, (SUPPORT, INPUTS), lanes=(1,), **changes).fingerprint
+
+    def other(name: str) -> CompiledUnroll:
+        torch.manual_seed(3)
+        model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)).eval()
+        model.get_parameter(name).data[0] += 1e-6
+        return adaptrt.compile_unroll(model, adaptrt.optim.adam(lr=0.3), 2, loss=F.cross_entropy, params="2.*", backend="eager")
+
+    same = fingerprint(make())
+    assert fingerprint(shared_unroll()) == fingerprint(make(), keep=None, policy="episodic") == same
+    found = [same, *[fingerprint(other(name)) for name in ("0.weight", "0.bias", "2.weight", "2.bias")]]
+    assert len({tuple(sorted(each.items())) for each in found}) == 5
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+def test_states_that_were_adapted_from_other_weights_are_refused_or_dropped(kind: str, tmp_path: Path) -> None:
+    """They would fit, as all parameters adapt, but are of another model."""
+    torch.manual_seed(4)
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)).eval()
+    other = adaptrt.compile_unroll(model, adaptrt.optim.adam(lr=0.3), 2, loss=F.cross_entropy, backend="eager")
+
+    async def test() -> None:
+        store: Store = MemoryStore(2**20) if kind == "memory" else SQLiteStore(tmp_path / "tenants.db", synchronous="normal")
+        async with serving(store=store) as engine:
+            await engine.adapt("ann", SUPPORT)
+            await engine.adapt("bob", SUPPORT)
+            before = await engine.predict("bob", INPUTS)
+        async with serving(other, store=store) as engine:
+            for call in (lambda: engine.adapt("ann", SUPPORT), lambda: engine.predict("ann", INPUTS)):
+                with pytest.raises(InvalidState, match="another base"):
+                    await call()
+            assert await engine.forget("ann")
+            require_close((await engine.adapt("ann", SUPPORT)).losses, Alone(other).adapt(SUPPORT))
+        async with serving(store=store) as engine:  # what was refused is as it was
+            assert torch.equal(await engine.predict("bob", INPUTS), before)
+        async with serving(other, store=store, other_base="drop") as engine:
+            torch.testing.assert_close(await engine.predict("bob", INPUTS), Alone(other).predict(INPUTS))
+            assert store.get("bob") is None
+        store.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+def test_a_bound_of_tenants(kind: str, tmp_path: Path) -> None:
+    async def test() -> None:
+        store: Store = MemoryStore(2**20) if kind == "memory" else SQLiteStore(tmp_path / "tenants.db", synchronous="normal")
+        async with serving(store=store, max_tenants=3) as engine:
+            gate = Gate(engine)
+            first = await gate.hold(engine)
+            tasks = [asyncio.create_task(engine.adapt(f"tenant {index}", SUPPORT)) for index in range(4)]  # one batch
+            await tick()
+            gate.open()
+            found = await asyncio.gather(*tasks, return_exceptions=True)
+            refused = [index for index, each in enumerate(found) if isinstance(each, TooManyTenants)]
+            assert len(refused) == 1 and store.num_tenants() == 3
+            await first
+            name = f"tenant {refused[0]}"
+            with pytest.raises(TooManyTenants, match="3 tenants"):
+                await engine.adapt(name, SUPPORT)
+            assert (await engine.adapt_predict(SUPPORT, INPUTS)).kept  # needs no state
+            torch.testing.assert_close(await engine.predict(name, INPUTS), Alone(shared_unroll()).predict(INPUTS))
+            known = next(f"tenant {index}" for index in range(4) if index not in refused)
+            assert (await engine.adapt(known, data(1))).version > 0  # who has a state goes on
+            assert await engine.forget(known)
+            assert (await engine.adapt(name, SUPPORT)).kept
+            with pytest.raises(TooManyTenants):
+                await engine.adapt(known, SUPPORT)
+        store.close()
+
+    run(test)
+
+
+@pytest.mark.parametrize(("bound", "error"), [(0, InvalidArgument), (True, InvalidType), (1.0, InvalidType)])
+def test_bounds_of_tenants_that_are_none(bound: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match="max_tenants"):
+        Engine(shared_unroll(), (SUPPORT, INPUTS), lanes=(1,), max_tenants=bound)
+    store = Faulty(MemoryStore(2**20))
+    with pytest.raises(InvalidArgument, match="Faulty does not tell how many"):
+        Engine(shared_unroll(), (SUPPORT, INPUTS), lanes=(1,), store=store, max_tenants=3)
+
+
+def test_what_an_engine_says_of_itself() -> None:
+    async def test() -> None:
+        async with serving(support_sizes=(6, 8), query_sizes=(2, 4)) as engine:
+            assert engine.k == 2
+            assert engine.support_sizes == SizesTaken((6, 8), False)
+            assert engine.query_sizes == SizesTaken((2, 4), True)  # found out by the start
+            params = 3 * 5 + 5 + 5 * 2 + 2
+            assert 3 * 4 * params <= engine.num_state_bytes <= 3 * 4 * params + 64  # weights, two moments and counts
+            engine.fingerprint.clear()
+            assert engine.fingerprint
+
+    run(test)
+    weighted = adaptrt.compile_unroll(nn.Linear(3, 2), adaptrt.optim.sgd(lr=0.1), 3, loss=losses, examples="weighted", backend="eager")
+    assert Engine(weighted, (SUPPORT, INPUTS), lanes=(1,)).support_sizes == SizesTaken((6,), True)
 
 
 @pytest.mark.parametrize("damage", ["other base", "damaged"])
@@ -1188,6 +1320,25 @@ def test_structured_inputs_and_outputs() -> None:
     run(test)
 
 
+@dataclasses.dataclass
+class Fields:
+    one: Tensor
+    other: Any
+
+
+def test_paths_lead_to_the_leaves() -> None:
+    zero, one, two, three, four = torch.arange(5.0).unbind()
+    value = {"a": (zero, [one]), 7: Fields(two, {"deep": (three, None)}), "text": "none", "empty": ()}, four
+    found = trees.paths(value)
+    assert found == [(0, "a", 0), (0, "a", 1, 0), (0, 7, "one"), (0, 7, "other", "deep", 0), (1,)]
+    for path, leaf in zip(found, trees.leaves(value), strict=True):
+        at: Any = value
+        for step in path:
+            at = getattr(at, step) if dataclasses.is_dataclass(at) else at[step]
+        assert at is leaf
+    assert trees.paths(zero) == [()] and trees.paths(None) == trees.paths("text") == trees.paths(Fields) == []
+
+
 BAD_REQUESTS: list[tuple[str, tuple[Any, ...], type[Exception], str]] = [
     ("adapt", ("ann", X), InvalidType, "must be like the example"),
     ("adapt", ("ann", (X,)), InvalidType, "must be like the example"),
@@ -1295,6 +1446,31 @@ def test_an_engine_that_cannot_warm_up_says_why() -> None:
             await engine.forget("ann")
 
     run(test)
+
+
+def test_a_start_that_is_cancelled_ends_its_threads() -> None:
+    """Also if the event loop has ended when the programs are compiled."""
+    engine = Engine(shared_unroll(), (SUPPORT, INPUTS), lanes=(1,))
+    reached, go_on = threading.Event(), threading.Event()
+
+    def warm() -> int:
+        reached.set()
+        assert go_on.wait(20)
+        return 1
+
+    async def test() -> None:
+        starting = asyncio.create_task(engine._core.start(warm))
+        await asyncio.to_thread(reached.wait, 20)
+        starting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await starting
+        assert engine.stats().lifecycle is Lifecycle.STOPPED
+
+    run(test)
+    go_on.set()
+    assert engine._core._compute_thread is not None
+    engine._core._compute_thread.join(20)
+    assert not engine._core._compute_thread.is_alive()
 
 
 def test_a_change_that_a_store_refuses_reaches_its_caller() -> None:

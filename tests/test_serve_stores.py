@@ -137,6 +137,20 @@ def test_delete_forgets_one_tenant(store: Store) -> None:
     assert store.commit("ann", 0, record(2))
 
 
+def test_stores_that_can_tell_how_many_tenants_they_have(store: Store) -> None:
+    if isinstance(store, RedisStore):
+        assert store.num_tenants() is None
+        return
+    assert store.num_tenants() == 0
+    for name in ("ann", "bob", "cyd"):
+        assert store.commit(name, 0, record(1))
+    assert not store.commit("ann", 0, record(1))
+    assert store.commit("ann", 1, record(2))
+    assert store.num_tenants() == 3
+    assert store.delete("bob")
+    assert store.num_tenants() == 2
+
+
 NAMES = ["ann", "ANN", "ann ", "ann:1", "ann*", "a/../ann", "ánn", "a\u0301nn", "' OR 1=1 --", "%", "{ann}", "x" * 256]
 
 
@@ -206,7 +220,9 @@ def test_a_record_expires_after_its_last_commit(aging: tuple[Clock, Callable[[],
     assert store.commit("ann", 1, record(2, now=clock()))
     clock.move(boot_s=9.9)
     assert held(open_store(), "ann") == (2, b"state")
+    assert store.num_tenants() == 1
     clock.move(boot_s=0.2)
+    assert store.num_tenants() == 0
     assert store.get("ann") is None
     assert not store.commit("ann", 2, record(3, now=clock()))
     assert store.commit("ann", 0, record(9, now=clock()))
@@ -258,6 +274,20 @@ def test_memory_drops_what_was_used_least_recently() -> None:
     assert (store.num_bytes, len(store)) == (30, 3)
     store.commit("eve", 0, record(1, b"0" * 25))
     assert (store.num_bytes, len(store)) == (25, 1)
+
+
+def test_a_record_is_replaced_only_where_it_is_the_one_that_is_known() -> None:
+    store = MemoryStore(2**20)
+    first, other = record(1, b"one"), record(1, b"two, which is longer")
+    store.replace("ann", first, other)
+    assert store.get("ann") is None
+    store.commit("ann", 0, first)
+    store.replace("ann", record(1, b"one"), other)  # it is equal, and another one
+    assert store.get("ann") is first
+    store.replace("ann", first, other)
+    assert store.get("ann") is other and store.num_bytes == other.num_bytes
+    store.replace("ann", first, first)
+    assert store.get("ann") is other
 
 
 def test_pinned_tenants_are_not_dropped() -> None:

@@ -289,9 +289,9 @@ class Core:
             try:
                 num_programs = warm()
             except BaseException as error:
-                loop.call_soon_threadsafe(_settle, is_warm, None, error)
+                _call_soon(loop, _settle, is_warm, None, error)
                 return
-            loop.call_soon_threadsafe(_settle, is_warm, num_programs, None)
+            _call_soon(loop, _settle, is_warm, num_programs, None)
             while (taken := self._queue.take()) is not None:
                 works, refused = taken
                 if refused:
@@ -354,8 +354,7 @@ class Core:
             if tenant.num_requests == 0 and self._tenants.pop(tenant.name, None) is not None:
                 self._states.cache.unpin(tenant.name)
         assert self.loop is not None
-        with contextlib.suppress(RuntimeError):  # the loop was closed, and nobody waits
-            self.loop.call_soon_threadsafe(self._deliver, answers)
+        _call_soon(self.loop, self._deliver, answers)
 
     def _deliver(self, answers: Sequence[Answer]) -> None:
         for work, result, error in answers:
@@ -365,6 +364,11 @@ class Core:
                 _settle(work.reply, result, error)
         if self._num_open == 0 and self.lifecycle is Lifecycle.DRAINING and self._all_answered is not None:
             self._all_answered.set()
+
+
+def _call_soon(loop: asyncio.AbstractEventLoop, call: Callable[..., None], *args: Any) -> None:
+    with contextlib.suppress(RuntimeError):  # the loop was closed, and nobody waits
+        loop.call_soon_threadsafe(call, *args)
 
 
 def _settle(future: asyncio.Future[Any], result: Any, error: BaseException | None) -> None:

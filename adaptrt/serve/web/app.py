@@ -12,18 +12,19 @@ import dataclasses
 import re
 import secrets
 import time
+import traceback
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, MutableMapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from opentelemetry import trace
-from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware.exceptions import ExceptionMiddleware
 from starlette.requests import Request as HTTPRequest
 from starlette.responses import JSONResponse, Response
-from starlette.routing import Route
+from starlette.routing import Route, Router
 from torch import Tensor
 
 import adaptrt
@@ -50,6 +51,7 @@ _SERVER_EXTENSIONS = ["binary_tensor_data", "model_repository", "adaptrt_adapt",
 _HEALTH = ("/v2/health/live", "/v2/health/ready")
 _PAGE = Path(__file__).with_name("page")
 _PAGE_FILES = {"/": ("index.html", "text/html"), "/page.js": ("page.js", "text/javascript"), "/page.css": ("page.css", "text/css")}
+_METHODS = ("GET", "HEAD", "POST", "PUT", "DELETE", "OPTIONS", "PATCH")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _HEADERS = (
     (b"cache-control", b"no-store"),
@@ -66,12 +68,14 @@ class Limits:
     Attributes:
       max_body_bytes: of a request, packed or not; None for what the largest batch takes as JSON.
       body_timeout_s: how long the body may take.
-      max_adaptations: of one tenant at the same time.
+      max_requests: with tensors, of one tenant at the same time; their bodies are in memory.
+      max_adaptations: how many of these may adapt.
       max_wait_s: how long a request waits that names no shorter time.
     """
 
     max_body_bytes: int | None = None
     body_timeout_s: float = 10.0
+    max_requests: int = 64
     max_adaptations: int = 8
     max_wait_s: float = 30.0
 
@@ -129,6 +133,7 @@ class Application:
         self._open = _HEALTH if open_health else ()
         self._is_started = ready
         self._failed = failed
+        self._requests: Counter[str] = Counter()
         self._adaptations: Counter[str] = Counter()
         model, version = "/v2/models/{model}", "/versions/{version}"
         found: list[tuple[str, str, Endpoint]] = [
@@ -150,8 +155,8 @@ class Application:
         self._page_paths = {path for _, path, endpoint in found if endpoint in (self._page, self._summary)}
         self.routes = [Route(path, self._route(endpoint), methods=[method], name=_name(endpoint)) for method, path, endpoint in found]
         handlers = {HTTPError: _answer_error, HTTPException: _answer_http_exception}
-        self._app = Starlette(routes=self.routes, exception_handlers=handlers, lifespan=self._lifespan)  # type: ignore[arg-type]
-        self._app.router.redirect_slashes = False
+        # Not Starlette(), whose own answer to a mistake is no JSON, and which takes a client that leaves for one.
+        self._app = ExceptionMiddleware(Router(self.routes, redirect_slashes=False, lifespan=self._lifespan), handlers)
 
     async def __call__(self, scope: Scope, receive: bodies.Receive, send: Send) -> None:
         """Answers a request, as ASGI has it."""
@@ -163,6 +168,8 @@ class Application:
             return
         began = time.perf_counter()
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        if len([name for name, _ in scope["headers"] if name.lower() == b"authorization"]) > 1:
+            headers["authorization"] = ""  # whoever stands in front may have looked at another one than we
         given = headers.get("x-request-id", "")
         request_id = given if _REQUEST_ID.fullmatch(given) else secrets.token_hex(8)
         status = 499  # of a client that leaves
@@ -181,16 +188,17 @@ class Application:
                 await self._answer(scope, headers, receive, note)
             except ClientGone:
                 status = 499
-            except Exception:
-                LOG.exception("a request failed", extra={"fields": {"request_id": request_id}})
+            except Exception as error:
+                LOG.error("a request failed", extra={"fields": {"request_id": request_id, **_where(error)}})
                 if status == 499:
                     status = 500
                     await _error(500, f"the server made a mistake; its log has more under the id {request_id}")(scope, receive, note)
             route = _name_of(scope)
+            method = scope["method"] if scope["method"] in _METHODS else "_OTHER"
             span.update_name(route)
-            span.set_attributes({"http.request.method": scope["method"], "http.route": route, "http.response.status_code": status})
+            span.set_attributes({"http.request.method": method, "http.route": route, "http.response.status_code": status})
             took_s = time.perf_counter() - began
-            self.telemetry.answered(route=route, method=scope["method"], status=status, took_s=took_s, request_id=request_id)
+            self.telemetry.answered(route=route, method=method, status=status, took_s=took_s, request_id=request_id)
 
     async def _answer(self, scope: Scope, headers: dict[str, str], receive: bodies.Receive, send: Send) -> None:
         try:
@@ -203,6 +211,7 @@ class Application:
             await _error(error.status, error.message, error.headers)(scope, receive, send)
             return
         scope["adaptrt"] = principal, headers
+        scope["app"] = self  # then Starlette's routes leave it to us to answer 404 and 405
         await self._app(scope, receive, send)
 
     def _route(self, endpoint: Endpoint) -> Callable[[HTTPRequest], Coroutine[Any, Any, Response]]:
@@ -222,6 +231,8 @@ class Application:
                 found = errors.of_engine(error)
                 if found.status >= 500:
                     LOG.warning("refused", extra={"fields": {"error": type(error).__name__, "message": str(error)}})
+                elif found.message == errors.CANNOT_COMPUTE:
+                    LOG.warning("refused", extra={"fields": _where(error)})
                 raise found from None
 
         return answer
@@ -235,7 +246,7 @@ class Application:
         return self._infer, self._adapt, self._forget
 
     @contextlib.asynccontextmanager
-    async def _lifespan(self, app: Starlette) -> AsyncIterator[None]:
+    async def _lifespan(self, app: Any) -> AsyncIterator[None]:
         del app
         starting = asyncio.create_task(self._start())
         try:
@@ -275,9 +286,10 @@ class Application:
         return JSONResponse({"name": self.served.name, "ready": True, "version": _of_version(call, self.served.ready()).version})
 
     async def _infer(self, call: Call) -> Response:
-        body = await self._body(call)
-        async with self.served.use() as ready:
-            return await self._inferred(call, ready, self._decoded(call, ready, body))
+        with self._requesting(call.principal):
+            body = await self._body(call)
+            async with self.served.use() as ready:
+                return await self._inferred(call, ready, self._decoded(call, ready, body))
 
     async def _inferred(self, call: Call, ready: Ready, asked: Asked) -> Response:
         engine, request, deadline_s = ready.engine, asked.request, asked.deadline_s
@@ -286,6 +298,8 @@ class Application:
         if has_support and not has_query:
             return await self._adapted(call, ready, asked)
         inputs = ready.query.build(tensors, engine.query_sizes)
+        predicted = [entry["name"] for entry in ready.outputs]
+        protocol.require_outputs(request, [*predicted, LOSSES, KEPT] if has_support else predicted)
         if not has_support:
             outputs = await self._unless_gone(call, engine.predict(call.principal.name, inputs, deadline_s))
             return self._response(ready, request, named(OUTPUT, outputs), {})
@@ -296,28 +310,37 @@ class Application:
         return self._response(ready, request, tensors, {"took_ms": round(1e3 * found.took_s, 3)})
 
     async def _adapt(self, call: Call) -> Response:
-        body = await self._body(call)
-        async with self.served.use() as ready:
-            asked = self._decoded(call, ready, body)
-            if ready.query.is_in(asked.request.inputs):
-                raise Invalid(f"adapt takes support tensors alone, {', '.join(ready.support.names)}; send the query to infer")
-            return await self._adapted(call, ready, asked)
+        with self._requesting(call.principal):
+            body = await self._body(call)
+            async with self.served.use() as ready:
+                asked = self._decoded(call, ready, body)
+                if ready.query.is_in(asked.request.inputs):
+                    raise Invalid(f"adapt takes support tensors alone, {', '.join(ready.support.names)}; send the query to infer")
+                return await self._adapted(call, ready, asked)
 
     async def _adapted(self, call: Call, ready: Ready, asked: Asked) -> Response:
         support = ready.support.build(asked.request.inputs, ready.engine.support_sizes)
+        protocol.require_outputs(asked.request, (LOSSES, KEPT))
         with self._adapting(call.principal):
             outcome = await self._unless_gone(call, ready.engine.adapt(call.principal.name, support, asked.deadline_s))
         parameters = {"state_version": outcome.version, "took_ms": round(1e3 * outcome.took_s, 3)}
         return self._response(ready, asked.request, _of_adaptation(outcome.losses, outcome.kept), parameters)
 
     async def _forget(self, call: Call) -> Response:
+        self.served.ready()
         async with self.served.use() as ready:
             was_there = await ready.engine.forget(call.principal.name)
         return JSONResponse({"model_name": self.served.name, "forgotten": was_there})
 
     async def _load(self, call: Call) -> Response:
         del call
-        version = await self.served.load()
+        try:
+            version = await self.served.load()
+        except HTTPError:
+            raise
+        except Exception as error:
+            LOG.error("not loaded", extra={"fields": {"message": str(error), **_where(error)}})
+            raise HTTPError(500, "the new model cannot be built, and the old one serves on; the server's log says where") from None
         LOG.info("loaded", extra={"fields": {"version": version}})
         return JSONResponse({"model_name": self.served.name, "model_version": version})
 
@@ -361,7 +384,7 @@ class Application:
             return self._limits.max_wait_s
         if type(timeout_us) is not int or timeout_us < 0:
             raise Invalid("the parameter timeout must be a whole number of microseconds")
-        return min(timeout_us / 1e6, self._limits.max_wait_s)
+        return min(timeout_us, 10**6 * self._limits.max_wait_s) / 1e6  # a number of hundreds of digits is no float
 
     def _max_body_bytes(self, ready: Ready) -> int:
         if self._limits.max_body_bytes is not None:
@@ -370,24 +393,31 @@ class Application:
         numbers = ready.support.num_numbers(engine.support_sizes.sizes[-1]) + ready.query.num_numbers(engine.query_sizes.sizes[-1])
         return 2**16 + 32 * numbers  # a number in JSON has some 20 characters
 
+    def _requesting(self, principal: Principal) -> contextlib.AbstractContextManager[None]:
+        return self._counted(self._requests, principal, self._limits.max_requests, "requests")
+
+    def _adapting(self, principal: Principal) -> contextlib.AbstractContextManager[None]:
+        return self._counted(self._adaptations, principal, self._limits.max_adaptations, "adaptations")
+
     @contextlib.contextmanager
-    def _adapting(self, principal: Principal) -> Any:
-        """Counts an adaptation of a tenant while it is under way. Raises HTTPError if it has too many already."""
-        name, bound = principal.name, self._limits.max_adaptations
-        if self._adaptations[name] >= bound:
-            message = f"{bound} adaptations of yours are under way; wait for one of them"
+    def _counted(self, counts: Counter[str], principal: Principal, bound: int, what: str) -> Iterator[None]:
+        """Counts something of a tenant while it is under way. Raises HTTPError if there is too much of it already."""
+        name = principal.name
+        if counts[name] >= bound:
+            message = f"{bound} {what} of yours are under way; wait for one of them"
             raise HTTPError(429, message, {"Retry-After": str(errors.RETRY_AFTER_S)})
-        self._adaptations[name] += 1
+        counts[name] += 1
         try:
             yield
         finally:
-            self._adaptations[name] -= 1
-            if not self._adaptations[name]:
-                del self._adaptations[name]
+            counts[name] -= 1
+            if not counts[name]:
+                del counts[name]
 
     async def _unless_gone(self, call: Call, answer: Coroutine[Any, Any, Any]) -> Any:
         """Waits for an engine's answer, and cancels it if the client leaves meanwhile."""
-        with TRACER.start_as_current_span("engine"):
+        # What an exception says may name a tenant.
+        with TRACER.start_as_current_span("engine", record_exception=False, set_status_on_exception=False):
             task = asyncio.ensure_future(answer)
             gone = asyncio.ensure_future(_until_gone(call.http.receive))
             try:
@@ -405,7 +435,8 @@ class Application:
         fields: dict[str, Any] = {"model_name": self.served.name, "model_version": ready.version}
         if parameters:
             fields["parameters"] = parameters
-        body, header_length = protocol.encode(fields, outputs, request)
+        # A state that was committed was; that a loss has no form in JSON must not make it look like a failure.
+        body, header_length = protocol.encode(fields, outputs, request, nullable=(LOSSES,))
         if header_length is None:
             return Response(body, media_type="application/json")
         return Response(body, media_type="application/octet-stream", headers={protocol.HEADER_LENGTH: str(header_length)})
@@ -426,6 +457,12 @@ async def _until_gone(receive: bodies.Receive) -> None:
 
 def _of_adaptation(losses: tuple[float, ...], kept: bool) -> dict[str, Tensor]:
     return {LOSSES: torch.tensor(losses, dtype=torch.float32), KEPT: torch.tensor([kept])}
+
+
+def _where(error: BaseException) -> dict[str, Any]:
+    """Returns what the log says of an error: its type and where it was raised. Its message may hold data."""
+    places = [f"{frame.filename}:{frame.lineno} {frame.name}" for frame in traceback.extract_tb(error.__traceback__)]
+    return {"error": type(error).__name__, "where": places}
 
 
 def _name(endpoint: Endpoint) -> str:

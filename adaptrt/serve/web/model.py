@@ -142,12 +142,14 @@ class Served:
             try:
                 await self._is_unused.wait()
                 old, self._ready = self.ready(), made
+                self._past_events.update(old.engine.stats().events)
+                self._past_lanes.update(old.engine.stats().lanes)
             except BaseException:
                 await made.engine.drain()
                 raise
             finally:
                 self._may_use.set()
-            await self._retire(old)
+            await old.engine.drain()
             return made.version
 
     async def drain(self) -> None:
@@ -159,13 +161,13 @@ class Served:
 
     @contextlib.asynccontextmanager
     async def use(self) -> AsyncIterator[Ready]:
-        """Gives a request the engine that serves; it stays until the request has ended.
+        """Gives a request the engine that serves; it stays until the request has ended. A server that drains still has one.
 
         Raises:
           HTTPError: 503 if there is none.
         """
         await self._may_use.wait()
-        ready = self.ready()
+        ready = self._ready or self.ready()
         self._num_uses += 1
         self._is_unused.clear()
         try:
@@ -188,12 +190,6 @@ class Served:
         found = self._ready.engine.stats()
         events, lanes = self._past_events + Counter(found.events), self._past_lanes + Counter(found.lanes)
         return dataclasses.replace(found, events=dict(events), lanes=dict(lanes))
-
-    async def _retire(self, old: Ready) -> None:
-        await old.engine.drain()
-        found = old.engine.stats()
-        self._past_events.update(found.events)
-        self._past_lanes.update(found.lanes)
 
     async def _made(self) -> Ready:
         built = await asyncio.to_thread(self._build)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import binascii
 import hashlib
 import hmac
 import os
@@ -151,11 +150,11 @@ def add_key(path: str | os.PathLike[str], name: str, role: str = TENANT) -> str:
         raise InvalidArgument(f"there is no role {role!r}; pass one of {', '.join(ROLES)}")
     key = secrets.token_urlsafe(_KEY_BYTES)
     line = f"{name} {role} {hashlib.sha256(key.encode()).hexdigest()}\n".encode()
-    file = os.open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT, stat.S_IRUSR | stat.S_IWUSR)
-    try:
-        os.write(file, line)
-    finally:
-        os.close(file)
+    with open(os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, stat.S_IRUSR | stat.S_IWUSR), "a+b", buffering=0) as file:
+        if file.seek(0, os.SEEK_END):
+            file.seek(-1, os.SEEK_END)
+            line = line if file.read(1) == b"\n" else b"\n" + line  # somebody wrote the last line by hand
+        file.write(line)
     return key
 
 
@@ -170,7 +169,7 @@ def _require_this_machine(headers: Mapping[str, str]) -> None:
 def _password(value: str) -> str | None:
     try:
         return base64.b64decode(value, validate=True).decode().partition(":")[2]
-    except (binascii.Error, UnicodeDecodeError):
+    except ValueError:  # which binascii's and Unicode's are
         return None
 
 
@@ -188,11 +187,11 @@ def _decoder(tokens: Tokens) -> Any:
         raise InvalidArgument(f"{tokens.algorithm} needs the package cryptography; pip install cryptography")
     if tokens.algorithm.startswith("HS") and len(tokens.key.encode()) < _KEY_BYTES:
         raise InvalidArgument(f"the secret for {tokens.algorithm} must have at least {_KEY_BYTES} bytes, got {len(tokens.key.encode())}")
-    if not tokens.algorithm.startswith("HS"):
-        try:
-            known[tokens.algorithm].prepare_key(tokens.key)
-        except (ValueError, TypeError, jwt.InvalidKeyError) as error:
-            raise InvalidArgument(f"the key for {tokens.algorithm} must be a public key in PEM: {error}") from error
+    try:
+        known[tokens.algorithm].prepare_key(tokens.key)
+    except (ValueError, TypeError, jwt.InvalidKeyError) as error:
+        what = "a secret, and no key in PEM" if tokens.algorithm.startswith("HS") else "a public key in PEM"
+        raise InvalidArgument(f"the key for {tokens.algorithm} must be {what}: {error}") from error
     required = ["exp", "sub", *(["aud"] if tokens.audience else []), *(["iss"] if tokens.issuer else [])]
 
     def decode(token: str) -> Principal | None:
@@ -205,7 +204,7 @@ def _decoder(tokens: Tokens) -> Any:
                 issuer=tokens.issuer,
                 options={"require": required, "verify_aud": tokens.audience is not None},
             )
-        except (jwt.InvalidTokenError, jwt.InvalidKeyError, ValueError, TypeError):
+        except Exception:  # also what deep nesting or an endless number in a token raises, before or behind its signature
             return None
         subject = claims["sub"]
         is_name = isinstance(subject, str) and 0 < len(subject) <= MAX_NAME and subject.isprintable()

@@ -26,6 +26,7 @@ from adaptrt.serve.web.errors import HTTPError, Invalid
 HEADER_LENGTH = "Inference-Header-Content-Length"
 MAX_TENSORS = 1024
 _MAX_NAME = 256
+_MAX_NUMBERS = 2**48
 
 
 class Datatype(NamedTuple):
@@ -122,36 +123,46 @@ def decode(body: bytearray, header_length: str | None) -> Request:
     if identity is not None and not (isinstance(identity, str) and len(identity) <= _MAX_NAME):
         raise Invalid(f"'id' must be a string of at most {_MAX_NAME} characters")
     wanted = tuple([_wanted(entry) for entry in _list("outputs", found.get("outputs"))])
+    if len({entry.name for entry in wanted}) < len(wanted):
+        raise Invalid("an output is asked for twice")  # a thousand times would be an answer a thousand times as long
     return Request(identity, inputs, parameters, wanted, _flag("binary_data_output", parameters) or False)
 
 
-def encode(fields: Mapping[str, Any], outputs: Mapping[str, Tensor], request: Request) -> tuple[bytes, int | None]:
+def require_outputs(request: Request, names: Sequence[str]) -> None:
+    """Raises Invalid if a request wants other outputs than these. It is called before anything is done for the request."""
+    for name, _ in request.wanted:
+        if name not in names:
+            raise Invalid(f"there is no output {_short(name)}, only {', '.join(names)}")
+
+
+def encode(
+    fields: Mapping[str, Any], outputs: Mapping[str, Tensor], request: Request, nullable: Sequence[str] = ()
+) -> tuple[bytes, int | None]:
     """Writes the body of an answer.
 
     Args:
       fields: of the answer, besides its outputs and the id.
       outputs: all tensors that there are, by name.
       request: which says what of them is wanted.
+      nullable: names of outputs that have null in JSON for NaN and infinity.
     Returns:
       The body, and the length of its JSON part where bytes follow it.
     Raises:
-      Invalid: an output is wanted that does not exist.
-      HTTPError: it holds NaN or infinity and is wanted as JSON, which has neither.
+      HTTPError: an output holds NaN or infinity and is wanted as JSON, which has neither.
     """
     wanted = request.wanted or tuple([Wanted(name, None) for name in outputs])
     listed: list[dict[str, Any]] = []
     parts: list[bytes] = []
     for name, is_binary in wanted:
-        tensor = outputs.get(name)
-        if tensor is None:
-            raise Invalid(f"there is no output {_short(name)}, only {', '.join(outputs)}")
+        tensor = outputs[name]
         entry: dict[str, Any] = {"name": name, "shape": list(tensor.shape), "datatype": datatype_of(tensor.dtype)}
         if request.binary if is_binary is None else is_binary:
             part = _to_bytes(tensor)
             parts.append(part)
             entry["parameters"] = {"binary_data_size": len(part)}
         else:
-            entry["data"] = tensor.reshape(-1).tolist()
+            values = tensor.reshape(-1).tolist()
+            entry["data"] = [value if math.isfinite(value) else None for value in values] if name in nullable else values
         listed.append(entry)
     answer = {**fields, "outputs": listed} if request.id is None else {**fields, "id": request.id, "outputs": listed}
     try:
@@ -171,7 +182,7 @@ class _Bytes:
     def take(self, name: str, size: int) -> memoryview:
         left = len(self._body) - self._at
         if size > left:
-            raise Invalid(f"input {name!r} has binary_data_size {size}, and {left} bytes are left of the body")
+            raise Invalid(f"input {name!r} has binary_data_size {_short(size)}, and {left} bytes are left of the body")
         self._at += size
         return memoryview(self._body)[self._at - size : self._at]
 
@@ -213,6 +224,8 @@ def _input(entry: Any, binary: _Bytes) -> tuple[str, Tensor]:
     shape = _list(f"shape of {name!r}", fields.get("shape"), required=True)
     if len(shape) > 64 or not all([type(size) is int and 0 <= size < 2**31 for size in shape]):
         raise Invalid(f"the shape of input {name!r} must be a list of at most 64 numbers, none negative")
+    if math.prod([max(1, size) for size in shape]) > _MAX_NUMBERS:
+        raise Invalid(f"the shape of input {name!r} is too large")  # for an empty tensor's strides, too
     parameters = _mapping(f"parameters of {name!r}", fields.get("parameters"))
     if any([key.startswith("shared_memory") for key in parameters]):
         raise Invalid(f"input {name!r} is in shared memory, which this server does not take; send its data")

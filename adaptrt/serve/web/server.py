@@ -15,6 +15,7 @@ import uvicorn
 
 from adaptrt.errors import AdaptrtError, InvalidArgument
 from adaptrt.serve.web.app import Application, Limits
+from adaptrt.serve.web.connections import Connection
 from adaptrt.serve.web.model import Built, Served, Stage
 from adaptrt.serve.web.principals import Principals, Tokens, read_keys
 from adaptrt.serve.web.telemetry import LOG, JSONLines
@@ -85,6 +86,7 @@ class Server(uvicorn.Server):
             self.app,
             host=settings.host,
             port=settings.port,
+            http=Connection,
             log_config=None,
             access_log=False,
             server_header=False,
@@ -119,6 +121,9 @@ class Server(uvicorn.Server):
         before = signal.signal(signal.SIGHUP, lambda *_: self._read_keys_again()) if can_handle else None
         try:
             self.run()
+        except SystemExit:  # uvicorn's, if it cannot listen
+            if self.started:
+                raise
         finally:
             if can_handle:
                 signal.signal(signal.SIGHUP, before)
