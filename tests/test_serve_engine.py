@@ -274,6 +274,23 @@ def test_the_faster_way_is_chosen_once(one_by_one_takes_s: float, monkeypatch: p
     run(test)
 
 
+def test_a_version_is_that_of_weights_steps_and_hyperparameters() -> None:
+    def version(unroll: CompiledUnroll) -> str:
+        return Engine(unroll, (SUPPORT, INPUTS), lanes=(1,)).version
+
+    def trained_on() -> CompiledUnroll:
+        unroll = make()
+        with torch.no_grad():
+            next(iter(unroll.module().parameters())).add_(1e-3)
+        return unroll
+
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)).eval()
+    three_steps = adaptrt.compile_unroll(model, adaptrt.optim.adam(lr=0.3), 3, loss=F.cross_entropy, backend="eager")
+    assert version(make()) == version(make())
+    assert len({version(unroll) for unroll in (make(), make(lr=0.2), three_steps, trained_on())}) == 4
+
+
 def test_batches_mix_tenants_and_stateless_requests() -> None:
     async def test() -> None:
         async with serving(lanes=(1, 8)) as engine:

@@ -240,6 +240,11 @@ class Engine:
         return dict(self._programs.fingerprint)
 
     @property
+    def version(self) -> str:
+        """Twelve digits that are the same wherever weights, hyperparameters and the number of steps are, and others elsewhere."""
+        return self._programs.version
+
+    @property
     def support_sizes(self) -> SizesTaken:
         """Which numbers of support examples it takes."""
         return self._supports.taken

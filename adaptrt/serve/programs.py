@@ -110,6 +110,12 @@ class Programs(abc.ABC):
         """Bytes of one task's state."""
         return sum([value.numel() * value.element_size() for value in self.base.state.leaves])
 
+    @property
+    def version(self) -> str:
+        """As `Engine.version`."""
+        hyper = [(name, repr(value.tolist())) for name, value in sorted(self.base.fixed.hyper.items())]
+        return hashlib.sha256(repr([sorted(self.fingerprint.items()), self.k, hyper]).encode()).hexdigest()[:12]
+
     def save(self, row: Adapted) -> bytes:
         """Returns a task's state as `Adapted.save` writes it."""
         file = io.BytesIO()

@@ -6,8 +6,6 @@ import asyncio
 import contextlib
 import dataclasses
 import enum
-import hashlib
-import json
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from typing import Any, NamedTuple
@@ -49,7 +47,7 @@ class Ready:
 
     Attributes:
       engine: the engine.
-      version: of the base: the first digits of a hash of its fingerprint, the same wherever the weights are the same.
+      version: `Engine.version`.
       support, query: names of its inputs.
       outputs: names, datatypes and shapes of predictions, as metadata has them.
     """
@@ -205,8 +203,7 @@ class Served:
         except BaseException:
             await engine.drain()
             raise
-        version = hashlib.sha256(json.dumps(engine.fingerprint, sort_keys=True).encode()).hexdigest()[:12]
-        return Ready(engine, version, support, query, outputs)
+        return Ready(engine, engine.version, support, query, outputs)
 
 
 async def _outputs(engine: Engine, example: tuple[Any, Any]) -> list[dict[str, Any]]:

@@ -36,6 +36,7 @@ _ERRORS = {
     "415": "The body is packed in a way that is not read",
     "422": "An output has no form in JSON",
     "429": "Too much at once",
+    "500": "The server made a mistake, or the new version cannot be built; its log says which",
     "503": "Not ready, or the store does not answer",
     "504": "The deadline passed",
 }
