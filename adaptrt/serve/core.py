@@ -88,6 +88,7 @@ class Core:
         self._commits = Commits(queue, states, policy, max_tries, max_tenants, self._events, self._answer, self._on_store_thread)
         self._tenants: dict[str, Tenant] = {}
         self._num_open = 0
+        self._wake_is_due = False
         self._sizes_of_batches: Counter[int] = Counter()
         self._num_programs = 0
         self.loop: asyncio.AbstractEventLoop | None = None
@@ -184,26 +185,45 @@ class Core:
             raise NotServing(f"the engine {what}, or use engine.sync")
 
     def accept(self, requests: Sequence[tuple[Work, str | None]]) -> None:
-        """Takes requests in, each with the name of its tenant; none if there is no room for all.
+        """Takes requests in, each with the name of its tenant; none if there is no room for all. Called on the event loop.
 
         Raises:
           NotServing, Overloaded: it cannot.
         """
         with self._lock:
-            if self.lifecycle is not Lifecycle.READY:
-                raise NotServing(f"the engine is {self.lifecycle}, and accepts no requests")
-            counts: Counter[str] = Counter()
-            for number, (_, name) in enumerate(requests):
-                known = None if name is None else self._tenants.get(name)
-                try:
-                    self._queue.require_room(number, 0 if known is None or name is None else known.num_requests + counts[name])
-                except AdaptrtError:
-                    self._events["overloaded"] += 1
-                    raise
-                if name is not None:
-                    counts[name] += 1
-            for work, name in requests:
-                self._accept(work, None if name is None else self._tenants.get(name) or self._enter(name))
+            self._queue.wake = self._wake_soon
+            try:
+                self._accept_all(requests)
+            finally:
+                self._queue.wake = self._lock.notify
+
+    def _wake_soon(self) -> None:
+        """Wakes the compute thread when callers that are ready now have been served, too: it would take the interpreter from them."""
+        if not self._wake_is_due:
+            assert self.loop is not None
+            self._wake_is_due = True
+            self.loop.call_soon(self._wake)
+
+    def _wake(self) -> None:
+        with self._lock:
+            self._wake_is_due = False
+            self._lock.notify()
+
+    def _accept_all(self, requests: Sequence[tuple[Work, str | None]]) -> None:
+        if self.lifecycle is not Lifecycle.READY:
+            raise NotServing(f"the engine is {self.lifecycle}, and accepts no requests")
+        counts: Counter[str] = Counter()
+        for number, (_, name) in enumerate(requests):
+            known = None if name is None else self._tenants.get(name)
+            try:
+                self._queue.require_room(number, 0 if known is None or name is None else known.num_requests + counts[name])
+            except AdaptrtError:
+                self._events["overloaded"] += 1
+                raise
+            if name is not None:
+                counts[name] += 1
+        for work, name in requests:
+            self._accept(work, None if name is None else self._tenants.get(name) or self._enter(name))
 
     def _accept(self, work: Work, tenant: Tenant | None) -> None:
         work.tenant = tenant

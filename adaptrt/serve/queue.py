@@ -56,10 +56,12 @@ class WorkQueue:
       lock: of the queue, and of all that the engine knows of requests and tenants.
       length: how many requests wait.
       clock: as given.
+      wake: has `take` look at what is new; by default at once.
     """
 
     def __init__(self, max_lanes: int, max_delay_s: float, max_length: int, max_per_tenant: int, clock: Callable[[], float]) -> None:
         self.lock = threading.Condition(threading.RLock())
+        self.wake: Callable[[], None] = self.lock.notify
         self.length = 0
         self._max_lanes = max_lanes
         self._max_delay_s = max_delay_s
@@ -120,7 +122,7 @@ class WorkQueue:
             group.since = time.monotonic()
         heapq.heappush(group.heap, (work.deadline, work.tag, work.number, work))
         if is_first or len(group.heap) >= group.enough or work.deadline < math.inf:
-            self.lock.notify()
+            self.wake()
 
     def close(self) -> None:
         """Has `take` return what waits still, without delay, and then None."""

@@ -22,8 +22,8 @@ from benchmarks.suite.report import table
 MOST_ABOVE_S = 150e-6
 LEAST_SHARE = 0.7
 LEAST_GAIN = 5.0
-"""Bars: what an idle engine may add to a program of one task; with 16 tenants, the share of the vmapped program's own throughput, and how many
-times that of one call after the other it is, which is asked of the small model alone."""
+"""Bars: what an idle engine may add to a program of one task; with 16 tenants, the share of the vmapped program's own throughput, and how
+many times that of one call after the other it is, which is asked of the small model alone."""
 
 
 def timed(call: Callable[[], object], calls: int) -> float:
