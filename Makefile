@@ -31,7 +31,7 @@ help:
 demo: $(VENV)/.demo
 	$(BIN)/adaptrt demo $(DEMO_ARGS)
 
-# What was trained before is served at once.
+# What was trained before is served at once, here and by `browser`.
 serve: $(VENV)/.demo $(VENV)/.serve
 	$(BIN)/python -m adaptrt.demo.serve $(SERVE_ARGS)
 

@@ -606,3 +606,53 @@ def test_what_is_imported() -> None:
     code = f"import sys, adaptrt; print(*[name for name in {names} if name in sys.modules])"
     found = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert found.strip() == ""
+
+
+class Doubled(torch.autograd.Function):
+    """Its gradient is another one where it is to be differentiated again, as eager code may have it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return gradient * (2 if torch.is_grad_enabled() else 3)
+
+
+class Own(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(3, 2, dtype=torch.float64)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return Doubled.apply(self.linear(x))  # type: ignore[no-any-return]
+
+
+def by_curvature() -> optim.Optimizer:
+    """An optimiser that differentiates the gradients."""
+
+    def update(grads: Mapping[str, Tensor], state: Any, params: Mapping[str, Tensor], hyper: Any) -> Any:
+        total = torch.stack([grad.square().sum() for grad in grads.values()]).sum()
+        found = torch.autograd.grad(total, list(params.values()), create_graph=True)
+        return {name: value - 0.1 * grads[name] - 0.01 * more for (name, value), more in zip(params.items(), found, strict=True)}, state
+
+    return optim.Optimizer(lambda params: (), update)
+
+
+@pytest.mark.parametrize("name", ["a gradient in Python", "an optimiser that differentiates"])
+@pytest.mark.parametrize("tasks", [False, True], ids=["one task", "tasks"])
+def test_exports_have_the_gradients_of_calls_that_are_differentiated(name: str, tasks: bool, tmp_path: Path) -> None:
+    generator = Generator().manual_seed(0)
+    torch.manual_seed(0)
+    net = Own() if name == "a gradient in Python" else nn.Linear(3, 2, dtype=torch.float64)
+    opt = optim.sgd(lr=0.1) if isinstance(net, Own) else by_curvature()
+    unroll = compile_unroll(net, opt, 2, loss=F.mse_loss, backend="eager")
+    lead = (T,) if tasks else ()
+    x, y = (torch.randn(*lead, 5, size, generator=generator, dtype=torch.float64) for size in (3, 2))
+    unroll = unroll.vmap() if tasks else unroll
+    expected = unroll.adapt((x, y)).detach()
+    folder = unroll.export(tmp_path / "net", (x, y), x, formats="torchscript")
+    with torch.no_grad():
+        found = adaptrt.load(folder).adapt((x, y))
+    assert_near(found.state.named_tensors(), expected.state.named_tensors())

@@ -374,6 +374,21 @@ def test_late_expands_keeps_what_decides_a_dtype_or_is_an_output() -> None:
     assert_equal(graph.function()(*args), list(fn(*args)))
 
 
+@pytest.mark.parametrize(
+    "limit", [torch.tensor(0.1, dtype=torch.float64), torch.tensor(2**32 + 1)], ids=["double beside float", "long beside int"]
+)
+def test_late_expands_keeps_the_dtype_in_which_numbers_are_compared(limit: Tensor) -> None:
+    """A tensor without axes would be compared in the dtype of the other: 0.1 is not more than 0.1 there, and 2³² + 1 is 1."""
+
+    def fn(limit: Tensor, x: Tensor) -> Tensor:
+        return torch.stack([x > limit.expand(x.shape), x == limit.expand(x.shape)])
+
+    x = torch.full((3,), 0.1) if limit.is_floating_point() else torch.ones(3, dtype=torch.int32)
+    graph = apply((late_expands,), capture(fn, limit, x))
+    assert torch.equal(graph.function()(limit, x)[0], fn(limit, x))
+    assert not torch.equal(torch.stack([x > limit, x == limit]), fn(limit, x))
+
+
 def test_own_outputs_copies_inputs_and_repeated_results() -> None:
     args = arguments()
     graph = raw(returns_inputs, *args)

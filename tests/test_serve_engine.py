@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
@@ -43,6 +44,11 @@ from adaptrt.serve.queue import WorkQueue
 from adaptrt.serve.work import Work
 
 _DRAWN = torch.Generator().manual_seed(0)
+OPTIMISERS: dict[str, Callable[[nn.Module, float], Any]] = {
+    "sgd": lambda model, scale: adaptrt.optim.sgd(lr=scale, momentum=0.9),
+    "chain": lambda model, scale: adaptrt.optim.chain(adaptrt.optim.clip_by_global_norm(1.0), adaptrt.optim.sgd(lr=scale)),
+    "groups": lambda model, scale: torch.optim.SGD([{"params": part.parameters(), "lr": scale} for part in list(model.children())[::2]]),
+}
 X, Y = SUPPORT = torch.randn(6, 3, generator=_DRAWN), torch.arange(6) % 2
 INPUTS = torch.randn(4, 3)
 
@@ -289,6 +295,44 @@ def test_a_version_is_that_of_weights_steps_and_hyperparameters() -> None:
     three_steps = adaptrt.compile_unroll(model, adaptrt.optim.adam(lr=0.3), 3, loss=F.cross_entropy, backend="eager")
     assert version(make()) == version(make())
     assert len({version(unroll) for unroll in (make(), make(lr=0.2), three_steps, trained_on())}) == 4
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_every_optimiser_has_a_version(name: str) -> None:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(3, 5), nn.ReLU(), nn.Linear(5, 2)).eval()
+
+    def version(scale: float) -> str:
+        unroll = adaptrt.compile_unroll(model, OPTIMISERS[name](model, scale), 2, loss=F.cross_entropy, backend="eager")
+        return Engine(unroll, (SUPPORT, INPUTS), lanes=(1,)).version
+
+    assert version(0.1) == version(0.1) != version(0.2)
+
+
+@pytest.mark.parametrize("together", [None, False])
+def test_a_lone_request_is_not_computed_over_tasks(together: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def test() -> None:
+        async with serving(lanes=(4,), together=together) as engine:
+            for name in ("adapt", "predict"):
+                monkeypatch.setattr(engine._programs, name, None)
+            assert (await engine.adapt("ann", SUPPORT)).kept
+            await engine.predict("ann", INPUTS)
+
+    run(test)
+
+
+def test_a_tenant_that_has_a_state_is_not_one_too_many(tmp_path: Path) -> None:
+    """Two engines on one store: the second finds, when it commits, that the first has committed for the tenant."""
+
+    async def test() -> None:
+        with contextlib.closing(SQLiteStore(tmp_path / "tenants.db")) as store:
+            async with serving(store=store, max_tenants=1) as one, serving(store=store, max_tenants=1) as other:
+                outcomes = await asyncio.gather(one.adapt("ann", SUPPORT), other.adapt("ann", SUPPORT))
+                assert abs(outcomes[0].version - outcomes[1].version) == 1
+                with pytest.raises(TooManyTenants):
+                    await one.adapt("bob", SUPPORT)
+
+    run(test)
 
 
 def test_batches_mix_tenants_and_stateless_requests() -> None:
@@ -563,6 +607,43 @@ def test_lanes_go_first_to_what_can_end_in_time() -> None:
             await first
 
     run(test)
+
+
+@pytest.mark.parametrize("slack", [1.3, 1.9, 3.0])
+def test_requests_without_a_deadline_do_not_take_the_time_of_one_that_has_one(slack: float) -> None:
+    """A batch of four takes a second, and in each of them four requests without a deadline come, and one with."""
+    clock, in_time = Clock(), 0
+    waiting = WorkQueue(4, 0.0, 10_000, 64, clock)
+    future: Any = None  # nobody waits
+    for _ in range(40):
+        with waiting.lock:
+            for deadline in (*[math.inf] * 4, clock.now + slack):
+                work = Work("adapt", None, None, 6, 6, deadline, clock.now, future)
+                waiting.admit(work)
+                waiting.push(work)
+        taken = waiting.take()
+        assert taken is not None
+        clock.now += 1.0
+        in_time += sum([clock.now <= work.deadline < math.inf for work in taken[0]])
+        with waiting.lock:
+            waiting.took(taken[0], clock.now - 1.0)
+    assert in_time == 40
+
+
+def test_of_late_requests_the_one_with_most_time_left_goes_first() -> None:
+    clock = Clock()
+    waiting = WorkQueue(2, 0.0, 100, 64, clock)
+    future: Any = None  # nobody waits
+    with waiting.lock:
+        waiting.push(Work("adapt", None, None, 6, 6, math.inf, clock.now, future))
+    before = waiting.take()
+    assert before is not None
+    with waiting.lock:
+        waiting.took(before[0], clock.now - 1.0)
+        for slack in (0.2, 0.4, 0.6, 2.0):
+            waiting.push(Work("adapt", None, None, 6, 6, clock.now + slack, clock.now, future))
+    taken = waiting.take()
+    assert taken is not None and [work.deadline - clock.now for work in taken[0]] == pytest.approx([2.0, 0.6])
 
 
 def test_what_will_hardly_end_in_time_runs_where_lanes_are_left() -> None:

@@ -66,7 +66,8 @@ def serve(
             fail(str(error))
         if production and keys is None and jwt_key is None:
             fail("--production asks for --keys or --jwt-key; 'adaptrt key NAME' makes keys")
-        torch.set_num_threads(threads or max(1, (os.cpu_count() or 1) - 1))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(threads or max(1, cores - 1))
         held = _store(store, ttl)
         options: dict[str, Any] = {
             "lanes": _ints("lanes", lanes) or None,

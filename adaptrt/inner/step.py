@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from adaptrt import tree
 from adaptrt.errors import InvalidArgument, InvalidBatch, InvalidLoss, NothingToAdapt, UnsupportedParameter
@@ -102,6 +103,8 @@ class Step:
         scalar, or (scalar, update) with a bool tensor: where that is false the step changes nothing.
       optimizer: `update(grads, state, params, hyper)`. Where no parameters adapt, a step is a forward pass that updates buffers.
       detach_gradient: treat the gradient as a constant, as first-order MAML does.
+      as_differentiable: with `detach_gradient`, gradients that users wrote in Python are computed as if they were to be differentiated
+        again, which such code can ask for.
       dtype: model and loss run under autocast to it, whatever the caller's autocast is. Parameters, their gradients, the optimiser's state
         and the loss keep their dtypes. None: without autocast.
       mode: the gradient mode in which `query` and `predict` run. The inner steps always have gradients.
@@ -113,6 +116,7 @@ class Step:
     loss: LossFunction
     optimizer: Optimizer
     detach_gradient: bool = False
+    as_differentiable: bool = False
     dtype: torch.dtype | None = None
     mode: GradientMode = GradientMode.GRAD
     query_loss: LossFunction = None
@@ -175,8 +179,10 @@ class Step:
         return {name: grad.detach() for name, grad in grads.items()} if self.detach_gradient else grads
 
     def _gradient(self, loss: Tensor, params: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        create_graph = not self.detach_gradient or (self.as_differentiable and _has_gradients_in_python(loss))
+
         def grad(values: list[Tensor]) -> Sequence[Tensor | None]:
-            return torch.autograd.grad(loss, values, create_graph=not self.detach_gradient, retain_graph=True, allow_unused=True)
+            return torch.autograd.grad(loss, values, create_graph=create_graph, retain_graph=True, allow_unused=True)
 
         try:
             found = grad(list(params.values()))
@@ -397,3 +403,18 @@ def _require_same_specs(before: Carry, after: Carry) -> None:
                 "let it keep its shape and dtype"
             )
     raise InvalidArgument(f"a step must keep the structure, shapes and dtypes of what it updates; {tree.difference(before, after)}")
+
+
+def _has_gradients_in_python(loss: Tensor) -> bool:
+    """Whether the gradient of a tensor goes through a `torch.autograd.Function`."""
+    seen: set[Any] = set()
+    left = [loss.grad_fn]
+    while left:
+        node = left.pop()
+        if node is None or node in seen:
+            continue
+        if isinstance(node, BackwardCFunction):
+            return True
+        seen.add(node)
+        left += [following for following, _ in node.next_functions]
+    return False

@@ -31,6 +31,7 @@ from adaptrt.inner import check
 from adaptrt.inner.reader import Start
 from adaptrt.inner.step import Batch, Carry, Fixed, Step, as_call
 from adaptrt.inner.unroll import batch_of_step, unroll
+from adaptrt.optim import per_parameter as arithmetic
 from adaptrt.runtime.capture import TaskAxis, capture_graph
 from adaptrt.runtime.plan import Arguments, SupportPlan, capture_settings
 from adaptrt.runtime.planner import Planner
@@ -111,6 +112,9 @@ class Exporter:
     def programs(self, support: Any, query: Any, for_fusion: bool) -> list[Exportable]:
         """Captures the programs for data of one shape.
 
+        Nobody differentiates an export, and PyTorch writes some gradients, such as that of group normalisation, in more operations if they
+        are to be differentiated again. So they are not, where the optimiser is one of the library's own, which never ask for it.
+
         Args:
           support: as for `CompiledUnroll.adapt`.
           query: inputs of predictions, as one argument of an adapted model.
@@ -136,9 +140,9 @@ class Exporter:
         lead = () if num_tasks is None else (num_tasks,)
         noise, of_prediction = tree.map_leaves(lambda spec: dataclasses.replace(spec, shape=(*lead, *spec.shape)), (noise, of_prediction))
         one_batch = batch_of_step(batch, 0, per_step=self._settings.per_step, task_axis=num_tasks is not None)
-        # Nobody differentiates an export, and PyTorch writes some gradients, such as that of group normalisation, in more operations if
-        # they are to be differentiated again.
-        step = dataclasses.replace(plan.step, detach_gradient=True)
+        step = plan.step
+        if _is_of_library(step.optimizer.update):
+            step = dataclasses.replace(step, detach_gradient=True, as_differentiable=True)
         steps = _steps(step, self._settings, k)
 
         def both(
@@ -184,6 +188,14 @@ class Exporter:
 _BOTH = ("carry", "fixed", "support", "noise", "query", "noise")
 _PREDICT = ("carry", "fixed", "query", "noise")
 _LOSS = ("carry", "fixed", "batch", "noise")
+
+
+def _is_of_library(update: Callable[..., object]) -> bool:
+    """Whether an optimiser's update is arithmetic of `adaptrt.optim` alone, and not a chain or a function of the user's."""
+    parts = [cell.cell_contents for cell in getattr(update, "__closure__", None) or ()]
+    functions = [part for part in parts if callable(part)]
+    names = [getattr(function, "__module__", "") for function in (update, *functions)]
+    return names[0] == arithmetic.__name__ and all(name.startswith("adaptrt.optim.") for name in names)
 
 
 def _steps(step: Step, settings: Settings, num_updates: int) -> Callable[..., tuple[Carry, Tensor]]:

@@ -140,7 +140,7 @@ class Commits:
         stay: list[int] = []
         refused: list[Answer] = []
         for index, change in enumerate(changes):
-            if change.expected_version == 0 and room <= 0:
+            if change.expected_version == 0 and room <= 0 and not self._states.has(change.tenant):
                 refused.append(Answer(kept[index][0], None, _too_many(self._max_tenants)))
                 continue
             room -= change.expected_version == 0

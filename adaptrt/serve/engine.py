@@ -241,7 +241,10 @@ class Engine:
 
     @property
     def version(self) -> str:
-        """Twelve digits that are the same wherever weights, hyperparameters and the number of steps are, and others elsewhere."""
+        """Twelve digits of a hash of weights, numbers among the hyperparameters and the number of steps.
+
+        Programs that differ in code alone, such as a model's forward or a switch like `nesterov`, have the same.
+        """
         return self._programs.version
 
     @property
@@ -269,7 +272,7 @@ class Engine:
         for lanes in programs.lanes:
             programs.choose(supports.warm(supports.sizes[-1], lanes), queries.warm(queries.sizes[-1], lanes), lanes)
         for _ in range(2):  # what a call finds out about its shape, the next one like it uses
-            for lanes in programs.lanes:
+            for lanes in sorted({programs.lanes_for(1), *programs.lanes}):
                 rows = [programs.base] * lanes
                 for size in supports.sizes:
                     rows = programs.adapt_all(rows, supports.warm(size, lanes))

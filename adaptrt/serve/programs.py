@@ -113,8 +113,9 @@ class Programs(abc.ABC):
     @property
     def version(self) -> str:
         """As `Engine.version`."""
-        hyper = [(name, repr(value.tolist())) for name, value in sorted(self.base.fixed.hyper.items())]
-        return hashlib.sha256(repr([sorted(self.fingerprint.items()), self.k, hyper]).encode()).hexdigest()[:12]
+        hyper = self.base.fixed.hyper
+        numbers = [(place, leaf.tolist()) for place, leaf in zip(trees.paths(hyper), trees.leaves(hyper), strict=True)]
+        return hashlib.sha256(repr([sorted(self.fingerprint.items()), self.k, numbers]).encode()).hexdigest()[:12]
 
     def save(self, row: Adapted) -> bytes:
         """Returns a task's state as `Adapted.save` writes it."""
@@ -153,7 +154,7 @@ class OfUnroll(Programs):
         self._keep = guard(keep)
         self._one = self._target = unroll.clone(cache_size=num_sizes, on_new_shape="error")
         self._many = unroll.vmap(cache_size=len(lanes) * num_sizes, on_new_shape="error")
-        alone = () if together else (1,) if together is None else lanes
+        alone = () if together else (1,) if together is None else (1, *lanes)
         self._one_by_one = {(kind, number) for kind in ("adapt", "predict") for number in alone}
         self._chooses = together is None
         with torch.inference_mode():
@@ -189,6 +190,10 @@ class OfUnroll(Programs):
         ):
             if _seconds(one_by_one) < _FASTER * _seconds(together):
                 self._one_by_one.add((kind, lanes))
+
+    def lanes_for(self, num_tasks: int) -> int:
+        """As `Programs.lanes_for`; one task needs no batch."""
+        return 1 if num_tasks == 1 and ("adapt", 1) in self._one_by_one else super().lanes_for(num_tasks)
 
     def is_together(self, kind: str, lanes: int) -> bool:
         """As `Programs.is_together`."""

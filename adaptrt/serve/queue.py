@@ -4,9 +4,9 @@ Earliest deadline first; among equal deadlines, or without, in an order that is 
 of a tenant counts behind the tenant's one before it, and a tenant that comes anew begins where the others are). Adaptations and predictions
 wait apart, and take turns. A tenant has at most one adaptation in the queue, which the engine sees to.
 
-A request whose deadline is nearer than twice the time that the last batch took will hardly be answered in time. It gets a lane only where
-no other request needs one. Without that, an engine with more requests than it can answer would begin each of them just before its deadline,
-and answer none.
+A request whose deadline is nearer than the time that the last batch took, and a quarter more, will hardly be answered in time. Others that
+have a deadline, too, go before it. Without that, an engine with more requests than it can answer would begin each of them just before its
+deadline, and answer none.
 
 A batch begins at once if as many requests wait as were in the last batch of its kind and size, so an idle engine does not delay a lone
 request; otherwise it waits for these, `max_delay_s` at most.
@@ -25,6 +25,9 @@ from adaptrt.serve.work import Work
 
 Refused = tuple[Work, AdaptrtError | None]
 """A request that will not run, and why; None if its caller has gone."""
+
+_LATE = 1.25
+"""A request whose deadline is nearer than so many times what the last batch took may come too late."""
 
 _Key = tuple[str, int]
 _Entry = tuple[float, int, int, Work]
@@ -187,8 +190,11 @@ class WorkQueue:
     def _pop(self, group: _Group, refused: list[Refused]) -> list[Work]:
         batch: list[Work] = []
         late: list[_Entry] = []
-        in_time = self.clock() + 2 * group.took_s
+        in_time = self.clock() + _LATE * group.took_s
         while group.heap and len(batch) < self._max_lanes:
+            if group.heap[0][0] == math.inf and late:
+                batch.append(late.pop()[3])  # the one that has most time left
+                continue
             entry = heapq.heappop(group.heap)
             if entry[3].is_cancelled:
                 self._refuse(entry[3], refused)
@@ -197,7 +203,7 @@ class WorkQueue:
             else:
                 batch.append(entry[3])
         while late and len(batch) < self._max_lanes:
-            batch.append(late.pop()[3])  # the one that has most time left
+            batch.append(late.pop()[3])
         for entry in late:
             heapq.heappush(group.heap, entry)
         for work in batch:

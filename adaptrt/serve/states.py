@@ -102,6 +102,10 @@ class States:
         self.cache.put_all([(change.tenant, change.record) for change, ok in zip(changes, found, strict=True) if ok])
         return found
 
+    def has(self, tenant: str) -> bool:
+        """Whether the store has a record of a tenant. Raises StoreUnavailable if it does not answer."""
+        return self._ask(lambda: self._store.get(tenant)) is not None
+
     def num_tenants(self) -> int:
         """Returns how many tenants have a record.
 

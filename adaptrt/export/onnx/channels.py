@@ -7,6 +7,7 @@ that stand side by side are channels, if the tensor is reshaped so that they are
 One factor or term alone is faster so, too, if channels are short: ONNX Runtime's broadcasting takes long for each of them.
 
 Known limits: ONNX Runtime's batch normalisation uses one thread, so the largest tensors are left to products and sums, which use all.
+It subtracts the product of factor and mean, which is NaN for an infinite factor: what is infinite in PyTorch then is NaN.
 """
 
 from __future__ import annotations

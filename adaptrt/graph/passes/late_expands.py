@@ -26,6 +26,13 @@ def _source(node: fx.Node) -> fx.Node:
     return node
 
 
+def _decides_a_dtype(node: fx.Node) -> bool:
+    """Whether a number is expanded for an operation on several dtypes: without axes it has no say in the dtype that is computed in."""
+    arguments = [(argument, argument.meta.get("val")) for argument in node.all_input_nodes]
+    dtypes = {value.dtype for _, value in arguments if isinstance(value, Tensor) and value.dtype != torch.bool}
+    return len(dtypes) > 1 and any(argument.target is _EXPAND and _source(argument).meta["val"].dim() == 0 for argument, _ in arguments)
+
+
 def _run(graph: Graph) -> Graph:
     module = graph.module
     for node in list(module.graph.nodes):
@@ -36,12 +43,11 @@ def _run(graph: Graph) -> Graph:
             continue
         args: Any = map_arg(node.args, _source)
         kwargs: Any = map_arg(node.kwargs, _source)
+        if _decides_a_dtype(node):
+            continue
         with module.graph.inserting_before(node):
             late = add_call(module, node.target, *args, **kwargs)
             found: Tensor = late.meta["val"]
-            if found.dtype != value.dtype:  # a number without axes has no say in the dtype, as the expanded one had
-                module.graph.erase_node(late)
-                continue
             if found.shape != value.shape:
                 late = add_call(module, _EXPAND, late, list(value.shape))
         node.replace_all_uses_with(late)

@@ -167,7 +167,7 @@ def group_norm_backward(
         share = -invstd / (by_channel[2] * num_places)  # [N, G], as all below
         slope = (along if weights is None else along * weights).sum(-1) * (share * invstd)
         level = (total if weights is None else total * weights).sum(-1) * share - slope * mean
-        of_groups = x.reshape(*by_channel[:2], -1) * slope.unsqueeze(-1) + level.unsqueeze(-1)
+        of_groups = x.reshape(*by_channel[:2], by_channel[2] * num_places) * slope.unsqueeze(-1) + level.unsqueeze(-1)
         of_channels = gradient.reshape(*by_channel, num_places) * scale.unsqueeze(-1)
         of_x = of_channels.reshape(x.shape) + of_groups.reshape(x.shape)
     of_weight = along.sum(0).reshape(num_channels) if output_mask[1] else None

@@ -69,6 +69,9 @@ class Replica:
         if not isinstance(engine, Engine):
             raise InvalidType(f"build_engine must return an Engine, got {type(engine).__name__}")
         await engine.start()
+        if self._store is None:
+            await engine.drain()
+            raise NotServing("the replica was closed")
         before, self._engine = self._engine, engine
         if before is not None:
             await before.drain()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -17,6 +18,8 @@ from adaptrt import Adapted
 from adaptrt.errors import InvalidArgument, InvalidType
 from adaptrt.serve.records import Record, Stamp, checked_tenant
 from adaptrt.serve.stores.base import Change, Clock, Store, checked_ttl
+
+_PURGE_EVERY_S, _FEW = 1.0, 1000
 
 
 class MemoryStore(Store):
@@ -48,6 +51,7 @@ class MemoryStore(Store):
         self._records: OrderedDict[str, Record] = OrderedDict()
         self._pins: dict[str, int] = {}
         self._num_bytes = 0
+        self._purge_due = 0.0
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
@@ -141,9 +145,10 @@ class MemoryStore(Store):
                 self._evict(None)
 
     def num_tenants(self) -> int:
-        """As `Store.num_tenants`."""
+        """As `Store.num_tenants`; where there are many, records that have expired within the last second may count."""
         with self._lock:
-            if self.ttl_s is not None:
+            if self.ttl_s is not None and (len(self._records) <= _FEW or time.monotonic() >= self._purge_due):
+                self._purge_due = time.monotonic() + _PURGE_EVERY_S
                 for tenant in list(self._records):
                     self._alive(tenant)
             return len(self._records)
