@@ -18,6 +18,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import orjson
 import torch
 from torch import Tensor
 
@@ -201,16 +202,14 @@ def _header_length(text: str, num_bytes: int) -> int:
 
 def _json(data: bytearray) -> dict[str, Any]:
     try:
-        found = json.loads(data, parse_constant=_no_constant)
+        found = orjson.loads(data)
     except (ValueError, RecursionError):
-        raise Invalid("the body, or the part of it that is to be JSON, is none; NaN and infinity are not in JSON") from None
+        raise Invalid(
+            "the body, or the part of it that is to be JSON, cannot be read; NaN, infinity and integers of more than 64 bits are not in it"
+        ) from None
     if not isinstance(found, dict):
         raise Invalid("the body must be a JSON object with 'inputs'")
     return found
-
-
-def _no_constant(text: str) -> Any:
-    raise ValueError(text)
 
 
 def _input(entry: Any, binary: _Bytes) -> tuple[str, Tensor]:
