@@ -11,6 +11,7 @@ guard.
 from __future__ import annotations
 
 import copy
+import gc
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -102,7 +103,11 @@ def ours(name: str, port: int, keys: str) -> None:
     def build() -> Built:
         return Built(Engine(case.unroll, example, lanes=LANES, max_delay_s=MAX_DELAY_S, keep=None), example)
 
-    Server(build, Settings(name=MODEL, port=port, keys=keys)).run_until_stopped()
+    def ready() -> None:  # as `adaptrt serve` has it
+        gc.collect()
+        gc.freeze()
+
+    Server(build, Settings(name=MODEL, port=port, keys=keys), ready=ready).run_until_stopped()
 
 
 SERVERS: dict[str, Callable[..., None]] = {"ours": ours, "fastapi": fastapi, "litserve": litserve}
