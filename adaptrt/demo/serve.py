@@ -28,14 +28,14 @@ NAME = "digits"
 QUERIES = 5  # a class
 
 
-def classifier(path: Path, minutes: float, console: Console) -> nn.Module:
+def classifier(path: Path, minutes: float, backend: str, console: Console) -> nn.Module:
     """Returns the demo's classifier: the one in a file, or else one that is meta-trained now and written there."""
     model = learner.build_model(seed=0)
     if path.exists():
         load_model(model, path)
         return model
     console.print(f"meta-training a classifier for {path}, {minutes:g} minutes at most; the next start finds it there")
-    unroll = learner.build_unroll(model, steps=learner.INNER_STEPS, backend="auto")
+    unroll = learner.build_unroll(model, steps=learner.INNER_STEPS, backend=backend)
     deadline = time.monotonic() + 60 * minutes
     with Progress(console=console, transient=True) as bar:
         shown = bar.add_task("meta-training", total=1.0)
@@ -80,11 +80,12 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("build/serve"), help="for the classifier, keys and bodies of requests")
     parser.add_argument("--minutes", type=float, default=2.0, help="of meta-training, if there is no classifier yet")
     parser.add_argument("--port", type=int, default=8000)
+    parser.add_argument("--backend", default="auto", choices=("auto", "inductor", "eager"), help="what runs the programs")
     options = parser.parse_args()
     torch.set_num_threads(NUM_THREADS)
     console = Console(highlight=False, soft_wrap=True)
     folder: Path = options.folder
-    model = classifier(folder / "classifier.safetensors", options.minutes, console)
+    model = classifier(folder / "classifier.safetensors", options.minutes, options.backend, console)
     support, (inputs, labels) = unseen_task(protocol.load())
     (folder / "support.json").write_text(request(support_0=support[0], support_1=support[1]))
     (folder / "query.json").write_text(request(query_0=inputs))
@@ -93,7 +94,7 @@ def main() -> None:
     ann, operator = web.add_key(keys, "ann"), web.add_key(keys, "operator", web.OPERATOR)
 
     def build() -> web.Built:
-        unroll = learner.build_unroll(model, steps=learner.INNER_STEPS, backend="auto")
+        unroll = learner.build_unroll(model, steps=learner.INNER_STEPS, backend=options.backend)
         return web.Built(Engine(unroll, (support, inputs), lanes=(1, 4)), (support, inputs))
 
     settings = web.Settings(name=NAME, port=options.port, keys=str(keys), page=True)
