@@ -336,7 +336,7 @@ def test_bodies_of_one_tenant_take_a_bounded_amount_of_memory(tmp_path: Path) ->
         begun = [opened.enter_context(socket.create_connection(("127.0.0.1", found.port), timeout=20)) for _ in range(3)]
         for connection in begun:
             connection.sendall(head(Content_Length=len(content)) + content[:100])
-        until(lambda: found.server.app._requests["ann"] == 3)
+        until(lambda: found.server.app._requests.num_of("ann") == 3)
         for answer in (found.adapt(), found.infer()):
             require_refused(answer)
             assert answer.status == 429 and answer.json["error"].startswith("3 requests of yours are under way")
@@ -478,7 +478,7 @@ def test_a_client_that_leaves_in_the_middle_of_its_adaptation(server: Running) -
         until(lambda: server.engine.stats().num_open == 3)
         for connection in leaving:
             connection.close()
-        until(lambda: not server.server.app._adaptations["ann"])
+        until(lambda: not server.server.app._adaptations.num_of("ann"))
     finally:
         held.open()
     other.join(20)

@@ -11,7 +11,8 @@ try:
 except ImportError as error:
     raise ImportError(f"the HTTP server needs the package {error.name}; pip install 'adaptrt[serve]'") from error
 
-from adaptrt.serve.web.app import Application, Limits
+from adaptrt.serve.web.app import Application
+from adaptrt.serve.web.limits import Limits
 from adaptrt.serve.web.model import Built, Served, Stage
 from adaptrt.serve.web.principals import OPERATOR, TENANT, Principal, Principals, Tokens, add_key, read_keys
 from adaptrt.serve.web.server import Server, Settings, log_to_stderr

@@ -13,8 +13,7 @@ import re
 import secrets
 import time
 import traceback
-from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, MutableMapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, MutableMapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +31,7 @@ from adaptrt.errors import AdaptrtError
 from adaptrt.serve.web import bodies, errors, protocol
 from adaptrt.serve.web.bodies import ClientGone
 from adaptrt.serve.web.errors import HTTPError, Invalid
+from adaptrt.serve.web.limits import Limits, UnderWay
 from adaptrt.serve.web.model import KEPT, LOSSES, OUTPUT, Ready, Served, Stage
 from adaptrt.serve.web.names import named
 from adaptrt.serve.web.openapi import describe
@@ -59,25 +59,6 @@ _HEADERS = (
     (b"x-content-type-options", b"nosniff"),
     (b"referrer-policy", b"no-referrer"),
 )
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Limits:
-    """What one request or tenant may ask for.
-
-    Attributes:
-      max_body_bytes: of a request, packed or not; None for what the largest batch takes as JSON.
-      body_timeout_s: how long the body may take.
-      max_requests: with tensors, of one tenant at the same time; their bodies are in memory.
-      max_adaptations: how many of these may adapt.
-      max_wait_s: how long a request waits that names no shorter time.
-    """
-
-    max_body_bytes: int | None = None
-    body_timeout_s: float = 10.0
-    max_requests: int = 64
-    max_adaptations: int = 8
-    max_wait_s: float = 30.0
 
 
 @dataclasses.dataclass(slots=True)
@@ -133,8 +114,8 @@ class Application:
         self._open = _HEALTH if open_health else ()
         self._is_started = ready
         self._failed = failed
-        self._requests: Counter[str] = Counter()
-        self._adaptations: Counter[str] = Counter()
+        self._requests = UnderWay("requests", self._limits.max_requests)
+        self._adaptations = UnderWay("adaptations", self._limits.max_adaptations)
         model, version = "/v2/models/{model}", "/versions/{version}"
         found: list[tuple[str, str, Endpoint]] = [
             ("GET", "/v2", self._server),
@@ -286,7 +267,7 @@ class Application:
         return JSONResponse({"name": self.served.name, "ready": True, "version": _of_version(call, self.served.ready()).version})
 
     async def _infer(self, call: Call) -> Response:
-        with self._requesting(call.principal):
+        with self._requests.of(call.principal.name):
             body = await self._body(call)
             async with self.served.use() as ready:
                 return await self._inferred(call, ready, self._decoded(call, ready, body))
@@ -304,13 +285,13 @@ class Application:
             outputs = await self._unless_gone(call, engine.predict(call.principal.name, inputs, deadline_s))
             return self._response(ready, request, named(OUTPUT, outputs), {})
         support = ready.support.build(tensors, engine.support_sizes)
-        with self._adapting(call.principal):
+        with self._adaptations.of(call.principal.name):
             found = await self._unless_gone(call, engine.adapt_predict(support, inputs, deadline_s))
         tensors = {**named(OUTPUT, found.outputs), **_of_adaptation(found.losses, found.kept)}
         return self._response(ready, request, tensors, {"took_ms": round(1e3 * found.took_s, 3)})
 
     async def _adapt(self, call: Call) -> Response:
-        with self._requesting(call.principal):
+        with self._requests.of(call.principal.name):
             body = await self._body(call)
             async with self.served.use() as ready:
                 asked = self._decoded(call, ready, body)
@@ -321,7 +302,7 @@ class Application:
     async def _adapted(self, call: Call, ready: Ready, asked: Asked) -> Response:
         support = ready.support.build(asked.request.inputs, ready.engine.support_sizes)
         protocol.require_outputs(asked.request, (LOSSES, KEPT))
-        with self._adapting(call.principal):
+        with self._adaptations.of(call.principal.name):
             outcome = await self._unless_gone(call, ready.engine.adapt(call.principal.name, support, asked.deadline_s))
         parameters = {"state_version": outcome.version, "took_ms": round(1e3 * outcome.took_s, 3)}
         return self._response(ready, asked.request, _of_adaptation(outcome.losses, outcome.kept), parameters)
@@ -377,14 +358,7 @@ class Application:
         k = ready.engine.k
         if request.parameters.get("steps", k) != k:
             raise Invalid(f"this model makes {k} steps; leave the parameter steps out")
-        return Asked(request, self._deadline_s(request.parameters.get("timeout")))
-
-    def _deadline_s(self, timeout_us: Any) -> float:
-        if timeout_us is None or timeout_us == 0:
-            return self._limits.max_wait_s
-        if type(timeout_us) is not int or timeout_us < 0:
-            raise Invalid("the parameter timeout must be a whole number of microseconds")
-        return min(timeout_us, 10**6 * self._limits.max_wait_s) / 1e6  # a number of hundreds of digits is no float
+        return Asked(request, self._limits.deadline_s(request.parameters.get("timeout")))
 
     def _max_body_bytes(self, ready: Ready) -> int:
         if self._limits.max_body_bytes is not None:
@@ -392,27 +366,6 @@ class Application:
         engine = ready.engine
         numbers = ready.support.num_numbers(engine.support_sizes.sizes[-1]) + ready.query.num_numbers(engine.query_sizes.sizes[-1])
         return 2**16 + 32 * numbers  # a number in JSON has some 20 characters
-
-    def _requesting(self, principal: Principal) -> contextlib.AbstractContextManager[None]:
-        return self._counted(self._requests, principal, self._limits.max_requests, "requests")
-
-    def _adapting(self, principal: Principal) -> contextlib.AbstractContextManager[None]:
-        return self._counted(self._adaptations, principal, self._limits.max_adaptations, "adaptations")
-
-    @contextlib.contextmanager
-    def _counted(self, counts: Counter[str], principal: Principal, bound: int, what: str) -> Iterator[None]:
-        """Counts something of a tenant while it is under way. Raises HTTPError if there is too much of it already."""
-        name = principal.name
-        if counts[name] >= bound:
-            message = f"{bound} {what} of yours are under way; wait for one of them"
-            raise HTTPError(429, message, {"Retry-After": str(errors.RETRY_AFTER_S)})
-        counts[name] += 1
-        try:
-            yield
-        finally:
-            counts[name] -= 1
-            if not counts[name]:
-                del counts[name]
 
     async def _unless_gone(self, call: Call, answer: Coroutine[Any, Any, Any]) -> Any:
         """Waits for an engine's answer, and cancels it if the client leaves meanwhile."""

@@ -14,8 +14,9 @@ from types import FrameType
 import uvicorn
 
 from adaptrt.errors import AdaptrtError, InvalidArgument
-from adaptrt.serve.web.app import Application, Limits
+from adaptrt.serve.web.app import Application
 from adaptrt.serve.web.connections import Connection
+from adaptrt.serve.web.limits import Limits
 from adaptrt.serve.web.model import Built, Served, Stage
 from adaptrt.serve.web.principals import Principals, Tokens, read_keys
 from adaptrt.serve.web.telemetry import LOG, JSONLines
