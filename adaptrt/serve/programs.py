@@ -20,7 +20,7 @@ from adaptrt.errors import InvalidArgument, InvalidType
 from adaptrt.serve import trees
 from adaptrt.serve.sizes import Sizes
 
-_TRIES = 5
+_TRIES, _TRYING_S = 5, 0.5
 _FASTER = 0.9  # times the time together: a batch is computed one by one only where that is clearly faster
 
 Keep = str | float | Callable[[Any, Any], Tensor] | None
@@ -173,22 +173,19 @@ class OfUnroll(Programs):
         """As `Programs.choose`."""
         if not self._chooses or lanes == 1:
             return
-        rows = [self.base] * lanes
-        of_rows = [(_row(support, index), _row(inputs, index)) for index in range(lanes)]
+        rows, one, one_input = [self.base] * lanes, _row(support, 0), _row(inputs, 0)
 
-        def adapt_all() -> None:
-            for each, _ in of_rows:
-                is_kept(self.adapt_one(self.base, each))
+        def adapt_alone() -> object:
+            return is_kept(self.adapt_one(self.base, one))
 
-        def predict_all() -> None:
-            for _, each in of_rows:
-                self.predict_one(self.base, each)
+        def predict_alone() -> object:
+            return self.predict_one(self.base, one_input)
 
-        for kind, together, one_by_one in (
-            ("adapt", lambda: self.adapt(rows, support), adapt_all),
-            ("predict", lambda: self.predict(rows, inputs), predict_all),
+        for kind, alone, together in (
+            ("adapt", adapt_alone, lambda: self.adapt(rows, support)),
+            ("predict", predict_alone, lambda: self.predict(rows, inputs)),
         ):
-            if _seconds(one_by_one) < _FASTER * _seconds(together):
+            if lanes * _seconds(alone) < _FASTER * _seconds(together):
                 self._one_by_one.add((kind, lanes))
 
     def lanes_for(self, num_tasks: int) -> int:
@@ -353,8 +350,9 @@ def is_kept(adapted: Adapted) -> bool:
 
 
 def _seconds(run: Callable[[], object]) -> float:
+    """Returns how long something takes: the least of a few times, or of those that it does within a short while."""
     taken: list[float] = []
-    for _ in range(_TRIES):
+    while len(taken) < _TRIES and (not taken or sum(taken) < _TRYING_S):
         began = time.perf_counter()
         run()
         taken.append(time.perf_counter() - began)
