@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adaptrt.errors import InvalidType
+from adaptrt.errors import InvalidArgument, InvalidType
 from adaptrt.serve import trees
 from adaptrt.serve.core import Stats
 from adaptrt.serve.engine import Engine
@@ -231,4 +231,4 @@ def _of_size(tree: Any, size: int) -> Any:
 
 def _require(bound: int | None, value: int, message: str) -> None:
     if bound is not None and value > bound:
-        raise InvalidType(message.format(f"{value:,}", f"{bound:,}"))
+        raise InvalidArgument(message.format(f"{value:,}", f"{bound:,}"))
