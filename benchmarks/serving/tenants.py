@@ -117,7 +117,9 @@ async def serve(
     samples: list[Sample] = []
     num_adaptations = most_cached = 0
     example, cache_bytes = people.support(0, 0), slots * num_bytes(people)
-    async with Engine(people.unroll, (example, example[0]), lanes=(NUM_LANES,), keep=KEEP, store=store, cache_bytes=cache_bytes) as engine:
+    async with Engine(
+        people.unroll, (example, example[0]), lanes=(NUM_LANES,), together=True, keep=KEEP, store=store, cache_bytes=cache_bytes
+    ) as engine:
         began = time.perf_counter()
 
         async def caller() -> None:
