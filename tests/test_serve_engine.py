@@ -42,6 +42,7 @@ from adaptrt.errors import (
 from adaptrt.serve import Change, Engine, History, Lifecycle, MemoryStore, Outcome, Record, SizesTaken, SQLiteStore, Store, programs, trees
 from adaptrt.serve.queue import WorkQueue
 from adaptrt.serve.work import Work
+from tests import web
 
 _DRAWN = torch.Generator().manual_seed(0)
 OPTIMISERS: dict[str, Callable[[nn.Module, float], Any]] = {
@@ -67,19 +68,7 @@ def shared_unroll() -> CompiledUnroll:
 
 @pytest.fixture(autouse=True, scope="module")
 def _programs_are_compiled_once() -> Iterator[None]:  # pyright: ignore[reportUnusedFunction]
-    """Engines of the same unroll, sizes and guard share their programs, which are otherwise compiled by each."""
-    known: dict[Any, Any] = {}
-
-    def programs_of(target: Any, lanes: Any, num_sizes: int, keep: Any, together: Any) -> Any:
-        key = (target, lanes, num_sizes, keep, together)
-        if not isinstance(target, CompiledUnroll):
-            return programs.programs_of(*key)
-        if key not in known:
-            known[key] = programs.programs_of(*key)
-        return known[key]
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("adaptrt.serve.engine.programs_of", programs_of)
+    with web.shared_programs():
         yield
 
 

@@ -187,6 +187,8 @@ def shared_programs() -> Iterator[None]:
     known: dict[Any, Any] = {}
 
     def programs_of(*key: Any) -> Any:
+        if not isinstance(key[0], CompiledUnroll):  # the folder of an export may hold another one now
+            return programs.programs_of(*key)
         if key not in known:
             known[key] = programs.programs_of(*key)
         return known[key]
